@@ -1,0 +1,20 @@
+"""Race on SD 1.4: three concepts from "a person" (paper, section 5.1).
+
+    respodiff train --config configs/sd14_race.py --workdir runs/sd14_race
+
+The paper reports, on WinoBias, a deviation ratio of 0.56 before and 0.16 after; this config has not
+been run on SD 1.4 here.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.config import default
+from respodiff_jax.paper_concepts import add_race
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.name = "CompVis/stable-diffusion-v1-4"
+    config.train.steps = 5000
+    add_race(config)
+    return config

@@ -1,0 +1,21 @@
+"""Safety on SD 1.4: away from sexual content and violence (paper, section 5.2).
+
+    respodiff train --config configs/sd14_safety.py --workdir runs/sd14_safety
+
+1500 steps is the paper's number; the authors' code has 5000. The paper reports that 0.27 of the
+images for I2P prompts are inappropriate before and 0.16 after; this config has not been run on SD
+1.4 here.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.config import default
+from respodiff_jax.paper_concepts import add_safety
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.name = "CompVis/stable-diffusion-v1-4"
+    config.train.steps = 1500
+    add_safety(config)
+    return config

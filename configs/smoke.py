@@ -1,0 +1,26 @@
+"""The whole pipeline in a minute on two CPU cores: does everything run here?
+
+    respodiff train --config configs/smoke.py --workdir runs/smoke
+
+The model is a miniature with random weights, so that there is nothing to download; the pictures are
+noise and only the losses mean something.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.config import default
+from respodiff_jax.paper_concepts import add_gender
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.name = "random/tiny"
+    config.model.dtype = "float32"
+    config.rollout.num_steps = 10
+    config.train.steps = 60
+    config.train.batch_size = 8
+    config.checkpoint.every = 20
+    config.log.grid_every = 30
+    config.log.grid_steps = 10
+    add_gender(config)
+    return config

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains on this machine as on a pod: PROCESSES processes of DEVICES simulated CPU devices each.
+#
+#   launch/local_pod.sh 2 2 --config configs/smoke.py --workdir runs/pod
+#
+# What follows the two numbers goes to `respodiff train`. Output is that of process 0; the others write
+# to pod_I.log in a temporary folder, named if one of them fails.
+set -euo pipefail
+if (($# < 2)); then
+  sed -n '2,7p' "$0" | cut -c3- >&2
+  exit 2
+fi
+processes=$1 devices=$2
+shift 2
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="--xla_force_host_platform_device_count=$devices"
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+logs=$(mktemp -d)
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
+for ((i = processes - 1; i >= 0; i--)); do
+  command=(python3 -m respodiff_jax train "$@"
+    --coordinator "localhost:$port" --num-processes "$processes" --process-id "$i")
+  if ((i == 0)); then "${command[@]}" & else "${command[@]}" >"$logs/pod_$i.log" 2>&1 & fi
+  pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do
+  wait "$pid" || status=$?
+done
+if ((status)); then
+  echo "a process failed with status $status; logs in $logs" >&2
+else
+  rm -r "$logs"
+fi
+exit "$status"

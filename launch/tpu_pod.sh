@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains on all hosts of a Cloud TPU VM slice that has the package installed.
+#
+#   launch/tpu_pod.sh TPU_NAME ZONE --config configs/sdxl_gender.py --workdir gs://BUCKET/run
+#
+# What follows the name and the zone goes to `respodiff train`; JAX finds the hosts by itself. Run it
+# again after an interruption: the run continues.
+set -euo pipefail
+if (($# < 3)); then
+  sed -n '2,7p' "$0" | cut -c3- >&2
+  exit 2
+fi
+name=$1 zone=$2
+shift 2
+gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all \
+  --command "cd respodiff_jax && respodiff train --distributed auto $(printf '%q ' "$@")"

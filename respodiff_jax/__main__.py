@@ -1,0 +1,7 @@
+"""`python -m respodiff_jax`, the same as `respodiff`."""
+
+import sys
+
+from respodiff_jax.cli import main
+
+sys.exit(main())

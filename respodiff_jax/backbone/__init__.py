@@ -1,0 +1,24 @@
+"""Everything frozen: the base model, its files, its prompts, and the paper's e and g.
+
+The only room that knows diffusers and the Flax classes of transformers.
+"""
+
+from respodiff_jax.backbone.architectures import random_backbone
+from respodiff_jax.backbone.backbone import Backbone
+from respodiff_jax.backbone.loading import load_backbone
+from respodiff_jax.backbone.saving import save_backbone
+from respodiff_jax.backbone.text import byte_tokenizer
+from respodiff_jax.backbone.unet import Conditioning, Skips
+from respodiff_jax.backbone.weights import load_weights, save_weights
+
+__all__ = [
+    "Backbone",
+    "Conditioning",
+    "Skips",
+    "byte_tokenizer",
+    "load_backbone",
+    "load_weights",
+    "random_backbone",
+    "save_backbone",
+    "save_weights",
+]

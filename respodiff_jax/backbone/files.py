@@ -1,0 +1,180 @@
+"""Where a pipeline's files are: in a diffusers folder or the Hugging Face cache; are all there?"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants
+
+from respodiff_jax.backbone.weights import read_index
+
+_STEMS = {
+    "diffusers": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "transformers": ("model", "flax_model"),
+}
+_INDEX = "model_index.json"
+_SCHEDULER = "scheduler/scheduler_config.json"
+_TOKENIZER_FILES = ("vocab.json", "merges.txt")
+_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineFiles:
+    """A complete set of files: what is small is read, weights are paths.
+
+    `configs` and `weights` are keyed by part: "unet", "vae", "text_encoder" and, for SDXL,
+      "text_encoder_2".
+    """
+
+    name: str
+    revision: str | None
+    index: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+    weights: dict[str, list[pathlib.Path]]
+    tokenizers: list[pathlib.Path]
+    scheduler_config: dict[str, Any]
+
+
+def choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
+    """Which of a part's files to read: one file, or an index followed by its shards; [] if there
+    are none.
+
+    Safetensors come before msgpack; without a `variant` the plain files come before fp16.
+    """
+    stem, flax_stem = _STEMS["transformers" if part.startswith("text_encoder") else "diffusers"]
+    for v in (variant,) if variant else (None, "fp16"):
+        infix = f".{v}" if v else ""
+        if f"{stem}{infix}.safetensors" in names:
+            return [f"{stem}{infix}.safetensors"]
+        index = f"{stem}.safetensors.index{infix}.json"
+        if index in names:
+            # Both orders of variant and number are in use.
+            v, number = re.escape(infix), r"-\d+-of-\d+"
+            shard = re.compile(f"{stem}({v}{number}|{number}{v})\\.safetensors")
+            return [index, *sorted(n for n in names if shard.fullmatch(n))]
+    return [f"{flax_stem}.msgpack"] if f"{flax_stem}.msgpack" in names and not variant else []
+
+
+def _parts(index: dict) -> list[str]:
+    present = [p for p in ("text_encoder", "text_encoder_2") if (index.get(p) or [None])[0]]
+    return ["unet", "vae", *present]
+
+
+def _snapshot(name: str, revision: str | None, variant: str | None, cache_dir: Any) -> pathlib.Path:
+    """A hub model's folder in the cache: what is not there is fetched, if there is a network."""
+    available, reason = None, "the hub is not asked in offline mode (HF_HUB_OFFLINE)"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            available = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+        except OSError as error:  # no network, no such model or revision, or no permission
+            reason = str(error)
+    wanted = []
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        inside = [n.removeprefix(f"{part}/") for n in available or () if n.startswith(f"{part}/")]
+        wanted += [f"{part}/{n}" for n in ("config.json", *choose_weights(inside, part, variant))]
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        wanted += [f"{tokenizer}/{n}" for n in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=[_INDEX, _SCHEDULER, *wanted],
+            local_files_only=available is None,
+        )
+    except OSError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "
+            f"fetched: {reason if available is None else error}. Give the path of a diffusers "
+            "folder, check the name, or download it first where there is a network."
+        ) from error
+    return pathlib.Path(folder)
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+
+
+def find_pipeline(
+    name: str, *, revision: str | None = None, variant: str | None = None, cache_dir: Any = None
+) -> PipelineFiles:
+    """Finds every file of a Stable Diffusion pipeline, fetching from the hub what is not there.
+
+    Raises:
+      ValueError: if there is no such model, it is of another kind, or files are missing; names all
+        of them.
+    """
+    folder, commit = pathlib.Path(name).expanduser(), None
+    if not folder.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+            raise ValueError(
+                f"model {name!r}: no such folder, and not a hub id like 'owner/model'."
+            )
+        folder = _snapshot(name, revision, variant, cache_dir)
+        commit = folder.name
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} applies to hub models, but {name!r} is a folder.")
+
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}.")
+    index = _read_json(folder / _INDEX)
+    if "unet" not in index or not (index.get("text_encoder") or [None])[0]:
+        raise ValueError(
+            f"{name}: a {index.get('_class_name')} without a unet and a text_encoder; expected a "
+            "Stable Diffusion 1.x, 2.x or XL base model."
+        )
+    parts = _parts(index)
+    missing, weights = [], {}
+    for part in parts:
+        if not (folder / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+        inside = [f.name for f in (folder / part).glob("*")]
+        chosen = choose_weights(inside, part, variant)
+        if chosen and chosen[0].endswith(".json"):
+            chosen = read_index(folder / part / chosen[0])
+            missing += [f"{part}/{shard}" for shard in chosen if shard not in inside]
+        if not chosen:
+            missing.append(_no_weights(part, inside, variant))
+        weights[part] = [folder / part / n for n in chosen]
+    tokenizers = [folder / p.replace("text_encoder", "tokenizer") for p in parts[2:]]
+    missing += [
+        f"{t.name}/{n}" for t in tokenizers for n in _TOKENIZER_FILES if not (t / n).is_file()
+    ]
+    if not (folder / _SCHEDULER).is_file():
+        missing.append(_SCHEDULER)
+    if missing:
+        raise ValueError(
+            f"{name}: the model is incomplete in {folder}; missing: {'; '.join(missing)}."
+        )
+    return PipelineFiles(
+        name=name,
+        revision=commit,
+        index=index,
+        configs={part: _read_json(folder / part / "config.json") for part in parts},
+        weights=weights,
+        tokenizers=tokenizers,
+        scheduler_config=_read_json(folder / _SCHEDULER),
+    )
+
+
+def _no_weights(part: str, inside: Collection[str], variant: str | None) -> str:
+    stem = _STEMS["transformers" if part.startswith("text_encoder") else "diffusers"][0]
+    wanted = f"{part}/{stem}{f'.{variant}' if variant else ''}.safetensors"
+    pickled = sorted(n for n in inside if n.endswith(".bin"))
+    others = sorted(n for n in inside if n.endswith((".safetensors", ".msgpack")))
+    if others:
+        return f"{wanted} (there is {', '.join(others)}; choose another variant)"
+    if pickled:
+        return (
+            f"{wanted} (there is only the pickled {pickled[0]}; convert it where torch is "
+            "installed: DiffusionPipeline.from_pretrained(model).save_pretrained(folder))"
+        )
+    return wanted

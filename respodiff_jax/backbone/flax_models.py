@@ -1,0 +1,253 @@
+"""The Flax classes of diffusers and transformers, built from a pipeline's config files.
+
+The only file that imports them, so that a replacement UNet, VAE or text tower is a change of this
+file. The Flax classes ignore options that their PyTorch siblings obey; here such options are
+refused by name, so that a model that would silently compute something else is never run.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DEPRECATION = "Flax classes are deprecated and will be removed in Diffusers"
+
+
+def _is_not_deprecation(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_DEPRECATION)
+
+
+# diffusers logs this on import and again for every submodule; setup.py bounds the version instead.
+for _name in (
+    "attention_flax",
+    "embeddings_flax",
+    "resnet_flax",
+    "unets.unet_2d_blocks_flax",
+    "unets.unet_2d_condition_flax",
+    "vae_flax",
+):
+    logging.getLogger(f"diffusers.models.{_name}").addFilter(_is_not_deprecation)
+
+from diffusers.models.attention_flax import FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
+from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
+from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
+from transformers import CLIPTextConfig  # noqa: E402
+from transformers.modeling_flax_utils import ACT2FN  # noqa: E402
+from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
+    FlaxCLIPTextModelWithProjectionModule,
+    FlaxCLIPTextModule,
+)
+
+# What the Flax UNet computes whatever the config says: option -> values that mean just that.
+_UNET_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default", None),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "norm_eps": (1e-5,),
+    "norm_num_groups": (32,),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional", None),
+    "timestep_post_act": (None,),
+    "addition_embed_type": (None, "text_time"),
+}
+_VAE_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None, 0),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+_UNET_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+_VAE_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+}
+_TEXT_ENCODERS = {
+    "text_encoder": FlaxCLIPTextModule,
+    "text_encoder_2": FlaxCLIPTextModelWithProjectionModule,
+}
+
+
+def _check_fixed(where: str, config: Mapping, fixed: Mapping) -> None:
+    for option, accepted in fixed.items():
+        if option in config and config[option] not in accepted:
+            raise ValueError(
+                f"{where}: {option}={config[option]!r} is not supported by the Flax model, "
+                f"expected {' or '.join(map(repr, accepted))}. Use a Stable Diffusion 1.x, 2.x or "
+                "XL base model."
+            )
+
+
+def _check_blocks(where: str, config: Mapping, blocks: Mapping) -> None:
+    for option, accepted in blocks.items():
+        for kind in config.get(option, ()):
+            if kind not in accepted:
+                raise ValueError(
+                    f"{where}: {option} holds {kind!r}, expected only {' or '.join(accepted)}."
+                )
+
+
+def _check_unet(where: str, config: Mapping) -> None:
+    _check_fixed(where, config, _UNET_FIXED)
+    _check_blocks(where, config, _UNET_BLOCKS)
+    for option in ("layers_per_block", "cross_attention_dim", "sample_size"):
+        if not isinstance(config.get(option), int):
+            raise ValueError(f"{where}: {option} must be one integer, got {config.get(option)!r}.")
+    widths = config.get("block_out_channels", ())
+    if not widths or any(width % 32 for width in widths):
+        raise ValueError(
+            f"{where}: block_out_channels must be multiples of the 32 normalisation groups, "
+            f"got {widths}."
+        )
+
+
+def _check_text_encoder(where: str, config: Mapping) -> None:
+    kind = config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise ValueError(f"{where}: model_type={kind!r}, expected a 'clip_text_model'.")
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACT2FN:
+        raise ValueError(f"{where}: hidden_act={activation!r}, expected one of {sorted(ACT2FN)}.")
+
+
+def _check_together(where: str, modules: Mapping[str, nn.Module]) -> None:
+    """Do the parts belong together?"""
+    unet, vae = modules["unet"], modules["vae"]
+    towers = [module.config for part, module in modules.items() if part.startswith("text_encoder")]
+    for option in ("in_channels", "out_channels"):
+        if getattr(unet, option) != vae.latent_channels:
+            raise ValueError(
+                f"{where}, unet: {option}={getattr(unet, option)}, expected the VAE's "
+                f"{vae.latent_channels} latents. Inpainting, depth and upscaling models are "
+                "not supported."
+            )
+    width = sum(config.hidden_size for config in towers)
+    if width != unet.cross_attention_dim:
+        raise ValueError(
+            f"{where}: the text encoders give {width} features, the unet's cross_attention_dim is "
+            f"{unet.cross_attention_dim}; the parts belong to different models."
+        )
+    is_xl = unet.addition_embed_type == "text_time"
+    if len(towers) != 1 + is_xl:
+        raise ValueError(
+            f"{where}: {len(towers)} text encoder(s) for a unet with addition_embed_type="
+            f"{unet.addition_embed_type!r}; expected one with None or two with 'text_time'."
+        )
+    if is_xl:
+        features = 6 * unet.addition_time_embed_dim + towers[1].projection_dim
+        if unet.projection_class_embeddings_input_dim != features:
+            raise ValueError(
+                f"{where}, unet: projection_class_embeddings_input_dim="
+                f"{unet.projection_class_embeddings_input_dim}, expected {features} for six time "
+                "ids and the pooled text embedding. The SDXL refiner is not supported."
+            )
+
+
+def _build(module_class: type[nn.Module], config: Mapping, dtype: jnp.dtype) -> nn.Module:
+    known = module_class.__dataclass_fields__.keys() - {"parent", "name", "dtype"}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    return module_class(**fields, dtype=dtype)
+
+
+def build_modules(
+    configs: Mapping[str, Mapping[str, Any]], dtype: np.dtype, where: str
+) -> dict[str, nn.Module]:
+    """The unbound modules of a pipeline; allocates nothing.
+
+    Args:
+      configs: the contents of config.json of "unet", "vae", "text_encoder" and, for SDXL,
+        "text_encoder_2".
+      dtype: of computation.
+      where: the model's name, for messages.
+
+    Returns:
+      The modules, keyed as `configs`. SDXL's second text encoder has a projection.
+
+    Raises:
+      ValueError: if the Flax classes would not compute the model faithfully, naming the part, the
+        option, what was expected and what came.
+    """
+    modules = {}
+    for part, config in configs.items():
+        at = f"{where}, {part}"
+        if part == "unet":
+            _check_unet(at, config)
+            modules[part] = _build(FlaxUNet2DConditionModel, config, dtype)
+        elif part == "vae":
+            _check_fixed(at, config, _VAE_FIXED)
+            _check_blocks(at, config, _VAE_BLOCKS)
+            modules[part] = _build(FlaxAutoencoderKL, config, dtype)
+        else:
+            _check_text_encoder(at, config)
+            tower = _TEXT_ENCODERS[part]
+            modules[part] = tower(config=CLIPTextConfig(**config), dtype=dtype)
+    _check_together(where, modules)
+    return modules
+
+
+def as_trained(next_function: Callable, args: tuple, kwargs: Mapping, context: Any) -> jax.Array:
+    """A `flax.linen` interceptor that makes the Flax UNet compute what its weights were trained
+    for.
+
+    diffusers' Flax UNet departs from its PyTorch one, which trained them, in the transformer
+    blocks: GELU is approximated by tanh, and the group norm's epsilon is 1e-5 instead of 1e-6. On a
+    small random SDXL-like model that alone moves the mid-block output by 3e-4.
+    """
+    module = context.module
+    if isinstance(module, FlaxGEGLU) and context.method_name == "__call__":
+        linear, gate = jnp.split(module.proj(args[0]), 2, axis=-1)
+        return linear * nn.gelu(gate, approximate=False)
+    if isinstance(module, nn.GroupNorm) and isinstance(module.parent, FlaxTransformer2DModel):
+        norm = nn.GroupNorm(module.num_groups, epsilon=1e-6)
+        return norm.apply({"params": module.variables["params"]}, *args)
+    return next_function(*args, **kwargs)
+
+
+def abstract_params(module: nn.Module) -> dict:
+    """The module's parameter tree as fp32 `ShapeDtypeStruct`s; nothing is allocated or computed."""
+    key = jax.random.key(0)
+    if isinstance(module, (FlaxUNet2DConditionModel, FlaxAutoencoderKL)):
+        return jax.eval_shape(module.init_weights, key)
+    ids = jax.ShapeDtypeStruct((1, module.config.max_position_embeddings), jnp.int32)
+    return jax.eval_shape(module.init, key, ids, ids, ids)["params"]
+
+
+def compute_dtype(dtype: str) -> np.dtype:
+    """The dtype of that name.
+
+    Raises:
+      ValueError: unless it is float32 or bfloat16.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
+    return jnp.dtype(dtype)

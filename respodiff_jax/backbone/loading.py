@@ -1,0 +1,85 @@
+"""A diffusers folder or hub id -> `Backbone`."""
+
+import hashlib
+import pathlib
+
+from transformers import CLIPTokenizer
+
+from respodiff_jax.backbone import flax_models
+from respodiff_jax.backbone.architectures import random_backbone
+from respodiff_jax.backbone.backbone import Backbone
+from respodiff_jax.backbone.files import find_pipeline
+from respodiff_jax.backbone.weights import load_weights
+
+
+def _sha256(files: list[pathlib.Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_backbone(
+    name_or_path: str | pathlib.Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str = "float32",
+    cache_dir: str | pathlib.Path | None = None,
+) -> Backbone:
+    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
+
+    Args:
+      name_or_path: a diffusers folder; or a hub id, fetched into the Hugging Face cache or, without
+        a network, taken from it; or "random/tiny" and the like, see `random_backbone`.
+      revision: branch, tag or commit of a hub id; "seed-1" and the like for a random one.
+      variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, where there are
+        none, fp16.
+      dtype: "float32" or "bfloat16", of all parameters and computation.
+      cache_dir: instead of the default Hugging Face cache.
+
+    Returns:
+      The `Backbone`, with its parameters as numpy arrays. Its identity records the snapshot's
+      commit (None for a folder) and the sha256 of the UNet's weight files, concatenated in the
+      order of their names.
+
+    Raises:
+      ValueError: if the model is not there, is incomplete (naming every missing file), is of a kind
+        that the Flax models do not compute, or its weights are damaged or do not fit the config.
+    """
+    name = str(name_or_path)
+    kind = flax_models.compute_dtype(dtype)
+    if name.startswith("random/") and not pathlib.Path(name).is_dir():
+        seed = (revision or "seed-0").removeprefix("seed-")
+        if not seed.isdecimal():
+            raise ValueError(
+                f"revision={revision!r}: for {name} expected 'seed-0' or another seed."
+            )
+        return random_backbone(name.removeprefix("random/"), dtype=dtype, seed=int(seed))
+
+    files = find_pipeline(name, revision=revision, variant=variant, cache_dir=cache_dir)
+    towers = [part for part in files.configs if part.startswith("text_encoder")]
+    modules = flax_models.build_modules(files.configs, kind, name)
+    params = {
+        part: load_weights(files.weights[part], flax_models.abstract_params(module), kind)
+        for part, module in modules.items()
+    }
+    return Backbone(
+        identity={
+            "name": name,
+            "revision": files.revision,
+            "unet_sha256": _sha256(files.weights["unet"]),
+        },
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoders=tuple(modules[t] for t in towers),
+        tokenizers=tuple(CLIPTokenizer.from_pretrained(folder) for folder in files.tokenizers),
+        scheduler_config=files.scheduler_config,
+        params=params,
+        dtype=kind,
+        zeros_for_empty_prompt=bool(
+            len(towers) == 2 and files.index.get("force_zeros_for_empty_prompt", True)
+        ),
+    )

@@ -1,0 +1,89 @@
+"""Prompts to conditioning: tokenisation and the CLIP text towers, as in diffusers' pipelines."""
+
+import json
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import CLIPTokenizer
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+
+def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
+    """Token ids, int32 (len(prompts), length): begin, text, end, then padding.
+
+    A prompt that is too long is cut as diffusers cuts it, with a warning that names the prompt and
+    the lost text.
+    """
+    ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
+    rows = tokenizer(list(prompts), verbose=False)["input_ids"]
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        if len(row) > length:
+            lost = tokenizer.decode(row[length - 1 : -1])
+            warnings.warn(
+                f"prompt {prompt!r} has {len(row)} tokens, the text encoder reads {length}; "
+                f"not read: {lost!r}. Shorten the prompt.",
+                stacklevel=3,
+            )
+            row = [*row[: length - 1], row[-1]]
+        ids[i, : len(row)] = row
+    return ids
+
+
+def encode_tokens(
+    text_encoders: Sequence[nn.Module],
+    params: Sequence[Mapping],
+    ids: Sequence[jax.Array],
+    keep: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs the text towers.
+
+    One tower (SD 1.x, 2.x): its last hidden state after the final layer norm. Two (SDXL): their
+    penultimate hidden states side by side, and the second's projected embedding as `pooled`.
+
+    Args:
+      text_encoders: one or two CLIP text modules.
+      params: their parameters.
+      ids: their token ids, int32 (n, L); every position is attended to, padding too, as in
+        training.
+      keep: bool (n,); the outputs of prompts not kept are zeros.
+
+    Returns:
+      context (n, L, D) and pooled (n, P) or None.
+    """
+    outputs = []
+    for module, module_params, tokens in zip(text_encoders, params, ids, strict=True):
+        positions = jnp.broadcast_to(
+            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
+        )
+        outputs.append(
+            module.apply(
+                {"params": module_params},
+                tokens,
+                jnp.ones_like(tokens),
+                positions,
+                output_hidden_states=True,
+            )
+        )
+    if len(outputs) == 1:
+        context, pooled = outputs[0].last_hidden_state, None
+    else:
+        context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
+        pooled = jnp.where(keep[:, None], outputs[1].text_embeds, 0)
+    return jnp.where(keep[:, None, None], context, 0), pooled
+
+
+def byte_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
+    """A CLIP tokenizer whose tokens are single bytes: 514 entries, no merges, no files to fetch."""
+    symbols = list(bytes_to_unicode().values())
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = pathlib.Path(folder, "vocab.json"), pathlib.Path(folder, "merges.txt")
+        vocab.write_text(json.dumps({s: i for i, s in enumerate(vocabulary)}), encoding="utf-8")
+        merges.write_text("#version: 0.2\n", encoding="utf-8")
+        return CLIPTokenizer(str(vocab), str(merges), model_max_length=model_max_length)

@@ -1,0 +1,288 @@
+"""The working directory of a run: what it is (`run.json`) and where it stands (`checkpoints/`).
+
+Checkpoints hold the training state, that is modules, optimisers, step and random key, and never a
+base weight. `run.json` beside them holds the resolved config, the concepts and the backbone's
+identity: a directory is only continued by the run that it belongs to.
+"""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.concepts import Concept
+from respodiff_jax.modules import MidBlockModule
+from respodiff_jax.train_step import TrainState
+
+# Options that do not change what is trained; they may differ when a run is continued.
+_FREE_SECTIONS = ("parallel", "checkpoint", "log")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a working directory belongs to; `run.json`.
+
+    Attributes:
+      config: the resolved config.
+      concepts: in the order of the state's concept axis.
+      module: fields of the `MidBlockModule`.
+      backbone: identity of the frozen model, resolution and prediction type.
+    """
+
+    config: Mapping[str, Any]
+    concepts: Sequence[Mapping[str, Any]]
+    module: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        config: ConfigDict,
+        concepts: Sequence[Concept],
+        module: MidBlockModule,
+        backbone: Mapping[str, Any],
+    ) -> "RunRecord":
+        module_fields = {
+            "kind": module.kind,
+            "mid_block_shape": list(module.mid_block_shape),
+            "hidden_channels": module.hidden_channels,
+        }
+        record = cls(
+            config.to_dict(), [c.to_dict() for c in concepts], module_fields, dict(backbone)
+        )
+        # As it will be read back: tuples become lists.
+        return cls(**json.loads(json.dumps(dataclasses.asdict(record))))
+
+    @classmethod
+    def read(cls, workdir: epath.PathLike) -> "RunRecord | None":
+        """The record of a directory, or None where there is none."""
+        path = epath.Path(workdir) / "run.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f"{path} is not a run record that this version can read: {e}") from e
+
+    def write(self, workdir: epath.PathLike) -> None:
+        path = epath.Path(workdir) / "run.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        partial.replace(path)
+
+    def check_continues(self, saved: "RunRecord", workdir: epath.PathLike) -> None:
+        """Checks that this run may continue a saved one.
+
+        Raises:
+          ValueError: listing each difference that changes what is trained.
+        """
+        ours = {"config": _binding(self.config), "module": self.module, "backbone": self.backbone}
+        theirs = {
+            "config": _binding(saved.config),
+            "module": saved.module,
+            "backbone": saved.backbone,
+        }
+        _check_equal(ours, theirs, workdir)
+
+
+def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks, before any model is loaded, that a directory is new or belongs to this config.
+
+    Raises:
+      ValueError: listing each difference that changes what is trained.
+    """
+    if saved := RunRecord.read(workdir):
+        ours = json.loads(json.dumps(config.to_dict()))
+        _check_equal({"config": _binding(ours)}, {"config": _binding(saved.config)}, workdir)
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that must not change when a run is continued."""
+    config = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
+    if config["optimizer"]["lr_schedule"] == "constant":  # more steps then change none before
+        config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+    return config
+
+
+def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
+    ours, theirs = _flatten(ours), _flatten(theirs)
+    differences = [
+        f"  {key}: {theirs.get(key, '(absent)')!r} there, {ours.get(key, '(absent)')!r} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key, "(absent)") != theirs.get(key, "(absent)")
+    ]
+    if differences:
+        raise ValueError(
+            f"workdir {workdir} belongs to another run:\n"
+            + "\n".join(differences)
+            + "\nuse another --workdir, or the saved values to continue it"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run, saved asynchronously.
+
+    Args:
+      workdir: of the run; absolute or relative, local or `gs://`.
+      every: save each time that this many steps are done.
+      keep: how many to keep, the newest.
+    """
+
+    def __init__(self, workdir: epath.PathLike, every: int = 1, keep: int | None = None):
+        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for a save under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps saved, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def due(self, step: int) -> bool:
+        """Whether the interval says to save at this step."""
+        return self._manager.should_save(step)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves a canonical state, unless that step is already there."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def restore_latest(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that can be read, or None if none was saved.
+
+        Damaged ones are reported and moved to `damaged_checkpoints/` of the working directory.
+
+        Raises:
+          ValueError: if there are checkpoints and none can be read.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except Exception as e:  # Orbax and TensorStore raise many kinds for a broken file.
+                self._set_aside(step, e)
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; they were moved"
+                f" to {self.directory.parent / 'damaged_checkpoints'}; run again to start anew"
+            )
+        return None
+
+    def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
+        """A saved state as nested dicts of host arrays, and its step; the newest by default.
+
+        Raises:
+          ValueError: if it is not there.
+        """
+        if not self.steps:
+            raise ValueError(f"{self.directory} holds no checkpoint; has the run saved one yet?")
+        step = self.steps[-1] if step is None else step
+        if step not in self.steps:
+            raise ValueError(f"{self.directory} holds no step {step}, only {self.steps}")
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        metadata = self._manager.item_metadata(step)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
+        )
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return step, jax.tree.map(np.asarray, state)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(f"checkpoint {step} is damaged ({reason}); trying the one before", flush=True)
+        if jax.process_index() == 0:
+            damaged = self.directory.parent / "damaged_checkpoints"
+            damaged.mkdir(parents=True, exist_ok=True)
+            (self.directory / str(step)).replace(damaged / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+
+class Preemption:
+    """Tells the training loop that it should save and stop; all processes agree on the step.
+
+    One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
+    """
+
+    def __enter__(self) -> "Preemption":
+        self._signalled = False
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _on_signal(self, signum, frame) -> None:
+        self._signalled = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; call it at each."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled
+
+
+def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Adapter:
+    """The adapter that a run has trained so far: its moving average, where it keeps one.
+
+    Args:
+      workdir: of the run.
+      step: a saved step; the newest by default.
+
+    Raises:
+      ValueError: if the directory is not a run's or has no such checkpoint.
+    """
+    record = RunRecord.read(workdir)
+    if record is None:
+        raise ValueError(f"{workdir} is not a training workdir: it has no run.json")
+    with Checkpoints(workdir) as checkpoints:
+        _, state = checkpoints.restore_host(step)
+    return make_adapter(record, state["concepts"])
+
+
+def make_adapter(record: RunRecord, state: Mapping[str, Any]) -> Adapter:
+    """An adapter from host arrays of a `ConceptState`, as a mapping of its fields."""
+    ram, sam = (state["ram"], state["sam"]) if state["ema"] is None else state["ema"]
+    return Adapter(
+        concepts=tuple(Concept.from_dict(c) for c in record.concepts),
+        module=MidBlockModule(
+            **dict(record.module) | {"mid_block_shape": tuple(record.module["mid_block_shape"])}
+        ),
+        ram=ram,
+        sam=sam,
+        backbone=dict(record.backbone),
+    )

@@ -1,0 +1,389 @@
+"""Sampling with adapters: DDIM with classifier-free guidance, steered at the mid-block.
+
+Convention: `RAM + SAM` is added to the *conditional* half of the guidance batch only, at every
+step (paper, section 4.4); the unconditional half is the base model's. An image depends on its own
+prompt, seed and concepts alone, not on the batch that it was made in, and an adapted image and its
+base twin start from the same noise.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from respodiff_jax import images as images_lib
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step
+from respodiff_jax.modules import MidBlockModule, Steering, steer
+
+# The grid shows a run's beginning: so many prompts, and so many images of each.
+_GRID_PROMPTS, _GRID_COLUMNS = 8, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """How images are sampled.
+
+    Attributes:
+      num_steps: DDIM steps.
+      guidance_scale: of classifier-free guidance; at 1 or below there is none, as in diffusers.
+      negative_prompt: what the unconditional half is given.
+      resolution: of the square images in pixels; None is the model's own.
+      batch_size: images at a time over all devices; None chooses by resolution.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    resolution: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"number of sampling steps is {self.num_steps}, expected at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance scale is {self.guidance_scale}, expected a finite number")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(
+                f"resolution is {self.resolution}, expected a positive number of pixels"
+            )
+        devices = jax.local_device_count()
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % devices):
+            raise ValueError(
+                f"batch size is {self.batch_size}, expected a multiple of the {devices} devices"
+                f" that share it, for example {devices * max(round(self.batch_size / devices), 1)}"
+            )
+
+
+def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> jax.Array:
+    """Pure noise, float32 `(B, h, w, c)`; sample `b` depends on `seeds[b]` alone.
+
+    Raises:
+      ValueError: for a seed outside 0 .. 2^32-1.
+    """
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(
+            f"seeds are {min(seeds)} .. {max(seeds)}, expected within 0 .. {2**32 - 1}"
+        )
+    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
+
+
+def denoise(
+    backbone: Backbone,
+    module: MidBlockModule | None,
+    schedule: Schedule,
+    params: Mapping[str, Any],
+    noise: jax.Array,
+    cond: Conditioning,
+    uncond: Conditioning,
+    steering: Steering | None,
+    guidance_scale: jax.Array | float,
+) -> jax.Array:
+    """The whole sampling loop, `z_T -> z_0`.
+
+    Each step asks the UNet once, with 2B samples. Conditional and unconditional halves alternate in
+    that batch, sample by sample, so that a batch sharded over devices stays where it is.
+
+    Args:
+      backbone: the model's functions; its own `params` are not used.
+      module: architecture of RAM and SAM; None with `steering` None.
+      schedule: DDIM schedule.
+      params: frozen parameters.
+      noise: `z_T`, float32 `(B, h, w, c)`.
+      cond: the prompts' conditioning, leading axis B.
+      uncond: the negative prompts', leading axis B, or 1 for all.
+      steering: what to add to the conditional half of `h`; None is the base model.
+      guidance_scale: `()`, may be traced; 1 or below gives the conditional prediction alone.
+
+    Returns:
+      Latents `z_0`, float32 `(B, h, w, c)`.
+    """
+    guidance_scale = jnp.maximum(guidance_scale, 1.0)
+    both = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), cond, uncond)
+
+    def body(z_t, ddim_index):
+        timestep = jnp.asarray(schedule.timesteps)[ddim_index]
+        timesteps = jnp.broadcast_to(timestep, (2 * len(z_t),))
+        h, skips = backbone.encode(params, _interleave(z_t, z_t), timesteps, both)
+        if steering is not None:
+            h_cond, h_uncond = _separate(h)
+            h = _interleave(steer(module, steering, h_cond), h_uncond)
+        output = cfg_combine(*_separate(backbone.decode(params, h, skips)), guidance_scale)
+        return ddim_step(schedule, output, z_t, ddim_index), None
+
+    z_0, _ = lax.scan(body, noise, jnp.arange(schedule.num_steps))
+    return z_0
+
+
+def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`(B, ...)` twice -> `(2B, ...)`: a0, b0, a1, b1, ..."""
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
+
+
+def _separate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_interleave`."""
+    pairs = x.reshape(len(x) // 2, 2, *x.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def make_sampler(
+    backbone: Backbone, module: MidBlockModule | None, schedule: Schedule
+) -> Callable[..., jax.Array]:
+    """A pure function from noise to images, to be jitted by the caller.
+
+    Returns:
+      `sample(params, noise, cond, uncond, steering, guidance_scale)`, arguments as of `denoise`,
+      giving images float32 `(B, H, W, 3)` in [0, 1]. Adapters, weights and guidance are traced
+      arguments: changing them compiles nothing.
+    """
+
+    def sample(params, noise, cond, uncond, steering, guidance_scale):
+        z_0 = denoise(
+            backbone, module, schedule, params, noise, cond, uncond, steering, guidance_scale
+        )
+        return backbone.decode_latents(params, z_0)
+
+    return sample
+
+
+class ImagePair(NamedTuple):
+    """An image and, if asked for, its base twin; uint8 `(H, W, 3)`."""
+
+    image: np.ndarray
+    base: np.ndarray | None
+
+
+def sample_images(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: SamplerOptions,
+    adapter: Adapter | None = None,
+    weights: np.ndarray | None = None,
+    base_twins: bool = False,
+) -> Iterator[ImagePair]:
+    """Samples images on all local devices, with one compilation.
+
+    Args:
+      backbone: the model.
+      prompts: one per image.
+      seeds: one per image, 0 .. 2^32-1.
+      options: how.
+      adapter: the concepts, or None for the base model.
+      weights: `(number of images, N)`, weight of each of the adapter's concepts in each image.
+      base_twins: also sample each image from the same noise with all weights zero.
+
+    Yields:
+      The images in order; the next batch is being sampled meanwhile.
+    """
+    resolution = options.resolution or backbone.default_resolution
+    schedule = Schedule.from_config(backbone.scheduler_config, options.num_steps)
+    devices = jax.local_devices()
+    batch_size = options.batch_size or _default_batch_size(len(prompts), len(devices), resolution)
+    mesh = Mesh(np.asarray(devices), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_sample = NamedSharding(mesh, PartitionSpec("data"))
+
+    sample = make_sampler(backbone, adapter and adapter.module, schedule)
+
+    @jax.jit
+    def sample_uint8(*args):
+        return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+
+    params = jax.device_put(backbone.params, replicated)
+    uncond = jax.device_put(
+        backbone.encode_prompts([options.negative_prompt], resolution, params), replicated
+    )
+    if adapter is not None:
+        scales = np.asarray(adapter.steering(weights).ram_scale)
+        ram, sam = jax.device_put((adapter.ram, adapter.sam), replicated)
+
+    def dispatch(rows):
+        cond = backbone.encode_prompts([prompts[row] for row in rows], resolution, params)
+        noise = initial_noise([seeds[row] for row in rows], backbone.latent_shape(resolution))
+        noise, cond = jax.device_put((noise, cond), by_sample)
+
+        def run(factor):
+            steering = None
+            if adapter is not None:
+                batch_scales = jax.device_put(factor * scales[rows], by_sample)
+                steering = Steering(ram, sam, batch_scales, batch_scales)
+            return sample_uint8(params, noise, cond, uncond, steering, options.guidance_scale)
+
+        return run(1), run(0) if base_twins else None
+
+    def collect(count, images, base):
+        images, base = np.asarray(images), None if base is None else np.asarray(base)
+        for i in range(count):
+            yield ImagePair(images[i], None if base is None else base[i])
+
+    pending = None
+    for start in range(0, len(prompts), batch_size):
+        # The last batch is filled up with its last image, so that its shape is that of the others.
+        rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+        batch = (min(batch_size, len(prompts) - start), *dispatch(rows))
+        if pending is not None:
+            yield from collect(*pending)
+        pending = batch
+    if pending is not None:
+        yield from collect(*pending)
+
+
+def _default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:
+    """4 images of 512 px per device, or as many pixels; not more than there are images."""
+    per_device = min(max(4 * 512**2 // resolution**2, 1), 16, math.ceil(num_images / num_devices))
+    return num_devices * max(per_device, 1)
+
+
+def check_output(out: str | os.PathLike, overwrite: bool = False) -> pathlib.Path:
+    """Makes sure that `generate` may write to a folder, which is made if it does not exist.
+
+    Raises:
+      ValueError: when it is not empty and not to be overwritten, or cannot be written.
+    """
+    out = pathlib.Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise ValueError(f"output folder {out} cannot be made or read: {error}") from error
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"output folder {out} cannot be written: no permission")
+    if not empty and not overwrite:
+        raise ValueError(
+            f"output folder {out} is not empty; choose another, or give --overwrite to replace the"
+            " images in it"
+        )
+    return out
+
+
+def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
+    """Removes what an earlier run wrote, and nothing else."""
+    for pattern in ("images/[0-9]*.png", "base/[0-9]*.png", "grid.png", "manifest.jsonl"):
+        for file in out.glob(pattern):
+            file.unlink()
+    for folder in folders:
+        (out / folder).mkdir(exist_ok=True)
+
+
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    options: SamplerOptions | None = None,
+    adapter: Adapter | None = None,
+    weights: np.ndarray | None = None,
+    adapter_sources: Sequence[str] = (),
+    base_twins: bool = False,
+    overwrite: bool = False,
+) -> float:
+    """Writes a folder of images, the job behind `respodiff generate`.
+
+    Image i of the run has seed `seed + i`; the images of a prompt follow each other. In `out`:
+    `images/00000.png`, ..., their base twins in `base/`, `grid.png` with the first of them, and
+    `manifest.jsonl`, one line per file, which each PNG also carries (`images.read_metadata`).
+
+    Args:
+      backbone: the model.
+      prompts: texts.
+      out: folder; new or empty unless `overwrite`.
+      num_images_per_prompt: how many of each.
+      seed: of the first image.
+      options: how to sample; by default `SamplerOptions()`.
+      adapter: concepts, or None for the base model.
+      weights: `selection.concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
+      adapter_sources: where the adapter came from, for the manifest.
+      base_twins: also write each image without the adapter, from the same noise.
+      overwrite: allow a folder that is not empty.
+
+    Returns:
+      Images per second, twins counted, compilation included.
+
+    Raises:
+      ValueError: for an output folder that is not empty or not writable.
+    """
+    options = options or SamplerOptions()
+    out = check_output(out, overwrite)
+    _prepare_output(out, ("images", "base") if base_twins else ("images",))
+    count = len(prompts) * num_images_per_prompt
+    all_prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    seeds = [seed + i for i in range(count)]
+    common = {
+        "negative_prompt": options.negative_prompt,
+        "sampler": "ddim",
+        "num_steps": options.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution or backbone.default_resolution,
+        "model": dict(backbone.identity),
+        "dtype": str(np.dtype(backbone.dtype)),
+        "adapter": list(adapter_sources),
+    }
+    shown: list[tuple[int, ImagePair, dict[str, float]]] = []
+    pairs = sample_images(backbone, all_prompts, seeds, options, adapter, weights, base_twins)
+    start = time.perf_counter()
+    with open(out / "manifest.jsonl", "w", encoding="utf-8") as manifest:
+        for i, pair in enumerate(tqdm(pairs, "generate", count, unit="image", disable=None)):
+            scales = {} if adapter is None else _scales(adapter, weights[i])
+            versions = [("images", pair.image, scales)]
+            if base_twins:
+                versions.append(("base", pair.base, {}))
+            for folder, image, concepts in versions:
+                record = {
+                    "file": f"{folder}/{i:05d}.png",
+                    "prompt": all_prompts[i],
+                    "seed": seeds[i],
+                    "concepts": concepts,
+                } | common
+                images_lib.save_png(image, out / record["file"], record)
+                manifest.write(json.dumps(record) + "\n")
+            row, column = divmod(i, num_images_per_prompt)
+            if row < _GRID_PROMPTS and column < _GRID_COLUMNS:
+                shown.append((i, pair, scales))
+    seconds = time.perf_counter() - start
+    _grid(shown, prompts, min(num_images_per_prompt, _GRID_COLUMNS), seeds).save(out / "grid.png")
+    return count * (1 + base_twins) / seconds
+
+
+def _scales(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
+    """The concepts that are at work in an image, by name."""
+    named = zip(adapter.names, weights.tolist(), strict=True)
+    return {name: round(weight, 6) for name, weight in named if weight}
+
+
+def _grid(shown, prompts, columns, seeds):
+    """A row per prompt, under its base row if there are twins; captions tell seed and concepts."""
+    rows, labels, captions = [], [], []
+    for prompt, start in zip(prompts, range(0, len(shown), columns), strict=False):
+        entries = shown[start : start + columns]
+        adapted_label = prompt
+        if entries[0][1].base is not None:
+            rows.append([pair.base for _, pair, _ in entries])
+            labels.append(f"{prompt}\nbase")
+            captions.append([f"seed {seeds[i]}" for i, _, _ in entries])
+            adapted_label = "adapted"
+        rows.append([pair.image for _, pair, _ in entries])
+        labels.append(adapted_label)
+        captions.append([_caption(seeds[i], scales) for i, _, scales in entries])
+    per_prompt = len(rows) * columns // len(shown)
+    return images_lib.grid(rows, labels, captions=captions, rows_per_group=per_prompt)
+
+
+def _caption(seed: int, scales: Mapping[str, float]) -> str:
+    concepts = [name if scale == 1 else f"{scale:g} {name}" for name, scale in scales.items()]
+    return " + ".join(concepts) or f"seed {seed}"

@@ -1,0 +1,157 @@
+"""Pictures on disk: PNGs that carry how they were made, and labelled grids of them."""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+METADATA_KEY = "parameters"
+
+_BACKGROUND, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (112, 117, 122)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` as uint8; floats are in [0, 1] and clipped to it, uint8 stays as it is."""
+    image = np.asarray(image)
+    if image.dtype == np.uint8:
+        return image
+    return np.round(np.clip(image.astype(np.float32), 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def save_png(
+    image: np.ndarray, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes an image, with its metadata as JSON in a PNG text chunk named `parameters`.
+
+    Args:
+      image: `(H, W, 3)`, uint8 or float in [0, 1].
+      path: file to write.
+      metadata: a JSON-able mapping, or None.
+    """
+    info = PngInfo()
+    if metadata is not None:
+        info.add_text(METADATA_KEY, json.dumps(metadata))
+    Image.fromarray(to_uint8(image)).save(path, format="PNG", pnginfo=info)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata that `save_png` embedded in a PNG.
+
+    Raises:
+      ValueError: when the file holds none.
+    """
+    with Image.open(path) as image:
+        text = image.info.get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} has no {METADATA_KEY!r} text chunk; respodiff did not write it")
+    return json.loads(text)
+
+
+def grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    *,
+    title: str | None = None,
+    rows_per_group: int | None = None,
+    tile: int | None = None,
+) -> Image.Image:
+    """Arranges images in labelled rows and columns on white.
+
+    Args:
+      rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; may be one array.
+      row_labels: one text per row, to its left, wrapped.
+      column_labels: one text per column, above it.
+      captions: one short text per image, under it; nested as `rows`.
+      title: a line above all.
+      rows_per_group: how many consecutive rows belong together, a wider gap parting groups; None
+        is all.
+      tile: width of an image in the grid in pixels; by default the images' own, within 128..256.
+
+    Returns:
+      The picture, RGB.
+
+    Raises:
+      ValueError: when rows, images and labels do not fit each other.
+    """
+    columns = len(rows[0]) if len(rows) else 0
+    if not columns or any(len(row) != columns for row in rows):
+        raise ValueError(f"grid rows have {[len(row) for row in rows]} images, expected equal rows")
+    for what, found, expected in (
+        ("row_labels", row_labels, [len(rows)]),
+        ("column_labels", column_labels, [columns]),
+        ("captions", captions, [len(rows), columns]),
+    ):
+        if found is not None and list(np.shape(found)) != expected:
+            raise ValueError(f"grid {what}: shape {np.shape(found)}, expected {tuple(expected)}")
+
+    height, width = np.shape(rows[0][0])[:2]
+    tile_w = tile or min(max(width, 128), 256)
+    tile_h = round(tile_w * height / width)
+    text_size = min(max(tile_w // 12, 12), 20)
+    font = ImageFont.load_default(text_size)
+    small = ImageFont.load_default(max(text_size * 3 // 4, 10))
+    gap, group_gap, margin = 4, 16, 12
+    line = round(text_size * 1.3)
+    caption_h = 0 if captions is None else round(line * 0.95)
+
+    column_texts = [_wrap(text, font, tile_w, 2) for text in column_labels or ()]
+    left = margin + (tile_w + margin if row_labels is not None else 0)
+    title_h = 0 if title is None else line + gap
+    top = margin + title_h + line * max(map(len, column_texts), default=0)
+    lefts = [left + column * (tile_w + gap) for column in range(columns)]
+    row_h, extra_gap = tile_h + caption_h + gap, group_gap - gap
+    group = rows_per_group or len(rows)
+    tops = [top + i * row_h + i // group * extra_gap for i in range(len(rows))]
+    size = (lefts[-1] + tile_w + margin, tops[-1] + tile_h + caption_h + margin)
+    canvas = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+
+    if title is not None:
+        draw.text((margin, margin), _wrap(title, font, size[0] - 2 * margin, 1)[0], _INK, font)
+    for x, lines in zip(lefts, column_texts, strict=False):
+        for i, text in enumerate(lines):
+            y = top - line * (len(lines) - i)
+            draw.text((x + tile_w / 2, y), text, _INK, font, anchor="ma")
+    for y, label in zip(tops, row_labels or (), strict=False):
+        lines = _wrap(label, font, tile_w, max(tile_h // line, 1))
+        for i, text in enumerate(lines):
+            draw.text((margin, y + (tile_h - line * len(lines)) / 2 + i * line), text, _INK, font)
+    scaling = Image.Resampling.LANCZOS if tile_w <= width else Image.Resampling.NEAREST
+    for i, j in itertools.product(range(len(rows)), range(columns)):
+        picture = Image.fromarray(to_uint8(rows[i][j])).resize((tile_w, tile_h), scaling)
+        canvas.paste(picture, (lefts[j], tops[i]))
+        if captions is not None and captions[i][j]:
+            text = _wrap(captions[i][j], small, tile_w, 1)[0]
+            center = lefts[j] + tile_w / 2
+            draw.text((center, tops[i] + tile_h + 2), text, _FAINT_INK, small, anchor="ma")
+    return canvas
+
+
+def _wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
+    """`text` in lines of at most `width` pixels; what does not fit in `max_lines` ends in "…"."""
+    lines = []
+    for paragraph in text.split("\n"):
+        current = ""
+        for word in paragraph.split():
+            longer = f"{current} {word}".strip()
+            if current and font.getlength(longer) > width:
+                lines.append(current)
+                current = word
+            else:
+                current = longer
+        lines.append(current)
+    cut = len(lines) > max_lines
+    lines = lines[:max_lines]
+    for i, content in enumerate(lines):
+        ellipsis = "…" if cut and i == len(lines) - 1 else ""
+        while content and font.getlength(content + ellipsis) > width:
+            content, ellipsis = content[:-1], "…"
+        lines[i] = content + ellipsis
+    return lines

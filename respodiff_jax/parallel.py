@@ -1,0 +1,319 @@
+"""Devices: where states live and how the pure step runs on all of them, on one host or many.
+
+All devices form one mesh with the axes `concept` and `data`: as many concept shards as divide both
+the number of concepts and of devices; the devices of a concept shard split its batch. Two
+strategies run the same step on it:
+
+* `pmap`: each device runs the step on its own share, gradients are averaged by `pmean` among the
+  devices of a concept shard, the frozen parameters are replicated.
+* `mesh`: `jit` with `NamedSharding`s; the frozen parameters are replicated or, with `fsdp`,
+  sharded.
+
+A state has one *canonical* form, global arrays sharded over the mesh. Checkpoints hold it, so that
+a run may continue under the other strategy or on another number of devices.
+"""
+
+import abc
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.train_step import Metrics, Recipe, TrainState
+
+P = PartitionSpec
+_AXIS = "device"  # the pmapped axis
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    auto: bool = False,
+) -> None:
+    """Joins a multi-host job; call before anything else touches JAX.
+
+    Args:
+      coordinator: "host:port" of process 0; with it, the next two are required.
+      num_processes: number of processes of the job.
+      process_id: this process, 0 .. num_processes - 1.
+      auto: let JAX find the three itself, as it does on Cloud TPU pods, Slurm and Open MPI.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    explicit = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in explicit.items() if value is None]
+    if auto and len(missing) < 3:
+        raise ValueError(
+            f"distributed: 'auto' finds {', '.join(explicit)} itself; do not give them"
+        )
+    if auto:
+        jax.distributed.initialize()
+    elif not missing:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif len(missing) < 3:
+        raise ValueError(f"distributed: {', '.join(missing)} missing; give all three or none")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, under `JAX_COMPILATION_CACHE_DIR` or the user's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_home) / "respodiff_jax"))
+
+
+def make_placement(
+    strategy: str, num_concepts: int, batch_size: int, fsdp: bool = False
+) -> "Placement":
+    """Lays concepts and samples out over all devices of all processes.
+
+    Args:
+      strategy: "pmap" or "mesh".
+      num_concepts: N.
+      batch_size: samples of each concept in a step, over all devices.
+      fsdp: "mesh" only, shard the frozen parameters.
+
+    Raises:
+      ValueError: if the batch cannot be divided over the devices of a concept shard.
+    """
+    devices = np.asarray(jax.devices())
+    concept_shards = math.gcd(num_concepts, devices.size)
+    data_shards = devices.size // concept_shards
+    if batch_size % data_shards:
+        raise ValueError(
+            f"train.batch_size is {batch_size}, expected a multiple of {data_shards}:"
+            f" {devices.size} devices and {num_concepts} concept(s) in {concept_shards} shard(s)"
+            f" leave {data_shards} devices to share the batch of each; change train.batch_size or"
+            " the number of devices"
+        )
+    mesh = Mesh(devices.reshape(concept_shards, data_shards), ("concept", "data"))
+    if strategy == "pmap":
+        return PmapPlacement(mesh, batch_size)
+    return MeshPlacement(mesh, batch_size, fsdp)
+
+
+def _state_specs(state: TrainState) -> TrainState:
+    """How a canonical state lies on the mesh, leaf by leaf."""
+    by_concept = jax.tree.map(lambda _: P("concept"), state.concepts)
+    rollout = jax.tree.map(lambda _: P("concept", "data"), state.concepts.rollout)
+    return TrainState(step=P(), key=P(), concepts=by_concept.replace(rollout=rollout))
+
+
+class Placement(abc.ABC):
+    """A mesh of devices and a way to run the step on it.
+
+    `state`, `frozen` and `concepts` below are in the placement's own form, made by the `place_*`
+    functions; `canonical` is its inverse for states.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self.mesh = mesh
+        self.batch_size = batch_size
+        self.concept_shards, self.data_shards = mesh.devices.shape
+
+    @abc.abstractmethod
+    def place_frozen(self, params: dict) -> dict:
+        """Puts the frozen parameters on the devices."""
+
+    @abc.abstractmethod
+    def place_concepts(self, concepts: ConceptArrays) -> ConceptArrays:
+        """Puts host arrays `(N, ...)` on the devices that train these concepts."""
+
+    @abc.abstractmethod
+    def place_state(self, state: TrainState) -> TrainState:
+        """Takes a canonical state."""
+
+    @abc.abstractmethod
+    def canonical(self, tree: TrainState | Metrics) -> TrainState | Metrics:
+        """Global arrays of a state, or of metrics, without copying between devices."""
+
+    @abc.abstractmethod
+    def compile(self, step: Callable) -> Callable:
+        """Turns `step(state, frozen, concepts, sample_ids, **axis)` into `f(state, frozen,
+        concepts)`.
+
+        The state's buffers are donated.
+        """
+
+    @abc.abstractmethod
+    def compile_with_frozen(self, function: Callable) -> Callable:
+        """Jits `function(frozen, *args)`; every process calls it with equal host `args`."""
+
+    def prepare(self, recipe: Recipe) -> Recipe:
+        """The recipe as this placement runs it."""
+        return recipe
+
+    def to_canonical_devices(self, state: TrainState) -> TrainState:
+        """Puts a host state, the same on all processes, on the mesh in canonical form."""
+        return jax.tree.map(self._put, state, _state_specs(state))
+
+    def abstract(self, state: TrainState) -> TrainState:
+        """Shapes, dtypes and shardings of a state's canonical form, for restoring one."""
+        return jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
+            ),
+            state,
+            _state_specs(state),
+        )
+
+    def fetch(self, tree: Any) -> Any:
+        """Host arrays of a canonical tree, whole on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.process_allgather(tree, tiled=True)
+        return jax.tree.map(np.asarray, tree)
+
+    def _put(self, x: Any, spec: PartitionSpec) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, spec), x.__getitem__)
+
+
+class PmapPlacement(Placement):
+    """Own form: `(local devices, ...)` arrays, one slice a device."""
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        super().__init__(mesh, batch_size)
+        self.local_mesh = Mesh(np.asarray(jax.local_devices()), (_AXIS,))
+
+    def place_frozen(self, params):
+        stacked = NamedSharding(self.local_mesh, P(_AXIS))
+
+        def replicate(x):
+            x = np.asarray(x)[None]
+            shape = (self.local_mesh.size, *x.shape[1:])
+            return jax.make_array_from_callback(shape, stacked, lambda _: x)
+
+        return jax.tree.map(replicate, params)
+
+    def place_concepts(self, concepts):
+        return jax.tree.map(lambda x: self._stack(self._put(x, P("concept"))), concepts)
+
+    def place_state(self, state):
+        return jax.tree.map(self._stack, state)
+
+    def canonical(self, tree):
+        specs = (
+            _state_specs(tree)
+            if isinstance(tree, TrainState)
+            else jax.tree.map(lambda _: P("concept"), tree)
+        )
+        return jax.tree.map(self._unstack, tree, specs)
+
+    def compile(self, step):
+        groups = np.arange(self.mesh.size).reshape(self.mesh.devices.shape).tolist()
+        mapped = jax.pmap(
+            lambda *args: step(*args, axis_name=_AXIS, axis_index_groups=groups),
+            axis_name=_AXIS,
+            donate_argnums=(0,),
+        )
+        ids = np.arange(self.batch_size, dtype=np.int32)
+        sample_ids = self._stack(self._put(ids, P("data")))
+        return lambda state, frozen, concepts: mapped(state, frozen, concepts, sample_ids)
+
+    def compile_with_frozen(self, function):
+        # One device holds all that is needed; taking its slice inside the jit copies nothing.
+        def on_slice(frozen, *args):
+            return function(jax.tree.map(lambda x: x[0], frozen), *args)
+
+        jitted = jax.jit(on_slice)
+        return lambda frozen, *args: jitted(
+            jax.tree.map(lambda x: x.addressable_shards[0].data, frozen), *args
+        )
+
+    def _stack(self, x: jax.Array) -> jax.Array:
+        """Global array -> `(local devices, ...)`, each device's shard its slice."""
+        by_device = {shard.device: shard.data for shard in x.addressable_shards}
+        slices = [by_device[device][None] for device in self.local_mesh.devices]
+        return jax.make_array_from_single_device_arrays(
+            (len(slices), *slices[0].shape[1:]), NamedSharding(self.local_mesh, P(_AXIS)), slices
+        )
+
+    def _unstack(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """`(local devices, ...)` -> global array of that spec."""
+        shards = [shard.data[0] for shard in x.addressable_shards]
+        sizes = [1 if axis is None else self.mesh.shape[axis] for axis in spec]
+        sizes += [1] * (shards[0].ndim - len(sizes))
+        shape = tuple(n * size for n, size in zip(shards[0].shape, sizes, strict=True))
+        return jax.make_array_from_single_device_arrays(
+            shape, NamedSharding(self.mesh, spec), shards
+        )
+
+
+class MeshPlacement(Placement):
+    """Own form: the canonical one."""
+
+    def __init__(self, mesh: Mesh, batch_size: int, fsdp: bool):
+        super().__init__(mesh, batch_size)
+        self.fsdp = fsdp
+
+    def place_frozen(self, params):
+        return jax.tree.map(lambda x: self._put(x, self._frozen_spec(x.shape)), params)
+
+    def _frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Shards the largest dimension that all devices divide; small tensors stay whole."""
+        divisible = [n if n % self.mesh.size == 0 else 0 for n in shape]
+        if not self.fsdp or not any(divisible):
+            return P()
+        axis = int(np.argmax(divisible))
+        return P(*[None] * axis, ("concept", "data"))
+
+    def prepare(self, recipe):
+        if not self.fsdp:
+            return recipe
+        return dataclasses.replace(
+            recipe, encode=self._gathering(recipe.encode), decode=self._gathering(recipe.decode)
+        )
+
+    def _gathering(self, apply: Callable) -> Callable:
+        """`apply(frozen, x, ...)` that has the whole parameters only while it runs.
+
+        The barrier ties the gathering to `x`, so that no two passes share one copy and no copy
+        waits for its pass; the checkpoint policy gathers again for the backward pass.
+        """
+        replicated = NamedSharding(self.mesh, P())
+
+        def gather_and_apply(frozen, x, *args):
+            frozen, x = jax.lax.optimization_barrier((frozen, x))
+            frozen = jax.lax.with_sharding_constraint(frozen, replicated)
+            return apply(checkpoint_name(frozen, "gathered"), x, *args)
+
+        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
+        return jax.checkpoint(gather_and_apply, policy=policy)
+
+    def place_concepts(self, concepts):
+        return jax.tree.map(lambda x: self._put(x, P("concept")), concepts)
+
+    def place_state(self, state):
+        return state
+
+    def canonical(self, tree):
+        return tree
+
+    def compile(self, step):
+        def with_shardings(state, frozen, concepts, sample_ids):
+            new_state, metrics = step(state, frozen, concepts, sample_ids)
+            shardings = jax.tree.map(lambda s: NamedSharding(self.mesh, s), _state_specs(state))
+            return jax.lax.with_sharding_constraint(new_state, shardings), metrics
+
+        jitted = jax.jit(with_shardings, donate_argnums=(0,))
+        sample_ids = self._put(np.arange(self.batch_size, dtype=np.int32), P("data"))
+        return lambda state, frozen, concepts: jitted(state, frozen, concepts, sample_ids)
+
+    def compile_with_frozen(self, function):
+        return jax.jit(function, out_shardings=NamedSharding(self.mesh, P()))

@@ -1,0 +1,334 @@
+"""One training step of RAM and SAM, and the state it advances (paper, section 4 and algorithm 1).
+
+`train_step` is pure. It is written for N concepts: one concept is N = 1. What a concept does is one
+function, `_concept_step`, `vmap`ped over the leading concept axis; the frozen UNet has none.
+Devices are the caller's business (`respodiff_jax.parallel`): under `pmap` the step sees its
+device's share of the samples and averages gradients over `axis_name`; under `jit` it sees all of
+them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from respodiff_jax import diffusion, objective
+from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.modules import MidBlockModule, Params, add_delta
+from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.rollout import FaithfulRollout
+
+
+class ConceptState(flax.struct.PyTreeNode):
+    """What is trained; all leaves have a leading concept axis N.
+
+    Attributes:
+      ram, sam: parameters.
+      opt_ram, opt_sam: Optax states.
+      ema: exponential moving averages `(ram, sam)`, or None.
+      rollout: the rollout's state, leaves `(N, B, ...)`.
+      diverged_at: int32 `(N,)`; step of the first non-finite loss, from which on the concept is
+        left as it was before that step; -1 if all is well.
+    """
+
+    ram: Params
+    sam: Params
+    opt_ram: optax.OptState
+    opt_sam: optax.OptState
+    ema: tuple[Params, Params] | None
+    rollout: Any
+    diverged_at: jax.Array
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a checkpoint holds.
+
+    Attributes:
+      step: int32 `()`, optimiser steps taken.
+      key: uint32 `(2,)`, data of the run's random key; step n uses `fold_in(key, n)`.
+      concepts: the concepts' states.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    concepts: ConceptState
+
+
+class Metrics(NamedTuple):
+    """Of one step; leaves `(N,)`."""
+
+    loss_resp: jax.Array
+    loss_sem: jax.Array
+    grad_norm_ram: jax.Array
+    grad_norm_sam: jax.Array
+    ddim_index: jax.Array
+    diverged_at: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """What is fixed for a run: functions and hyper-parameters, no arrays.
+
+    Attributes:
+      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`, up to and with the mid-block.
+      decode: `g(params, h, skips) -> model output`.
+      latent_shape: `(h, w, c)`.
+      module: architecture of RAM and SAM.
+      schedule: DDIM schedule of the rollout; the losses' timesteps are its.
+      rollout: where the losses are evaluated.
+      rollout_guidance_scale: guidance of the neutral trajectories.
+      optimizer: gradient transformation, up to the factor `-learning_rate`.
+      ema_decay: of the moving averages, or None.
+    """
+
+    encode: Callable
+    decode: Callable
+    latent_shape: tuple[int, int, int]
+    module: MidBlockModule
+    schedule: diffusion.Schedule
+    rollout: FaithfulRollout
+    rollout_guidance_scale: float
+    optimizer: optax.GradientTransformation
+    ema_decay: float | None
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, backbone: Backbone, resolution: int) -> "Recipe":
+        schedule = diffusion.Schedule.from_config(
+            backbone.scheduler_config, config.rollout.num_steps
+        )
+        return cls(
+            encode=backbone.encode,
+            decode=backbone.decode,
+            latent_shape=backbone.latent_shape(resolution),
+            module=MidBlockModule(
+                kind=config.module.kind,
+                mid_block_shape=backbone.mid_block_shape(resolution),
+                hidden_channels=config.module.hidden_channels,
+                init_scheme=config.module.init,
+            ),
+            schedule=schedule,
+            rollout=FaithfulRollout(schedule),
+            rollout_guidance_scale=config.rollout.guidance_scale,
+            optimizer=make_optimizer(config.optimizer, config.train.steps),
+            ema_decay=config.optimizer.ema_decay,
+        )
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Adam with optional clipping, warm-up and decay; updates still lack `-learning_rate`.
+
+    Learning rates differ between concepts and modules, so that they multiply outside.
+    """
+    decay_steps = steps - config.warmup_steps
+    decay = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(1.0, decay_steps),
+    }[config.lr_schedule]
+    if config.warmup_steps:
+        warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
+        decay = optax.join_schedules([warmup, decay], [config.warmup_steps])
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    return optax.chain(*clip, adam, optax.scale_by_schedule(decay))
+
+
+def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: int) -> TrainState:
+    """The state before the first step: the same for a concept alone or among others."""
+    key = jax.random.key(seed)
+
+    def init_concept(stream):
+        concept_key = jax.random.fold_in(key, stream)
+        ram_key, sam_key, rollout_key = jax.random.split(concept_key, 3)
+        ram, sam = recipe.module.init_params(ram_key), recipe.module.init_params(sam_key)
+        rollout_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+            rollout_key, jnp.arange(batch_size)
+        )
+        return ConceptState(
+            ram=ram,
+            sam=sam,
+            opt_ram=recipe.optimizer.init(ram),
+            opt_sam=recipe.optimizer.init(sam),
+            ema=None if recipe.ema_decay is None else (ram, sam),
+            rollout=recipe.rollout.init(rollout_keys, recipe.latent_shape),
+            diverged_at=jnp.int32(-1),
+        )
+
+    return TrainState(
+        step=jnp.int32(0),
+        key=jax.random.key_data(key),
+        concepts=jax.vmap(init_concept)(jnp.asarray(concepts.stream)),
+    )
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    frozen: dict,
+    concepts: ConceptArrays,
+    sample_ids: jax.Array,
+    axis_name: str | None = None,
+    axis_index_groups: list[list[int]] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Advances N concepts by one step.
+
+    Args:
+      recipe: static.
+      state: leaves of `state.concepts` are `(N, ...)`.
+      frozen: the backbone's parameters, never changed.
+      concepts: leaves `(N, ...)`.
+      sample_ids: int32 `(B,)`, which samples of the global batch these are; they name the samples'
+        random streams, so that a batch is the same however it is split.
+      axis_name: of the mapped axis that the rest of the batch lies on, if any.
+      axis_index_groups: which of its positions share concepts.
+
+    Returns:
+      The new state and the step's metrics.
+    """
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    rollout_key, samples_key = jax.random.split(step_key)
+
+    def pmean(tree):
+        if axis_name is None:
+            return tree
+        return jax.lax.pmean(tree, axis_name, axis_index_groups=axis_index_groups)
+
+    def one_concept(concept_state, concept):
+        concept_key = jax.random.fold_in(samples_key, concept.stream)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(concept_key, sample_ids)
+        return _concept_step(
+            recipe, concept_state, frozen, concept, keys, rollout_key, state.step, pmean
+        )
+
+    new_concepts, metrics = jax.vmap(one_concept)(state.concepts, concepts)
+    return state.replace(step=state.step + 1, concepts=new_concepts), metrics
+
+
+def _concept_step(
+    recipe: Recipe,
+    state: ConceptState,
+    frozen: dict,
+    concept: ConceptArrays,
+    keys: jax.Array,
+    rollout_key: jax.Array,
+    step: jax.Array,
+    pmean: Callable,
+) -> tuple[ConceptState, Metrics]:
+    """Rollout, RAM's update, then SAM's with the updated RAM; one concept, no leading axis."""
+    module = recipe.module
+
+    def guided_prediction(z_t, ddim_index, prompt_index):
+        """The model's guided output with RAM and SAM on the conditional half only."""
+        cond = _pick(concept.neutral, prompt_index)
+        uncond = _repeat(concept.empty, len(prompt_index))
+        timesteps = _timesteps(recipe.schedule, ddim_index, len(z_t), copies=2)
+        h, skips = recipe.encode(
+            frozen, jnp.concatenate([z_t, z_t]), timesteps, _concatenate(cond, uncond)
+        )
+        h_cond, h_uncond = jnp.split(h, 2)
+        h_cond = add_delta(
+            h_cond, module.delta(state.ram, h_cond) + module.delta(state.sam, h_cond)
+        )
+        output = recipe.decode(frozen, jnp.concatenate([h_cond, h_uncond]), skips)
+        return diffusion.cfg_combine(*jnp.split(output, 2), recipe.rollout_guidance_scale)
+
+    draw, rollout_state = recipe.rollout.draw(
+        state.rollout,
+        guided_prediction,
+        keys,
+        rollout_key,
+        concept.num_neutral,
+        recipe.latent_shape,
+    )
+    z_t, batch_size = draw.z_t, len(draw.z_t)
+
+    def decode_eps(h, skips, copies=1):
+        output = recipe.decode(frozen, h, skips)
+        z = jnp.concatenate([z_t] * copies)
+        index = jnp.tile(jnp.broadcast_to(draw.ddim_index, (batch_size,)), copies)
+        return diffusion.predict_eps(recipe.schedule, output, z, index)
+
+    # The base model's three predictions as one batch: one pass of the encoder, one of the decoder.
+    conditions = _concatenate(
+        _pick(concept.neutral, draw.prompt_index),
+        _pick(concept.target_cond, draw.prompt_index),
+        _repeat(concept.target_uncond, batch_size),
+    )
+    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=3)
+    h_all, skips_all = recipe.encode(frozen, jnp.concatenate([z_t] * 3), timesteps, conditions)
+    eps_all = decode_eps(h_all, skips_all, copies=3)
+    eps_neutral, eps_tar, eps_unc = jnp.split(eps_all, 3)
+    eps_target = diffusion.cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
+    h, skips = jax.tree.map(lambda x: x[:batch_size], (h_all, skips_all))
+
+    def loss_resp(ram):
+        return objective.responsible_loss(
+            decode_eps(add_delta(h, module.delta(ram, h)), skips), eps_target
+        )
+
+    ram_loss, ram_grad = pmean(jax.value_and_grad(loss_resp)(state.ram))
+    ram, opt_ram = _update(recipe, ram_grad, state.opt_ram, state.ram, concept.lr_ram)
+    ram_delta = module.delta(ram, h)
+
+    def loss_sem(sam):
+        return objective.semantic_loss(
+            decode_eps(add_delta(h, ram_delta + module.delta(sam, h)), skips),
+            eps_neutral,
+            concept.lambda_sem,
+        )
+
+    sam_loss, sam_grad = pmean(jax.value_and_grad(loss_sem)(state.sam))
+    sam, opt_sam = _update(recipe, sam_grad, state.opt_sam, state.sam, concept.lr_sam)
+
+    ema = state.ema
+    if recipe.ema_decay is not None:
+        ema = optax.incremental_update((ram, sam), state.ema, 1 - recipe.ema_decay)
+
+    healthy = _all_finite((ram_loss, sam_loss, ram, sam)) & (state.diverged_at < 0)
+    advanced = state.replace(
+        ram=ram, sam=sam, opt_ram=opt_ram, opt_sam=opt_sam, ema=ema, rollout=rollout_state
+    )
+    new_state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), advanced, state)
+    diverged_at = jnp.where(healthy | (state.diverged_at >= 0), state.diverged_at, step)
+    metrics = Metrics(
+        loss_resp=ram_loss,
+        loss_sem=sam_loss,
+        grad_norm_ram=optax.tree.norm(ram_grad),
+        grad_norm_sam=optax.tree.norm(sam_grad),
+        ddim_index=jnp.mean(jnp.asarray(draw.ddim_index, jnp.float32)),
+        diverged_at=diverged_at,
+    )
+    return new_state.replace(diverged_at=diverged_at), metrics
+
+
+def _update(recipe, grad, opt_state, params, learning_rate):
+    updates, opt_state = recipe.optimizer.update(grad, opt_state, params)
+    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _timesteps(schedule, ddim_index, batch_size, copies=1) -> jax.Array:
+    """The UNet's timesteps, int32 `(batch_size * copies,)`."""
+    timesteps = jnp.asarray(schedule.timesteps)[ddim_index]
+    return jnp.tile(jnp.broadcast_to(timesteps, (batch_size,)), copies)
+
+
+def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:
+    return jax.tree.map(lambda x: x[index], conditions)
+
+
+def _repeat(condition: Conditioning, batch_size: int) -> Conditioning:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, *x.shape)), condition)
+
+
+def _concatenate(*conditions: Conditioning) -> Conditioning:
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *conditions)
+
+
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

@@ -1,0 +1,179 @@
+"""`respodiff train`: from a config to checkpoints, pictures and an adapter."""
+
+import os
+from functools import partial
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from respodiff_jax.adapters import save_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.checkpoint import (
+    Checkpoints,
+    Preemption,
+    RunRecord,
+    check_same_config,
+    make_adapter,
+)
+from respodiff_jax.config import concepts_from, validate
+from respodiff_jax.monitoring import RunLog, ValidationGrids
+from respodiff_jax.objective import concept_arrays
+from respodiff_jax.parallel import make_placement
+from respodiff_jax.train_step import Metrics, Recipe, init_state, train_step
+
+# Steps traced by `--profile`, counted from the first of this start: after compilation.
+_PROFILE_FROM, _PROFILE_UNTIL = 5, 10
+
+
+def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
+    """Trains the config's concepts, continuing where the working directory stands.
+
+    SIGTERM saves and returns; calling again continues bit for bit.
+
+    Args:
+      config: as from `respodiff_jax.config.load_config`.
+      workdir: directory of the run, made if needed; local or `gs://`.
+      profile: also write a trace of a few steps to `workdir/profile`.
+
+    Raises:
+      ValueError: for what the user can mend: config, devices, directory, model.
+      FloatingPointError: if a loss or a module is no longer finite, naming step and concept. What
+        was saved before stays.
+    """
+    validate(config)
+    concepts = concepts_from(config)
+    batch_size = config.train.batch_size
+    placement = make_placement(
+        config.parallel.strategy, len(concepts), batch_size, config.parallel.fsdp
+    )
+    workdir = _writable(workdir)
+    check_same_config(config, workdir)
+
+    backbone = load_backbone(
+        config.model.name,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        dtype=config.model.dtype,
+    )
+    resolution = config.model.resolution or backbone.default_resolution
+    recipe = Recipe.from_config(config, backbone, resolution)
+    identity = backbone.identity | {
+        "resolution": resolution,
+        "prediction_type": recipe.schedule.prediction_type,
+    }
+    record = RunRecord.of(config, concepts, recipe.module, identity)
+    if saved := RunRecord.read(workdir):
+        record.check_continues(saved, workdir)
+
+    arrays = concept_arrays(backbone, concepts, resolution)
+    parts = ("unet", "vae") if config.log.grid_every else ("unet",)
+    frozen = placement.place_frozen({part: backbone.params[part] for part in parts})
+    placed_concepts = placement.place_concepts(arrays)
+    fresh = init_state(recipe, arrays, config.seed, batch_size)
+    step_fn = placement.compile(partial(train_step, placement.prepare(recipe)))
+
+    with (
+        Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        Preemption() as preemption,
+    ):
+        restored = checkpoints.restore_latest(placement.abstract(fresh))
+        canonical = placement.to_canonical_devices(fresh) if restored is None else restored
+        step = first_step = int(placement.fetch(canonical.step))
+        if jax.process_index() == 0:
+            record.write(workdir)
+        state = placement.place_state(canonical)
+        grids = None
+        if config.log.grid_every:
+            grids = ValidationGrids(
+                workdir,
+                config.log,
+                backbone,
+                placement,
+                recipe.module,
+                resolution,
+                concepts,
+                arrays,
+            )
+
+        def adapter_now():
+            host = placement.fetch(placement.canonical(state).concepts)
+            return make_adapter(record, vars(host))
+
+        with RunLog(workdir, concepts, batch_size, first_step, config.train.steps) as log:
+            log.say(
+                f"{len(concepts)} concept(s) on {jax.device_count()} {jax.devices()[0].platform}"
+                f" device(s), {placement.concept_shards} concept × {placement.data_shards} data"
+                f" shards, {config.parallel.strategy};"
+                + (f" continuing at step {step}" if step else " compiling the step")
+            )
+            pending: list[Metrics] = []
+            stopped = False
+            while step < config.train.steps and not stopped:
+                if profile and step == first_step + _PROFILE_FROM:
+                    jax.profiler.start_trace(str(workdir / "profile"))
+                state, metrics = step_fn(state, frozen, placed_concepts)
+                pending.append(metrics)
+                step += 1
+                if profile and step == first_step + _PROFILE_UNTIL:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+
+                stopped = preemption.reached(step)
+                last = step == config.train.steps or stopped
+                saving = last or checkpoints.due(step)
+                drawing = grids and (last or step % config.log.grid_every == 0) and not stopped
+                if saving or drawing or step % config.log.every == 0:
+                    host_metrics = [placement.fetch(placement.canonical(m)) for m in pending]
+                    pending.clear()
+                    log.write(step, host_metrics)
+                    _check_finite(host_metrics[-1], concepts, workdir)
+                if saving:
+                    checkpoints.save(step, placement.canonical(state))
+                if drawing:
+                    grids.write(step, frozen, adapter_now(), log)
+            if stopped:
+                log.say(f"stopped at step {step}, saved; run the same command to continue")
+                return
+            if jax.process_index() == 0:
+                save_adapter(adapter_now(), workdir / "adapter", training=_summary(config, step))
+            log.say(f"adapter written to {workdir / 'adapter'}")
+
+
+def _writable(workdir: str) -> epath.Path:
+    """Makes the directory and checks that it can be written to."""
+    path = epath.Path(workdir)
+    probe = path / f".write_probe_{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(
+            f"workdir {workdir} cannot be written to ({e.strerror or e}); give a directory that can"
+        ) from e
+    return path
+
+
+def _check_finite(metrics: Metrics, concepts, workdir: epath.Path) -> None:
+    diverged = [
+        f"{concept.name!r} at step {int(step)}"
+        for concept, step in zip(concepts, metrics.diverged_at, strict=True)
+        if step >= 0
+    ]
+    if diverged:
+        raise FloatingPointError(
+            f"loss or module no longer finite: {', '.join(diverged)}; checkpoints in {workdir} are"
+            " from before and good. Lower that concept's learning rates or its guidance, or set"
+            " optimizer.clip_norm"
+        )
+
+
+def _summary(config: ConfigDict, step: int) -> dict:
+    return {
+        "steps": step,
+        "batch_size": config.train.batch_size,
+        "seed": config.seed,
+        "rollout": config.rollout.to_dict(),
+        "optimizer": config.optimizer.to_dict(),
+    }

@@ -1,0 +1,58 @@
+"""Packaging of respodiff-jax.
+
+The upper bounds are real: diffusers 0.40 and transformers 5 have no Flax models.
+"""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.8",
+    # The reference that the Flax models are compared with; this version installs a CPU build.
+    "torch==2.13.0",
+]
+
+setup(
+    name="respodiff-jax",
+    version="0.1.0",
+    description="RespoDiff in JAX: fair and safe Stable Diffusion by two small modules.",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
+    include_package_data=True,
+    install_requires=[
+        "jax>=0.10,<0.11",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "diffusers>=0.38,<0.40",
+        "transformers>=4.57,<5",
+        "huggingface_hub>=0.34,<1",
+        "safetensors>=0.6,<1",
+        "tensorflow-datasets>=4.9.10,<5",
+        "array_record>=0.8,<1",
+        "ml_collections>=1.1,<2",
+        "numpy>=2,<3",
+        "pillow>=11",
+        "tensorboardX>=2.6.5,<3",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST,
+        "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
+        "torch": ["torch>=2.4"],
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+    },
+    entry_points={"console_scripts": ["respodiff=respodiff_jax.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,59 @@
+"""Test settings: eight simulated CPU devices, no network, strict JAX."""
+
+import os
+import tempfile
+
+# Before JAX is imported. Compiling is most of the work, and many tests compile the same step.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["USE_TF"] = "0"
+
+import jax
+import pytest
+import torch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # its threads and those of the simulated devices wait for each other
+
+
+def _saved(pipeline, folder):
+    pipeline.save_pretrained(folder / "model", safe_serialization=True)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """A diffusers folder like SD 1.4, saved by PyTorch."""
+    from pipelines import stable_diffusion
+
+    folder = tmp_path_factory.mktemp("sd")
+    return _saved(stable_diffusion(folder), folder)
+
+
+@pytest.fixture(scope="session")
+def sd_v_folder(tmp_path_factory):
+    """A diffusers folder like SD 2.1 (v-prediction), saved by PyTorch."""
+    from pipelines import stable_diffusion
+
+    folder = tmp_path_factory.mktemp("sd_v")
+    return _saved(stable_diffusion(folder, v_prediction=True), folder)
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A diffusers folder like SDXL, saved by PyTorch."""
+    from pipelines import stable_diffusion_xl
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    return _saved(stable_diffusion_xl(folder), folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """A Stable Diffusion with random weights, 16 × 16 pixels."""
+    from respodiff_jax.backbone import random_backbone
+
+    return random_backbone("tiny", dtype="float32")

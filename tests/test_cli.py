@@ -1,0 +1,216 @@
+"""The command line: what it calls, what it writes, and how it reports mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_adapters import make_adapter
+
+from respodiff_jax import checkpoint, cli, parallel
+from respodiff_jax.adapters import load_adapter, save_adapter
+from respodiff_jax.backbone import random_backbone
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(parallel, "enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    identity = random_backbone("tiny", abstract=True).identity
+    save_adapter(make_adapter(shape=(4, 4, 64), **identity, resolution=16), folder)
+    return str(folder)
+
+
+def fails(capsys, *argv):
+    """The message of a command line that exits with status 2."""
+    assert cli.main([str(arg) for arg in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("respodiff: error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_help_needs_no_jax():
+    script = (
+        "import sys\n"
+        "from respodiff_jax import cli\n"
+        "try:\n"
+        "    cli.main(['generate', '--help'])\n"
+        "finally:\n"
+        "    assert not {'jax', 'flax', 'diffusers', 'numpy'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--fair GROUP" in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "generate", "export"])
+def test_each_verb_has_help_with_examples(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    assert capsys.readouterr().out.count(f"respodiff {verb}") >= 3
+
+
+def test_python_m_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "respodiff_jax", "fly"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "invalid choice: 'fly'" in result.stderr
+
+
+def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
+    (tmp_path / "prompts.csv").write_text('id,prompt\n1,"a person, smiling"\n2,\n3,a man\n')
+    argv = ["generate", "--adapter", adapter_folder, "--out", str(tmp_path / "out")]
+    argv += ["--prompt", "a boat", "--prompts-file", str(tmp_path / "prompts.csv")]
+    argv += ["--images-per-prompt", "2", "--fair", "gender", "--ratio", "a woman=0.5,a man=0.5"]
+    argv += ["--base", "--seed", "9", "--steps", "1", "--guidance", "3", "--batch-size", "8"]
+    assert cli.main(argv) == 0
+    assert "12 images" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    adapted = [line for line in lines if line["file"].startswith("images/")]
+    assert len(lines) == 12 and len(adapted) == 6
+    assert [line["seed"] for line in adapted] == [9, 10, 11, 12, 13, 14]
+    prompts = ["a boat", "a person, smiling", "a man"]
+    assert [line["prompt"] for line in adapted[::2]] == prompts
+    for line in adapted:
+        assert line["guidance_scale"] == 3.0 and line["num_steps"] == 1
+        assert line["model"]["name"] == "random/tiny"
+        assert line["adapter"] == [adapter_folder]
+    for first, second in zip(adapted[::2], adapted[1::2], strict=True):
+        assert {*first["concepts"], *second["concepts"]} == {"a woman", "a man"}
+    for file in ("images/00005.png", "base/00005.png", "grid.png"):
+        assert (tmp_path / "out" / file).stat().st_size > 0
+
+    message = fails(capsys, *argv)
+    assert "is not empty" in message and "--overwrite" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompts"),
+        (["--prompt", "a"], "no model; name one with --model"),
+        (["--prompt", "a", "--prompts-file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompt", "a", "--images-per-prompt", "0"], "--images-per-prompt is 0"),
+        (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
+        (["--prompt", "a", "--model", "m", "--base"], "--base compares with an adapter"),
+        (["--prompt", "a", "--model", "m", "--concept", "x"], "--concept given but no adapter"),
+        (["--prompt", "a", "--model", "m", "--batch-size", "3"], "multiple of the 8 devices"),
+        (["--prompt", "a", "--model", "m", "--steps", "0"], "sampling steps is 0"),
+        (["--prompt", "a", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
+        (["--prompt", "a", "--adapter", "ADAPTER"], "none of its concepts chosen"),
+        (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "a cat=1"], "a woman, a man"),
+        (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "=1"], "'=1' is not NAME=NUMBER"),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--fair", "gender", "--ratio", "a man"],
+            "--ratio: 'a man' is not NAME=NUMBER",
+        ),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--adapter", "ADAPTER", "--concept", "a man"],
+            "are duplicates",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    arguments, message, adapter_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("respodiff_jax.backbone.load_backbone", pytest.fail)
+    arguments = [adapter_folder if arg == "ADAPTER" else arg for arg in arguments]
+    assert message in fails(capsys, "generate", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsys):
+    argv = ["generate", "--adapter", adapter_folder, "--prompt", "a", "--concept", "a man"]
+    message = fails(capsys, *argv, "--resolution", 32, "--out", tmp_path / "out")
+    assert "(4, 4, 64)" in message and "(8, 8, 64); generate at resolution 16" in message
+
+
+def test_scales_of_concepts():
+    scales = cli._read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], default=1.0)
+    assert scales == {"a man": 1.0, "a=b": 0.5, "young": -1.0}
+    with pytest.raises(ValueError, match="names 'a man' twice"):
+        cli._read_scales("--concept", ["a man", "a man=2"], default=1.0)
+
+
+def test_prompts_of_files(tmp_path):
+    text, table = tmp_path / "a.txt", tmp_path / "b.CSV"
+    text.write_text("\ufeffa nurse\n\n  a cook \n", encoding="utf-8")
+    table.write_text("text\nx\n")
+    assert cli._read_prompts(["a"], str(text)) == ["a", "a nurse", "a cook"]
+    with pytest.raises(ValueError, match=r"has no column 'prompt', only \['text'\]"):
+        cli._read_prompts([], str(table))
+
+
+def test_train_passes_config_overrides_and_hosts(monkeypatch):
+    calls = []
+
+    def record(name):
+        return lambda *args, **kwargs: calls.append((name, args, kwargs)) or name
+
+    monkeypatch.setattr("respodiff_jax.config.load_config", record("config"))
+    monkeypatch.setattr("respodiff_jax.training.train", record("train"))
+    monkeypatch.setattr(parallel, "initialize_distributed", record("hosts"))
+    argv = ["train", "--config", "c.py", "--config.train.steps=3", "--workdir", "w", "--profile"]
+    argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]
+    assert cli.main([*argv, "--config.seed=1"]) == 0
+    assert calls == [
+        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"]), {}),
+        ("hosts", ("host0:1", 2, 1, False), {}),
+        ("train", ("config", "w"), {"profile": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "c.py", "--workdir", "w", "--steps=3"],
+        ["train", "--config", "c.py", "--workdir", "w", "--config.train.steps", "3"],
+        ["export", "run", "--out", "a", "--config.train.steps=3"],
+        ["train", "--config", "c.py"],
+    ],
+)
+def test_unknown_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: respodiff {arguments[0]}")
+    assert "unrecognized arguments" in error or "required: --workdir" in error
+
+
+def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
+    adapter = make_adapter("conv")
+    calls = []
+
+    def adapter_from_workdir(*args):
+        calls.append(args)
+        return adapter
+
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", adapter_from_workdir)
+    assert cli.main(["export", "run", "--out", str(tmp_path / "out"), "--step", "5"]) == 0
+    assert calls == [("run", 5)]
+    assert load_adapter(tmp_path / "out").names == adapter.names
+    assert "conv adapter of a woman, a man" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, "export", "run", "--out", tmp_path / "file" / "x")
+
+
+def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda path: ("newest", path))
+    assert cli._load_adapter(str(tmp_path)) == ("newest", str(tmp_path))
+
+
+def test_interruption_exits_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", interrupted)
+    assert cli.main(["export", "run", "--out", "a"]) == 130
+    assert "interrupted" in capsys.readouterr().err

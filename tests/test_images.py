@@ -1,0 +1,67 @@
+"""PNGs with metadata, and grids."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from respodiff_jax.images import grid, read_metadata, save_png
+
+
+def picture(value, height=32, width=32):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def test_png_keeps_pixels_and_metadata(tmp_path):
+    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    metadata = {"prompt": "a café 🪦", "seed": 7, "concepts": {"a woman": 0.5}}
+    save_png(pixels, tmp_path / "a.png", metadata)
+    assert read_metadata(tmp_path / "a.png") == metadata
+    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), pixels)
+
+
+def test_png_of_floats_rounds_and_clips(tmp_path):
+    save_png(np.array([[[-0.1, 0.5, 1.2]]]), tmp_path / "a.png")
+    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[[0, 128, 255]]]
+    with pytest.raises(ValueError, match="has no 'parameters' text chunk"):
+        read_metadata(tmp_path / "a.png")
+
+
+def test_grid_puts_every_image_in_its_place():
+    rows = [[picture(10 * i + j, 48, 32) for j in range(3)] for i in range(1, 5)]
+    captions = [[f"seed {j}" for j in range(3)]] * 4
+    labels = ["a very long prompt " * 20, "two", "", "four"]
+    picture_grid = grid(
+        rows, labels, ["x", "y" * 99, "z"], captions, title="title", rows_per_group=2, tile=32
+    )
+    found = np.asarray(picture_grid)
+    assert (found[0] == 255).all() and (found[-1] == 255).all()
+    tops, lefts = [], []
+    for i in range(1, 5):
+        for j in range(3):
+            ys, xs = np.nonzero((found == 10 * i + j).all(-1))
+            assert len(ys) == 48 * 32
+            assert np.ptp(ys) == 47 and np.ptp(xs) == 31
+            tops.append(int(ys.min()))
+            lefts.append(int(xs.min()))
+    steps = np.diff(np.reshape(tops, (4, 3))[:, 0])
+    assert steps[0] == steps[2] < steps[1]
+    assert np.diff(lefts[:3]).tolist() == [36, 36]
+
+
+def test_grid_takes_one_array_of_floats():
+    found = np.asarray(grid(np.zeros((2, 2, 128, 128, 3), np.float32)))
+    assert (found == 0).all(-1).sum() == 4 * 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": []}, r"\[\] images"),
+        ({"rows": [[picture(0)], []]}, r"\[1, 0\] images"),
+        ({"rows": [[picture(0)]], "row_labels": ["a", "b"]}, r"row_labels: .* expected \(1,\)"),
+        ({"rows": [[picture(0)]], "captions": [["a", "b"]]}, r"captions: .* expected \(1, 1\)"),
+    ],
+)
+def test_grid_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**arguments)

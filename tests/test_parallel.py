@@ -1,0 +1,103 @@
+"""The same adapters on one device and on eight, under both strategies."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train_step import MAN, VIOLENCE, WOMAN, setup
+
+from respodiff_jax import parallel
+from respodiff_jax.train_step import train_step
+
+STEPS, BATCH = 2, 8
+
+
+def modules(state):
+    return np.concatenate(
+        [np.asarray(x).ravel() for x in jax.tree.leaves((state.concepts.ram, state.concepts.sam))]
+    )
+
+
+def train_on_all_devices(backbone, concepts, strategy, fsdp=False):
+    """Modules after some steps, and the step's compiled placement."""
+    recipe, arrays, fresh, _ = setup(backbone, concepts, BATCH)
+    placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
+    state = placement.place_state(placement.to_canonical_devices(fresh))
+    frozen = placement.place_frozen({"unet": backbone.params["unet"]})
+    placed = placement.place_concepts(arrays)
+    step = placement.compile(partial(train_step, placement.prepare(recipe)))
+    for _ in range(STEPS):
+        state, metrics = step(state, frozen, placed)
+    metrics = placement.fetch(placement.canonical(metrics))
+    assert metrics.loss_resp.shape == (len(concepts),)
+    return modules(placement.fetch(placement.canonical(state))), placement
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_backbone):
+    """Modules of N concepts trained on one device with the whole batch."""
+    cache = {}
+
+    def train(concepts):
+        if len(concepts) not in cache:
+            _, arrays, state, step = setup(tiny_backbone, concepts, BATCH)
+            for _ in range(STEPS):
+                state, _ = step(state, tiny_backbone.params, arrays, jnp.arange(BATCH))
+            cache[len(concepts)] = modules(state)
+        return cache[len(concepts)]
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("concepts", "strategy", "fsdp", "shards"),
+    [
+        ([WOMAN], "pmap", False, (1, 8)),
+        ([WOMAN, VIOLENCE], "pmap", False, (2, 4)),
+        ([WOMAN, VIOLENCE], "mesh", False, (2, 4)),
+        ([WOMAN, VIOLENCE], "mesh", True, (2, 4)),
+    ],
+)
+def test_eight_devices_train_what_one_does(
+    tiny_backbone, on_one_device, concepts, strategy, fsdp, shards
+):
+    found, placement = train_on_all_devices(tiny_backbone, concepts, strategy, fsdp)
+    assert placement.mesh.devices.shape == shards
+    expected = on_one_device(concepts)
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_fsdp_shards_the_frozen_parameters(tiny_backbone):
+    placement = parallel.make_placement("mesh", 1, BATCH, fsdp=True)
+    params = tiny_backbone.params["unet"]
+    held = sum(
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jax.tree.leaves(placement.place_frozen(params))
+    )
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert held < 1.1 * whole / jax.device_count()
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_states_survive_the_way_to_the_devices_and_back(tiny_backbone, strategy):
+    _, _, fresh, _ = setup(tiny_backbone, [WOMAN, MAN], BATCH, **{"module.init": "uniform"})
+    placement = parallel.make_placement(strategy, 2, BATCH)
+    placed = placement.place_state(placement.to_canonical_devices(fresh))
+    back = placement.fetch(placement.canonical(placed))
+    jax.tree.map(np.testing.assert_array_equal, back, fresh)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(
+        ValueError, match=r"train.batch_size is 6, expected a multiple of 4: 8 devices"
+    ):
+        parallel.make_placement("pmap", 2, 6)
+
+
+def test_distributed_arguments_come_together():
+    with pytest.raises(ValueError, match="process_id missing"):
+        parallel.initialize_distributed("localhost:1", 2)
+    with pytest.raises(ValueError, match="'auto' finds"):
+        parallel.initialize_distributed("localhost:1", 2, 0, auto=True)

@@ -1,0 +1,260 @@
+"""`respodiff train` as a whole: what it writes, stopping, resuming, refusing."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from respodiff_jax import monitoring, training
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.checkpoint import Checkpoints, adapter_from_workdir
+from respodiff_jax.config import add_concept, default, load_config
+from respodiff_jax.training import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 6
+
+
+def make_config(**changes) -> ConfigDict:
+    config = default()
+    config.model.name = "random/tiny"
+    config.model.dtype = "float32"
+    config.rollout.num_steps = 4
+    config.train.steps = STEPS
+    config.train.batch_size = 8
+    config.checkpoint.every = 2
+    config.log.every = 1
+    config.log.grid_every = 0
+    for key in ("woman", "man"):
+        add_concept(
+            config,
+            key,
+            name=f"a {key}",
+            group="gender",
+            neutral_prompts=("a person",),
+            target_prompt=f"a {key}",
+        )
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def final_state(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_host()
+
+
+def assert_same_state(workdir, other):
+    (step, ours), (other_step, theirs) = final_state(workdir), final_state(other)
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@contextlib.contextmanager
+def sigterm_at(step):
+    """SIGTERM to this process when the log of that step is written."""
+    write = monitoring.RunLog.write
+
+    def write_and_kill(self, at, metrics):
+        write(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring.RunLog, "write", write_and_kill)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, with grids."""
+    workdir = tmp_path_factory.mktemp("finished")
+    changes = {"log.grid_every": STEPS, "log.grid_images": 2, "log.grid_steps": 2}
+    train(make_config(**changes), str(workdir))
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["concepts"]["a man"]["loss_resp"] > 0 for line in lines)
+    assert lines[0]["concepts"]["a man"]["loss_sem"] > 0  # with the updated, no longer zero, RAM
+    assert list((finished / "tensorboard").glob("events*"))
+    grids = sorted((finished / "grids").glob("*.png"))
+    assert [g.name for g in grids] == ["0000006_00_a_man.png", "0000006_01_a_woman.png"]
+    with Image.open(grids[0]) as picture:
+        assert min(picture.size) > 32
+
+    record = json.loads((finished / "run.json").read_text())
+    assert record["config"]["train"]["batch_size"] == 8
+    assert record["backbone"]["name"] == "random/tiny"
+    assert [c["name"] for c in record["concepts"]] == ["a man", "a woman"]
+
+    exported, held = load_adapter(finished / "adapter"), adapter_from_workdir(finished)
+    jax.tree.map(np.testing.assert_array_equal, exported.ram, held.ram)
+    assert [c.name for c in exported.concepts] == ["a man", "a woman"]
+    assert np.abs(exported.ram["constant"]).max() > 0
+
+
+def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
+    _, state = final_state(finished)
+    module = 4 * 4 * 64
+    sizes = sorted({leaf.size for leaf in jax.tree.leaves(state)})
+    assert sizes == [1, 2, 2 * module]
+    newest = finished / "checkpoints" / str(STEPS)
+    size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    assert size < 0.1 * sum(x.nbytes for x in jax.tree.leaves(tiny_backbone.params["unet"]))
+    kept = sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 4, 6]
+
+
+def test_sigterm_saves_and_the_resumed_run_is_bit_identical(finished, tmp_path, capfd):
+    with sigterm_at(3):
+        train(make_config(), str(tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps[-1] in (3, 4)
+    assert not (tmp_path / "adapter").exists()
+    assert "saved; run the same command to continue" in "".join(capfd.readouterr())
+    train(make_config(), str(tmp_path))
+    assert_same_state(tmp_path, finished)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_more_steps_continue_a_finished_run(finished, tmp_path):
+    """Shorter first; with another strategy's devices, checkpoints and logs."""
+    train(make_config(**{"train.steps": 4}), str(tmp_path))
+    changes = {"parallel.strategy": "mesh", "checkpoint.every": 1, "checkpoint.keep": 2}
+    train(make_config(**changes), str(tmp_path))
+    (_, ours), (_, theirs) = final_state(tmp_path), final_state(finished)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), ours, theirs)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5, 6]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for file in (workdir / "checkpoints" / str(STEPS)).rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            os.truncate(file, file.stat().st_size // 2)
+    train(make_config(), str(workdir))
+    assert f"checkpoint {STEPS} is damaged" in capfd.readouterr().out
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+    assert_same_state(workdir, finished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"config.seed: 0 there, 1 here"),
+        ({"concepts.man.lr_ram": 0.5}, r"config.concepts.man.lr_ram: 0.01 there, 0.5 here"),
+        ({"model.name": "random/tiny-v"}, r"config.model.name: 'random/tiny' there"),
+        ({"train.steps": 8, "optimizer.lr_schedule": "linear"}, r"lr_schedule: 'constant' there"),
+    ],
+)
+def test_another_runs_directory_is_refused_with_a_diff(finished, changes, message):
+    before = (finished / "run.json").read_text()
+    with pytest.raises(ValueError, match=message):
+        train(make_config(**changes), str(finished))
+    assert (finished / "run.json").read_text() == before
+
+
+def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
+    record = json.loads((finished / "run.json").read_text())
+    record["backbone"]["unet_sha256"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"backbone.unet_sha256: '0000"):
+        train(make_config(), str(tmp_path))
+
+
+def test_a_diverging_concept_stops_the_run_and_is_named(tmp_path):
+    wild = {"concepts.man.lr_ram": 1e38, "log.every": 2}
+    with pytest.raises(FloatingPointError, match=r"'a man' at step \d"):
+        train(make_config(**wild), str(tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = [checkpoints.restore_host(step)[1] for step in checkpoints.steps]
+    assert all(np.isfinite(leaf).all() for state in saved for leaf in jax.tree.leaves(state))
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"workdir .*file.* cannot be written to"):
+        train(make_config(), str(tmp_path / "file" / "run"))
+
+
+def test_every_option_is_read(tmp_path, monkeypatch):
+    """Training looks at each option of the config, and the test would notice one it does not."""
+    config = make_config(**{"log.grid_every": 2, "train.steps": 2, "log.grid_steps": 2})
+    with config.unlocked():
+        config.train.idle = 0
+    paths = {id(config): ""}
+    options = set()
+
+    def walk(node, path):
+        for key in node:
+            if isinstance(node[key], ConfigDict):
+                paths[id(node[key])] = f"{path}{key}."
+                walk(node[key], f"{path}{key}.")
+            else:
+                options.add(f"{path}{key}")
+
+    walk(config, "")
+    read = set()
+    get = ConfigDict.__getitem__
+
+    def recording_get(self, key):
+        read.add(f"{paths.get(id(self))}{key}")
+        return get(self, key)
+
+    # Validation and the run's record look at everything; neither is a use.
+    monkeypatch.setattr(training, "validate", lambda config: None)
+    to_dict, plain = ConfigDict.to_dict, config.to_dict()
+    monkeypatch.setattr(
+        ConfigDict, "to_dict", lambda self: plain if self is config else to_dict(self)
+    )
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording_get)
+    train(config, str(tmp_path))
+    assert options - read == {"train.idle"}
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """Two processes of two devices each, as hosts of a pod, against this one with eight."""
+    changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
+    overrides = [f"--config.{change}" for change in changes]
+    smoke = str(ROOT / "configs" / "smoke.py")
+    environment = os.environ | {
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    }
+    subprocess.run(
+        [
+            "launch/local_pod.sh",
+            "2",
+            "2",
+            "--config",
+            smoke,
+            "--workdir",
+            tmp_path / "pod",
+            *overrides,
+        ],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+    )
+    train(load_config(smoke, overrides), str(tmp_path / "one"))
+    ours, theirs = (load_adapter(tmp_path / run / "adapter") for run in ("pod", "one"))
+    for part in ("ram", "sam"):
+        a, b = getattr(ours, part)["constant"], getattr(theirs, part)["constant"]
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
+    assert len(list((tmp_path / "pod" / "grids").glob("*.png"))) == 2
