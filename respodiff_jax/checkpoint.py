@@ -148,7 +148,8 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, every: int = 1, keep: int | None = None):
         self.directory = epath.Path(workdir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
+        self._every = every
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
@@ -170,8 +171,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def due(self, step: int) -> bool:
-        """Whether the interval says to save at this step."""
-        return self._manager.should_save(step)
+        """Whether the interval says to save after this step."""
+        return step % self._every == 0
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a canonical state, unless that step is already there."""

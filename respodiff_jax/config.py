@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from respodiff_jax.concepts import Concept, validate_concepts
+from respodiff_jax.modules import INITS, KINDS
 
 STRATEGIES = ("pmap", "mesh")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -150,6 +151,8 @@ def validate(config: ConfigDict) -> None:
 
     concepts_from(config)
     check_choice("model.dtype", ("bfloat16", "float32"))
+    check_choice("module.kind", KINDS)
+    check_choice("module.init", INITS)
     check_choice("parallel.strategy", STRATEGIES)
     check_choice("optimizer.lr_schedule", LR_SCHEDULES)
     check_choice("rollout.kind", ROLLOUTS)

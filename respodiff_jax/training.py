@@ -135,8 +135,9 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
             if stopped:
                 log.say(f"stopped at step {step}, saved; run the same command to continue")
                 return
+            adapter = adapter_now()  # all processes take part
             if jax.process_index() == 0:
-                save_adapter(adapter_now(), workdir / "adapter", training=_summary(config, step))
+                save_adapter(adapter, workdir / "adapter", training=_summary(config, step))
             log.say(f"adapter written to {workdir / 'adapter'}")
 
 

@@ -75,6 +75,11 @@ def test_overrides_reach_every_level_and_type():
             "config.model.dtype is 'float16', expected one of bfloat16, float32",
         ),
         (
+            "module.kind=linear",
+            "config.module.kind is 'linear', expected one of constant, mlp, conv",
+        ),
+        ("module.init=ones", "config.module.init is 'ones', expected one of zeros, uniform"),
+        (
             "parallel.strategy=xmap",
             "config.parallel.strategy is 'xmap', expected one of pmap, mesh",
         ),

@@ -251,6 +251,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         cwd=ROOT,
         env=environment,
         capture_output=True,
+        timeout=300,
     )
     train(load_config(smoke, overrides), str(tmp_path / "one"))
     ours, theirs = (load_adapter(tmp_path / run / "adapter") for run in ("pod", "one"))

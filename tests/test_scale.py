@@ -1,0 +1,77 @@
+"""The training step at the published models' sizes."""
+
+import resource
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from respodiff_jax.backbone import Conditioning, random_backbone
+from respodiff_jax.concepts import Concept
+from respodiff_jax.config import default
+from respodiff_jax.objective import ConceptArrays, concept_arrays
+from respodiff_jax.train_step import Recipe, init_state, train_step
+
+WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
+
+
+def test_sdxl_at_1024_pixels_traces():
+    backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
+    recipe = Recipe.from_config(default(), backbone, backbone.default_resolution)
+    concepts, batch = 3, 2
+
+    def shape(*axes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((concepts, *axes), dtype)
+
+    def prompts(*axes):
+        return Conditioning(
+            shape(*axes, 77, 2048, dtype=jnp.bfloat16),
+            shape(*axes, 1280, dtype=jnp.bfloat16),
+            shape(*axes, 6),
+        )
+
+    arrays = ConceptArrays(
+        neutral=prompts(1),
+        num_neutral=shape(dtype=jnp.int32),
+        target_cond=prompts(1),
+        target_uncond=prompts(),
+        empty=prompts(),
+        guidance_scale=shape(),
+        lambda_sem=shape(),
+        lr_ram=shape(),
+        lr_sam=shape(),
+        stream=shape(dtype=jnp.uint32),
+    )
+    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch), arrays)
+    ids = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    new_state, metrics = jax.eval_shape(
+        partial(train_step, recipe), state, backbone.params, arrays, ids
+    )
+    assert new_state.concepts.ram["constant"].shape == (concepts, 32, 32, 1280)
+    assert metrics.loss_resp.shape == (concepts,)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+@pytest.mark.slow
+def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
+    """860 M parameters in bf16. With a rollout of one step: its length is not what is tested."""
+    backbone = random_backbone("sd14", dtype="bfloat16")
+    recipe = Recipe.from_config(default(), backbone, 512)
+    arrays = concept_arrays(backbone, [WOMAN], 512)
+    frozen = {"unet": backbone.params["unet"]}
+
+    def rollout_length(seed):
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
+        return int(jax.random.randint(key, (), 0, recipe.schedule.num_steps - 1))
+
+    seed = next(seed for seed in range(1000) if rollout_length(seed) == 1)
+    state = init_state(recipe, arrays, seed=seed, batch_size=1)
+    state, metrics = jax.jit(partial(train_step, recipe))(state, frozen, arrays, jnp.arange(1))
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with capsys.disabled():
+        print(f"\npeak memory {gigabytes:.1f} GiB, L_resp {float(metrics.loss_resp[0]):.4f}")
+    assert metrics.ddim_index[0] == 1
+    assert 0 < metrics.loss_resp[0] < 10
+    assert jnp.abs(state.concepts.ram["constant"]).max() > 0
+    assert gigabytes < 20
