@@ -27,6 +27,9 @@ for ((i = processes - 1; i >= 0; i--)); do
 done
 status=0
 for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do
+    wait "$pid" || true # a signal to this script interrupts it
+  done
   wait "$pid" || status=$?
 done
 if ((status)); then

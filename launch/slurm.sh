@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Trains on Slurm nodes with GPUs, one process per GPU; JAX finds the processes by itself.
 #
-#   sbatch --nodes 2 launch/slurm.sh --config configs/sd14_gender.py --workdir /shared/run
+#   sbatch --nodes 2 launch/slurm.sh --config configs/sd14_gender.py --workdir /shared/run \
+#     --config.train.batch_size=8
 #
 # What follows the script goes to `respodiff train`. Slurm sends SIGTERM before the time limit; the run
 # then saves, and continues when submitted again.
 #SBATCH --job-name=respodiff
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 set -euo pipefail
-srun respodiff train --distributed auto "$@"
+# JAX gives each task the GPU of its local rank, so each must see all of the node's.
+srun --gpu-bind=none respodiff train --distributed auto "$@"

@@ -20,7 +20,6 @@ The same adapter always gives the same bytes, and nothing here reads or writes a
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
@@ -44,7 +44,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _SECTIONS = ("module", "backbone", "guidance", "concepts", "training")
 _MODULE_KEYS = ("kind", "mid_block_shape", "hidden_channels")
-_BACKBONE_KEYS = ("name", "revision", "unet_sha256", "resolution", "prediction_type")
+_BACKBONE_KEYS = ("name", "revision", "variant", "unet_sha256", "resolution", "prediction_type")
 _ROLES = ("ram", "sam")
 # How each Flax parameter, known by its rank, is transposed for PyTorch: bias, Dense kernel
 # (in, out), constant (H, W, C), Conv kernel (H, W, in, out).
@@ -160,7 +160,7 @@ def save_adapter(
         "training": adapter.training if training is None else training,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    directory = pathlib.Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
     _replace(directory / CONFIG_FILE, text.encode())
@@ -173,7 +173,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
       ValueError: naming the file and what is wrong in it: missing, truncated, of a newer format,
         missing or unknown keys, wrong shapes, values that are not finite.
     """
-    directory = pathlib.Path(directory)
+    directory = epath.Path(directory)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise ValueError(
@@ -297,14 +297,14 @@ def _slugs(names: Sequence[str]) -> list[str]:
     return slugs
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(path: epath.Path, content: bytes) -> None:
     """Writes a file so that it is never seen half-written."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def _read_config(path: epath.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -336,7 +336,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_weights(
-    path: pathlib.Path, module: MidBlockModule, num_concepts: int
+    path: epath.Path, module: MidBlockModule, num_concepts: int
 ) -> tuple[Params, Params]:
     """RAM and SAM parameters, leaves `(num_concepts, ...)`, from a safetensors file."""
     shapes = _param_shapes(module)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.concepts import Concept
-from respodiff_jax.modules import MidBlockModule
+from respodiff_jax.modules import MidBlockModule, Params
 from respodiff_jax.train_step import TrainState
 
 # Options that do not change what is trained; they may differ when a run is continued.
@@ -78,6 +79,17 @@ class RunRecord:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         partial.replace(path)
+
+    def summary(self, step: int) -> dict[str, Any]:
+        """How an adapter of this run was trained, for its config."""
+        config = self.config
+        sections = {name: config[name] for name in ("rollout", "optimizer", "module")}
+        return {
+            "steps": step,
+            "batch_size": config["train"]["batch_size"],
+            "seed": config["seed"],
+            "dtype": config["model"]["dtype"],
+        } | sections
 
     def check_continues(self, saved: "RunRecord", workdir: epath.PathLike) -> None:
         """Checks that this run may continue a saved one.
@@ -182,21 +194,29 @@ class Checkpoints:
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that can be read, or None if none was saved.
 
-        Damaged ones are reported and moved to `damaged_checkpoints/` of the working directory.
+        Newer ones that cannot are reported and moved to `damaged_checkpoints/` of the working
+        directory.
 
         Raises:
-          ValueError: if there are checkpoints and none can be read.
+          ValueError: if there are checkpoints and none can be read; they stay where they are.
         """
-        steps = self.steps
-        for step in reversed(steps):
+        damaged = []
+        for step in reversed(self.steps):
+            state, error = None, None
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except Exception as e:  # Orbax and TensorStore raise many kinds for a broken file.
-                self._set_aside(step, e)
-        if steps:
+                error = e
+            if _all_processes(error is None):
+                self._set_aside(damaged)
+                return state
+            reason = _first_line(error) if error else "on another process"
+            print(f"checkpoint {step} is damaged ({reason}); trying the one before", flush=True)
+            damaged.append(step)
+        if damaged:
             raise ValueError(
-                f"none of the checkpoints {steps} in {self.directory} can be read; they were moved"
-                f" to {self.directory.parent / 'damaged_checkpoints'}; run again to start anew"
+                f"none of the checkpoints {damaged} in {self.directory} can be read; were they"
+                " written by another version? They stay where they are: use another --workdir"
             )
         return None
 
@@ -208,27 +228,46 @@ class Checkpoints:
         """
         if not self.steps:
             raise ValueError(f"{self.directory} holds no checkpoint; has the run saved one yet?")
-        step = self.steps[-1] if step is None else step
-        if step not in self.steps:
+        if step is not None and step not in self.steps:
             raise ValueError(f"{self.directory} holds no step {step}, only {self.steps}")
+        for candidate in reversed(self.steps) if step is None else [step]:
+            try:
+                return candidate, self._restore_host(candidate)
+            except Exception as error:  # as in `restore_latest`, but nothing is moved
+                print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
+        raise ValueError(
+            f"no checkpoint in {self.directory} can be read; tried {step or self.steps}"
+        )
+
+    def _restore_host(self, step: int) -> dict[str, Any]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         metadata = self._manager.item_metadata(step)
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
         )
         state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return step, jax.tree.map(np.asarray, state)
+        return jax.tree.map(np.asarray, state)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"checkpoint {step} is damaged ({reason}); trying the one before", flush=True)
-        if jax.process_index() == 0:
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Moves checkpoints out of the way of the steps to come."""
+        if steps and jax.process_index() == 0:
             damaged = self.directory.parent / "damaged_checkpoints"
             damaged.mkdir(parents=True, exist_ok=True)
-            (self.directory / str(step)).replace(damaged / str(step))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            for step in steps:
+                (self.directory / str(step)).replace(damaged / str(step))
+        _all_processes(True)  # none goes on before they are moved
         self._manager.reload()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _all_processes(ok: bool) -> bool:
+    """Whether all processes say so; a barrier."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.int32(ok)).all())
 
 
 class Preemption:
@@ -271,13 +310,20 @@ def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Ad
     if record is None:
         raise ValueError(f"{workdir} is not a training workdir: it has no run.json")
     with Checkpoints(workdir) as checkpoints:
-        _, state = checkpoints.restore_host(step)
-    return make_adapter(record, state["concepts"])
+        step, state = checkpoints.restore_host(step)
+    state = state["concepts"]
+    ema = None if state["ema"] is None else optax.EmaState(**state["ema"])
+    adapter = make_adapter(record, state["ram"], state["sam"], ema)
+    return dataclasses.replace(adapter, training=record.summary(step))
 
 
-def make_adapter(record: RunRecord, state: Mapping[str, Any]) -> Adapter:
-    """An adapter from host arrays of a `ConceptState`, as a mapping of its fields."""
-    ram, sam = (state["ram"], state["sam"]) if state["ema"] is None else state["ema"]
+def make_adapter(
+    record: RunRecord, ram: Params, sam: Params, ema: optax.EmaState | None
+) -> Adapter:
+    """An adapter of a run from host arrays, the fields of its `ConceptState`."""
+    if ema is not None:
+        decay = record.config["optimizer"]["ema_decay"]
+        ram, sam = jax.tree.map(lambda x: x / (1 - decay ** int(ema.count[0])), ema.ema)
     return Adapter(
         concepts=tuple(Concept.from_dict(c) for c in record.concepts),
         module=MidBlockModule(

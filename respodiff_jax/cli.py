@@ -5,6 +5,7 @@ JAX and the models are imported by the verbs, so that `--help` answers at once.
 
 import argparse
 import csv
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -44,12 +45,13 @@ Any option of the config can be changed, as --config.SECTION.OPTION=VALUE:
 
 Several hosts run the same command each, on TPU pods and under Slurm:
 
-  respodiff train --config configs/sdxl_gender.py --workdir gs://bucket/run --distributed auto
+  respodiff train --config configs/sdxl_gender.py --workdir /shared/run --distributed auto \\
+      --config.train.batch_size=8
 
 or anywhere, with process 0 on host0:
 
   respodiff train --config configs/sdxl_gender.py --workdir /shared/run \\
-      --coordinator host0:1234 --num-processes 2 --process-id 0
+      --config.train.batch_size=8 --coordinator host0:1234 --num-processes 2 --process-id 0
 """
 
 _GENERATE_DESCRIPTION = """\
@@ -282,14 +284,19 @@ def _generate(args: argparse.Namespace) -> None:
 
     model = args.model or trained_on["name"]
     same_model = model == trained_on.get("name")
-    backbone = load_backbone(
+    open_model = functools.partial(
+        load_backbone,
         model,
         revision=args.revision or (trained_on["revision"] if same_model else None),
-        variant=args.variant,
+        variant=args.variant or (trained_on["variant"] if same_model else None),
         dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     )
+    sketch = open_model(abstract=True)
     for one in loaded:
-        adapters.check_fits(one, backbone, options.resolution)
+        adapters.check_fits(one, sketch, options.resolution)
+    sketch.latent_shape(options.resolution or sketch.default_resolution)
+    print(f"loading {model}", flush=True)
+    backbone = open_model()
     images_per_second = generation.generate(
         backbone,
         prompts,

@@ -4,6 +4,7 @@
 changes more: `--config configs/sd14_gender.py --config.train.steps=200`.
 """
 
+import pathlib
 import runpy
 from collections.abc import Sequence
 
@@ -13,10 +14,10 @@ from ml_collections.config_dict import placeholder
 
 from respodiff_jax.concepts import Concept, validate_concepts
 from respodiff_jax.modules import INITS, KINDS
+from respodiff_jax.rollout import ROLLOUTS
 
 STRATEGIES = ("pmap", "mesh")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-ROLLOUTS = ("faithful",)
 
 
 def default() -> ConfigDict:
@@ -102,12 +103,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       ValueError: naming an unknown key, a value of the wrong type, or what `validate` finds.
     """
-    try:
-        get_config = runpy.run_path(path)["get_config"]
-    except FileNotFoundError as e:
-        raise ValueError(f"config file {path!r} does not exist") from e
-    except KeyError as e:
-        raise ValueError(f"config file {path!r} defines no get_config()") from e
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"config file {path!r} does not exist")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ValueError(f"config file {path!r} defines no get_config()")
     values = flags.FlagValues()
     argv = ["respodiff", *overrides]
     config = get_config()
@@ -178,3 +178,10 @@ def validate(config: ConfigDict) -> None:
     check(config.log.every >= 1, "log.every", "at least 1")
     check(config.log.grid_every >= 0, "log.grid_every", "at least 0")
     check(config.log.grid_images >= 1, "log.grid_images", "at least 1")
+    check(config.log.grid_steps >= 1, "log.grid_steps", "at least 1")
+    resolution, hidden = config.model.resolution, config.module.hidden_channels
+    check(resolution is None or resolution > 0, "model.resolution", "None or a number of pixels")
+    check(hidden is None or hidden > 0, "module.hidden_channels", "None or at least 1")
+    for beta in ("b1", "b2"):
+        check(0 <= config.optimizer[beta] < 1, f"optimizer.{beta}", "within 0..1")
+    check(config.optimizer.eps > 0, "optimizer.eps", "a positive number")

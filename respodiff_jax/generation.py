@@ -192,7 +192,7 @@ def sample_images(
     resolution = options.resolution or backbone.default_resolution
     schedule = Schedule.from_config(backbone.scheduler_config, options.num_steps)
     devices = jax.local_devices()
-    batch_size = options.batch_size or _default_batch_size(len(prompts), len(devices), resolution)
+    batch_size = options.batch_size or default_batch_size(len(prompts), len(devices), resolution)
     mesh = Mesh(np.asarray(devices), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     by_sample = NamedSharding(mesh, PartitionSpec("data"))
@@ -242,7 +242,7 @@ def sample_images(
         yield from collect(*pending)
 
 
-def _default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:
+def default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:
     """4 images of 512 px per device, or as many pixels; not more than there are images."""
     per_device = min(max(4 * 512**2 // resolution**2, 1), 16, math.ceil(num_images / num_devices))
     return num_devices * max(per_device, 1)

@@ -5,6 +5,7 @@ All of it is written below the working directory, by process 0: `metrics.jsonl`,
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +20,14 @@ from respodiff_jax import diffusion
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept
-from respodiff_jax.generation import initial_noise, make_sampler
+from respodiff_jax.generation import default_batch_size, initial_noise, make_sampler
 from respodiff_jax.images import grid
-from respodiff_jax.modules import Steering
+from respodiff_jax.modules import MidBlockModule, Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.parallel import Placement
 from respodiff_jax.train_step import Metrics
 
-# A run may hold thousands of concepts; nobody looks at more grids than this.
+# Of many concepts, nobody looks at more grids than this.
 MAX_GRIDS = 8
 
 
@@ -60,7 +61,7 @@ class RunLog:
             self._jsonl = workdir / "metrics.jsonl"
             _drop_lines_after(self._jsonl, first_step)
             self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step or None
+                str(workdir / "tensorboard"), purge_step=first_step + 1
             )
 
     def __enter__(self) -> "RunLog":
@@ -84,7 +85,7 @@ class RunLog:
         means = Metrics(*(np.mean(np.stack(x), axis=0) for x in zip(*metrics, strict=True)))
         shown = ("loss_resp", "loss_sem", "grad_norm_ram", "grad_norm_sam")
         scalars = {
-            name: {field: float(getattr(means, field)[i]) for field in shown}
+            name: {field: _number(getattr(means, field)[i]) for field in shown}
             for i, name in enumerate(self._names)
         }
         self._bar.set_postfix_str(
@@ -96,20 +97,27 @@ class RunLog:
             f.write(json.dumps(line) + "\n")
         for name, fields in scalars.items():
             for field, value in fields.items():
+                if value is None:
+                    continue
                 self._tensorboard.add_scalar(f"{name}/{field}", value, step)
         if rate:
             self._tensorboard.add_scalar("samples_per_s", rate, step)
         self._tensorboard.add_scalar("ddim_index", float(means.ddim_index.mean()), step)
 
     def write_grid(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a validation grid, uint8 `(H, W, 3)`, to TensorBoard."""
-        if self._writes:
-            self._tensorboard.add_image(f"{name}/grid", image, step, dataformats="HWC")
+        """Adds a validation grid, uint8 `(H, W, 3)`, to TensorBoard; its time is not the steps'."""
+        self._tensorboard.add_image(f"{name}/grid", image, step, dataformats="HWC")
+        self._last_time = time.perf_counter()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on process 0."""
         if self._writes:
             self._bar.write(text)
+
+
+def _number(x: np.ndarray) -> float | None:
+    """A JSON number; None for NaN and infinity, which JSON does not have."""
+    return float(x) if np.isfinite(x) else None
 
 
 def _drop_lines_after(path: epath.Path, step: int) -> None:
@@ -119,19 +127,52 @@ def _drop_lines_after(path: epath.Path, step: int) -> None:
         path.write_text("".join(kept))
 
 
+class Profiler:
+    """A trace of a few steps after compilation, for TensorBoard's profile tab.
+
+    Args:
+      directory: where to; None for no trace.
+    """
+
+    FIRST, LAST = 2, 5  # counted from the first step of this start
+
+    def __init__(self, directory: epath.Path | None):
+        self._directory = directory
+        self._tracing = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+
+    def before_step(self, index: int) -> None:
+        """Starts or stops the trace; `index` counts the steps of this start."""
+        if self._directory is not None and index == self.FIRST:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+        elif self._tracing and index > self.LAST:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
 class ValidationGrids:
     """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, of equal seeds.
 
     Args:
       workdir: of the run; grids go to `grids/`.
       config: the config's `log` section.
-      backbone: of the run.
+      backbone: the model's functions; its parameters are not used.
       placement: of the run.
+      module: architecture of RAM and SAM.
       concepts: the concepts, and
       arrays: their embeddings.
+      resolution: in pixels.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")
+    RAM_SCALES, SAM_SCALES = (0.0, 1.0, 1.0), (0.0, 1.0, 0.0)
 
     def __init__(
         self,
@@ -139,50 +180,59 @@ class ValidationGrids:
         config: Any,
         backbone: Backbone,
         placement: Placement,
-        module: Any,
-        resolution: int,
+        module: MidBlockModule,
         concepts: Sequence[Concept],
         arrays: ConceptArrays,
+        resolution: int,
     ):
         self._directory = workdir / "grids"
         self._config = config
         self._concepts = concepts[:MAX_GRIDS]
         self._arrays = arrays
-        self._noise = np.tile(
-            initial_noise(range(config.grid_images), backbone.latent_shape(resolution)),
-            (len(self.ROWS), 1, 1, 1),
-        )
+        self._noise = initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
+        # As many images at a time as `generate` gives a device: a grid fits where training does.
+        self._chunk = default_batch_size(config.grid_images, 1, resolution)
         schedule = diffusion.Schedule.from_config(backbone.scheduler_config, config.grid_steps)
         self._sample = placement.compile_with_frozen(make_sampler(backbone, module, schedule))
 
     def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
         """Samples and writes one grid for each concept; every process takes part."""
-        images_per_row = self._config.grid_images
-        ram_scale = np.repeat(np.float32([0, 1, 1]), images_per_row)[:, None]
-        sam_scale = np.repeat(np.float32([0, 1, 0]), images_per_row)[:, None]
         for i, concept in enumerate(self._concepts):
-            cond, uncond = jax.tree.map(
-                lambda x: np.repeat(x[None], len(self._noise), axis=0),
-                (
-                    jax.tree.map(lambda x, i=i: x[i, 0], self._arrays.neutral),
-                    jax.tree.map(lambda x, i=i: x[i], self._arrays.empty),
-                ),
-            )
-            ram, sam = jax.tree.map(lambda x, i=i: x[i : i + 1], (adapter.ram, adapter.sam))
-            images = self._sample(
-                frozen,
-                self._noise,
-                cond,
-                uncond,
-                Steering(ram, sam, ram_scale, sam_scale),
-                np.float32(self._config.grid_guidance_scale),
-            )
+            rows = [
+                self._row(frozen, adapter, i, *scales)
+                for scales in zip(self.RAM_SCALES, self.SAM_SCALES, strict=True)
+            ]
             if jax.process_index() == 0:
-                rows = np.asarray(images).reshape(len(self.ROWS), images_per_row, *images.shape[1:])
                 title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
                 picture = grid(rows, row_labels=self.ROWS, title=title)
                 self._directory.mkdir(parents=True, exist_ok=True)
-                name = f"{i:02d}_{concept.name.replace(' ', '_').replace('/', '_')}"
-                with (self._directory / f"{step:07d}_{name}.png").open("wb") as f:
+                name = re.sub(r"\W+", "_", concept.name)
+                with (self._directory / f"{step:07d}_{i:02d}_{name}.png").open("wb") as f:
                     picture.save(f, format="PNG")
                 log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
+
+    def _row(self, frozen, adapter, i, ram_scale, sam_scale) -> np.ndarray:
+        """Images `(grid_images, H, W, 3)` of concept i."""
+        cond, uncond, ram, sam = jax.tree.map(
+            lambda x: np.asarray(x[i : i + 1]),
+            (
+                jax.tree.map(lambda x: x[:, 0], self._arrays.neutral),
+                self._arrays.empty,
+                adapter.ram,
+                adapter.sam,
+            ),
+        )
+        cond = jax.tree.map(lambda x: np.repeat(x, self._chunk, axis=0), cond)
+        weight = np.ones((self._chunk, 1), np.float32)
+        steering = Steering(ram, sam, ram_scale * weight, sam_scale * weight)
+        guidance_scale = np.float32(self._config.grid_guidance_scale)
+        images = []
+        for start in range(0, len(self._noise), self._chunk):
+            # The last chunk is filled up, so that all have one shape.
+            rows = np.minimum(np.arange(start, start + self._chunk), len(self._noise) - 1)
+            images.extend(
+                np.asarray(
+                    self._sample(frozen, self._noise[rows], cond, uncond, steering, guidance_scale)
+                )
+            )
+        return np.stack(images[: len(self._noise)])

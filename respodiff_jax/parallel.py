@@ -92,7 +92,9 @@ def make_placement(
     Raises:
       ValueError: if the batch cannot be divided over the devices of a concept shard.
     """
-    devices = np.asarray(jax.devices())
+    # The order in which pmap numbers them, which on TPU pods is not that of `jax.devices()`.
+    processes = range(jax.process_count())
+    devices = np.asarray([d for p in processes for d in jax.local_devices(process_index=p)])
     concept_shards = math.gcd(num_concepts, devices.size)
     data_shards = devices.size // concept_shards
     if batch_size % data_shards:

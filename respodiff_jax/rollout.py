@@ -84,3 +84,7 @@ class FaithfulRollout:
             return diffusion.ddim_step(self.schedule, predict(z_t, i, prompt_index), z_t, i)
 
         return Draw(jax.lax.fori_loop(0, k, body, noise), k, prompt_index), state
+
+
+# By the config's `rollout.kind`.
+ROLLOUTS = {"faithful": FaithfulRollout}

@@ -21,7 +21,7 @@ from respodiff_jax import diffusion, objective
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.modules import MidBlockModule, Params, add_delta
 from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.rollout import FaithfulRollout
+from respodiff_jax.rollout import ROLLOUTS, FaithfulRollout
 
 
 class ConceptState(flax.struct.PyTreeNode):
@@ -30,7 +30,7 @@ class ConceptState(flax.struct.PyTreeNode):
     Attributes:
       ram, sam: parameters.
       opt_ram, opt_sam: Optax states.
-      ema: exponential moving averages `(ram, sam)`, or None.
+      ema: `optax.EmaState` of `(ram, sam)`, not yet debiased, or None.
       rollout: the rollout's state, leaves `(N, B, ...)`.
       diverged_at: int32 `(N,)`; step of the first non-finite loss, from which on the concept is
         left as it was before that step; -1 if all is well.
@@ -40,7 +40,7 @@ class ConceptState(flax.struct.PyTreeNode):
     sam: Params
     opt_ram: optax.OptState
     opt_sam: optax.OptState
-    ema: tuple[Params, Params] | None
+    ema: optax.EmaState | None
     rollout: Any
     diverged_at: jax.Array
 
@@ -112,7 +112,7 @@ class Recipe:
                 init_scheme=config.module.init,
             ),
             schedule=schedule,
-            rollout=FaithfulRollout(schedule),
+            rollout=ROLLOUTS[config.rollout.kind](schedule),
             rollout_guidance_scale=config.rollout.guidance_scale,
             optimizer=make_optimizer(config.optimizer, config.train.steps),
             ema_decay=config.optimizer.ema_decay,
@@ -154,7 +154,7 @@ def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: i
             sam=sam,
             opt_ram=recipe.optimizer.init(ram),
             opt_sam=recipe.optimizer.init(sam),
-            ema=None if recipe.ema_decay is None else (ram, sam),
+            ema=None if recipe.ema_decay is None else _ema(recipe).init((ram, sam)),
             rollout=recipe.rollout.init(rollout_keys, recipe.latent_shape),
             diverged_at=jnp.int32(-1),
         )
@@ -287,9 +287,10 @@ def _concept_step(
 
     ema = state.ema
     if recipe.ema_decay is not None:
-        ema = optax.incremental_update((ram, sam), state.ema, 1 - recipe.ema_decay)
+        _, ema = _ema(recipe).update((ram, sam), state.ema)
 
-    healthy = _all_finite((ram_loss, sam_loss, ram, sam)) & (state.diverged_at < 0)
+    finite = _all_finite((ram_loss, sam_loss, ram, sam, opt_ram, opt_sam))
+    healthy = finite & (state.diverged_at < 0)
     advanced = state.replace(
         ram=ram, sam=sam, opt_ram=opt_ram, opt_sam=opt_sam, ema=ema, rollout=rollout_state
     )
@@ -304,6 +305,11 @@ def _concept_step(
         diverged_at=diverged_at,
     )
     return new_state.replace(diverged_at=diverged_at), metrics
+
+
+def _ema(recipe: Recipe) -> optax.GradientTransformation:
+    """The moving average of the modules; what starts at zero is debiased where it is read."""
+    return optax.ema(recipe.ema_decay, debias=False)
 
 
 def _update(recipe, grad, opt_state, params, learning_rate):

@@ -1,6 +1,5 @@
 """`respodiff train`: from a config to checkpoints, pictures and an adapter."""
 
-import os
 from functools import partial
 
 import jax
@@ -17,13 +16,11 @@ from respodiff_jax.checkpoint import (
     make_adapter,
 )
 from respodiff_jax.config import concepts_from, validate
-from respodiff_jax.monitoring import RunLog, ValidationGrids
+from respodiff_jax.diffusion import Schedule
+from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids
 from respodiff_jax.objective import concept_arrays
 from respodiff_jax.parallel import make_placement
 from respodiff_jax.train_step import Metrics, Recipe, init_state, train_step
-
-# Steps traced by `--profile`, counted from the first of this start: after compilation.
-_PROFILE_FROM, _PROFILE_UNTIL = 5, 10
 
 
 def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
@@ -50,74 +47,85 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
     workdir = _writable(workdir)
     check_same_config(config, workdir)
 
-    backbone = load_backbone(
+    saved = RunRecord.read(workdir)
+
+    # All that can be wrong is looked for before the weights are read.
+    open_model = partial(
+        load_backbone,
         config.model.name,
-        revision=config.model.revision,
+        # A run goes on with the commit that it began with, wherever the branch is now.
+        revision=config.model.revision or (saved and saved.backbone["revision"]),
         variant=config.model.variant,
         dtype=config.model.dtype,
     )
-    resolution = config.model.resolution or backbone.default_resolution
-    recipe = Recipe.from_config(config, backbone, resolution)
-    identity = backbone.identity | {
+    _say(f"opening {config.model.name}")
+    sketch = open_model(abstract=True)
+    resolution = config.model.resolution or sketch.default_resolution
+    recipe = Recipe.from_config(config, sketch, resolution)
+    if config.log.grid_every:
+        Schedule.from_config(sketch.scheduler_config, config.log.grid_steps)
+    identity = sketch.identity | {
         "resolution": resolution,
         "prediction_type": recipe.schedule.prediction_type,
     }
     record = RunRecord.of(config, concepts, recipe.module, identity)
-    if saved := RunRecord.read(workdir):
+    if saved:
         record.check_continues(saved, workdir)
 
+    _say("loading the weights")
+    backbone = open_model()
     arrays = concept_arrays(backbone, concepts, resolution)
     parts = ("unet", "vae") if config.log.grid_every else ("unet",)
     frozen = placement.place_frozen({part: backbone.params[part] for part in parts})
+    del backbone  # its host copy of the weights
     placed_concepts = placement.place_concepts(arrays)
-    fresh = init_state(recipe, arrays, config.seed, batch_size)
     step_fn = placement.compile(partial(train_step, placement.prepare(recipe)))
 
     with (
         Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         Preemption() as preemption,
     ):
+        fresh = init_state(recipe, arrays, config.seed, batch_size)
         restored = checkpoints.restore_latest(placement.abstract(fresh))
-        canonical = placement.to_canonical_devices(fresh) if restored is None else restored
-        step = first_step = int(placement.fetch(canonical.step))
+        state = placement.to_canonical_devices(fresh) if restored is None else restored
+        del fresh, restored
+        step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
             record.write(workdir)
-        state = placement.place_state(canonical)
+        state = placement.place_state(state)
         grids = None
         if config.log.grid_every:
             grids = ValidationGrids(
-                workdir,
-                config.log,
-                backbone,
-                placement,
-                recipe.module,
-                resolution,
-                concepts,
-                arrays,
+                workdir, config.log, sketch, placement, recipe.module, concepts, arrays, resolution
             )
 
         def adapter_now():
-            host = placement.fetch(placement.canonical(state).concepts)
-            return make_adapter(record, vars(host))
+            """The modules as they are; all processes take part."""
+            trained = placement.canonical(state).concepts
+            return make_adapter(record, *placement.fetch((trained.ram, trained.sam, trained.ema)))
 
-        with RunLog(workdir, concepts, batch_size, first_step, config.train.steps) as log:
+        with (
+            RunLog(workdir, concepts, batch_size, first_step, config.train.steps) as log,
+            Profiler(workdir / "profile" if profile else None) as profiler,
+        ):
             log.say(
                 f"{len(concepts)} concept(s) on {jax.device_count()} {jax.devices()[0].platform}"
-                f" device(s), {placement.concept_shards} concept × {placement.data_shards} data"
-                f" shards, {config.parallel.strategy};"
-                + (f" continuing at step {step}" if step else " compiling the step")
+                f" device(s): {placement.concept_shards} concept × {placement.data_shards} data"
+                f" shard(s), {config.parallel.strategy}"
             )
+            if step >= config.train.steps:
+                log.say(f"step {step} of {config.train.steps} is done: nothing left to train")
+            else:
+                log.say(f"continuing at step {step}" if step else "compiling the step")
             pending: list[Metrics] = []
             stopped = False
             while step < config.train.steps and not stopped:
-                if profile and step == first_step + _PROFILE_FROM:
-                    jax.profiler.start_trace(str(workdir / "profile"))
+                profiler.before_step(step - first_step)
                 state, metrics = step_fn(state, frozen, placed_concepts)
                 pending.append(metrics)
                 step += 1
-                if profile and step == first_step + _PROFILE_UNTIL:
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                # Two steps under way keep the devices busy; more would delay a stop.
+                jax.block_until_ready(pending[-3:-2])
 
                 stopped = preemption.reached(step)
                 last = step == config.train.steps or stopped
@@ -135,20 +143,25 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
             if stopped:
                 log.say(f"stopped at step {step}, saved; run the same command to continue")
                 return
-            adapter = adapter_now()  # all processes take part
+            adapter = adapter_now()
             if jax.process_index() == 0:
-                save_adapter(adapter, workdir / "adapter", training=_summary(config, step))
+                save_adapter(adapter, workdir / "adapter", training=record.summary(step))
             log.say(f"adapter written to {workdir / 'adapter'}")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _writable(workdir: str) -> epath.Path:
     """Makes the directory and checks that it can be written to."""
     path = epath.Path(workdir)
-    probe = path / f".write_probe_{os.getpid()}"
+    probe = path / f".write_probe_{jax.process_index()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as e:
         raise ValueError(
             f"workdir {workdir} cannot be written to ({e.strerror or e}); give a directory that can"
@@ -165,16 +178,6 @@ def _check_finite(metrics: Metrics, concepts, workdir: epath.Path) -> None:
     if diverged:
         raise FloatingPointError(
             f"loss or module no longer finite: {', '.join(diverged)}; checkpoints in {workdir} are"
-            " from before and good. Lower that concept's learning rates or its guidance, or set"
-            " optimizer.clip_norm"
+            " from before and good. In a new --workdir, lower that concept's learning rates or its"
+            " guidance, or set optimizer.clip_norm"
         )
-
-
-def _summary(config: ConfigDict, step: int) -> dict:
-    return {
-        "steps": step,
-        "batch_size": config.train.batch_size,
-        "seed": config.seed,
-        "rollout": config.rollout.to_dict(),
-        "optimizer": config.optimizer.to_dict(),
-    }

@@ -24,6 +24,7 @@ VIOLENCE = Concept("anti-violence", "safety", ("a scene",), unsafe_prompt="viole
 TRAINED_ON = {
     "name": "some/model",
     "revision": None,
+    "variant": None,
     "unet_sha256": "0" * 64,
     "resolution": 64,
     "prediction_type": "epsilon",

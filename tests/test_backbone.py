@@ -336,6 +336,7 @@ def test_folder_identity_is_the_hash_of_the_unet_file(sd_folder):
     assert backbone.identity == {
         "name": str(sd_folder),
         "revision": None,
+        "variant": None,
         "unet_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     assert json.loads(json.dumps(backbone.identity)) == backbone.identity

@@ -195,7 +195,7 @@ def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
     for _ in range(3):
         state, _ = run(step, state, tiny_backbone, arrays, 1)
         average = 0.75 * average + 0.25 * np.asarray(state.concepts.ram["constant"])
-    np.testing.assert_allclose(state.concepts.ema[0]["constant"], average, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(state.concepts.ema.ema[0]["constant"], average, rtol=1e-5, atol=1e-9)
 
     for part in ("ram", "sam"):
         both = getattr(together.concepts, part)["constant"]

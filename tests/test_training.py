@@ -15,13 +15,14 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from respodiff_jax import monitoring, training
+from respodiff_jax import cli, monitoring, training
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.checkpoint import Checkpoints, adapter_from_workdir
 from respodiff_jax.config import add_concept, default, load_config
 from respodiff_jax.training import train
 
 ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = str(ROOT / "configs" / "smoke.py")
 STEPS = 6
 
 
@@ -131,6 +132,40 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_identical(finished, tmp_path, 
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_the_command_exits_with_0_after_sigterm_and_continues(tmp_path):
+    """With all that has state: another kind, a moving average, a schedule; the other strategy."""
+    changes = {
+        "train.steps": 4,
+        "checkpoint.every": 2,
+        "log.every": 1,
+        "log.grid_every": 0,
+        "parallel.strategy": "mesh",
+        "module.kind": "mlp",
+        "optimizer.ema_decay": 0.9,
+        "optimizer.lr_schedule": "cosine",
+        "optimizer.warmup_steps": 1,
+    }
+
+    def command(workdir):
+        overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+        return cli.main(
+            ["train", "--config", SMOKE, "--workdir", str(tmp_path / workdir), *overrides]
+        )
+
+    assert command("whole") == 0
+    with sigterm_at(3):
+        assert command("halved") == 0
+    assert not (tmp_path / "halved" / "adapter").exists()
+    assert command("halved") == 0
+    assert_same_state(tmp_path / "halved", tmp_path / "whole")
+
+    _, state = final_state(tmp_path / "whole")
+    average = state["concepts"]["ema"]["ema"][0]["out"]["kernel"] / (1 - 0.9**4)
+    exported = load_adapter(tmp_path / "whole" / "adapter").ram["out"]["kernel"]
+    np.testing.assert_allclose(exported, average, rtol=1e-6)
+    assert np.abs(exported).max() > 0
+
+
 def test_more_steps_continue_a_finished_run(finished, tmp_path):
     """Shorter first; with another strategy's devices, checkpoints and logs."""
     train(make_config(**{"train.steps": 4}), str(tmp_path))
@@ -219,7 +254,7 @@ def test_every_option_is_read(tmp_path, monkeypatch):
 
     # Validation and the run's record look at everything; neither is a use.
     monkeypatch.setattr(training, "validate", lambda config: None)
-    to_dict, plain = ConfigDict.to_dict, config.to_dict()
+    plain, to_dict = config.to_dict(), ConfigDict.to_dict
     monkeypatch.setattr(
         ConfigDict, "to_dict", lambda self: plain if self is config else to_dict(self)
     )
@@ -232,7 +267,6 @@ def test_two_processes_train_what_one_does(tmp_path):
     """Two processes of two devices each, as hosts of a pod, against this one with eight."""
     changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
     overrides = [f"--config.{change}" for change in changes]
-    smoke = str(ROOT / "configs" / "smoke.py")
     environment = os.environ | {
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     }
@@ -242,7 +276,7 @@ def test_two_processes_train_what_one_does(tmp_path):
             "2",
             "2",
             "--config",
-            smoke,
+            SMOKE,
             "--workdir",
             tmp_path / "pod",
             *overrides,
@@ -253,7 +287,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         capture_output=True,
         timeout=300,
     )
-    train(load_config(smoke, overrides), str(tmp_path / "one"))
+    train(load_config(SMOKE, overrides), str(tmp_path / "one"))
     ours, theirs = (load_adapter(tmp_path / run / "adapter") for run in ("pod", "one"))
     for part in ("ram", "sam"):
         a, b = getattr(ours, part)["constant"], getattr(theirs, part)["constant"]

@@ -216,6 +216,7 @@ def random_backbone(
         identity={
             "name": f"random/{architecture}",
             "revision": f"seed-{seed}",
+            "variant": None,
             "unet_sha256": hashlib.sha256(described.encode()).hexdigest(),
         },
         unet=modules["unet"],

@@ -24,9 +24,9 @@ class Backbone:
     holds the loaded ones, on the host, for the caller to place.
 
     Attributes:
-      identity: `{"name", "revision", "unet_sha256"}`, what an adapter records of its base model.
-        The hash is that of the UNet's weight files, so two variants (fp16, fp32) of one model
-        differ in it.
+      identity: `{"name", "revision", "variant", "unet_sha256"}`, what an adapter records of its
+        base model. The hash is that of the UNet's weight files, so two variants (fp16, fp32) of one
+        model differ in it.
       unet: the unbound `FlaxUNet2DConditionModel`.
       vae: the unbound `FlaxAutoencoderKL`.
       text_encoders: the unbound CLIP text towers, two for SDXL.

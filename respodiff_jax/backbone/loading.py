@@ -1,5 +1,6 @@
 """A diffusers folder or hub id -> `Backbone`."""
 
+import functools
 import hashlib
 import pathlib
 
@@ -12,7 +13,8 @@ from respodiff_jax.backbone.files import find_pipeline
 from respodiff_jax.backbone.weights import load_weights
 
 
-def _sha256(files: list[pathlib.Path]) -> str:
+@functools.lru_cache
+def _sha256(*files: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -28,6 +30,7 @@ def load_backbone(
     variant: str | None = None,
     dtype: str = "float32",
     cache_dir: str | pathlib.Path | None = None,
+    abstract: bool = False,
 ) -> Backbone:
     """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
 
@@ -39,6 +42,8 @@ def load_backbone(
         none, fp16.
       dtype: "float32" or "bfloat16", of all parameters and computation.
       cache_dir: instead of the default Hugging Face cache.
+      abstract: read configs and tokenizers only; `params` are `ShapeDtypeStruct`s. For checking
+        whether all fits together before the weights are read.
 
     Returns:
       The `Backbone`, with its parameters as numpy arrays. Its identity records the snapshot's
@@ -57,20 +62,21 @@ def load_backbone(
             raise ValueError(
                 f"revision={revision!r}: for {name} expected 'seed-0' or another seed."
             )
-        return random_backbone(name.removeprefix("random/"), dtype=dtype, seed=int(seed))
+        architecture = name.removeprefix("random/")
+        return random_backbone(architecture, dtype=dtype, seed=int(seed), abstract=abstract)
 
     files = find_pipeline(name, revision=revision, variant=variant, cache_dir=cache_dir)
     towers = [part for part in files.configs if part.startswith("text_encoder")]
     modules = flax_models.build_modules(files.configs, kind, name)
-    params = {
-        part: load_weights(files.weights[part], flax_models.abstract_params(module), kind)
-        for part, module in modules.items()
-    }
+    params = {part: flax_models.abstract_params(module) for part, module in modules.items()}
+    if not abstract:
+        params = {part: load_weights(files.weights[part], params[part], kind) for part in params}
     return Backbone(
         identity={
             "name": name,
             "revision": files.revision,
-            "unet_sha256": _sha256(files.weights["unet"]),
+            "variant": variant,
+            "unet_sha256": _sha256(*files.weights["unet"]),
         },
         unet=modules["unet"],
         vae=modules["vae"],
