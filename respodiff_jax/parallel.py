@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
@@ -268,9 +269,9 @@ class MeshPlacement(Placement):
         return jax.tree.map(lambda x: self._put(x, self._frozen_spec(x.shape)), params)
 
     def _frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Shards the largest dimension that all devices divide; small tensors stay whole."""
+        """Shards a kernel's largest dimension that all devices divide; vectors stay whole."""
         divisible = [n if n % self.mesh.size == 0 else 0 for n in shape]
-        if not self.fsdp or not any(divisible):
+        if not self.fsdp or len(shape) < 2 or not any(divisible):
             return P()
         axis = int(np.argmax(divisible))
         return P(*[None] * axis, ("concept", "data"))
@@ -283,17 +284,27 @@ class MeshPlacement(Placement):
         )
 
     def _gathering(self, apply: Callable) -> Callable:
-        """`apply(frozen, x, ...)` that has the whole parameters only while it runs.
+        """`apply(frozen, ...)` in which each layer gathers its parameters when its input is there.
 
-        The barrier ties the gathering to `x`, so that no two passes share one copy and no copy
-        waits for its pass; the checkpoint policy gathers again for the backward pass.
+        A barrier ties the gathering to the input: otherwise XLA gathers early, and shares what it
+        gathered between passes, until the whole model is in memory after all. The backward pass
+        gathers again.
         """
         replicated = NamedSharding(self.mesh, P())
 
-        def gather_and_apply(frozen, x, *args):
-            frozen, x = jax.lax.optimization_barrier((frozen, x))
-            frozen = jax.lax.with_sharding_constraint(frozen, replicated)
-            return apply(checkpoint_name(frozen, "gathered"), x, *args)
+        def gather(next_function, args, kwargs, context):
+            layer = context.module
+            inside = isinstance(layer.parent, nn.Module)  # of a model, not gathered and applied
+            if not isinstance(layer, nn.Conv | nn.Dense) or not inside:
+                return next_function(*args, **kwargs)
+            params, x = jax.lax.optimization_barrier((layer.variables["params"], args[0]))
+            params = jax.lax.with_sharding_constraint(params, replicated)
+            params = checkpoint_name(params, "gathered")
+            return layer.clone(parent=None).apply({"params": params}, x, *args[1:], **kwargs)
+
+        def gather_and_apply(*args):
+            with nn.intercept_methods(gather):
+                return apply(*args)
 
         policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
         return jax.checkpoint(gather_and_apply, policy=policy)
