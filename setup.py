@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
-    include_package_data=True,
+    package_data={"respodiff_jax.emoji": ["assets/*"]},
     install_requires=[
         "jax>=0.10,<0.11",
         "flax>=0.12,<0.13",
@@ -41,6 +41,10 @@ setup(
         "pillow>=11",
         "tensorboardX>=2.6.5,<3",
         "tqdm>=4.66",
+        "etils[epath]>=1.10",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
+        "absl-py>=2",
+        "ml_dtypes>=0.5",
     ],
     extras_require={
         "test": TEST,

@@ -153,7 +153,7 @@ class Checkpoints:
     """Orbax checkpoints of a run, saved asynchronously.
 
     Args:
-      workdir: of the run; absolute or relative, local or `gs://`.
+      workdir: of the run, absolute or relative.
       every: save each time that this many steps are done.
       keep: how many to keep, the newest.
     """

@@ -111,6 +111,11 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
         raise ValueError("no concepts to train: give the config at least one entry in `concepts`")
     seen: dict[int, str] = {}
     for concept in concepts:
+        if concept.stream in seen and seen[concept.stream] != concept.name:
+            raise ValueError(
+                f"concepts {seen[concept.stream]!r} and {concept.name!r} have names of the same"
+                " checksum, from which random streams are made; change one by a letter"
+            )
         if concept.stream in seen:
             raise ValueError(
                 f"concepts {seen[concept.stream]!r} and {concept.name!r} are duplicates: names are"

@@ -30,7 +30,7 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
 
     Args:
       config: as from `respodiff_jax.config.load_config`.
-      workdir: directory of the run, made if needed; local or `gs://`.
+      workdir: directory of the run, made if needed.
       profile: also write a trace of a few steps to `workdir/profile`.
 
     Raises:

@@ -100,8 +100,7 @@ class Backbone:
         """The prompts' conditioning, as the diffusers pipeline of this model computes it.
 
         For an SDXL model with `force_zeros_for_empty_prompt` the empty prompt gives zeros for
-        context and
-        pooled: it means "no negative prompt", for which diffusers uses zeros too.
+        context and pooled: it means "no negative prompt", for which diffusers uses zeros too.
 
         Args:
           prompts: n >= 1 strings; text beyond the tokenizer's limit is cut with a warning.

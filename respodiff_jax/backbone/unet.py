@@ -18,14 +18,15 @@ from respodiff_jax.backbone.flax_models import as_trained
 class Conditioning(NamedTuple):
     """All that the UNet knows of a prompt; a pytree, so prompts stack, slice and shard like arrays.
 
-    `pooled` and `time_ids` are None but for SDXL.
+    Attributes:
+      context: (..., L, D) text encoder hidden states; SDXL: of both encoders, concatenated.
+      pooled: (..., P) SDXL: the second text encoder's projected embedding; else None.
+      time_ids: (..., 6) fp32, SDXL: original size, crop corner, target size; else None.
     """
 
-    context: (
-        jax.Array
-    )  # (..., L, D) text encoder hidden states; SDXL: of both encoders, concatenated
-    pooled: jax.Array | None = None  # (..., P) the second text encoder's projected embedding
-    time_ids: jax.Array | None = None  # (..., 6) original size, crop corner, target size; fp32
+    context: jax.Array
+    pooled: jax.Array | None = None
+    time_ids: jax.Array | None = None
 
 
 class Skips(NamedTuple):

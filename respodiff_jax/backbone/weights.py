@@ -19,10 +19,8 @@ import safetensors
 import safetensors.numpy
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-_UNSPLIT = (
-    "linear_1",
-    "linear_2",
-)  # the names of the two layers of a time embedding, not list entries
+# The names of the two layers of a time embedding, not list entries.
+_UNSPLIT = ("linear_1", "linear_2")
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _IGNORED = re.compile(r".*\bposition_ids$")  # a buffer that old transformers versions saved
 
