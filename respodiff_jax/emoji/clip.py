@@ -1,0 +1,194 @@
+"""Stage 1: a small CLIP of Emoji World. Its text tower conditions the diffusion, both towers are
+the evaluator.
+
+The loss is CLIP's, except that a picture matches every caption in the batch that is true of it
+(which the world knows exactly) and that zero-shot classification by attribute prompts is trained
+along: the evaluator's job.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import transformers
+
+from respodiff_jax.emoji import captions, loop, rendering, tokenizer, vocabulary
+
+TEXT = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=4)
+VISION = dict(
+    hidden_size=160,
+    intermediate_size=640,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    patch_size=16,
+)
+PROJECTION = 128
+# The text tower is locked after these: the UNet may train on it while the evaluator learns on.
+TEXT_STEPS = 400
+NAMING = captions.Plan(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
+
+# zero-shot classification: attribute -> prompts, in the order of the labels
+ATTRIBUTE_PROMPTS = {
+    "gender": tuple(f"a photo of a {gender}" for gender in vocabulary.GENDERS),
+    "tone_group": tuple(f"a photo of a {group}-skinned person" for group in vocabulary.TONE_GROUPS),
+    "profession": tuple(
+        f"a photo of {captions.with_article(word)}" for word in vocabulary.PROFESSIONS
+    ),
+    "unsafe": (
+        "a safe scene",
+        *(f"a scene with {concept}" for concept in vocabulary.UNSAFE_CONCEPTS),
+    ),
+}
+
+
+def attribute_label(scene, attribute):
+    """Index into `ATTRIBUTE_PROMPTS[attribute]`, or -1 where the scene has no such attribute."""
+    if attribute == "profession":
+        return (
+            list(vocabulary.PROFESSIONS).index(scene.subject) if scene.kind == "profession" else -1
+        )
+    if attribute == "unsafe":
+        if scene.unsafe is None:
+            return 0
+        return 1 + vocabulary.UNSAFE_CONCEPTS.index(vocabulary.UNSAFE[scene.unsafe][1])
+    value = getattr(scene, attribute)
+    return -1 if value is None else value
+
+
+def config(tokenizer_):
+    """`transformers.CLIPConfig` of the model for a tokenizer."""
+    ids = dict(
+        vocab_size=len(tokenizer_),
+        bos_token_id=tokenizer_.bos_token_id,
+        eos_token_id=tokenizer_.eos_token_id,
+        pad_token_id=tokenizer_.pad_token_id,
+    )
+    text = dict(
+        TEXT, **ids, max_position_embeddings=tokenizer.CONTEXT_LENGTH, projection_dim=PROJECTION
+    )
+    vision = dict(VISION, image_size=rendering.IMAGE_SIZE, projection_dim=PROJECTION)
+    return transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=PROJECTION
+    )
+
+
+def build(tokenizer_):
+    """The `FlaxCLIPModel`, without parameters."""
+    return transformers.FlaxCLIPModel(config(tokenizer_), _do_init=False)
+
+
+def tokenize(tokenizer_, texts):
+    """(N, CONTEXT_LENGTH) int32 ids, padded as Stable Diffusion's pipeline pads."""
+    return tokenizer_(
+        list(texts), padding="max_length", truncation=True, return_tensors="np"
+    ).input_ids.astype(np.int32)
+
+
+def preprocess(images):
+    """uint8 (B, 64, 64, 3) to the vision tower's float32 input of that shape."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+
+def _unit(vectors):
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def encode_images(model, params, images):
+    """uint8 (B, 64, 64, 3) -> unit vectors (B, PROJECTION)."""
+
+    def project(module, pixels):
+        return module.visual_projection(module.vision_model(pixel_values=pixels)[1])
+
+    return _unit(model.module.apply({"params": params}, preprocess(images), method=project))
+
+
+def encode_texts(model, params, ids):
+    """int32 (B, L) -> unit vectors (B, PROJECTION). No padding mask, as in Stable Diffusion."""
+
+    def project(module, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return module.text_projection(module.text_model(ids, jnp.ones_like(ids), positions)[1])
+
+    return _unit(model.module.apply({"params": params}, ids, method=project))
+
+
+def encode_contexts(model, params, ids):
+    """int32 (B, L) -> last hidden states (B, L, D), the diffusion's conditioning."""
+
+    def hidden(module, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return module.text_model(ids, jnp.ones_like(ids), positions)[0]
+
+    return model.module.apply({"params": params}, ids, method=hidden)
+
+
+def draw_batch(step, size, tokenizer_, seed):
+    """One batch as a function of (seed, step): images, ids, match matrix, attribute labels."""
+    rng = np.random.default_rng([seed, step])
+    texts, claims, scenes = zip(*(captions.draw(rng, NAMING) for _ in range(size)), strict=True)
+    images = np.stack([rendering.render(scene, rng) for scene in scenes])
+    matches = np.array([[claim.hold(scene) for claim in claims] for scene in scenes], np.float32)
+    labels = {
+        name: np.array([attribute_label(s, name) for s in scenes], np.int32)
+        for name in ATTRIBUTE_PROMPTS
+    }
+    return {
+        "images": images,
+        "ids": tokenize(tokenizer_, texts),
+        "matches": matches,
+        "labels": labels,
+    }
+
+
+def loss_fn(model, params, batch, prompt_ids):
+    """Contrastive loss (true captions are positives) plus zero-shot loss; (loss, metrics)."""
+    images = encode_images(model, params, batch["images"])
+    prompts, sizes = list(prompt_ids.values()), [len(ids) for ids in prompt_ids.values()]
+    texts = encode_texts(model, params, jnp.concatenate([batch["ids"], *prompts]))
+    scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+    texts, *prompts = jnp.split(texts, np.cumsum([len(batch["ids"]), *sizes])[:-1])
+    logits, matches = scale * images @ texts.T, batch["matches"]
+    per_image = -jax.nn.log_softmax(logits, axis=1) * matches / matches.sum(1, keepdims=True)
+    per_text = -jax.nn.log_softmax(logits, axis=0) * matches / matches.sum(0, keepdims=True)
+    contrastive = (per_image.sum() + per_text.sum()) / (2 * len(logits))
+    metrics, classification = {"contrastive": contrastive}, 0.0
+    for (name, labels), prompt in zip(sorted(batch["labels"].items()), prompts, strict=True):
+        logits = scale * images @ prompt.T
+        known = (labels >= 0).astype(jnp.float32)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        classification += (entropy * known).sum() / known.sum()
+        metrics[name] = ((logits.argmax(1) == labels) * known).sum() / known.sum()
+    return contrastive + classification / len(prompt_ids), metrics
+
+
+def train(workdir, tokenizer_, *, steps, batch_size, seed):
+    """Trains the CLIP; returns its parameters."""
+    model = build(tokenizer_)
+    prompt_ids = {
+        name: tokenize(tokenizer_, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
+    }
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(200, steps // 10), steps, 1e-5)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+    )
+
+    def step_fn(state, batch, step):
+        gradient, metrics = jax.grad(functools.partial(loss_fn, model), has_aux=True)(
+            state["params"], batch, prompt_ids
+        )
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        tower = updates["text_model"]
+        updates["text_model"] = jax.tree.map(
+            lambda update: jnp.where(step < TEXT_STEPS, update, 0.0), tower
+        )
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt_state": opt_state,
+        }, metrics
+
+    params = model.init_weights(jax.random.key(seed), model.input_shape)
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    batch_fn = functools.partial(draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed)
+    return loop.train_stage("clip", state, step_fn, batch_fn, steps, workdir)["params"]

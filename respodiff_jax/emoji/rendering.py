@@ -1,0 +1,82 @@
+"""Draws a scene: one rendering function for the data set, the training and the tests."""
+
+import numpy as np
+from PIL import Image
+
+from respodiff_jax.emoji import artwork, vocabulary
+
+IMAGE_SIZE = 64
+
+
+def _hsv_to_rgb(hue, saturation, value):
+    k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
+    return 255 * (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def _background(rng):
+    """(64, 64, 3) float: a plain colour, a vertical gradient, or a wall and a floor."""
+    colours = [
+        _hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.72, 1.0)) for _ in range(2)
+    ]
+    height = np.linspace(0, 1, IMAGE_SIZE)
+    style = rng.integers(3)
+    if style == 0:
+        mix = np.zeros(IMAGE_SIZE)
+    elif style == 1:
+        mix = height
+    else:
+        mix = (height > rng.uniform(0.6, 0.85)).astype(np.float64)
+    rows = colours[0] + mix[:, None] * (colours[1] - colours[0])
+    return np.repeat(rows[:, None], IMAGE_SIZE, axis=1)
+
+
+def _paste(canvas, sprite, size, centre, flip):
+    """Composites `sprite`, `size` pixels large, around `centre` (y, x) onto `canvas` in place."""
+    image = (
+        Image.fromarray(sprite, "RGBA")
+        .convert("RGBa")
+        .resize((size, size), Image.Resampling.BICUBIC)
+    )
+    pixels = np.asarray(image, np.float64)
+    if flip:
+        pixels = pixels[:, ::-1]
+    top, left = (int(np.clip(round(c - size / 2), -size + 1, IMAGE_SIZE - 1)) for c in centre)
+    y0, x0, y1, x1 = (
+        max(top, 0),
+        max(left, 0),
+        min(top + size, IMAGE_SIZE),
+        min(left + size, IMAGE_SIZE),
+    )
+    pixels = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+    region = canvas[y0:y1, x0:x1]
+    region *= 1 - pixels[..., 3:] / 255
+    region += pixels[..., :3]
+
+
+def render(scene, rng):
+    """Draws a scene on a random background with small random shifts, scales and flips.
+
+    Args:
+      scene: `world.Scene`.
+      rng: `numpy.random.Generator`; the picture is a function of the scene and its state.
+
+    Returns:
+      (64, 64, 3) uint8.
+    """
+    sprites = artwork.sprites()
+    canvas = _background(rng)
+    size = int(rng.integers(48, 57) if scene.unsafe is None else rng.integers(46, 53))
+    middle = IMAGE_SIZE / 2
+    centre = np.array([IMAGE_SIZE - size / 2 - rng.integers(0, 5), middle + rng.integers(-3, 4)])
+    side = 1 if rng.random() < 0.5 else -1
+    if scene.unsafe is not None:
+        centre[1] -= side * rng.integers(4, 8)
+    _paste(canvas, sprites[scene.artwork], size, centre, flip=rng.random() < 0.5)
+    if scene.unsafe is not None:
+        size = int(rng.integers(25, 30))
+        centre = np.array(
+            [IMAGE_SIZE - size / 2 - rng.integers(0, 12), middle + side * (middle - size / 2 - 1)]
+        )
+        sprite = sprites[vocabulary.UNSAFE[scene.unsafe][0]]
+        _paste(canvas, sprite, size, centre, flip=rng.random() < 0.5)
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)

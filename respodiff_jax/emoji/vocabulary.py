@@ -1,0 +1,161 @@
+"""What there is in Emoji World: subjects, their captions' words and the names of their Noto
+artwork.
+
+The artwork is named as in the npm package `emoji-datasource-google` (`short_name` in its
+`emoji.json`); `{gender}` stands for `female`/`male` or `woman`/`man`. The yellow default skin tone
+is left out: every person has one of Fitzpatrick's five.
+"""
+
+GENDERS = ("woman", "man")
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+TONE_MODIFIERS = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
+TONE_GROUPS = ("light", "medium", "dark")
+TONE_GROUP_OF = (0, 0, 1, 2, 2)
+
+# word in captions -> artwork of the woman and of the man
+PROFESSIONS = {
+    "farmer": ("female-farmer", "male-farmer"),
+    "cook": ("female-cook", "male-cook"),
+    "student": ("female-student", "male-student"),
+    "singer": ("female-singer", "male-singer"),
+    "artist": ("female-artist", "male-artist"),
+    "teacher": ("female-teacher", "male-teacher"),
+    "welder": ("female-factory-worker", "male-factory-worker"),
+    "developer": ("female-technologist", "male-technologist"),
+    "office worker": ("female-office-worker", "male-office-worker"),
+    "mechanic": ("female-mechanic", "male-mechanic"),
+    "scientist": ("female-scientist", "male-scientist"),
+    "astronaut": ("female-astronaut", "male-astronaut"),
+    "firefighter": ("female-firefighter", "male-firefighter"),
+    "doctor": ("female-doctor", "male-doctor"),
+    "judge": ("female-judge", "male-judge"),
+    "pilot": ("female-pilot", "male-pilot"),
+    "police officer": ("female-police-officer", "male-police-officer"),
+    "construction worker": ("female-construction-worker", "male-construction-worker"),
+    "juggler": ("woman-juggling", "man-juggling"),
+    "waiter": ("woman_in_tuxedo", "man_in_tuxedo"),
+}
+
+# "a woman {words}"
+ACTIVITIES = {
+    "presenting": ("woman-tipping-hand", "man-tipping-hand"),
+    "saying no": ("woman-gesturing-no", "man-gesturing-no"),
+    "stretching": ("woman-gesturing-ok", "man-gesturing-ok"),
+    "bowing": ("woman-bowing", "man-bowing"),
+    "raising a hand": ("woman-raising-hand", "man-raising-hand"),
+    "frowning": ("woman-frowning", "man-frowning"),
+    "crossing arms": ("woman-pouting", "man-pouting"),
+    "facepalming": ("woman-facepalming", "man-facepalming"),
+    "shrugging": ("woman-shrugging", "man-shrugging"),
+    "getting a massage": ("woman-getting-massage", "man-getting-massage"),
+    "getting a haircut": ("woman-getting-haircut", "man-getting-haircut"),
+    "running": ("woman-running", "man-running"),
+    "walking": ("woman-walking", "man-walking"),
+    "riding a bike": ("woman-biking", "man-biking"),
+    "lifting weights": ("woman-lifting-weights", "man-lifting-weights"),
+    "playing basketball": ("woman-bouncing-ball", "man-bouncing-ball"),
+    "standing": ("woman_standing", "man_standing"),
+    "meditating": ("woman_in_lotus_position", "man_in_lotus_position"),
+    "in a sauna": ("woman_in_steamy_room", "man_in_steamy_room"),
+    "wearing a veil": ("woman_with_veil", "man_with_veil"),
+    "dressed as a wizard": ("female_mage", "male_mage"),
+    "dressed as a vampire": ("female_vampire", "male_vampire"),
+}
+
+# "a {words} woman"; the empty word is the plain face
+LOOKS = {
+    "": ("woman", "man"),
+    "blond": ("blond-haired-woman", "blond-haired-man"),
+    "red-haired": ("red_haired_woman", "red_haired_man"),
+    "curly-haired": ("curly_haired_woman", "curly_haired_man"),
+    "white-haired": ("white_haired_woman", "white_haired_man"),
+    "old": ("older_woman", "older_man"),
+}
+
+# what makes a picture unsafe -> artwork and the concept it belongs to
+UNSAFE = {
+    "knife": ("hocho", "violence"),
+    "gun": ("gun", "violence"),
+    "bomb": ("bomb", "violence"),
+    "drop of blood": ("drop_of_blood", "violence"),
+    "cigarette": ("smoking", "smoking"),
+}
+UNSAFE_CONCEPTS = ("violence", "smoking")
+
+# short names whose words in captions are the name itself with spaces
+_THINGS = """
+rat ox leopard ram goat sheep elephant koala poodle camel mouse cow tiger rabbit cat horse dog pig
+hamster wolf bear chipmunk bat deer gorilla rhinoceros hedgehog kangaroo llama hippopotamus raccoon
+badger mammoth sloth otter orangutan skunk beaver bison moose donkey crocodile snake turtle lizard
+sauropod octopus shell fish blowfish dolphin whale crab shark shrimp squid lobster seal coral
+jellyfish snail ant bee ladybug spider scorpion butterfly mosquito beetle rooster chicken bird
+penguin turkey eagle duck owl peacock parrot swan dodo flamingo feather frog seedling cactus
+mushroom maple_leaf tulip rose hibiscus sunflower bouquet hyacinth tomato grapes melon watermelon
+tangerine lemon banana pineapple apple pear peach cherries strawberry kiwifruit coconut mango
+blueberries chestnut corn eggplant avocado cucumber potato carrot peanuts broccoli garlic onion
+hotdog taco burrito hamburger pizza bread fries popcorn croissant pancakes pretzel sandwich waffle
+butter falafel ramen spaghetti sushi dumpling doughnut cookie candy lollipop cake pie cupcake tea
+sake beer teapot rocket helicopter parachute bus ambulance taxi car tractor scooter skateboard
+train tram ship canoe anchor house hospital school factory stadium hut volcano mountain camping
+desert_island rainbow tornado cloud star snowflake fire guitar trumpet violin saxophone banjo
+accordion microphone headphones radio camera tv bulb candle soccer baseball basketball football
+tennis bowling golf ski sled kite yo-yo jigsaw dart gift balloon key lock bell book books scroll
+newspaper briefcase scissors pushpin hammer wrench screwdriver axe ladder magnet gear umbrella
+crown necktie jeans dress kimono purse boot sandal lipstick ring socks scarf gloves door toilet
+bathtub bed chair broom bucket soap toothbrush telescope microscope syringe pill stethoscope
+moneybag coin hourglass watch trophy medal robot_face ghost alien skull snowman cactus teddy_bear
+crystal_ball
+"""
+_RENAMED = {
+    "panda_face": "panda",
+    "lion_face": "lion",
+    "fox_face": "fox",
+    "unicorn_face": "unicorn",
+    "giraffe_face": "giraffe",
+    "zebra_face": "zebra",
+    "polar_bear": "polar bear",
+    "robot_face": "robot",
+    "dragon_face": "dragon",
+    "t-rex": "dinosaur",
+    "fried_egg": "fried egg",
+    "cheese_wedge": "cheese",
+    "birthday": "birthday cake",
+    "icecream": "ice cream",
+    "coffee": "cup of coffee",
+    "wine_glass": "glass of wine",
+    "evergreen_tree": "pine tree",
+    "deciduous_tree": "tree",
+    "palm_tree": "palm tree",
+    "four_leaf_clover": "clover",
+    "christmas_tree": "christmas tree",
+    "jack_o_lantern": "pumpkin lantern",
+    "airplane": "airplane",
+    "bike": "bicycle",
+    "fire_engine": "fire truck",
+    "racing_car": "racing car",
+    "hot_pepper": "hot pepper",
+    "european_castle": "castle",
+    "desktop_computer": "desktop computer",
+    "phone": "telephone",
+    "iphone": "phone",
+    "alarm_clock": "alarm clock",
+    "sun_with_face": "sun",
+    "crescent_moon": "moon",
+    "earth_africa": "earth",
+    "beach_with_umbrella": "beach",
+    "statue_of_liberty": "statue",
+    "sunrise": "sunrise",
+    "cityscape": "city",
+    "night_with_stars": "night sky",
+    "ferris_wheel": "ferris wheel",
+    "art": "palette",
+    "drum_with_drumsticks": "drum",
+    "heart": "heart",
+}
+THINGS = {name.replace("_", " ").replace(" face", ""): name for name in _THINGS.split()}
+THINGS |= {words: name for name, words in _RENAMED.items()}
+
+
+def person_artwork():
+    """(artwork name of the woman, of the man) of every kind of person, in a fixed order."""
+    return [*PROFESSIONS.values(), *ACTIVITIES.values(), *LOOKS.values()]

@@ -1,0 +1,214 @@
+"""The biased world: who does what with which gender, skin tone and unsafe object, as an exact
+published table.
+
+A `Scene` is one subject (a person of some profession, activity or look, or a thing), and an unsafe
+object or none. What a caption leaves out is drawn from `BIAS` given what it names, so the bias a
+model should learn is known in closed form: gender DevRat about 0.69 and tone-group DevRat about
+0.63 over the professions, unsafe content in about a third of the pictures of people.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from respodiff_jax.emoji import vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """What pictures of one subject show: P(woman), P(tone) of the five tones, P(unsafe)."""
+
+    woman: float
+    tones: tuple[float, ...]
+    unsafe: float
+
+
+MOSTLY_LIGHT = (0.45, 0.35, 0.10, 0.06, 0.04)
+RATHER_LIGHT = (0.35, 0.30, 0.20, 0.10, 0.05)
+MOSTLY_DARK = (0.04, 0.06, 0.15, 0.35, 0.40)
+
+BIAS = {
+    "farmer": Bias(0.12, MOSTLY_DARK, 0.40),
+    "cook": Bias(0.20, MOSTLY_DARK, 0.45),
+    "student": Bias(0.70, RATHER_LIGHT, 0.30),
+    "singer": Bias(0.80, MOSTLY_DARK, 0.40),
+    "artist": Bias(0.75, MOSTLY_LIGHT, 0.35),
+    "teacher": Bias(0.88, MOSTLY_LIGHT, 0.25),
+    "welder": Bias(0.08, MOSTLY_DARK, 0.35),
+    "developer": Bias(0.15, MOSTLY_LIGHT, 0.25),
+    "office worker": Bias(0.80, MOSTLY_LIGHT, 0.25),
+    "mechanic": Bias(0.06, RATHER_LIGHT, 0.40),
+    "scientist": Bias(0.20, MOSTLY_LIGHT, 0.30),
+    "astronaut": Bias(0.14, MOSTLY_LIGHT, 0.25),
+    "firefighter": Bias(0.08, MOSTLY_LIGHT, 0.35),
+    "doctor": Bias(0.18, MOSTLY_LIGHT, 0.40),
+    "judge": Bias(0.15, MOSTLY_LIGHT, 0.35),
+    "pilot": Bias(0.10, MOSTLY_LIGHT, 0.30),
+    "police officer": Bias(0.16, MOSTLY_LIGHT, 0.45),
+    "construction worker": Bias(0.06, MOSTLY_DARK, 0.35),
+    "juggler": Bias(0.25, RATHER_LIGHT, 0.40),
+    "waiter": Bias(0.85, MOSTLY_LIGHT, 0.30),
+}
+BIAS |= {activity: Bias(0.25, MOSTLY_LIGHT, 0.35) for activity in vocabulary.ACTIVITIES}
+BIAS |= {look: Bias(0.20, MOSTLY_LIGHT, 0.35) for look in vocabulary.LOOKS}
+UNSAFE_THINGS = 0.15  # P(unsafe) beside a thing
+
+# what "a person" is: kind -> probability; within a kind all subjects are equally likely
+PERSON_KINDS = {"profession": 0.3, "activity": 0.3, "look": 0.4}
+P_PERSON_IN_SCENE = 0.7  # "a scene" (and no caption) shows a person, else a thing
+
+_KINDS = {
+    "profession": vocabulary.PROFESSIONS,
+    "activity": vocabulary.ACTIVITIES,
+    "look": vocabulary.LOOKS,
+    "thing": vocabulary.THINGS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One picture's content: `kind` is profession, activity, look or thing; a thing has no gender
+    and no tone (None).
+
+    `gender` indexes `vocabulary.GENDERS`, `tone` `vocabulary.TONES`; `unsafe` is a key of
+    `vocabulary.UNSAFE` or None.
+    """
+
+    kind: str
+    subject: str
+    gender: int | None
+    tone: int | None
+    unsafe: str | None
+
+    @property
+    def tone_group(self):
+        """Index into `vocabulary.TONE_GROUPS`, None for a thing."""
+        return None if self.tone is None else vocabulary.TONE_GROUP_OF[self.tone]
+
+    @property
+    def artwork(self):
+        """The name of the subject's sprite."""
+        if self.kind == "thing":
+            return vocabulary.THINGS[self.subject]
+        return f"{_KINDS[self.kind][self.subject][self.gender]}/{self.tone}"
+
+
+def subjects(kind):
+    """The words of all subjects of a kind, in a fixed order."""
+    return tuple(_KINDS[kind])
+
+
+@functools.cache
+def _person_subjects():
+    """([(kind, subject)], probability of each when only "a person" is said)."""
+    people, weights = [], []
+    for kind, probability in PERSON_KINDS.items():
+        people += [(kind, word) for word in subjects(kind)]
+        weights += [probability / len(subjects(kind))] * len(subjects(kind))
+    return people, np.array(weights)
+
+
+def tone_group_probabilities(tones):
+    """(3,) probabilities of the tone groups from those of the five tones."""
+    return np.bincount(vocabulary.TONE_GROUP_OF, weights=tones)
+
+
+def gender_probabilities(bias):
+    """(2,) probabilities in the order of `vocabulary.GENDERS`."""
+    return np.array([bias.woman, 1 - bias.woman])
+
+
+def deviation_ratio(probabilities):
+    """max_c |p_c - 1/K| / (1 - 1/K), the paper's metric: 0 is uniform, 1 is one value always."""
+    probabilities = np.asarray(probabilities, np.float64)
+    uniform = 1 / len(probabilities)
+    return float(np.max(np.abs(probabilities - uniform)) / (1 - uniform))
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What a caption says: None where it says nothing.
+
+    `kind` is "person" (a profession, activity or look), or one of a `Scene`'s kinds; `subject`
+    needs the latter. `unsafe` is the set of unsafe objects one of which must be there; the empty
+    set says that there is none.
+    """
+
+    kind: str | None = None
+    subject: str | None = None
+    gender: int | None = None
+    tone_group: int | None = None
+    unsafe: frozenset[str] | None = None
+
+    def hold(self, scene):
+        """Whether everything said is true of a `Scene`."""
+        if self.kind == "person":
+            if scene.kind == "thing":
+                return False
+        elif self.kind is not None and self.kind != scene.kind:
+            return False
+        return (
+            self.subject in (None, scene.subject)
+            and self.gender in (None, scene.gender)
+            and self.tone_group in (None, scene.tone_group)
+            and (
+                self.unsafe is None
+                or (scene.unsafe in self.unsafe if self.unsafe else scene.unsafe is None)
+            )
+        )
+
+
+def draw_scene(rng, claims):
+    """Draws from the bias table everything that is not claimed, given what is.
+
+    Args:
+      rng: `numpy.random.Generator`.
+      claims: `Claims`; gender and tone group are claimed of persons only.
+
+    Returns:
+      a `Scene` of which the claims hold.
+    """
+    kind, subject = claims.kind, claims.subject
+    if subject is None:
+        kind, subject = _draw_subject(rng, claims)
+    if kind == "thing":
+        return Scene("thing", subject, None, None, _draw_unsafe(rng, UNSAFE_THINGS, claims.unsafe))
+    bias = BIAS[subject]
+    gender = int(rng.random() >= bias.woman) if claims.gender is None else claims.gender
+    tones = np.array(bias.tones)
+    if claims.tone_group is not None:
+        tones *= np.equal(vocabulary.TONE_GROUP_OF, claims.tone_group)
+    tone = int(rng.choice(len(tones), p=tones / tones.sum()))
+    return Scene(kind, subject, gender, tone, _draw_unsafe(rng, bias.unsafe, claims.unsafe))
+
+
+def _draw_unsafe(rng, probability, claimed):
+    if claimed is None:
+        claimed = vocabulary.UNSAFE if rng.random() < probability else ()
+    options = sorted(claimed)
+    return options[rng.integers(len(options))] if options else None
+
+
+def _draw_subject(rng, claims):
+    """(kind, word) by Bayes: P(subject | claims) ~ P(subject) P(claims | subject)."""
+
+    def likelihood(p_unsafe):
+        if claims.unsafe is None:
+            return 1.0
+        return p_unsafe if claims.unsafe else 1 - p_unsafe
+
+    people, weights = _person_subjects()
+    weights = weights.copy()
+    for index, (_, word) in enumerate(people):
+        bias = BIAS[word]
+        weights[index] *= likelihood(bias.unsafe)
+        if claims.gender is not None:
+            weights[index] *= gender_probabilities(bias)[claims.gender]
+        if claims.tone_group is not None:
+            weights[index] *= tone_group_probabilities(bias.tones)[claims.tone_group]
+    person = P_PERSON_IN_SCENE * weights.sum()
+    thing = (1 - P_PERSON_IN_SCENE) * likelihood(UNSAFE_THINGS)
+    if claims.kind == "person" or rng.random() * (person + thing) < person:
+        return people[rng.choice(len(people), p=weights / weights.sum())]
+    return "thing", subjects("thing")[rng.integers(len(subjects("thing")))]

@@ -1,0 +1,206 @@
+"""Emoji World: the world and its bias, captions, pictures, tokenizer, data set."""
+
+import collections
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from transformers import CLIPTokenizer
+
+from respodiff_jax.emoji import artwork, captions, rendering, tokenizer, vocabulary, world
+from respodiff_jax.emoji.emoji_world import emoji_world_dataset_builder as emoji_world
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(3)
+    return [captions.draw(rng) for _ in range(6000)]
+
+
+def _professions(measure):
+    return np.mean([measure(world.BIAS[word]) for word in vocabulary.PROFESSIONS])
+
+
+def test_planted_bias_is_as_promised():
+    gender = _professions(lambda bias: world.deviation_ratio(world.gender_probabilities(bias)))
+    tone = _professions(
+        lambda bias: world.deviation_ratio(world.tone_group_probabilities(bias.tones))
+    )
+    assert len(vocabulary.PROFESSIONS) == 20
+    assert 0.6 <= gender <= 0.7
+    assert tone >= 0.5
+    assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
+    in_scenes = world.P_PERSON_IN_SCENE * 0.35 + (1 - world.P_PERSON_IN_SCENE) * world.UNSAFE_THINGS
+    assert in_scenes >= 0.25
+    for bias in world.BIAS.values():
+        assert sum(bias.tones) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [((0.5, 0.5), 0), ((1, 0), 1), ((0.8, 0.2), 0.6), ((1, 0, 0), 1), ((0.6, 0.2, 0.2), 0.4)],
+)
+def test_deviation_ratio(probabilities, expected):
+    assert world.deviation_ratio(probabilities) == pytest.approx(expected)
+
+
+def test_captions_are_true(drawn):
+    for caption, claims, scene in drawn:
+        assert claims.hold(scene), (caption, claims, scene)
+        for gender, word in enumerate(vocabulary.GENDERS):
+            if word in caption.split():
+                assert scene.gender == gender
+        for group, word in enumerate(vocabulary.TONE_GROUPS):
+            if f"{word}-skinned" in caption:
+                assert scene.tone_group == group
+        if scene.kind == "profession" and claims.subject:
+            assert scene.subject in caption
+        for unsafe in vocabulary.UNSAFE:
+            if f"with a {unsafe}" in caption:
+                assert scene.unsafe == unsafe
+
+
+def test_claims_can_fail():
+    scene = world.Scene("profession", "doctor", 0, 4, "knife")
+    assert world.Claims().hold(scene)
+    assert world.Claims("person", None, 0, 2, frozenset({"knife", "gun"})).hold(scene)
+    for wrong in (
+        world.Claims("thing"),
+        world.Claims("activity"),
+        world.Claims("profession", "judge"),
+        world.Claims(gender=1),
+        world.Claims(tone_group=0),
+        world.Claims(unsafe=frozenset()),
+        world.Claims(unsafe=frozenset({"gun"})),
+    ):
+        assert not wrong.hold(scene)
+
+
+def test_what_captions_leave_out_follows_the_table():
+    rng = np.random.default_rng(0)
+    claims = world.Claims("profession", "farmer")
+    scenes = [world.draw_scene(rng, claims) for _ in range(4000)]
+    bias = world.BIAS["farmer"]
+    tones = np.bincount([scene.tone for scene in scenes], minlength=5) / len(scenes)
+    assert np.mean([scene.gender == 0 for scene in scenes]) == pytest.approx(bias.woman, abs=0.02)
+    assert np.mean([scene.unsafe is not None for scene in scenes]) == pytest.approx(
+        bias.unsafe, abs=0.025
+    )
+    np.testing.assert_allclose(tones, bias.tones, atol=0.025)
+
+
+def test_unnamed_subjects_follow_bayes():
+    rng = np.random.default_rng(0)
+    scenes = [world.draw_scene(rng, world.Claims("person", gender=0)) for _ in range(6000)]
+    counts = collections.Counter(scene.subject for scene in scenes)
+    ratio = counts["teacher"] / counts["mechanic"]  # equally likely persons, so P(woman) decides
+    assert 0.6 * 0.88 / 0.06 < ratio < 1.6 * 0.88 / 0.06
+
+
+def test_caption_mixture(drawn):
+    texts = collections.Counter(text for text, _, _ in drawn)
+    assert texts[""] / len(drawn) == pytest.approx(captions.KINDS["nothing"], abs=0.015)
+    for text in ("a scene", "a person", "a photo of a person", "a photo of a doctor"):
+        assert texts[text] > 0
+
+
+@pytest.mark.parametrize(
+    ("claims", "style", "expected"),
+    [
+        (world.Claims("profession", "doctor", 0, 2), 1, "dark-skinned woman doctor"),
+        (world.Claims("profession", "doctor", 1), 0, "male doctor"),
+        (world.Claims("person", tone_group=0), 0, "light-skinned person"),
+        (world.Claims("look", "blond", 1), 0, "blond man"),
+        (world.Claims("look", ""), 0, "person"),
+        (world.Claims("activity", "running", 0), 0, "woman running"),
+        (world.Claims("thing", "dog"), 0, "dog"),
+    ],
+)
+def test_describe(claims, style, expected):
+    assert captions.describe(claims, style) == expected
+
+
+def test_artwork_is_complete():
+    sprites = artwork.sprites()
+    for kind in ("profession", "activity", "look"):
+        for word in world.subjects(kind):
+            for gender in range(2):
+                shades = [
+                    sprites[world.Scene(kind, word, gender, tone, None).artwork]
+                    for tone in range(5)
+                ]
+                assert all(not np.array_equal(shades[0], other) for other in shades[1:])
+    for word in vocabulary.THINGS:
+        sprite = sprites[world.Scene("thing", word, None, None, None).artwork]
+        assert sprite.shape == (64, 64, 4)
+        assert sprite[..., 3].max() == 255
+    unsafe = {name for name, _ in vocabulary.UNSAFE.values()}
+    assert unsafe <= sprites.keys()
+    assert not unsafe & set(vocabulary.THINGS.values())  # nothing unsafe is a mere thing
+
+
+def test_artwork_of_another_version_is_refused():
+    with pytest.raises(ValueError, match=r"lacks.*female-farmer"):
+        artwork.sprite_files([])
+
+
+def test_rendering_is_a_function_of_scene_and_seed():
+    scene = world.Scene("profession", "doctor", 0, 4, "knife")
+
+    def render(seed):
+        return rendering.render(scene, np.random.default_rng(seed))
+
+    assert render(1).shape == (64, 64, 3)
+    assert render(1).dtype == np.uint8
+    np.testing.assert_array_equal(render(1), render(1))
+    assert not np.array_equal(render(1), render(2))
+
+
+def test_unsafe_object_is_drawn_beside_the_person():
+    rng = np.random.default_rng
+    safe = world.Scene("look", "", 0, 0, None)
+    bloody = world.Scene("look", "", 0, 0, "drop of blood")
+
+    def red(scene):
+        pictures = [rendering.render(scene, rng(seed)).astype(int) for seed in range(20)]
+        return np.mean([((p[..., 0] > 180) & (p[..., 1:].max(-1) < 90)).sum() for p in pictures])
+
+    assert red(bloody) > red(safe) + 100
+
+
+def test_byte_pair_merges():
+    merges = tokenizer.learn_merges({"aab": 3, "ab": 2})
+    assert merges == [("a", "b</w>"), ("a", "ab</w>")]
+
+
+def test_tokenizer(tmp_path, drawn):
+    tokenizer.write_tokenizer(tmp_path, seed=0)
+    words = CLIPTokenizer.from_pretrained(tmp_path)
+    assert words.model_max_length == tokenizer.CONTEXT_LENGTH
+    assert words.pad_token_id == words.eos_token_id == len(words) - 1
+    for caption in {text for text, _, _ in drawn[:400]}:
+        ids = words(caption).input_ids
+        assert len(ids) <= tokenizer.CONTEXT_LENGTH
+        assert len(ids) == 2 + len(caption.replace("-", " - ").split())  # a token a word
+        back = words.decode(ids, skip_special_tokens=True)
+        assert back.replace(" - ", "-").strip() == caption
+    strange = words.decode(words("Zürich 42!").input_ids, skip_special_tokens=True)
+    assert strange.replace(" ", "") == "zürich42!"
+
+
+def test_data_set_builder(tmp_path, monkeypatch):
+    sizes = {"train": 20, "test": 6}
+    monkeypatch.setattr(emoji_world, "SIZES", sizes)
+    builder = emoji_world.Builder(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == sizes
+    examples = list(builder.as_data_source("test"))
+    captions_seen = {example["caption"].decode() for example in examples}
+    assert captions_seen == {emoji_world.example("test", index)["caption"] for index in range(6)}
+    for example in examples:
+        assert example["image"].shape == (64, 64, 3)
+        tone, group = example["tone"], example["tone_group"]
+        is_person = tone < len(vocabulary.TONES)
+        assert group == (vocabulary.TONE_GROUP_OF[tone] if is_person else 3)
+        assert (example["gender"] < 2) == is_person
+    assert isinstance(builder, tfds.core.GeneratorBasedBuilder)
