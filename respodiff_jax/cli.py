@@ -294,6 +294,7 @@ def _generate(args: argparse.Namespace) -> None:
     sketch = open_model(abstract=True)
     for one in loaded:
         adapters.check_fits(one, sketch, options.resolution)
+    sketch.tokenise([*prompts, options.negative_prompt])
     sketch.latent_shape(options.resolution or sketch.default_resolution)
     print(f"loading {model}", flush=True)
     backbone = open_model()

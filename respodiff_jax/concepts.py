@@ -71,6 +71,11 @@ class Concept:
         return self.unsafe_prompt is not None
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts that training embeds for this concept, but the empty one."""
+        return (*self.neutral_prompts, self.unsafe_prompt or self.target_prompt)
+
+    @property
     def stream(self) -> int:
         """A number that names this concept's random stream wherever it is trained, 0 .. 2^32-1."""
         return zlib.crc32(self.name.encode())

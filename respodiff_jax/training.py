@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
     recipe = Recipe.from_config(config, sketch, resolution)
     if config.log.grid_every:
         Schedule.from_config(sketch.scheduler_config, config.log.grid_steps)
+    sketch.tokenise([prompt for concept in concepts for prompt in concept.prompts])
     identity = sketch.identity | {
         "resolution": resolution,
         "prediction_type": recipe.schedule.prediction_type,

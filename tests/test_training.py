@@ -17,6 +17,7 @@ from PIL import Image
 
 from respodiff_jax import cli, monitoring, training
 from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
 from respodiff_jax.checkpoint import Checkpoints, adapter_from_workdir
 from respodiff_jax.config import add_concept, default, load_config
 from respodiff_jax.training import train
@@ -220,6 +221,20 @@ def test_a_diverging_concept_stops_the_run_and_is_named(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         saved = [checkpoints.restore_host(step)[1] for step in checkpoints.steps]
     assert all(np.isfinite(leaf).all() for state in saved for leaf in jax.tree.leaves(state))
+
+
+def test_a_prompt_that_is_cut_is_told_before_the_weights_are_read(tmp_path, monkeypatch):
+    opened = []
+
+    def recording_load(*args, abstract=False, **options):
+        opened.append("abstract" if abstract else "weights")
+        return load_backbone(*args, abstract=abstract, **options)
+
+    monkeypatch.setattr(training, "load_backbone", recording_load)
+    changes = {"concepts.man.target_prompt": "a man " * 20}
+    with pytest.raises(UserWarning, match=r"'a man a man .* not read: "):  # an error in the tests
+        train(make_config(**changes), str(tmp_path))
+    assert opened == ["abstract"]
 
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):

@@ -94,6 +94,17 @@ class Backbone:
         """The model output g(h, ...), (B, h, w, c) fp32; see `unet.decode`."""
         return unet_lib.decode(self.unet, params["unet"], h, skips)
 
+    def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Each text encoder's token ids, int32 (n, L); warns of prompts that are cut.
+
+        Needs no weights: called on an abstract backbone it shows in time what will be cut.
+        """
+        ids = []
+        for tokenizer, module in zip(self.tokenizers, self.text_encoders, strict=True):
+            length = min(tokenizer.model_max_length, module.config.max_position_embeddings)
+            ids.append(text.tokenise(tokenizer, prompts, length))
+        return ids
+
     def encode_prompts(
         self, prompts: Sequence[str], resolution: int, params: Mapping | None = None
     ) -> Conditioning:
@@ -118,10 +129,7 @@ class Backbone:
             raise ValueError(f"prompts must be a non-empty sequence of strings, got {prompts!r}.")
         self.latent_shape(resolution)
         params = self.params if params is None else params
-        ids = []
-        for tokenizer, module in zip(self.tokenizers, self.text_encoders, strict=True):
-            length = min(tokenizer.model_max_length, module.config.max_position_embeddings)
-            ids.append(text.tokenise(tokenizer, prompts, length))
+        ids = self.tokenise(prompts)
         keep = np.array([p != "" or not self.zeros_for_empty_prompt for p in prompts])
         towers = [p for name, p in sorted(params.items()) if name.startswith("text_encoder")]
         context, pooled = self._encode_tokens(towers, ids, keep)
