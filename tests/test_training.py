@@ -199,7 +199,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_
         ({"train.steps": 8, "optimizer.lr_schedule": "linear"}, r"lr_schedule: 'constant' there"),
     ],
 )
-def test_another_runs_directory_is_refused_with_a_diff(finished, changes, message):
+def test_another_runs_directory_is_refused_with_a_diff(finished, changes, message, monkeypatch):
+    monkeypatch.setattr(training, "load_backbone", None)  # refused before a model is opened
     before = (finished / "run.json").read_text()
     with pytest.raises(ValueError, match=message):
         train(make_config(**changes), str(finished))
