@@ -10,6 +10,7 @@ from test_adapters import make_adapter
 from respodiff_jax import checkpoint, cli, parallel
 from respodiff_jax.adapters import load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
+from respodiff_jax.cli import inputs
 
 
 @pytest.fixture(autouse=True)
@@ -133,19 +134,19 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsy
 
 
 def test_scales_of_concepts():
-    scales = cli._read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], default=1.0)
+    scales = inputs.read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], default=1.0)
     assert scales == {"a man": 1.0, "a=b": 0.5, "young": -1.0}
     with pytest.raises(ValueError, match="names 'a man' twice"):
-        cli._read_scales("--concept", ["a man", "a man=2"], default=1.0)
+        inputs.read_scales("--concept", ["a man", "a man=2"], default=1.0)
 
 
 def test_prompts_of_files(tmp_path):
     text, table = tmp_path / "a.txt", tmp_path / "b.CSV"
     text.write_text("\ufeffa nurse\n\n  a cook \n", encoding="utf-8")
     table.write_text("text\nx\n")
-    assert cli._read_prompts(["a"], str(text)) == ["a", "a nurse", "a cook"]
+    assert inputs.read_prompts(["a"], str(text)) == ["a", "a nurse", "a cook"]
     with pytest.raises(ValueError, match=r"has no column 'prompt', only \['text'\]"):
-        cli._read_prompts([], str(table))
+        inputs.read_prompts([], str(table))
 
 
 def test_train_passes_config_overrides_and_hosts(monkeypatch):
@@ -204,7 +205,7 @@ def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
 def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text("{}")
     monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda path: ("newest", path))
-    assert cli._load_adapter(str(tmp_path)) == ("newest", str(tmp_path))
+    assert inputs.open_adapter(str(tmp_path)) == ("newest", str(tmp_path))
 
 
 def test_interruption_exits_130(monkeypatch, capsys):

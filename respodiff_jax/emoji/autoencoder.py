@@ -21,8 +21,6 @@ CONFIG = dict(
     norm_num_groups=8,
     sample_size=rendering.IMAGE_SIZE,
 )
-# The encoder is locked after these: the UNet may train on it while the decoder learns on.
-ENCODER_STEPS = 1600
 SQUARE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 4.0, 0.5, 1e-5
 
 
@@ -84,10 +82,6 @@ def train(workdir, *, steps, batch_size, seed):
             state["params"], images, key
         )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        for name in ("encoder", "quant_conv"):
-            updates[name] = jax.tree.map(
-                lambda update: jnp.where(step < ENCODER_STEPS, update, 0.0), updates[name]
-            )
         return {
             "params": optax.apply_updates(state["params"], updates),
             "opt_state": opt_state,

@@ -8,6 +8,7 @@ along: the evaluator's job.
 
 import functools
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,7 @@ VISION = dict(
     patch_size=16,
 )
 PROJECTION = 128
-# The text tower is locked after these: the UNet may train on it while the evaluator learns on.
-TEXT_STEPS = 400
+CONTRASTIVE_WEIGHT = 0.25
 NAMING = captions.Plan(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
 
 # zero-shot classification: attribute -> prompts, in the order of the labels
@@ -160,7 +160,21 @@ def loss_fn(model, params, batch, prompt_ids):
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         classification += (entropy * known).sum() / known.sum()
         metrics[name] = ((logits.argmax(1) == labels) * known).sum() / known.sum()
-    return contrastive + classification / len(prompt_ids), metrics
+    return CONTRASTIVE_WEIGHT * contrastive + classification, metrics
+
+
+def initial_params(model, seed):
+    """Parameters with kernels drawn to keep the variance (LeCun): the model's own draws, meant for
+    wide towers, leave all captions of a narrow one with nearly the same features."""
+    initializer = jax.nn.initializers.lecun_normal()
+    params = flax.traverse_util.flatten_dict(
+        model.init_weights(jax.random.key(seed), model.input_shape)
+    )
+    keys = jax.random.split(jax.random.key(seed + 1), len(params))
+    for key, (path, value) in zip(keys, params.items(), strict=True):
+        if path[-1] == "kernel" and value.ndim == 2:
+            params[path] = initializer(key, value.shape)
+    return flax.traverse_util.unflatten_dict(params)
 
 
 def train(workdir, tokenizer_, *, steps, batch_size, seed):
@@ -179,16 +193,12 @@ def train(workdir, tokenizer_, *, steps, batch_size, seed):
             state["params"], batch, prompt_ids
         )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        tower = updates["text_model"]
-        updates["text_model"] = jax.tree.map(
-            lambda update: jnp.where(step < TEXT_STEPS, update, 0.0), tower
-        )
         return {
             "params": optax.apply_updates(state["params"], updates),
             "opt_state": opt_state,
         }, metrics
 
-    params = model.init_weights(jax.random.key(seed), model.input_shape)
+    params = initial_params(model, seed)
     state = {"params": params, "opt_state": optimizer.init(params)}
     batch_fn = functools.partial(draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed)
     return loop.train_stage("clip", state, step_fn, batch_fn, steps, workdir)["params"]

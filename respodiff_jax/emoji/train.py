@@ -20,8 +20,8 @@ from transformers import CLIPTokenizer
 from respodiff_jax.emoji import autoencoder, clip, denoiser, export, loop, tokenizer
 
 STAGES = {  # stage -> steps, batch size
-    "clip": (3000, 64),
-    "vae": (6000, 4),
+    "clip": (4000, 64),
+    "vae": (4000, 8),
     "unet": (20_000, 32),
 }
 POOL_SIZE = 50_000

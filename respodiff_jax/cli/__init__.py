@@ -1,0 +1,77 @@
+"""The command `respodiff VERB`: a module per verb reads its options, calls the library, reports.
+
+JAX and the models are imported when a verb runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from respodiff_jax.cli import export, generate, train
+
+# A verb's module has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args); one that
+# TAKES_OVERRIDES has run(args, overrides).
+_VERBS = {"train": train, "generate": generate, "export": export}
+
+_DESCRIPTION = """\
+Responsible text-to-image generation in JAX (RespoDiff): train small modules that steer a frozen
+Stable Diffusion towards fair and safe pictures, and generate with them.
+"""
+
+_EPILOG = """\
+A first round, from a config to pictures:
+
+  respodiff train --config configs/sd14_gender.py --workdir runs/gender
+  respodiff generate --adapter runs/gender --fair gender --prompt "a photo of a doctor" \\
+      --images-per-prompt 8 --base --out pictures
+  respodiff export runs/gender --out adapters/gender
+
+`respodiff VERB --help` tells more.
+"""
+
+_OVERRIDE = "--config."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line, by default this process's.
+
+    Returns:
+      The exit status: 0, 1 after a loss that is no longer finite, 2 after a user's mistake, 130
+      after Ctrl-C. Bad options and `--help` exit by themselves, as argparse does.
+    """
+    args, rest = _parser().parse_known_args(argv)
+    verb = _VERBS[args.verb]
+    takes_overrides = getattr(verb, "TAKES_OVERRIDES", False)
+    overrides = [arg for arg in rest if arg.startswith(_OVERRIDE)]
+    if unknown := [arg for arg in rest if arg not in overrides or not takes_overrides]:
+        hint = "; write overrides as --config.SECTION.OPTION=VALUE" if overrides else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    try:
+        verb.run(args, overrides) if takes_overrides else verb.run(args)
+    except ValueError as error:
+        print(f"respodiff: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"respodiff: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("respodiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("respodiff", description=_DESCRIPTION, epilog=_EPILOG, **style)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in _VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            **style,
+        )
+        verb.set_defaults(parser=verb)
+        module.add_arguments(verb)
+    return parser

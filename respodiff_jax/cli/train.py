@@ -1,0 +1,68 @@
+"""`respodiff train`."""
+
+import argparse
+from collections.abc import Sequence
+
+SUMMARY = "train concepts"
+TAKES_OVERRIDES = True
+
+DESCRIPTION = """\
+Trains RAM and SAM of the concepts that a config lists. The working directory gets checkpoints, logs
+and sample grids, and at the end the adapter. Run the same command again to continue after an
+interruption. All local devices are used.
+"""
+
+EPILOG = """\
+Any option of the config can be changed, as --config.SECTION.OPTION=VALUE:
+
+  respodiff train --config configs/smoke.py --workdir runs/smoke
+  respodiff train --config configs/sd14_gender.py --workdir runs/gender \\
+      --config.train.steps=2000 --config.model.name=/models/stable-diffusion-v1-4
+
+Several hosts run the same command each, on TPU pods and under Slurm:
+
+  respodiff train --config configs/sdxl_gender.py --workdir /shared/run --distributed auto \\
+      --config.train.batch_size=8
+
+or anywhere, with process 0 on host0:
+
+  respodiff train --config configs/sdxl_gender.py --workdir /shared/run \\
+      --config.train.batch_size=8 --coordinator host0:1234 --num-processes 2 --process-id 0
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="of the run; an earlier run in it is continued",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a profiler trace of a few steps"
+    )
+    hosts = parser.add_argument_group("several hosts")
+    hosts.add_argument(
+        "--distributed",
+        choices=("auto",),
+        help="find the other hosts by itself (TPU pods, Slurm, Open MPI)",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    hosts.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="this process, 0 .. N-1")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from respodiff_jax import parallel
+    from respodiff_jax.config import load_config
+    from respodiff_jax.training import train
+
+    config = load_config(args.config, overrides)
+    parallel.initialize_distributed(
+        args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
+    )
+    parallel.enable_compilation_cache()
+    train(config, args.workdir, profile=args.profile)
