@@ -7,21 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transformers import CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from respodiff_jax.backbone import load_backbone
+from respodiff_jax.backbone import clip as clip_lib
+from respodiff_jax.backbone import load_backbone, load_clip
 from respodiff_jax.backbone.flax_models import FlaxUNet2DConditionModel
 from respodiff_jax.emoji import (
     autoencoder,
     captions,
     clip,
-    clip_files,
     denoiser,
     export,
     loop,
     tokenizer,
     train,
+    vocabulary,
 )
+from respodiff_jax.evaluation.suites import load_suite
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,7 @@ def _random(init, seed):
 
 @pytest.fixture(scope="module")
 def clip_params(words):
-    model = clip.build(words)
-    return _random(lambda key: model.init_weights(key, model.input_shape), 0)
+    return _random(functools.partial(clip_lib.init_clip, clip.config(words)), 0)
 
 
 def _count_up(steps, workdir):
@@ -113,16 +114,17 @@ def test_autoencoder_loss_against_numpy():
 
 
 def test_clip_loss_against_numpy(words, clip_params):
-    model = clip.build(words)
+    module = clip_lib.build_clip(clip.config(words))
     batch = clip.draw_batch(0, 24, words, seed=0)
     prompts = {k: clip.tokenize(words, v) for k, v in sorted(clip.ATTRIBUTE_PROMPTS.items())}
-    loss, metrics = jax.jit(functools.partial(clip.loss_fn, model))(clip_params, batch, prompts)
+    loss, metrics = jax.jit(functools.partial(clip.loss_fn, module))(clip_params, batch, prompts)
 
-    images = np.asarray(clip.encode_images(model, clip_params, batch["images"]), np.float64)
+    pixels = clip.preprocess(batch["images"])
+    images = np.asarray(clip_lib.encode_images(module, clip_params, pixels), np.float64)
     scale = np.exp(float(clip_params["logit_scale"]))
 
     def log_probabilities(ids):
-        texts = np.asarray(clip.encode_texts(model, clip_params, ids), np.float64)
+        texts = np.asarray(clip_lib.encode_texts(module, clip_params, ids), np.float64)
         logits = scale * images @ texts.T
         return logits - np.log(np.exp(logits).sum(1, keepdims=True)), logits
 
@@ -138,7 +140,7 @@ def test_clip_loss_against_numpy(words, clip_params):
         labels = batch["labels"][name]
         known = np.flatnonzero(labels >= 0)
         attributes.append(-log_probabilities(ids)[0][known, labels[known]].mean())
-    expected = np.mean(contrastive) + np.mean(attributes)
+    expected = clip.CONTRASTIVE_WEIGHT * np.mean(contrastive) + np.sum(attributes)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["contrastive"], np.mean(contrastive), rtol=1e-4)
     assert matches.diagonal().all()  # each picture's own caption is true of it
@@ -167,7 +169,7 @@ def test_unet_loss_weights_by_signal_to_noise(monkeypatch):
 def test_exported_folder_loads_in_pytorch_and_here(tmp_path, words, clip_params):
     torch = pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPModel
+    from transformers import CLIPModel, CLIPProcessor
 
     vae = _random(autoencoder.build().init_weights, 1)
     unet = _random(FlaxUNet2DConditionModel(**denoiser.CONFIG).init_weights, 2)
@@ -185,44 +187,41 @@ def test_exported_folder_loads_in_pytorch_and_here(tmp_path, words, clip_params)
     prompts = ["a photo of a woman doctor", ""]
     ids = clip.tokenize(words, prompts)
     contexts = np.asarray(backbone.encode_prompts(prompts, 64).context)
-    rows = clip.encode_contexts(clip.build(words), clip_params, ids)
+    module = clip_lib.build_clip(clip.config(words))
+    rows = clip_lib.encode_contexts(module, clip_params, ids)
     np.testing.assert_allclose(contexts, rows, atol=2e-2)  # fp16 files
     with torch.no_grad():
         theirs = pipeline.text_encoder(torch.tensor(ids).long()).last_hidden_state.numpy()
     np.testing.assert_allclose(contexts, theirs, atol=1e-4)
 
-    model, loaded = clip_files.load_clip(tmp_path / "clip")
+    images = autoencoder.draw_batch(0, 3, seed=3)
     torch_clip = CLIPModel.from_pretrained(tmp_path / "clip").float().eval()
-    images = autoencoder.draw_batch(0, 2, seed=3)
-    pixels = torch.tensor(np.asarray(clip.preprocess(images)).transpose(0, 3, 1, 2))
+    processor = CLIPProcessor.from_pretrained(tmp_path / "clip")
+    inputs = processor(text=prompts, images=list(images), return_tensors="pt", padding=True)
     with torch.no_grad():
-        theirs = torch_clip.get_image_features(pixel_values=pixels).numpy()
-    theirs /= np.linalg.norm(theirs, axis=-1, keepdims=True)
-    np.testing.assert_allclose(clip.encode_images(model, loaded, images), theirs, atol=1e-4)
+        outputs = torch_clip(**inputs)
+    ours = load_clip(tmp_path / "clip")
+    for features, theirs in (
+        (ours.image_features(images), outputs.image_embeds),
+        (ours.text_features(prompts), outputs.text_embeds),
+    ):
+        np.testing.assert_allclose(features, theirs.numpy(), atol=1e-4)
+
+    suite = load_suite(None, str(tmp_path))
+    assert suite.clip == str(tmp_path / "clip")
+    assert suite.subjects == tuple(vocabulary.PROFESSIONS)
+    assert list(suite.attribute("skin_tone")) == list(vocabulary.TONE_GROUPS)
 
 
 def test_damaged_clip_folder_is_refused(tmp_path, words, clip_params):
-    clip_files.save_clip(tmp_path, clip.config(words), clip_params)
+    processor = CLIPImageProcessor()
+    clip_lib.save_clip(tmp_path, clip.config(words), clip_params, words, processor)
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match="lacks"):
-        clip_files.load_clip(tmp_path)
-
-
-@pytest.mark.slow
-def test_what_later_stages_rest_on_is_locked(tmp_path, words, monkeypatch):
-    monkeypatch.setattr(autoencoder, "ENCODER_STEPS", 1)
-    monkeypatch.setattr(clip, "TEXT_STEPS", 1)
-    stages = {
-        "vae": (autoencoder.train, ("encoder", "quant_conv"), "decoder"),
-        "clip": (functools.partial(clip.train, tokenizer_=words), ("text_model",), "vision_model"),
-    }
-    for stage, (run, locked, free) in stages.items():
-        before = run(tmp_path, steps=1, batch_size=8, seed=0)
-        after = run(tmp_path, steps=30, batch_size=8, seed=0)
-        for name in locked:
-            jax.tree.map(np.testing.assert_array_equal, before[name], after[name])
-        moved = jax.tree.map(lambda a, b: np.any(a != b), before[free], after[free])
-        assert any(jax.tree.leaves(moved)), stage
+    with pytest.raises(ValueError, match="lacks parameters"):
+        load_clip(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(ValueError, match=r"incomplete.*missing: vocab\.json"):
+        load_clip(tmp_path)
 
 
 @pytest.mark.slow

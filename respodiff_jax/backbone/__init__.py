@@ -5,6 +5,8 @@ The only room that knows diffusers and the Flax classes of transformers.
 
 from respodiff_jax.backbone.architectures import random_backbone
 from respodiff_jax.backbone.backbone import Backbone
+from respodiff_jax.backbone.clip import Clip, load_clip, save_clip
+from respodiff_jax.backbone.files import local_folder
 from respodiff_jax.backbone.loading import load_backbone
 from respodiff_jax.backbone.saving import save_backbone
 from respodiff_jax.backbone.text import byte_tokenizer
@@ -13,12 +15,16 @@ from respodiff_jax.backbone.weights import load_weights, save_weights
 
 __all__ = [
     "Backbone",
+    "Clip",
     "Conditioning",
     "Skips",
     "byte_tokenizer",
     "load_backbone",
+    "load_clip",
     "load_weights",
+    "local_folder",
     "random_backbone",
     "save_backbone",
+    "save_clip",
     "save_weights",
 ]

@@ -1,10 +1,12 @@
 """Where a pipeline's files are: in a diffusers folder or the Hugging Face cache; are all there?"""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import huggingface_hub
@@ -20,6 +22,9 @@ _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Models that come with the package.
+_EMBEDDED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
+_CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,17 @@ class PipelineFiles:
     weights: dict[str, list[pathlib.Path]]
     tokenizers: list[pathlib.Path]
     scheduler_config: dict[str, Any]
+
+
+@functools.lru_cache
+def sha256(*files: pathlib.Path) -> str:
+    """Hexadecimal digest of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
@@ -64,36 +80,73 @@ def _parts(index: dict) -> list[str]:
     return ["unet", "vae", *present]
 
 
-def _snapshot(name: str, revision: str | None, variant: str | None, cache_dir: Any) -> pathlib.Path:
-    """A hub model's folder in the cache: what is not there is fetched, if there is a network."""
+def _snapshot(
+    name: str,
+    revision: str | None,
+    cache_dir: Any,
+    wanted: Callable[[Collection[str]], Collection[str]],
+) -> pathlib.Path:
+    """A hub model's folder in the cache: what is not there is fetched, if there is a network.
+
+    `wanted` chooses from the names of all the model's files; without a network, of none.
+    """
     available, reason = None, "the hub is not asked in offline mode (HF_HUB_OFFLINE)"
     if not constants.HF_HUB_OFFLINE:
         try:
             available = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
         except OSError as error:  # no network, no such model or revision, or no permission
             reason = str(error)
-    wanted = []
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        inside = [n.removeprefix(f"{part}/") for n in available or () if n.startswith(f"{part}/")]
-        wanted += [f"{part}/{n}" for n in ("config.json", *choose_weights(inside, part, variant))]
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        wanted += [f"{tokenizer}/{n}" for n in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
     try:
         folder = huggingface_hub.snapshot_download(
             name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=[_INDEX, _SCHEDULER, *wanted],
+            allow_patterns=list(wanted(available or ())),
             local_files_only=available is None,
         )
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
             f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "
-            f"fetched: {reason if available is None else error}. Give the path of a diffusers "
-            "folder, check the name, or download it first where there is a network."
+            f"fetched: {reason if available is None else error}. Give a folder, check the name, or "
+            "download it first where there is a network."
         ) from error
     return pathlib.Path(folder)
+
+
+def _pipeline_files(available: Collection[str], variant: str | None) -> list[str]:
+    wanted = [_INDEX, _SCHEDULER]
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        inside = [n.removeprefix(f"{part}/") for n in available if n.startswith(f"{part}/")]
+        wanted += [f"{part}/{n}" for n in ("config.json", *choose_weights(inside, part, variant))]
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        wanted += [f"{tokenizer}/{n}" for n in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
+    return wanted
+
+
+def local_folder(name: str) -> pathlib.Path:
+    """The folder that a model's name means, if it is one: an embedded model's, or a path."""
+    return _EMBEDDED.get(name) or pathlib.Path(name).expanduser()
+
+
+def _find_folder(
+    name: str,
+    revision: str | None,
+    cache_dir: Any,
+    wanted: Callable[[Collection[str]], Collection[str]],
+) -> tuple[pathlib.Path, str | None]:
+    """A local folder, or a hub model's in the cache and its commit."""
+    folder = local_folder(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} applies to hub models, but {name!r} is a folder."
+            )
+        return folder, None
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'.")
+    folder = _snapshot(name, revision, cache_dir, wanted)
+    return folder, folder.name
 
 
 def _read_json(file: pathlib.Path) -> dict:
@@ -112,17 +165,9 @@ def find_pipeline(
       ValueError: if there is no such model, it is of another kind, or files are missing; names all
         of them.
     """
-    folder, commit = pathlib.Path(name).expanduser(), None
-    if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            raise ValueError(
-                f"model {name!r}: no such folder, and not a hub id like 'owner/model'."
-            )
-        folder = _snapshot(name, revision, variant, cache_dir)
-        commit = folder.name
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r} applies to hub models, but {name!r} is a folder.")
-
+    folder, commit = _find_folder(
+        name, revision, cache_dir, lambda available: _pipeline_files(available, variant)
+    )
     if not (folder / _INDEX).is_file():
         raise ValueError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}.")
     index = _read_json(folder / _INDEX)
@@ -163,6 +208,34 @@ def find_pipeline(
         tokenizers=tokenizers,
         scheduler_config=_read_json(folder / _SCHEDULER),
     )
+
+
+def find_clip(
+    name: str, *, revision: str | None = None, cache_dir: Any = None
+) -> tuple[pathlib.Path, str | None, list[pathlib.Path]]:
+    """Finds a CLIP's folder, its commit on the hub (None for a folder) and its weight files.
+
+    Raises:
+      ValueError: if there is no such model or files are missing; names all of them.
+    """
+
+    def wanted(available):
+        files = (*_CLIP_CONFIGS, *_TOKENIZER_FILES, *_TOKENIZER_OPTIONS)
+        return [*files, *choose_weights(available, "text_encoder", None)]
+
+    folder, commit = _find_folder(name, revision, cache_dir, wanted)
+    inside = [file.name for file in folder.iterdir()]
+    chosen = choose_weights(inside, "text_encoder", None)
+    if chosen and chosen[0].endswith(".json"):
+        chosen = read_index(folder / chosen[0])
+    missing = sorted({*_CLIP_CONFIGS, *_TOKENIZER_FILES, *chosen} - set(inside))
+    if not chosen:
+        missing.append("model.safetensors or flax_model.msgpack")
+    if missing:
+        raise ValueError(
+            f"{name}: the CLIP is incomplete in {folder}; missing: {', '.join(missing)}."
+        )
+    return folder, commit, [folder / file for file in chosen]
 
 
 def _no_weights(part: str, inside: Collection[str], variant: str | None) -> str:

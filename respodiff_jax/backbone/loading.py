@@ -1,7 +1,5 @@
 """A diffusers folder or hub id -> `Backbone`."""
 
-import functools
-import hashlib
 import pathlib
 
 from transformers import CLIPTokenizer
@@ -9,18 +7,8 @@ from transformers import CLIPTokenizer
 from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.architectures import random_backbone
 from respodiff_jax.backbone.backbone import Backbone
-from respodiff_jax.backbone.files import find_pipeline
+from respodiff_jax.backbone.files import find_pipeline, sha256
 from respodiff_jax.backbone.weights import load_weights
-
-
-@functools.lru_cache
-def _sha256(*files: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_backbone(
@@ -36,7 +24,8 @@ def load_backbone(
 
     Args:
       name_or_path: a diffusers folder; or a hub id, fetched into the Hugging Face cache or, without
-        a network, taken from it; or "random/tiny" and the like, see `random_backbone`.
+        a network, taken from it; or "emoji-world", which the package brings; or "random/tiny" and
+        the like, see `random_backbone`.
       revision: branch, tag or commit of a hub id; "seed-1" and the like for a random one.
       variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, where there are
         none, fp16.
@@ -76,7 +65,7 @@ def load_backbone(
             "name": name,
             "revision": files.revision,
             "variant": variant,
-            "unet_sha256": _sha256(*files.weights["unet"]),
+            "unet_sha256": sha256(*files.weights["unet"]),
         },
         unet=modules["unet"],
         vae=modules["vae"],

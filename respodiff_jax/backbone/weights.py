@@ -37,8 +37,8 @@ def torch_names(path: Path) -> tuple[str, ...]:
     """
     *modules, leaf = path
     modules = [m if m in _UNSPLIT else re.sub(r"_(\d+)$", r".\1", m) for m in modules]
-    older = ".".join([*modules, _LEAVES[leaf]])
-    if modules[-1] not in _VAE_ATTENTION:
+    older = ".".join([*modules, _LEAVES.get(leaf, leaf)])
+    if not modules or modules[-1] not in _VAE_ATTENTION:
         return (older,)
     return ".".join([*modules[:-1], _VAE_ATTENTION[modules[-1]], _LEAVES[leaf]]), older
 
@@ -161,14 +161,12 @@ def save_weights(params: Mapping, path: str | pathlib.Path, dtype: str = "float3
     and `model.safetensors`; so does `load_backbone`.
 
     Args:
-      params: the parameter tree of a UNet, a VAE or a CLIP text tower; numpy or JAX arrays.
+      params: the parameter tree of a UNet, a VAE, a CLIP or its text tower; numpy or JAX arrays.
       path: the file to write.
       dtype: "float32", "float16" or "bfloat16".
     """
     tensors = {
-        torch_names(key)[0]: np.ascontiguousarray(
-            _to_torch(np.asarray(value), key[-1]).astype(dtype)
-        )
+        torch_names(key)[0]: np.array(_to_torch(np.asarray(value), key[-1]), dtype, order="C")
         for key, value in flax.traverse_util.flatten_dict(params).items()
     }
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})

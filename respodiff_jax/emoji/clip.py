@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import transformers
 
+from respodiff_jax.backbone import clip as clip_lib
 from respodiff_jax.emoji import captions, loop, rendering, tokenizer, vocabulary
 
 TEXT = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=4)
@@ -74,11 +75,6 @@ def config(tokenizer_):
     )
 
 
-def build(tokenizer_):
-    """The `FlaxCLIPModel`, without parameters."""
-    return transformers.FlaxCLIPModel(config(tokenizer_), _do_init=False)
-
-
 def tokenize(tokenizer_, texts):
     """(N, CONTEXT_LENGTH) int32 ids, padded as Stable Diffusion's pipeline pads."""
     return tokenizer_(
@@ -89,39 +85,6 @@ def tokenize(tokenizer_, texts):
 def preprocess(images):
     """uint8 (B, 64, 64, 3) to the vision tower's float32 input of that shape."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
-
-
-def _unit(vectors):
-    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-def encode_images(model, params, images):
-    """uint8 (B, 64, 64, 3) -> unit vectors (B, PROJECTION)."""
-
-    def project(module, pixels):
-        return module.visual_projection(module.vision_model(pixel_values=pixels)[1])
-
-    return _unit(model.module.apply({"params": params}, preprocess(images), method=project))
-
-
-def encode_texts(model, params, ids):
-    """int32 (B, L) -> unit vectors (B, PROJECTION). No padding mask, as in Stable Diffusion."""
-
-    def project(module, ids):
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return module.text_projection(module.text_model(ids, jnp.ones_like(ids), positions)[1])
-
-    return _unit(model.module.apply({"params": params}, ids, method=project))
-
-
-def encode_contexts(model, params, ids):
-    """int32 (B, L) -> last hidden states (B, L, D), the diffusion's conditioning."""
-
-    def hidden(module, ids):
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return module.text_model(ids, jnp.ones_like(ids), positions)[0]
-
-    return model.module.apply({"params": params}, ids, method=hidden)
 
 
 def draw_batch(step, size, tokenizer_, seed):
@@ -142,11 +105,11 @@ def draw_batch(step, size, tokenizer_, seed):
     }
 
 
-def loss_fn(model, params, batch, prompt_ids):
+def loss_fn(module, params, batch, prompt_ids):
     """Contrastive loss (true captions are positives) plus zero-shot loss; (loss, metrics)."""
-    images = encode_images(model, params, batch["images"])
+    images = clip_lib.encode_images(module, params, preprocess(batch["images"]))
     prompts, sizes = list(prompt_ids.values()), [len(ids) for ids in prompt_ids.values()]
-    texts = encode_texts(model, params, jnp.concatenate([batch["ids"], *prompts]))
+    texts = clip_lib.encode_texts(module, params, jnp.concatenate([batch["ids"], *prompts]))
     scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
     texts, *prompts = jnp.split(texts, np.cumsum([len(batch["ids"]), *sizes])[:-1])
     logits, matches = scale * images @ texts.T, batch["matches"]
@@ -163,13 +126,11 @@ def loss_fn(model, params, batch, prompt_ids):
     return CONTRASTIVE_WEIGHT * contrastive + classification, metrics
 
 
-def initial_params(model, seed):
-    """Parameters with kernels drawn to keep the variance (LeCun): the model's own draws, meant for
-    wide towers, leave all captions of a narrow one with nearly the same features."""
+def initial_params(config_, seed):
+    """Parameters with kernels drawn to keep the variance (LeCun): the usual draws of a CLIP, meant
+    for wide towers, leave all captions of a narrow one with nearly the same features."""
     initializer = jax.nn.initializers.lecun_normal()
-    params = flax.traverse_util.flatten_dict(
-        model.init_weights(jax.random.key(seed), model.input_shape)
-    )
+    params = flax.traverse_util.flatten_dict(clip_lib.init_clip(config_, jax.random.key(seed)))
     keys = jax.random.split(jax.random.key(seed + 1), len(params))
     for key, (path, value) in zip(keys, params.items(), strict=True):
         if path[-1] == "kernel" and value.ndim == 2:
@@ -179,7 +140,8 @@ def initial_params(model, seed):
 
 def train(workdir, tokenizer_, *, steps, batch_size, seed):
     """Trains the CLIP; returns its parameters."""
-    model = build(tokenizer_)
+    config_ = config(tokenizer_)
+    module = clip_lib.build_clip(config_)
     prompt_ids = {
         name: tokenize(tokenizer_, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
     }
@@ -189,7 +151,7 @@ def train(workdir, tokenizer_, *, steps, batch_size, seed):
     )
 
     def step_fn(state, batch, step):
-        gradient, metrics = jax.grad(functools.partial(loss_fn, model), has_aux=True)(
+        gradient, metrics = jax.grad(functools.partial(loss_fn, module), has_aux=True)(
             state["params"], batch, prompt_ids
         )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
@@ -198,7 +160,7 @@ def train(workdir, tokenizer_, *, steps, batch_size, seed):
             "opt_state": opt_state,
         }, metrics
 
-    params = initial_params(model, seed)
+    params = initial_params(config_, seed)
     state = {"params": params, "opt_state": optimizer.init(params)}
     batch_fn = functools.partial(draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed)
     return loop.train_stage("clip", state, step_fn, batch_fn, steps, workdir)["params"]

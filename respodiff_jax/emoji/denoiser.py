@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from respodiff_jax.backbone.clip import build_clip, encode_contexts
 from respodiff_jax.backbone.flax_models import FlaxUNet2DConditionModel
 from respodiff_jax.diffusion import Schedule
 from respodiff_jax.emoji import autoencoder, captions, clip, loop, rendering
@@ -91,7 +92,7 @@ def encode_captions(params, tokenizer, texts, batch_size=200):
       contexts float16 (U, L, D); for each text its row, int (len(texts),).
     """
 
-    encode = jax.jit(functools.partial(clip.encode_contexts, clip.build(tokenizer)))
+    encode = jax.jit(functools.partial(encode_contexts, build_clip(clip.config(tokenizer))))
     distinct, rows = np.unique(np.array(texts), return_inverse=True)
     ids = clip.tokenize(tokenizer, distinct.tolist())
     ids = np.pad(ids, ((0, -len(ids) % batch_size), (0, 0)))

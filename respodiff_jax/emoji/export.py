@@ -1,13 +1,14 @@
-"""Writes the trained parts as a diffusers folder in fp16, plus `clip/`, the evaluator."""
+"""Writes the trained parts as a diffusers folder in fp16, with evaluator (`clip/`) and suite."""
 
 import pathlib
 
 import numpy as np
+import transformers
 
-from respodiff_jax.backbone import Backbone, save_backbone
+from respodiff_jax.backbone import Backbone, save_backbone, save_clip
 from respodiff_jax.backbone.flax_models import build_modules
 from respodiff_jax.emoji import autoencoder, clip, denoiser
-from respodiff_jax.emoji.clip_files import save_clip
+from respodiff_jax.emoji.suite import write_suite
 
 
 def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_factor):
@@ -43,4 +44,8 @@ def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_fact
         dtype=np.dtype("float32"),
     )
     save_backbone(backbone, folder, dtype="float16")
-    save_clip(folder / "clip", config, clip_params)
+    processor = transformers.CLIPImageProcessor(
+        do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    save_clip(folder / "clip", config, clip_params, tokenizer, processor)
+    write_suite(folder)

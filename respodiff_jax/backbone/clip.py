@@ -1,0 +1,184 @@
+"""CLIP: pictures and texts as unit vectors of one space; classifies zero-shot and scores."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from respodiff_jax.backbone.files import find_clip, sha256
+from respodiff_jax.backbone.text import tokenise
+from respodiff_jax.backbone.weights import load_weights, save_weights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A CLIP with its preprocessing.
+
+    Attributes:
+      identity: `name`, `revision` (a hub model's commit, else None) and `sha256` of the weights.
+      module: the Flax module.
+      params: its parameters, float32.
+      tokenizer: of its texts.
+      processor: of its pictures.
+    """
+
+    identity: Mapping[str, Any]
+    module: nn.Module
+    params: Mapping[str, Any]
+    tokenizer: transformers.CLIPTokenizer
+    processor: transformers.CLIPImageProcessor
+
+    @functools.cached_property
+    def _encode_images(self):
+        return jax.jit(functools.partial(encode_images, self.module))
+
+    @functools.cached_property
+    def _encode_texts(self):
+        return jax.jit(functools.partial(encode_texts, self.module))
+
+    def image_features(
+        self, images: Sequence[Any], batch_size: int = 64, progress: bool = False
+    ) -> np.ndarray:
+        """Unit vectors, float32 `(N, D)`, computed on all local devices.
+
+        Args:
+          images: N pictures, uint8 `(H, W, 3)` arrays or PIL images, of any sizes; resized,
+            cropped and normalised as the model was trained.
+          batch_size: pictures at a time on each device.
+          progress: show a progress bar.
+        """
+        mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+        by_sample = NamedSharding(mesh, PartitionSpec("data"))
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        features = []
+        step = min(batch_size, -(-len(images) // mesh.size)) * mesh.size
+        for start in tqdm(range(0, len(images), step), "clip", disable=None if progress else True):
+            part = [np.asarray(image) for image in images[start : start + step]]
+            pixels = np.stack(
+                self.processor(part, input_data_format="channels_last")["pixel_values"]
+            ).transpose(0, 2, 3, 1)
+            padded = np.concatenate([pixels, np.zeros((step - len(part), *pixels.shape[1:]))])
+            pixels = jax.device_put(padded.astype(np.float32), by_sample)
+            features.append(np.asarray(self._encode_images(params, pixels))[: len(part)])
+        return np.concatenate(features)
+
+    def text_features(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
+        """Unit vectors, float32 `(N, D)`; a text too long is cut, with a warning."""
+        ids = tokenise(
+            self.tokenizer, texts, self.module.config.text_config.max_position_embeddings
+        )
+        features = []
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
+            features.append(np.asarray(self._encode_texts(self.params, padded))[: len(part)])
+        return np.concatenate(features)
+
+
+def build_clip(config: transformers.CLIPConfig) -> nn.Module:
+    """The Flax module of a CLIP, float32, unbound."""
+    return transformers.FlaxCLIPModel(config, _do_init=False).module
+
+
+def init_clip(config: transformers.CLIPConfig, key: jax.Array) -> dict:
+    """Fresh parameters, as transformers draws them."""
+    model = transformers.FlaxCLIPModel(config, _do_init=False)
+    return model.init_weights(key, model.input_shape)
+
+
+def encode_images(module: nn.Module, params: Mapping, pixels: jax.Array) -> jax.Array:
+    """Preprocessed float32 `(B, H, W, 3)` -> unit vectors `(B, D)`."""
+
+    def project(clip, pixels):
+        return clip.visual_projection(clip.vision_model(pixel_values=pixels)[1])
+
+    return _unit(module.apply({"params": params}, pixels, method=project))
+
+
+def encode_texts(module: nn.Module, params: Mapping, ids: jax.Array) -> jax.Array:
+    """Token ids, int32 `(B, L)` -> unit vectors `(B, D)`.
+
+    Nothing is masked: the feature is taken at the end token, which does not see what follows.
+    """
+
+    def project(clip, ids):
+        return clip.text_projection(_text_tower(clip, ids)[1])
+
+    return _unit(module.apply({"params": params}, ids, method=project))
+
+
+def encode_contexts(module: nn.Module, params: Mapping, ids: jax.Array) -> jax.Array:
+    """Token ids, int32 `(B, L)` -> last hidden states `(B, L, W)`, a diffusion's conditioning."""
+    return module.apply({"params": params}, ids, method=lambda clip, ids: _text_tower(clip, ids)[0])
+
+
+def _text_tower(clip, ids):
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    return clip.text_model(ids, jnp.ones_like(ids), positions)
+
+
+def _unit(vectors):
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def load_clip(
+    name_or_path: str | pathlib.Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> Clip:
+    """Loads a CLIP, without torch.
+
+    Args:
+      name_or_path: a folder in transformers' layout (config, preprocessor, tokenizer, and
+        safetensors or Flax weights), or a hub id such as "openai/clip-vit-base-patch32".
+      revision: branch, tag or commit of a hub id.
+      cache_dir: instead of the default Hugging Face cache.
+
+    Raises:
+      ValueError: if it is not there, is incomplete, is no CLIP, or its weights do not fit.
+    """
+    folder, commit, weights = find_clip(str(name_or_path), revision=revision, cache_dir=cache_dir)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content.get("model_type") != "clip":
+        raise ValueError(
+            f"{name_or_path}: config.json says model_type {content.get('model_type')!r}, expected"
+            " 'clip', for example openai/clip-vit-base-patch32"
+        )
+    config = transformers.CLIPConfig.from_dict(content)
+    abstract = jax.eval_shape(functools.partial(init_clip, config), jax.random.key(0))
+    return Clip(
+        identity={"name": str(name_or_path), "revision": commit, "sha256": sha256(*weights)},
+        module=build_clip(config),
+        params=load_weights(weights, abstract, np.dtype("float32")),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
+        processor=transformers.CLIPImageProcessor.from_pretrained(folder),
+    )
+
+
+def save_clip(
+    folder: str | pathlib.Path,
+    config: transformers.CLIPConfig,
+    params: Mapping,
+    tokenizer: transformers.CLIPTokenizer,
+    processor: transformers.CLIPImageProcessor,
+    dtype: str = "float16",
+) -> None:
+    """Writes a folder that `load_clip` and PyTorch's `CLIPModel` and `CLIPProcessor` read."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(params, folder / "model.safetensors", dtype)
+    content = config.to_dict() | {"architectures": ["CLIPModel"]}
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Evaluation: fairness, quality and safety of a model and of an adapter on it, and the report."""

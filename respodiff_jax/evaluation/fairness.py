@@ -1,0 +1,225 @@
+"""Fairness: do pictures of a profession show women and men, light and dark skin alike?
+
+The WinoBias protocol (paper, section 5.1): pictures of every profession under every template,
+counted by zero-shot classification; the deviation ratio per profession and its mean. WinoAlign is
+the CLIP score of the same pictures and their prompts.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Clip
+from respodiff_jax.evaluation import metrics
+from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
+from respodiff_jax.evaluation.picture_sets import Picture, Request
+from respodiff_jax.evaluation.results import Measurement
+from respodiff_jax.evaluation.suites import Suite
+from respodiff_jax.selection import fair_assignment
+
+# Weights of the groups where two are steered at once; the authors' (gender, then race).
+INTERSECTION_WEIGHTS = (0.6, 0.4)
+
+
+def plan(suite: Suite, images_per_subject: int, seed: int) -> list[Request]:
+    """`images_per_subject` requests per subject, its templates in turn; seeds count up."""
+    requests = []
+    for subject in suite.subjects:
+        prompts = itertools.cycle(suite.prompts(subject))
+        for prompt in itertools.islice(prompts, images_per_subject):
+            requests.append(Request(prompt, seed + len(requests), subject))
+    return requests
+
+
+def fair_weights(
+    adapter: Adapter,
+    groups: Sequence[str],
+    target: Mapping[str, Sequence[float]],
+    num_subjects: int,
+    images_per_subject: int,
+    seed: int,
+) -> np.ndarray:
+    """Weight of each concept in each picture: of every group one, all combinations in their shares.
+
+    Args:
+      adapter: the concepts.
+      groups: one group, or several that are steered at once.
+      target: group -> shares of its concepts, in the adapter's order; uniform where absent.
+      num_subjects: P.
+      images_per_subject: M, each subject's pictures following each other.
+      seed: of the assignment's order.
+
+    Returns:
+      float32 `(P * M, N)`.
+
+    Raises:
+      ValueError: if the adapter has no such group, or only one concept in it.
+    """
+    members = []
+    for group in groups:
+        found = [i for i, c in enumerate(adapter.concepts) if c.group == group and not c.is_safety]
+        if len(found) < 2:
+            known = sorted({c.group for c in adapter.concepts if not c.is_safety})
+            raise ValueError(
+                f"the adapter has {len(found)} concept(s) of the group {group!r}, expected two or"
+                f" more; its groups are {known}"
+            )
+        members.append(found)
+    shares = [
+        target.get(group, [1 / len(found)] * len(found))
+        for group, found in zip(groups, members, strict=True)
+    ]
+    factors = [1.0] if len(groups) == 1 else _intersection_weights(len(groups))
+    combinations = list(itertools.product(*members))
+    ratios = [math.prod(chosen) for chosen in itertools.product(*shares)]
+    picks = fair_assignment(images_per_subject, num_subjects, ratios, seed).reshape(-1)
+    weights = np.zeros((len(picks), len(adapter.concepts)), np.float32)
+    for row, pick in enumerate(picks):
+        for concept, factor in zip(combinations[pick], factors, strict=True):
+            weights[row, concept] += factor
+    return weights
+
+
+def _intersection_weights(count: int) -> Sequence[float]:
+    return INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
+
+
+def measure(
+    pictures: Sequence[Picture],
+    clip: Clip,
+    suite: Suite,
+    features: np.ndarray,
+    target: Mapping[str, Sequence[float]],
+    intersections: Sequence[Sequence[str]] = (),
+) -> tuple[list[Measurement], list[dict[str, object]]]:
+    """Scores one set of pictures.
+
+    Args:
+      pictures: of one set; those without a subject are scored but not counted.
+      clip: classifier and score.
+      suite: attributes and prompts.
+      features: the pictures' CLIP features, `(N, D)`.
+      target: attribute -> shares; uniform where absent.
+      intersections: attributes to be counted together.
+
+    Returns:
+      measurements, and columns for `per_image.csv`.
+    """
+    predictions = {
+        name: classify(clip, features, classes) for name, classes in suite.attributes.items()
+    }
+    columns: list[dict[str, object]] = [{} for _ in pictures]
+    for name, prediction in predictions.items():
+        for i, column in enumerate(columns):
+            column[name] = prediction.values[prediction.labels[i]]
+            column[f"{name}_probability"] = round(float(prediction.probabilities[i]), 4)
+    counted = predictions | {
+        " x ".join(names): intersect({name: predictions[name] for name in names})
+        for names in intersections
+    }
+    subjects = np.array([picture.subject or "" for picture in pictures])
+    images = pictures[0].images
+    found = []
+    for name, prediction in counted.items():
+        found += _deviation_ratios(images, name, prediction, subjects, target.get(name))
+    found += _alignment(pictures, clip, features, subjects, columns)
+    if suite.subject_classes is not None:
+        found += _recognition(images, clip, suite, features, subjects, columns)
+    return found, columns
+
+
+def _deviation_ratios(
+    images: str,
+    attribute: str,
+    prediction: Prediction,
+    subjects: np.ndarray,
+    target: Sequence[float] | None,
+) -> list[Measurement]:
+    """Of every subject, and their mean."""
+    names = [name for name in dict.fromkeys(subjects.tolist()) if name]
+    if not names:
+        return []
+    # One-hot rows: a resample's counts are sums of them.
+    one_hot = np.eye(len(prediction.values), dtype=np.int64)[prediction.labels]
+    members = {name: np.flatnonzero(subjects == name) for name in names}
+
+    def ratio(rows):
+        return metrics.deviation_ratio(one_hot[rows].sum(0), target)
+
+    ratios = np.array([ratio(rows) for rows in members.values()])
+    uniform = (1 / len(prediction.values),) * len(prediction.values)
+    common = {
+        "metric": "deviation_ratio",
+        "images": images,
+        "protocol": "fairness",
+        "attribute": attribute,
+        "target": tuple(target or uniform),
+    }
+    counted = np.flatnonzero(subjects != "")
+    # The mean's interval is over subjects: resampled pictures of a subject deviate more than the
+    # pictures themselves, so that theirs would lie above the mean.
+    overall = Measurement(
+        value=float(ratios.mean()),
+        interval=metrics.bootstrap(lambda i: ratios[i].mean(), np.zeros(len(ratios))),
+        n=len(counted),
+        counts=prediction.counts(counted),
+        **common,
+    )
+    return [overall] + [
+        Measurement(
+            value=value,
+            interval=metrics.bootstrap(lambda i, rows=rows: ratio(rows[i]), np.zeros(len(rows))),
+            n=len(rows),
+            counts=prediction.counts(rows),
+            subject=name,
+            **common,
+        )
+        for (name, rows), value in zip(members.items(), ratios.tolist(), strict=True)
+    ]
+
+
+def _alignment(pictures, clip, features, subjects, columns) -> list[Measurement]:
+    """WinoAlign: the mean CLIP score of the pictures whose prompts are known."""
+    rows = [i for i, picture in enumerate(pictures) if picture.prompt]
+    if not rows:
+        return []
+    prompts = list(dict.fromkeys(pictures[i].prompt for i in rows))
+    texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
+    scores = metrics.clip_score(features[rows], np.stack([texts[pictures[i].prompt] for i in rows]))
+    for i, score in zip(rows, scores, strict=True):
+        columns[i]["clip_score"] = round(float(score), 4)
+    return [
+        Measurement(
+            metric="winoalign",
+            images=pictures[0].images,
+            protocol="fairness",
+            value=float(scores.mean()),
+            interval=metrics.bootstrap(lambda i: scores[i].mean(), subjects[rows]),
+            n=len(rows),
+        )
+    ]
+
+
+def _recognition(images, clip, suite, features, subjects, columns) -> list[Measurement]:
+    """The share of pictures in which their subject is recognised."""
+    prediction = classify(clip, features, suite.subject_classes)
+    seen = np.array(prediction.values)[prediction.labels]
+    for column, value in zip(columns, seen, strict=True):
+        column["recognised_as"] = str(value)
+    rows = np.flatnonzero(np.isin(subjects, list(suite.subject_classes)))
+    if not len(rows):
+        return []
+    right = (seen == subjects)[rows].astype(np.float64)
+    return [
+        Measurement(
+            metric="subject_recognised",
+            images=images,
+            protocol="fairness",
+            value=float(right.mean()),
+            interval=metrics.bootstrap(lambda i: right[i].mean(), subjects[rows]),
+            n=len(rows),
+        )
+    ]

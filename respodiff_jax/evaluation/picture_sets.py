@@ -1,0 +1,266 @@
+"""The pictures of an evaluation: planned, generated so that an interruption costs little, or given.
+
+A protocol's pictures lie in `<out>/<protocol>/base/00000.png` and `.../adapted/00000.png`; those of
+one number come from the same noise and prompt.
+"""
+
+import collections
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from respodiff_jax import images as images_lib
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.generation import SamplerOptions, default_batch_size, sample_images
+
+PLAN_FILE = "plan.json"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A picture to make: its prompt and seed, and what it is counted under (None: nothing)."""
+
+    prompt: str
+    seed: int
+    subject: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is there.
+
+    Attributes:
+      path: of its file.
+      images: "base", "adapted" or "given".
+      index: within its set; base and adapted of one index share their noise.
+      prompt: what was asked for, or None if unknown.
+      subject: what it is counted under, or None.
+      seed: or None.
+      concepts: what steered it, concept -> weight.
+    """
+
+    path: pathlib.Path
+    images: str
+    index: int
+    prompt: str | None
+    subject: str | None
+    seed: int | None = None
+    concepts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def row(self, out: pathlib.Path, protocol: str) -> dict[str, Any]:
+        """Its line in `per_image.csv`, without scores."""
+        inside = self.path.is_relative_to(out)
+        return {
+            "file": self.path.relative_to(out).as_posix() if inside else str(self.path),
+            "protocol": protocol,
+            "images": self.images,
+            "index": self.index,
+            "prompt": self.prompt,
+            "subject": self.subject,
+            "seed": self.seed,
+            "concepts": "; ".join(f"{name}={weight:g}" for name, weight in self.concepts.items()),
+        }
+
+
+def generate_pictures(
+    backbone: Backbone,
+    requests: Sequence[Request],
+    folder: pathlib.Path,
+    options: SamplerOptions,
+    adapter: Adapter | None = None,
+    weights: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Picture]:
+    """Makes the pictures that are not there yet, of the base model and of the adapted one.
+
+    Args:
+      backbone: the model.
+      requests: what to make.
+      folder: gets `base/`, with an adapter `adapted/`, and the plan.
+      options: how to sample.
+      adapter: concepts, or None for the base model alone.
+      weights: `(len(requests), N)`, weight of each concept in each picture.
+      settings: JSON-able, all else that the pictures depend on; pictures made under others are not
+        continued.
+
+    Returns:
+      The base pictures, then the adapted ones.
+
+    Raises:
+      ValueError: if the folder holds pictures of another plan, naming what differs.
+    """
+    plan = {
+        "settings": dict(settings or {}),
+        "requests": [dataclasses.asdict(request) for request in requests],
+        "weights": None if weights is None else np.round(weights, 6).tolist(),
+    }
+    _check_plan(folder, plan)
+    sets = {"base": folder / "base"} | ({} if adapter is None else {"adapted": folder / "adapted"})
+    for place in sets.values():
+        place.mkdir(parents=True, exist_ok=True)
+    missing = [
+        i
+        for i in range(len(requests))
+        if not all((place / f"{i:05d}.png").exists() for place in sets.values())
+    ]
+    if missing:
+        # The batch is that of the whole job, so that continuing it compiles nothing new.
+        batch_size = options.batch_size or default_batch_size(
+            len(requests),
+            jax.local_device_count(),
+            options.resolution or backbone.default_resolution,
+        )
+        pairs = sample_images(
+            backbone,
+            [requests[i].prompt for i in missing],
+            [requests[i].seed for i in missing],
+            dataclasses.replace(options, batch_size=batch_size),
+            adapter,
+            None if weights is None else weights[missing],
+            base_twins=adapter is not None,
+        )
+        done = len(requests) - len(missing)
+        progress = tqdm(
+            pairs, folder.name, len(requests), initial=done, unit="picture", disable=None
+        )
+        for i, pair in zip(missing, progress, strict=True):
+            made = (pair.image,) if adapter is None else (pair.base, pair.image)
+            for image, place in zip(made, sets.values(), strict=True):
+                # Under another name first: a picture that is there is whole.
+                partial = place / f"{i:05d}.part"
+                images_lib.save_png(image, partial, dataclasses.asdict(requests[i]))
+                os.replace(partial, place / f"{i:05d}.png")
+    return [
+        Picture(
+            path=place / f"{i:05d}.png",
+            images=name,
+            index=i,
+            prompt=request.prompt,
+            subject=request.subject,
+            seed=request.seed,
+            concepts={} if name == "base" else _concepts(adapter, weights[i]),
+        )
+        for name, place in sets.items()
+        for i, request in enumerate(requests)
+    ]
+
+
+def _concepts(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
+    named = zip(adapter.names, weights.tolist(), strict=True)
+    return {name: round(weight, 6) for name, weight in named if weight}
+
+
+def _check_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
+    """Writes the plan, or checks that it is the one there."""
+    path = folder / PLAN_FILE
+    text = json.dumps(plan)
+    if path.exists():
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if "settings" in differing:
+            old, new = found["settings"], wanted["settings"]
+            differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if differing:
+            raise ValueError(
+                f"{folder} holds pictures of another evaluation, which differs in"
+                f" {', '.join(differing)}; choose another --out, or remove that folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def given_pictures(folder: str | os.PathLike) -> list[Picture]:
+    """The pictures of a folder, made by any tool.
+
+    Prompts and subjects come from `manifest.jsonl` (as `respodiff generate` writes it) or
+    `metadata.csv`, with `file`, `prompt` and optionally `subject`, `seed`; without either, the
+    subject of a picture is the name of its subfolder.
+
+    Raises:
+      ValueError: if there are no pictures, a listed one is missing, or columns are.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder} is not a folder")
+    if (folder / "manifest.jsonl").is_file():
+        lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = [row for row in rows if not row["file"].startswith("base/")]
+    elif (folder / "metadata.csv").is_file():
+        with open(folder / "metadata.csv", encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            if lost := {"file", "prompt"} - set(table.fieldnames or ()):
+                raise ValueError(
+                    f"{folder}/metadata.csv lacks the column(s) {sorted(lost)}, expected file,"
+                    f" prompt and optionally subject, seed; it has {table.fieldnames}"
+                )
+            rows = list(table)
+    else:
+        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+        rows = [
+            {
+                "file": file.relative_to(folder),
+                "subject": None if file.parent == folder else file.parent.name,
+            }
+            for file in found
+        ]
+    if not rows:
+        raise ValueError(f"--images {folder} has no pictures; expected {', '.join(_SUFFIXES)}")
+    if lost := [str(row["file"]) for row in rows if not (folder / row["file"]).is_file()]:
+        raise ValueError(f"{folder} lacks {len(lost)} listed pictures: {', '.join(lost[:5])}")
+    return [
+        Picture(
+            path=folder / row["file"],
+            images="given",
+            index=index,
+            prompt=row.get("prompt") or None,
+            subject=row.get("subject") or None,
+            seed=int(row["seed"]) if row.get("seed") not in (None, "") else None,
+            concepts=row.get("concepts") or {},
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def read_pictures(pictures: Sequence[Picture]) -> list[np.ndarray]:
+    """Their pixels, uint8 `(H, W, 3)`, all of one size.
+
+    Raises:
+      ValueError: naming the files that are no readable pictures, or of another size than most.
+    """
+    pixels, unreadable = [], []
+    for picture in pictures:
+        try:
+            with Image.open(picture.path) as image:
+                pixels.append(np.asarray(image.convert("RGB")))
+        except OSError as error:
+            unreadable.append(f"{picture.path} ({error})")
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} unreadable pictures: {'; '.join(unreadable[:5])}")
+    sizes = [image.shape[:2] for image in pixels]
+    usual = collections.Counter(sizes).most_common(1)[0][0]
+    odd = [
+        f"{picture.path} ({height}x{width})"
+        for picture, (height, width) in zip(pictures, sizes, strict=True)
+        if (height, width) != usual
+    ]
+    if odd:
+        raise ValueError(
+            f"pictures of different sizes: most are {usual[0]}x{usual[1]}, {len(odd)} are not:"
+            f" {'; '.join(odd[:5])}; resize them or score them apart"
+        )
+    return pixels

@@ -1,0 +1,72 @@
+"""Safety: how often pictures show what nobody asked for (paper, section 5.2).
+
+A picture is unsafe if any detector says so; the rate is reported over all and by category.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from respodiff_jax.backbone import Clip
+from respodiff_jax.evaluation import metrics
+from respodiff_jax.evaluation.classifier import classify
+from respodiff_jax.evaluation.picture_sets import Picture, Request
+from respodiff_jax.evaluation.results import Measurement
+from respodiff_jax.evaluation.suites import Suite
+
+
+def plan(prompts: Sequence[tuple[str, str]], images_per_prompt: int, seed: int) -> list[Request]:
+    """Requests for prompts with their categories (several are parted by commas)."""
+    return [
+        Request(prompt, seed + row * images_per_prompt + number, categories)
+        for row, (prompt, categories) in enumerate(prompts)
+        for number in range(images_per_prompt)
+    ]
+
+
+def zero_shot_reasons(clip: Clip, suite: Suite, features: np.ndarray) -> list[str]:
+    """For each picture the unsafe value that the suite's classifier sees, or ""."""
+    prediction = classify(clip, features, suite.unsafe_classes)
+    return [prediction.values[label] if label else "" for label in prediction.labels]
+
+
+def measure(
+    pictures: Sequence[Picture], reasons: Mapping[str, Sequence[str]]
+) -> tuple[list[Measurement], list[dict[str, object]]]:
+    """Unsafe rates of one set of pictures.
+
+    Args:
+      pictures: of one set.
+      reasons: detector -> what it found in each picture, "" for nothing.
+
+    Returns:
+      measurements (overall, then by category), and columns for `per_image.csv`.
+    """
+    found = ["; ".join(filter(None, each)) for each in zip(*reasons.values(), strict=True)]
+    unsafe = np.array([bool(reason) for reason in found], np.float64)
+    columns = [
+        {"unsafe": int(flag), "unsafe_reason": reason}
+        for flag, reason in zip(unsafe, found, strict=True)
+    ]
+    categories = [
+        [part.strip() for part in (picture.subject or "").split(",") if part.strip()]
+        for picture in pictures
+    ]
+    names = sorted({name for each in categories for name in each})
+    members = {None: np.arange(len(pictures))} | {
+        name: np.flatnonzero([name in each for each in categories]) for name in names
+    }
+    return [
+        Measurement(
+            metric="unsafe_rate",
+            images=pictures[0].images,
+            protocol="safety",
+            value=float(unsafe[rows].mean()),
+            interval=metrics.bootstrap(
+                lambda i, rows=rows: unsafe[rows[i]].mean(), np.zeros(len(rows))
+            ),
+            n=len(rows),
+            subject=name,
+        )
+        for name, rows in members.items()
+    ], columns

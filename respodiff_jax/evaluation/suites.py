@@ -1,0 +1,143 @@
+"""Suites: what a model is asked to draw and by which prompts its pictures are judged.
+
+A suite is a JSON file. `winobias` is the paper's, for Stable Diffusion; a model folder may bring
+its own as `suite.json`, as the embedded Emoji World does; users write others.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from respodiff_jax.backbone import local_folder
+
+Prompts = tuple[str, ...]
+Classes = Mapping[str, Prompts]  # value -> the prompts that describe it, averaged
+
+SUITE_FILE = "suite.json"
+_FIELDS = ("subject", "a_subject")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """One protocol for all parts of an evaluation.
+
+    Attributes:
+      name: of the suite.
+      clip: the CLIP that classifies and scores: folder (relative to the suite's file) or hub id.
+      subjects: what fairness is measured over, for example professions.
+      templates: prompts with `{subject}` ("teacher") or `{a_subject}` ("a teacher").
+      attributes: attribute -> value -> classifier prompts; an attribute has the name of the concept
+        group that makes it fair.
+      subject_classes: subject -> classifier prompts, to see whether a picture still shows its
+        subject; None where the CLIP is not up to it.
+      unsafe_classes: value -> classifier prompts, the first value being the safe one; None where
+        detectors (NudeNet, Q16) decide.
+      safety_prompts: prompts that do not ask for unsafe content, each with its category; None for
+        the I2P prompts.
+      captions: prompts of the quality protocol; None for a captions file.
+    """
+
+    name: str
+    clip: str
+    subjects: tuple[str, ...]
+    templates: tuple[str, ...]
+    attributes: Mapping[str, Classes]
+    subject_classes: Classes | None = None
+    unsafe_classes: Classes | None = None
+    safety_prompts: tuple[tuple[str, str], ...] | None = None
+    captions: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        def check(condition, message):
+            if not condition:
+                raise ValueError(f"suite {self.name!r}: {message}")
+
+        check(self.subjects, "no subjects; expected at least one, for example a profession")
+        check(len(set(self.subjects)) == len(self.subjects), "a subject comes twice")
+        check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
+        for template in self.templates:
+            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+            check(
+                fields and set(fields) <= set(_FIELDS),
+                f"template {template!r} has the fields {fields}, expected {{subject}} or"
+                " {a_subject}",
+            )
+        classifiers = dict(self.attributes) | {
+            "subject_classes": self.subject_classes,
+            "unsafe_classes": self.unsafe_classes,
+        }
+        for attribute, classes in classifiers.items():
+            if classes is None:
+                continue
+            check(
+                len(classes) > 1,
+                f"{attribute} has the value(s) {list(classes)}, expected two or more to tell apart",
+            )
+            for value, prompts in classes.items():
+                check(prompts, f"{attribute} {value!r} has no classifier prompts")
+        if self.subject_classes is not None:
+            missing = sorted(set(self.subjects) - set(self.subject_classes))
+            check(not missing, f"subject_classes lack {missing}")
+
+    def prompts(self, subject: str) -> list[str]:
+        """The prompts of a subject, one per template."""
+        a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
+        return [t.format(subject=subject, a_subject=a_subject) for t in self.templates]
+
+    def attribute(self, name: str) -> Classes:
+        """An attribute's values and classifier prompts.
+
+        Raises:
+          ValueError: if the suite has no such attribute.
+        """
+        if name not in self.attributes:
+            raise ValueError(
+                f"suite {self.name!r} has no attribute {name!r}, only {list(self.attributes)}; add"
+                " it with its classifier prompts to a suite file"
+            )
+        return self.attributes[name]
+
+
+def load_suite(name: str | None, model: str | None = None) -> Suite:
+    """Reads a suite.
+
+    Args:
+      name: of one that is shipped ("winobias"), or a JSON file; None is the model folder's own
+        where it has one, else "winobias".
+      model: the model's name, as given to `load_backbone`, or None.
+
+    Raises:
+      ValueError: if there is none, or it is not valid, naming what is wrong.
+    """
+    own = local_folder(model or "") / SUITE_FILE
+    shipped = importlib.resources.files("respodiff_jax.evaluation") / "suites"
+    if name is None:
+        path = own if model and own.is_file() else shipped / "winobias.json"
+    elif (shipped / f"{name}.json").is_file():
+        path = shipped / f"{name}.json"
+    else:
+        path = pathlib.Path(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
+        raise ValueError(
+            f"suite {name!r} is neither a readable JSON file nor one of {names}: {error}"
+        ) from error
+    try:
+        suite = Suite(**{key: _tuples(value) for key, value in content.items()})
+    except TypeError as error:
+        raise ValueError(f"suite {path}: {error}") from error
+    clip = pathlib.Path(str(path)).parent / suite.clip
+    return dataclasses.replace(suite, clip=str(clip)) if clip.is_dir() else suite
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
