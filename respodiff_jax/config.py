@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 
 from respodiff_jax.concepts import Concept, validate_concepts
 from respodiff_jax.modules import INITS, KINDS
-from respodiff_jax.rollout import ROLLOUTS
+from respodiff_jax.rollout import KINDS as ROLLOUT_KINDS
 
 STRATEGIES = ("pmap", "mesh")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -41,7 +41,8 @@ def default() -> ConfigDict:
     config.concepts = ConfigDict()
 
     config.rollout = ConfigDict()
-    config.rollout.kind = "faithful"
+    config.rollout.kind = "faithful"  # or "streaming", which moves on with the losses' predictions
+    config.rollout.slots = 4  # "streaming": trajectories in flight for each sample of the batch
     config.rollout.num_steps = 50  # of the DDIM schedule; k is drawn from 0 .. num_steps - 2
     config.rollout.guidance_scale = 3.0
 
@@ -57,6 +58,8 @@ def default() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 5000
     config.train.batch_size = 1  # samples of each concept in a step, over all devices
+    # An adapter directory; concepts that it has, by name, start from it and not from module.init.
+    config.train.init_adapter = placeholder(str)
 
     config.parallel = ConfigDict()
     config.parallel.strategy = "pmap"  # or "mesh"
@@ -155,13 +158,14 @@ def validate(config: ConfigDict) -> None:
     check_choice("module.init", INITS)
     check_choice("parallel.strategy", STRATEGIES)
     check_choice("optimizer.lr_schedule", LR_SCHEDULES)
-    check_choice("rollout.kind", ROLLOUTS)
+    check_choice("rollout.kind", ROLLOUT_KINDS)
     check(
         not config.parallel.fsdp or config.parallel.strategy == "mesh",
         "parallel.fsdp",
         "False, or parallel.strategy='mesh', the only one that shards the frozen parameters",
     )
     check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
+    check(config.rollout.slots >= 1, "rollout.slots", "at least 1")
     check(config.train.steps >= 1, "train.steps", "at least 1")
     check(config.train.batch_size >= 1, "train.batch_size", "at least 1")
     check(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")

@@ -1,19 +1,25 @@
 """Neutral latents: where along the frozen model's own trajectories the losses are evaluated.
 
-A rollout is an object with two functions, written for one concept and pure:
+A rollout is an object with three functions, written for one concept and pure:
 
-* `init(keys, shape) -> state`: what it carries from step to step, part of the checkpointed training
-  state; leaves have a leading sample axis B.
-* `draw(state, predict, keys, step_key, num_prompts, shape) -> (Draw, state)`: this step's latents.
+* `init(keys, num_prompts, shape) -> state`: what it carries from step to step, part of the
+  checkpointed training state; leaves have a leading sample axis B.
+* `draw(state, predict, keys, run_key, step, num_prompts, shape) -> Draw`: this step's latents.
+* `advance(state, draw, guided, keys, step, num_prompts) -> state`: what it makes of the losses'
+  predictions.
+
+`uses_losses` says whether `advance` asks for the predictions.
 
 `FaithfulRollout` is the paper's: it keeps nothing and runs every trajectory from pure noise.
+`StreamingRollout` keeps trajectories in flight and moves them on with the losses' own predictions.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from respodiff_jax import diffusion
 
@@ -49,9 +55,10 @@ class FaithfulRollout:
     """
 
     schedule: diffusion.Schedule
+    uses_losses: ClassVar[bool] = False
 
-    def init(self, keys: jax.Array, shape: tuple[int, int, int]) -> tuple[()]:
-        del keys, shape
+    def init(self, keys: jax.Array, num_prompts: jax.Array, shape: tuple[int, ...]) -> tuple[()]:
+        del keys, num_prompts, shape
         return ()
 
     def draw(
@@ -60,9 +67,10 @@ class FaithfulRollout:
         predict: Predict,
         keys: jax.Array,
         step_key: jax.Array,
+        step: jax.Array,
         num_prompts: jax.Array,
         shape: tuple[int, int, int],
-    ) -> tuple[Draw, tuple[()]]:
+    ) -> Draw:
         """Runs the trajectories.
 
         Args:
@@ -70,21 +78,136 @@ class FaithfulRollout:
           predict: the guided prediction.
           keys: `(B,)`, each sample's own.
           step_key: shared by all samples and concepts of the step.
+          step: int32 `()`, of the training.
           num_prompts: int32 `()`, number of neutral prompts to draw from.
           shape: `(h, w, c)` of the latents.
         """
+        del state, step
         k = jax.random.randint(step_key, (), 0, self.schedule.num_steps - 1)
-        prompt_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        prompt_index = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_prompts))(
-            prompt_keys
-        )
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
+        noise, prompt_index = _begin(keys, num_prompts, shape)
 
         def body(i, z_t):
             return diffusion.ddim_step(self.schedule, predict(z_t, i, prompt_index), z_t, i)
 
-        return Draw(jax.lax.fori_loop(0, k, body, noise), k, prompt_index), state
+        return Draw(jax.lax.fori_loop(0, k, body, noise), k, prompt_index)
+
+    def advance(self, state, draw, guided, keys, step, num_prompts) -> tuple[()]:
+        del draw, guided, keys, step, num_prompts
+        return state
 
 
-# By the config's `rollout.kind`.
-ROLLOUTS = {"faithful": FaithfulRollout}
+class Flight(NamedTuple):
+    """Trajectories in flight: `slots` of them for each of B samples.
+
+    Attributes:
+      z_t: float32 `(B, slots, h, w, c)`.
+      ddim_index: int32 `(B, slots)`, where each is.
+      last_index: int32 `(B, slots)`, where each ends.
+      prompt_index: int32 `(B, slots)`, its neutral prompt.
+    """
+
+    z_t: jax.Array
+    ddim_index: jax.Array
+    last_index: jax.Array
+    prompt_index: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingRollout:
+    """Trajectories that move on by one DDIM step whenever the losses have looked at them.
+
+    The losses need the unconditional prediction and that with RAM and SAM anyway; guided, these
+    are what `predict` would give. So no evaluation of the UNet is spent on a rollout. A trajectory
+    is seen once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
+    fresh prompt. Step n looks at slot `n mod slots` of every sample, so that successive steps see
+    different trajectories; their first rounds end at random indices, which staggers them: from then
+    on the index of a sample is uniform, as in the faithful form.
+
+    Deviation: a trajectory's steps were taken with the modules of the time, each `slots` optimiser
+    steps older than the next, and with the SAM from before the step's update; the paper runs whole
+    trajectories with the newest modules.
+    """
+
+    schedule: diffusion.Schedule
+    slots: int
+    uses_losses: ClassVar[bool] = True
+
+    def init(self, keys: jax.Array, num_prompts: jax.Array, shape: tuple[int, int, int]) -> Flight:
+        def of_sample(key):
+            slot_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(self.slots))
+            noise, prompt_index = _begin(slot_keys, num_prompts, shape)
+            last = jax.random.randint(
+                jax.random.fold_in(key, self.slots), (self.slots,), 0, self.schedule.num_steps - 1
+            )
+            return Flight(noise, jnp.zeros(self.slots, jnp.int32), last, prompt_index)
+
+        return jax.vmap(of_sample)(keys)
+
+    def draw(
+        self,
+        state: Flight,
+        predict: Predict,
+        keys: jax.Array,
+        step_key: jax.Array,
+        step: jax.Array,
+        num_prompts: jax.Array,
+        shape: tuple[int, int, int],
+    ) -> Draw:
+        """The latents of this step's slot; nothing is computed."""
+        del predict, keys, step_key, num_prompts, shape
+        now = jax.tree.map(lambda x: x[:, step % self.slots], state)
+        return Draw(now.z_t, now.ddim_index, now.prompt_index)
+
+    def advance(
+        self,
+        state: Flight,
+        draw: Draw,
+        guided: Callable[[], jax.Array],
+        keys: jax.Array,
+        step: jax.Array,
+        num_prompts: jax.Array,
+    ) -> Flight:
+        """Takes the DDIM step of this step's slot, or starts it again.
+
+        Args:
+          state: before.
+          draw: what the losses looked at.
+          guided: gives the guided model output there, `(B, h, w, c)`.
+          keys: `(B,)`, each sample's own.
+          step: int32 `()`, of the training.
+          num_prompts: int32 `()`.
+        """
+        slot = step % self.slots
+        z_next = diffusion.ddim_step(self.schedule, guided(), draw.z_t, draw.ddim_index)
+        ended = draw.ddim_index >= state.last_index[:, slot]
+        noise, prompt_index = _begin(keys, num_prompts, draw.z_t.shape[1:])
+
+        def restarted(fresh, moved):
+            return jnp.where(ended.reshape(-1, *(1,) * (moved.ndim - 1)), fresh, moved)
+
+        now = Flight(
+            z_t=restarted(noise, z_next),
+            ddim_index=jnp.where(ended, 0, draw.ddim_index + 1),
+            last_index=jnp.where(ended, self.schedule.num_steps - 2, state.last_index[:, slot]),
+            prompt_index=restarted(prompt_index, draw.prompt_index),
+        )
+        return jax.tree.map(lambda all_, one: all_.at[:, slot].set(one), state, now)
+
+
+def _begin(
+    keys: jax.Array, num_prompts: jax.Array, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Pure noise `(B, *shape)` and a neutral prompt for each key."""
+    prompt_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    prompt_index = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_prompts))(prompt_keys)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys), prompt_index
+
+
+KINDS = ("faithful", "streaming")
+
+
+def make_rollout(
+    kind: str, schedule: diffusion.Schedule, slots: int
+) -> FaithfulRollout | StreamingRollout:
+    """The rollout of a config's `rollout.kind` and `rollout.slots`."""
+    return FaithfulRollout(schedule) if kind == "faithful" else StreamingRollout(schedule, slots)

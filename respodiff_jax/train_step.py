@@ -8,20 +8,23 @@ them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from respodiff_jax import diffusion, objective
+from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params, add_delta
 from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.rollout import ROLLOUTS, FaithfulRollout
+from respodiff_jax.rollout import FaithfulRollout, StreamingRollout, make_rollout
 
 
 class ConceptState(flax.struct.PyTreeNode):
@@ -82,6 +85,7 @@ class Recipe:
       schedule: DDIM schedule of the rollout; the losses' timesteps are its.
       rollout: where the losses are evaluated.
       rollout_guidance_scale: guidance of the neutral trajectories.
+      one_uncond: every concept's `y_unc` is the empty prompt, which also guides the trajectories.
       optimizer: gradient transformation, up to the factor `-learning_rate`.
       ema_decay: of the moving averages, or None.
     """
@@ -91,13 +95,20 @@ class Recipe:
     latent_shape: tuple[int, int, int]
     module: MidBlockModule
     schedule: diffusion.Schedule
-    rollout: FaithfulRollout
+    rollout: FaithfulRollout | StreamingRollout
     rollout_guidance_scale: float
+    one_uncond: bool
     optimizer: optax.GradientTransformation
     ema_decay: float | None
 
     @classmethod
-    def from_config(cls, config: ConfigDict, backbone: Backbone, resolution: int) -> "Recipe":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        concepts: Sequence[Concept],
+        backbone: Backbone,
+        resolution: int,
+    ) -> "Recipe":
         schedule = diffusion.Schedule.from_config(
             backbone.scheduler_config, config.rollout.num_steps
         )
@@ -112,8 +123,9 @@ class Recipe:
                 init_scheme=config.module.init,
             ),
             schedule=schedule,
-            rollout=ROLLOUTS[config.rollout.kind](schedule),
+            rollout=make_rollout(config.rollout.kind, schedule, config.rollout.slots),
             rollout_guidance_scale=config.rollout.guidance_scale,
+            one_uncond=not any(concept.is_safety for concept in concepts),
             optimizer=make_optimizer(config.optimizer, config.train.steps),
             ema_decay=config.optimizer.ema_decay,
         )
@@ -142,7 +154,7 @@ def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: i
     """The state before the first step: the same for a concept alone or among others."""
     key = jax.random.key(seed)
 
-    def init_concept(stream):
+    def init_concept(stream, num_neutral):
         concept_key = jax.random.fold_in(key, stream)
         ram_key, sam_key, rollout_key = jax.random.split(concept_key, 3)
         ram, sam = recipe.module.init_params(ram_key), recipe.module.init_params(sam_key)
@@ -155,15 +167,33 @@ def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: i
             opt_ram=recipe.optimizer.init(ram),
             opt_sam=recipe.optimizer.init(sam),
             ema=None if recipe.ema_decay is None else _ema(recipe).init((ram, sam)),
-            rollout=recipe.rollout.init(rollout_keys, recipe.latent_shape),
+            rollout=recipe.rollout.init(rollout_keys, num_neutral, recipe.latent_shape),
             diverged_at=jnp.int32(-1),
         )
 
     return TrainState(
         step=jnp.int32(0),
         key=jax.random.key_data(key),
-        concepts=jax.vmap(init_concept)(jnp.asarray(concepts.stream)),
+        concepts=jax.vmap(init_concept)(
+            jnp.asarray(concepts.stream), jnp.asarray(concepts.num_neutral)
+        ),
     )
+
+
+def start_from(state: TrainState, concepts: Sequence[Concept], adapter: Adapter) -> TrainState:
+    """A fresh state with an adapter's RAM and SAM for the concepts that it has, by name."""
+    columns = {
+        n: adapter.names.index(concept.name)
+        for n, concept in enumerate(concepts)
+        if concept.name in adapter.names
+    }
+
+    def replace(fresh, trained):
+        return fresh.at[np.array([*columns])].set(trained[[*columns.values()]])
+
+    ram = jax.tree.map(replace, state.concepts.ram, adapter.ram)
+    sam = jax.tree.map(replace, state.concepts.sam, adapter.sam)
+    return state.replace(concepts=state.concepts.replace(ram=ram, sam=sam))
 
 
 def train_step(
@@ -219,7 +249,8 @@ def _concept_step(
     step: jax.Array,
     pmean: Callable,
 ) -> tuple[ConceptState, Metrics]:
-    """Rollout, RAM's update, then SAM's with the updated RAM; one concept, no leading axis."""
+    """Latents, RAM's update, SAM's with the updated RAM, the trajectories' step; one concept, no
+    leading axis."""
     module = recipe.module
 
     def guided_prediction(z_t, ddim_index, prompt_index):
@@ -237,53 +268,64 @@ def _concept_step(
         output = recipe.decode(frozen, jnp.concatenate([h_cond, h_uncond]), skips)
         return diffusion.cfg_combine(*jnp.split(output, 2), recipe.rollout_guidance_scale)
 
-    draw, rollout_state = recipe.rollout.draw(
+    draw = recipe.rollout.draw(
         state.rollout,
         guided_prediction,
         keys,
         rollout_key,
+        step,
         concept.num_neutral,
         recipe.latent_shape,
     )
     z_t, batch_size = draw.z_t, len(draw.z_t)
 
-    def decode_eps(h, skips, copies=1):
-        output = recipe.decode(frozen, h, skips)
-        z = jnp.concatenate([z_t] * copies)
-        index = jnp.tile(jnp.broadcast_to(draw.ddim_index, (batch_size,)), copies)
-        return diffusion.predict_eps(recipe.schedule, output, z, index)
+    def to_eps(output):
+        return diffusion.predict_eps(recipe.schedule, output, z_t, draw.ddim_index)
 
-    # The base model's three predictions as one batch: one pass of the encoder, one of the decoder.
-    conditions = _concatenate(
+    # The base model's predictions as one batch: one pass of the encoder, one of the decoder.
+    conditions = [
         _pick(concept.neutral, draw.prompt_index),
         _pick(concept.target_cond, draw.prompt_index),
         _repeat(concept.target_uncond, batch_size),
+    ]
+    if recipe.rollout.uses_losses and not recipe.one_uncond:
+        conditions.append(_repeat(concept.empty, batch_size))
+    count = len(conditions)
+    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=count)
+    h_all, skips_all = recipe.encode(
+        frozen, jnp.concatenate([z_t] * count), timesteps, _concatenate(*conditions)
     )
-    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=3)
-    h_all, skips_all = recipe.encode(frozen, jnp.concatenate([z_t] * 3), timesteps, conditions)
-    eps_all = decode_eps(h_all, skips_all, copies=3)
-    eps_neutral, eps_tar, eps_unc = jnp.split(eps_all, 3)
+    outputs = jnp.split(recipe.decode(frozen, h_all, skips_all), count)
+    # The last is the empty prompt's in every case in which a trajectory is moved on.
+    output_empty = outputs[-1]
+    eps_neutral, eps_tar, eps_unc = map(to_eps, outputs[:3])
     eps_target = diffusion.cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
     h, skips = jax.tree.map(lambda x: x[:batch_size], (h_all, skips_all))
 
     def loss_resp(ram):
-        return objective.responsible_loss(
-            decode_eps(add_delta(h, module.delta(ram, h)), skips), eps_target
-        )
+        output = recipe.decode(frozen, add_delta(h, module.delta(ram, h)), skips)
+        return objective.responsible_loss(to_eps(output), eps_target)
 
     ram_loss, ram_grad = pmean(jax.value_and_grad(loss_resp)(state.ram))
     ram, opt_ram = _update(recipe, ram_grad, state.opt_ram, state.ram, concept.lr_ram)
     ram_delta = module.delta(ram, h)
 
     def loss_sem(sam):
-        return objective.semantic_loss(
-            decode_eps(add_delta(h, ram_delta + module.delta(sam, h)), skips),
-            eps_neutral,
-            concept.lambda_sem,
-        )
+        output = recipe.decode(frozen, add_delta(h, ram_delta + module.delta(sam, h)), skips)
+        return objective.semantic_loss(to_eps(output), eps_neutral, concept.lambda_sem), output
 
-    sam_loss, sam_grad = pmean(jax.value_and_grad(loss_sem)(state.sam))
+    (sam_loss, output_steered), sam_grad = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
+    sam_loss, sam_grad = pmean((sam_loss, sam_grad))
     sam, opt_sam = _update(recipe, sam_grad, state.opt_sam, state.sam, concept.lr_sam)
+
+    rollout_state = recipe.rollout.advance(
+        state.rollout,
+        draw,
+        lambda: diffusion.cfg_combine(output_steered, output_empty, recipe.rollout_guidance_scale),
+        keys,
+        step,
+        concept.num_neutral,
+    )
 
     ema = state.ema
     if recipe.ema_decay is not None:

@@ -1,12 +1,15 @@
 """`respodiff train`: from a config to checkpoints, pictures and an adapter."""
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import save_adapter
+from respodiff_jax.adapter_card import export_adapter
+from respodiff_jax.adapters import Adapter, check_fits, load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.checkpoint import (
     Checkpoints,
@@ -15,12 +18,14 @@ from respodiff_jax.checkpoint import (
     check_same_config,
     make_adapter,
 )
+from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, validate
 from respodiff_jax.diffusion import Schedule
-from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids
+from respodiff_jax.modules import MidBlockModule
+from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
 from respodiff_jax.objective import concept_arrays
 from respodiff_jax.parallel import make_placement
-from respodiff_jax.train_step import Metrics, Recipe, init_state, train_step
+from respodiff_jax.train_step import Metrics, Recipe, init_state, start_from, train_step
 
 
 def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
@@ -61,7 +66,7 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
     _say(f"opening {config.model.name}")
     sketch = open_model(abstract=True)
     resolution = config.model.resolution or sketch.default_resolution
-    recipe = Recipe.from_config(config, sketch, resolution)
+    recipe = Recipe.from_config(config, concepts, sketch, resolution)
     if config.log.grid_every:
         Schedule.from_config(sketch.scheduler_config, config.log.grid_steps)
     sketch.tokenise([prompt for concept in concepts for prompt in concept.prompts])
@@ -72,6 +77,11 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
     record = RunRecord.of(config, concepts, recipe.module, identity)
     if saved:
         record.check_continues(saved, workdir)
+    start = None
+    if config.train.init_adapter is not None:
+        start = load_adapter(config.train.init_adapter)
+        check_fits(start, sketch, resolution)
+        _check_start(start, concepts, recipe.module)
 
     _say("loading the weights")
     backbone = open_model()
@@ -87,6 +97,8 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
         Preemption() as preemption,
     ):
         fresh = init_state(recipe, arrays, config.seed, batch_size)
+        if start is not None:
+            fresh = start_from(fresh, concepts, start)
         restored = checkpoints.restore_latest(placement.abstract(fresh))
         state = placement.to_canonical_devices(fresh) if restored is None else restored
         del fresh, restored
@@ -146,7 +158,8 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
                 return
             adapter = adapter_now()
             if jax.process_index() == 0:
-                save_adapter(adapter, workdir / "adapter", training=record.summary(step))
+                adapter = dataclasses.replace(adapter, training=record.summary(step))
+                export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
             log.say(f"adapter written to {workdir / 'adapter'}")
 
 
@@ -168,6 +181,25 @@ def _writable(workdir: str) -> epath.Path:
             f"workdir {workdir} cannot be written to ({e.strerror or e}); give a directory that can"
         ) from e
     return path
+
+
+def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlockModule) -> None:
+    """Checks that an adapter has one of the concepts at least, and modules of that architecture."""
+    names = [concept.name for concept in concepts]
+    if not set(names) & set(adapter.names):
+        raise ValueError(
+            f"train.init_adapter has the concepts {', '.join(adapter.names)}, none of the config's"
+            f" {', '.join(names)}; they are found by name"
+        )
+    ours, theirs = (
+        jax.eval_shape(m.init_params, jax.random.key(0)) for m in (module, adapter.module)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"train.init_adapter has {adapter.module.kind} modules with parameters {theirs}, the"
+            f" config makes {module.kind} modules with {ours}; set module.kind and"
+            " module.hidden_channels to the adapter's"
+        )
 
 
 def _check_finite(metrics: Metrics, concepts, workdir: epath.Path) -> None:

@@ -20,9 +20,9 @@ def modules(state):
     )
 
 
-def train_on_all_devices(backbone, concepts, strategy, fsdp=False):
+def train_on_all_devices(backbone, concepts, strategy, fsdp=False, rollout="faithful"):
     """Modules after some steps, and the step's compiled placement."""
-    recipe, arrays, fresh, _ = setup(backbone, concepts, BATCH)
+    recipe, arrays, fresh, _ = setup(backbone, concepts, BATCH, **{"rollout.kind": rollout})
     placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
     state = placement.place_state(placement.to_canonical_devices(fresh))
     frozen = placement.place_frozen({"unet": backbone.params["unet"]})
@@ -40,32 +40,33 @@ def on_one_device(tiny_backbone):
     """Modules of N concepts trained on one device with the whole batch."""
     cache = {}
 
-    def train(concepts):
-        if len(concepts) not in cache:
-            _, arrays, state, step = setup(tiny_backbone, concepts, BATCH)
+    def train(concepts, rollout):
+        if (len(concepts), rollout) not in cache:
+            changes = {"rollout.kind": rollout}
+            _, arrays, state, step = setup(tiny_backbone, concepts, BATCH, **changes)
             for _ in range(STEPS):
                 state, _ = step(state, tiny_backbone.params, arrays, jnp.arange(BATCH))
-            cache[len(concepts)] = modules(state)
-        return cache[len(concepts)]
+            cache[len(concepts), rollout] = modules(state)
+        return cache[len(concepts), rollout]
 
     return train
 
 
 @pytest.mark.parametrize(
-    ("concepts", "strategy", "fsdp", "shards"),
+    ("concepts", "strategy", "fsdp", "rollout", "shards"),
     [
-        ([WOMAN], "pmap", False, (1, 8)),
-        ([WOMAN, VIOLENCE], "pmap", False, (2, 4)),
-        ([WOMAN, VIOLENCE], "mesh", False, (2, 4)),
-        ([WOMAN, VIOLENCE], "mesh", True, (2, 4)),
+        ([WOMAN], "pmap", False, "streaming", (1, 8)),
+        ([WOMAN, VIOLENCE], "pmap", False, "faithful", (2, 4)),
+        ([WOMAN, VIOLENCE], "mesh", False, "streaming", (2, 4)),
+        ([WOMAN, VIOLENCE], "mesh", True, "faithful", (2, 4)),
     ],
 )
 def test_eight_devices_train_what_one_does(
-    tiny_backbone, on_one_device, concepts, strategy, fsdp, shards
+    tiny_backbone, on_one_device, concepts, strategy, fsdp, rollout, shards
 ):
-    found, placement = train_on_all_devices(tiny_backbone, concepts, strategy, fsdp)
+    found, placement = train_on_all_devices(tiny_backbone, concepts, strategy, fsdp, rollout)
     assert placement.mesh.devices.shape == shards
-    expected = on_one_device(concepts)
+    expected = on_one_device(concepts, rollout)
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
 

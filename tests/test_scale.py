@@ -19,41 +19,72 @@ from respodiff_jax.train_step import Recipe, init_state, train_step
 WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
 
 
-def test_sdxl_at_1024_pixels_traces():
-    backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
-    recipe = Recipe.from_config(default(), backbone, backbone.default_resolution)
-    concepts, batch = 3, 2
+def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
+    """Recipe and the shapes of a step's arguments; `prompts(leading axes)` gives conditioning."""
+    config = default()
+    config.update_from_flattened_dict(changes)
+    recipe = Recipe.from_config(config, [WOMAN], backbone, backbone.default_resolution)
 
     def shape(*axes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((concepts, *axes), dtype)
-
-    def prompts(*axes):
-        return Conditioning(
-            shape(*axes, 77, 2048, dtype=jnp.bfloat16),
-            shape(*axes, 1280, dtype=jnp.bfloat16),
-            shape(*axes, 6),
-        )
+        return jax.ShapeDtypeStruct((num_concepts, *axes), dtype)
 
     arrays = ConceptArrays(
-        neutral=prompts(1),
+        neutral=prompts(num_concepts, 1),
         num_neutral=shape(dtype=jnp.int32),
-        target_cond=prompts(1),
-        target_uncond=prompts(),
-        empty=prompts(),
+        target_cond=prompts(num_concepts, 1),
+        target_uncond=prompts(num_concepts),
+        empty=prompts(num_concepts),
         guidance_scale=shape(),
         lambda_sem=shape(),
         lr_ram=shape(),
         lr_sam=shape(),
         stream=shape(dtype=jnp.uint32),
     )
-    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch), arrays)
-    ids = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    new_state, metrics = jax.eval_shape(
-        partial(train_step, recipe), state, backbone.params, arrays, ids
-    )
-    assert new_state.concepts.ram["constant"].shape == (concepts, 32, 32, 1280)
-    assert metrics.loss_resp.shape == (concepts,)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
+    ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return recipe, (state, backbone.params, arrays, ids)
+
+
+def test_sdxl_at_1024_pixels_traces():
+    backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
+
+    def prompts(*axes):
+        return Conditioning(
+            jax.ShapeDtypeStruct((*axes, 77, 2048), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*axes, 1280), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*axes, 6), jnp.float32),
+        )
+
+    recipe, args = abstract_step(backbone, 3, 2, prompts)
+    new_state, metrics = jax.eval_shape(partial(train_step, recipe), *args)
+    assert new_state.concepts.ram["constant"].shape == (3, 32, 32, 1280)
+    assert metrics.loss_resp.shape == (3,)
+    assert jax.tree.structure(new_state) == jax.tree.structure(args[0])
+
+
+def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
+    """Against one plain forward pass of the UNet; the published procedure takes about 61."""
+    backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
+
+    def prompts(*axes):
+        return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+    batch = 2
+    recipe, args = abstract_step(backbone, 1, batch, prompts, **{"rollout.kind": "streaming"})
+
+    def forward(params, z, timesteps, cond):
+        return recipe.decode(params, *recipe.encode(params, z, timesteps, cond))
+
+    z = jax.ShapeDtypeStruct((batch, *recipe.latent_shape), jnp.float32)
+    timesteps = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    one = flops(forward, backbone.params, z, timesteps, prompts(batch))
+    evaluations = flops(partial(train_step, recipe), *args) / one
+    with capsys.disabled():
+        print(f"\n{evaluations:.2f} UNet evaluations per training sample")
+    assert evaluations == pytest.approx(5.87, abs=0.02)
 
 
 @contextlib.contextmanager
@@ -79,7 +110,7 @@ def peak_memory():
 def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
     """860 M parameters in bf16. With a rollout of one step: its length is not what is tested."""
     backbone = random_backbone("sd14", dtype="bfloat16")
-    recipe = Recipe.from_config(default(), backbone, 512)
+    recipe = Recipe.from_config(default(), [WOMAN], backbone, 512)
     arrays = concept_arrays(backbone, [WOMAN], 512)
     frozen = {"unet": backbone.params["unet"]}
 

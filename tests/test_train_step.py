@@ -40,7 +40,7 @@ def make_config(**changes) -> ConfigDict:
 def setup(backbone, concepts, batch_size=BATCH, **changes):
     """Recipe, embedded concepts, first state and compiled step for these concepts."""
     resolution = backbone.default_resolution
-    recipe = Recipe.from_config(make_config(**changes), backbone, resolution)
+    recipe = Recipe.from_config(make_config(**changes), concepts, backbone, resolution)
     arrays = concept_arrays(backbone, concepts, resolution)
     state = init_state(recipe, arrays, seed=3, batch_size=batch_size)
     return recipe, arrays, state, jax.jit(partial(train_step, recipe))
@@ -51,12 +51,16 @@ class FixedRollout:
     """Gives the losses known latents."""
 
     latents: Draw
+    uses_losses: bool = False
 
-    def init(self, keys, shape):
+    def init(self, keys, num_prompts, shape):
         return ()
 
-    def draw(self, state, predict, keys, step_key, num_prompts, shape):
-        return self.latents, state
+    def draw(self, state, predict, keys, step_key, step, num_prompts, shape):
+        return self.latents
+
+    def advance(self, state, draw, guided, keys, step, num_prompts):
+        return state
 
 
 def torch_conditions(conditions: Conditioning) -> Conditioning:

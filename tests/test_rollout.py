@@ -1,0 +1,115 @@
+"""The streaming rollout: whole trajectories, the paper's indices, the procedure's numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from diffusers import DDIMScheduler
+from reference import to_torch
+from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, make_reference, repeated, rows, setup
+
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.diffusion import Schedule
+from respodiff_jax.rollout import StreamingRollout
+
+SHAPE = (2, 2, 1)
+KEYS = jax.vmap(jax.random.key)(jnp.arange(400))
+
+
+def fly(rollout, steps):
+    """The ddim indices seen at each step, `(steps, B)`, with a model that predicts no noise."""
+    state = rollout.init(KEYS, jnp.int32(3), SHAPE)
+
+    @jax.jit
+    def one(state, step):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(KEYS, step)
+        draw = rollout.draw(state, None, keys, None, step, jnp.int32(3), SHAPE)
+        nothing = jnp.zeros_like(draw.z_t)
+        return rollout.advance(state, draw, lambda: nothing, keys, step, jnp.int32(3)), draw
+
+    seen, prompts = [], []
+    for step in range(steps):
+        state, draw = one(state, jnp.int32(step))
+        seen.append(np.asarray(draw.ddim_index))
+        prompts.append(np.asarray(draw.prompt_index))
+    return np.stack(seen), np.stack(prompts)
+
+
+def test_indices_become_uniform_and_trajectories_are_whole():
+    schedule = Schedule.from_config({}, NUM_STEPS)
+    slots, length = 2, NUM_STEPS - 1
+    seen, prompts = fly(StreamingRollout(schedule, slots), 4 * slots * length)
+    assert set(np.unique(seen)) == set(range(length))  # k ~ U{0 .. num_steps - 2}
+    # Once all have ended once, any step sees every index equally often: 80 of 400 samples each.
+    for step in (slots * length, 3 * slots * length + 1):
+        counts = np.bincount(seen[step], minlength=length)
+        assert np.abs(counts - len(KEYS) / length).max() < 5 * np.sqrt(len(KEYS) / length)
+    # A slot counts up to the last index, then begins again, with a prompt that it keeps till then.
+    mine, prompt = seen[slots * length :: slots, 0], prompts[slots * length :: slots, 0]
+    np.testing.assert_array_equal(np.diff(mine) % length, 1)
+    changes = np.flatnonzero(np.diff(prompt))
+    assert len(np.unique(prompts)) == 3
+    assert set(mine[changes + 1]) <= {0}
+    # Slots of one sample are at different places.
+    assert (seen[2 * slots * length] != seen[2 * slots * length + 1]).mean() > 0.5
+
+
+def of_slot(state, slot):
+    """The trajectory in a slot of the first concept's first sample."""
+    return jax.tree.map(lambda x: x[0, 0, slot], state.concepts.rollout)
+
+
+def check_against_pytorch(folder, concept, steps, slots, **changes):
+    """Trains one sample; every latent, restart and loss is computed again in PyTorch."""
+    backbone = load_backbone(str(folder), dtype="float32")
+    changes |= {"module.init": "uniform", "rollout.kind": "streaming", "rollout.slots": slots}
+    recipe, arrays, state, step = setup(backbone, [concept], 1, **changes)
+    assert recipe.one_uncond == (not concept.is_safety)
+    ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
+    state = state.replace(concepts=state.concepts.replace(ram=ram))
+    reference = make_reference(folder, recipe, state, concept)
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(NUM_STEPS)
+    restarts = 0
+    for i in range(steps):
+        before = of_slot(state, i % slots)
+        index, prompt = int(before.ddim_index), int(before.prompt_index)
+        neutral, target = (rows(x, 0, [prompt]) for x in (arrays.neutral, arrays.target_cond))
+        uncond, empty = (repeated(rows(x, 0), 1) for x in (arrays.target_uncond, arrays.empty))
+        z_t = to_torch(before.z_t[None])
+        sam = {name: value.clone() for name, value in reference.sam.state_dict().items()}
+        losses = reference.step(z_t, index, neutral, target, uncond)
+        state, metrics = step(state, backbone.params, arrays, jnp.arange(1))
+        ours = (metrics.loss_resp[0], metrics.loss_sem[0])
+        np.testing.assert_allclose(ours, losses, rtol=1e-4)
+
+        after = of_slot(state, i % slots)
+        if index == int(before.last_index):
+            restarts += 1
+            # The documented random streams: run -> step -> concept -> sample -> prompt and noise.
+            _, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
+            concept_key = jax.random.fold_in(samples_key, concept.stream)
+            noise_key = jax.random.split(jax.random.fold_in(concept_key, 0))[1]
+            expected = jax.random.normal(noise_key, recipe.latent_shape)
+            assert (int(after.ddim_index), int(after.last_index)) == (0, NUM_STEPS - 2)
+        else:
+            # With the updated RAM and the SAM from before.
+            updated = {name: value.clone() for name, value in reference.sam.state_dict().items()}
+            reference.sam.load_state_dict(sam)
+            timestep = scheduler.timesteps[index]
+            modules = (reference.ram, reference.sam)
+            steered = reference.model(z_t, timestep, neutral, modules).detach()
+            plain = reference.model(z_t, timestep, empty).detach()
+            reference.sam.load_state_dict(updated)
+            guided = plain + 3.0 * (steered - plain)
+            expected = scheduler.step(guided, timestep, z_t).prev_sample[0].permute(1, 2, 0)
+            assert int(after.ddim_index) == index + 1
+        np.testing.assert_allclose(after.z_t, expected, atol=2e-4)
+    assert 0 < restarts < steps
+
+
+def test_streaming_step_equals_pytorch(sd_folder):
+    check_against_pytorch(sd_folder, WOMAN, steps=12, slots=2)
+
+
+def test_streaming_step_equals_pytorch_for_safety_and_v_prediction(sd_v_folder):
+    check_against_pytorch(sd_v_folder, VIOLENCE, steps=7, slots=1, **{"module.kind": "mlp"})
