@@ -1,20 +1,7 @@
 """Adapters: trained concepts as a small directory, apart from the frozen model they belong to.
 
-An adapter directory holds two files:
-
-* `adapter_model.safetensors`: float32 (float16 is read too) tensors in PyTorch's layouts, so that
-  the other side need not know of Flax. For concept number `i` and role `ram` or `sam`
-
-      constant   concepts.{i}.{role}.constant        (C, H, W)
-      mlp        concepts.{i}.{role}.hidden.weight   (hidden, C)        .hidden.bias (hidden,)
-                 concepts.{i}.{role}.out.weight      (C, hidden)        .out.bias    (C,)
-      conv       concepts.{i}.{role}.hidden.weight   (hidden, C, 3, 3)  .hidden.bias (hidden,)
-                 concepts.{i}.{role}.out.weight      (C, hidden, 3, 3)  .out.bias    (C,)
-
-* `adapter_config.json`: format version, module, backbone, concepts with their recipes, the rule of
-  use (what is added to the conditional half of the guidance batch only), a training summary.
-
-The same adapter always gives the same bytes, and nothing here reads or writes a pickle.
+`adapter_files` says what lies in the directory, `adapter_card` what `respodiff export` puts there
+for readers. The same adapter always gives the same bytes.
 """
 
 import dataclasses
@@ -31,28 +18,27 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
+from respodiff_jax.adapter_files import (
+    BACKBONE_KEYS,
+    CFG_RULE,
+    CONFIG_FILE,
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    ROLES,
+    TO_TORCH,
+    WEIGHTS_FILE,
+    check_keys,
+    is_finite,
+    param_shapes,
+    read_config,
+    read_weights,
+    tensor_key,
+)
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept, validate_concepts
 from respodiff_jax.modules import MidBlockModule, Params, Steering
-
-FORMAT = "respodiff-adapter"
-FORMAT_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-_SECTIONS = ("module", "backbone", "guidance", "concepts", "training")
-_MODULE_KEYS = ("kind", "mid_block_shape", "hidden_channels")
-_BACKBONE_KEYS = ("name", "revision", "variant", "unet_sha256", "resolution", "prediction_type")
-_ROLES = ("ram", "sam")
-# How each Flax parameter, known by its rank, is transposed for PyTorch: bias, Dense kernel
-# (in, out), constant (H, W, C), Conv kernel (H, W, in, out).
-_TO_TORCH = {1: (0,), 2: (1, 0), 3: (2, 0, 1), 4: (3, 2, 0, 1)}
-_CFG_RULE = {
-    "steered_half": "conditional",
-    "formula": "h_cond + sum_i scale_i * (RAM_i(h_cond) + SAM_i(h_cond)), at every sampling step",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +52,10 @@ class Adapter:
       sam: SAM parameters, likewise.
       backbone: `Backbone.identity` of the model trained on, `resolution` and `prediction_type`.
       training: JSON-able summary of the training run, or None.
+      default_scales: N numbers, the weight of each concept where none is given; 1 by default.
+      metrics: numbers of an evaluation, mappings with `METRIC_KEYS`, as in
+        `evaluation.results.Measurement`; or None.
+      dtype: what the parameters are saved in, one of `DTYPES`.
 
     Raises:
       ValueError: when parameters do not fit the module or the concepts, or are not finite.
@@ -77,14 +67,19 @@ class Adapter:
     sam: Params
     backbone: Mapping[str, Any]
     training: Mapping[str, Any] | None = None
+    default_scales: tuple[float, ...] | None = None
+    metrics: Sequence[Mapping[str, Any]] | None = None
+    dtype: str = "float32"
 
     def __post_init__(self):
         validate_concepts(self.concepts)
-        _check_keys("adapter backbone", self.backbone, _BACKBONE_KEYS)
-        shapes = _param_shapes(self.module)
-        for role in _ROLES:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"adapter dtype is {self.dtype!r}, expected one of {DTYPES}")
+        check_keys("adapter backbone", self.backbone, BACKBONE_KEYS)
+        shapes = param_shapes(self.module)
+        for role in ROLES:
             flat = flatten_dict(getattr(self, role), sep=".")
-            _check_keys(f"adapter {role} of kind {self.module.kind!r}", flat, shapes)
+            check_keys(f"adapter {role} of kind {self.module.kind!r}", flat, shapes)
             for key, value in flat.items():
                 expected = (len(self.concepts), *shapes[key])
                 if np.shape(value) != expected:
@@ -100,6 +95,14 @@ class Adapter:
                             " the training run diverged or the file is damaged"
                         )
             object.__setattr__(self, role, unflatten_dict(flat, sep="."))
+        if self.default_scales is None:
+            object.__setattr__(self, "default_scales", (1.0,) * len(self.concepts))
+        scales = self.default_scales
+        if len(scales) != len(self.concepts) or not all(map(is_finite, scales)):
+            raise ValueError(
+                f"adapter default scales are {list(scales)}, expected {len(self.concepts)} finite"
+                " numbers, one for each concept"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,13 +137,21 @@ def save_adapter(
       adapter: what to save.
       directory: where to.
       training: a JSON-able training summary, instead of the adapter's own.
+
+    Raises:
+      ValueError: for parameters beyond the range of the dtype.
     """
     tensors = {}
-    for role in _ROLES:
+    for role in ROLES:
         for key, stacked in flatten_dict(getattr(adapter, role), sep=".").items():
             for i, value in enumerate(stacked):
-                torch_value = value.transpose(_TO_TORCH[value.ndim])
-                tensors[_tensor_key(i, role, key)] = np.ascontiguousarray(torch_value)
+                if np.abs(value).max() > np.finfo(adapter.dtype).max:
+                    raise ValueError(
+                        f"adapter concept {adapter.names[i]!r}: {role}.{key} has values beyond"
+                        f" {adapter.dtype}; save it in float32"
+                    )
+                torch_value = value.transpose(TO_TORCH[value.ndim]).astype(adapter.dtype)
+                tensors[tensor_key(i, role, key)] = np.ascontiguousarray(torch_value)
     height, width, channels = adapter.module.mid_block_shape
     slugs = _slugs(adapter.names)
     config = {
@@ -152,12 +163,15 @@ def save_adapter(
             "hidden_channels": _hidden_channels(adapter.module),
         },
         "backbone": dict(adapter.backbone),
-        "guidance": _CFG_RULE,
+        "guidance": CFG_RULE,
         "concepts": [
-            concept.to_dict() | {"slug": slug}
-            for concept, slug in zip(adapter.concepts, slugs, strict=True)
+            concept.to_dict() | {"slug": slug, "default_scale": scale}
+            for concept, slug, scale in zip(
+                adapter.concepts, slugs, adapter.default_scales, strict=True
+            )
         ],
         "training": adapter.training if training is None else training,
+        "metrics": adapter.metrics,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     directory = epath.Path(directory)
@@ -181,7 +195,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
                 " `respodiff train` or `respodiff export` wrote"
             )
     try:
-        config = _read_config(directory / CONFIG_FILE)
+        config = read_config(directory / CONFIG_FILE)
         shape = config["module"]["mid_block_shape"]
         module = MidBlockModule(
             kind=config["module"]["kind"],
@@ -189,12 +203,24 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             hidden_channels=config["module"]["hidden_channels"],
         )
         concepts = tuple(
-            Concept.from_dict({k: v for k, v in fields.items() if k != "slug"})
+            Concept.from_dict(
+                {k: v for k, v in fields.items() if k not in ("slug", "default_scale")}
+            )
             for fields in config["concepts"]
         )
         validate_concepts(concepts)
-        ram, sam = _read_weights(directory / WEIGHTS_FILE, module, len(concepts))
-        return Adapter(concepts, module, ram, sam, config["backbone"], config["training"])
+        ram, sam, dtype = read_weights(directory / WEIGHTS_FILE, module, len(concepts))
+        return Adapter(
+            concepts=concepts,
+            module=module,
+            ram=ram,
+            sam=sam,
+            backbone=config["backbone"],
+            training=config["training"],
+            default_scales=tuple(f.get("default_scale", 1.0) for f in config["concepts"]),
+            metrics=config.get("metrics"),
+            dtype=dtype,
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"adapter {directory}: {error}") from error
 
@@ -221,10 +247,16 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         return first
     ram, sam = (
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *(getattr(a, role) for a in adapters))
-        for role in _ROLES
+        for role in ROLES
     )
-    concepts = tuple(concept for adapter in adapters for concept in adapter.concepts)
-    return Adapter(concepts, first.module, ram, sam, first.backbone)
+    return Adapter(
+        concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
+        module=first.module,
+        ram=ram,
+        sam=sam,
+        backbone=first.backbone,
+        default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
+    )
 
 
 def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
@@ -264,21 +296,11 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
         )
 
 
-def _param_shapes(module: MidBlockModule) -> dict[str, tuple[int, ...]]:
-    """Shape of each of one concept's Flax parameters, by its dotted name."""
-    params = jax.eval_shape(module.init_params, jax.random.key(0))
-    return {key: leaf.shape for key, leaf in flatten_dict(params, sep=".").items()}
-
-
 def _hidden_channels(module: MidBlockModule) -> int | None:
     """The inner width that is in effect, None for `constant`."""
     if module.kind == "constant":
         return None
-    return _param_shapes(module)["hidden.bias"][0]
-
-
-def _tensor_key(index: int, role: str, key: str) -> str:
-    return f"concepts.{index}.{role}.{key.replace('kernel', 'weight')}"
+    return param_shapes(module)["hidden.bias"][0]
 
 
 def _label(adapter: Adapter) -> str:
@@ -302,83 +324,3 @@ def _replace(path: epath.Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
-
-
-def _read_config(path: epath.Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f'{path.name} does not say "format": "{FORMAT}"')
-    version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path.name}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path.name}: format_version is {version}, this version of respodiff_jax reads up to"
-            f" {FORMAT_VERSION}; update respodiff_jax"
-        )
-    _check_keys(path.name, config, ("format", "format_version", *_SECTIONS))
-    for section in ("module", "backbone", "guidance"):
-        if not isinstance(config[section], dict):
-            raise ValueError(f"{path.name}: {section} is {config[section]!r}, expected a mapping")
-    _check_keys(f"{path.name}: module", config["module"], _MODULE_KEYS)
-    shape = config["module"]["mid_block_shape"]
-    _check_keys(f"{path.name}: mid_block_shape", shape, ("channels", "height", "width"))
-    for axis, size in shape.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{path.name}: mid_block_shape {axis} is {size!r}, expected 1 or more")
-    half = config["guidance"].get("steered_half")
-    if half != _CFG_RULE["steered_half"]:
-        raise ValueError(f"{path.name}: guidance steered_half is {half!r}, expected 'conditional'")
-    return config
-
-
-def _read_weights(
-    path: epath.Path, module: MidBlockModule, num_concepts: int
-) -> tuple[Params, Params]:
-    """RAM and SAM parameters, leaves `(num_concepts, ...)`, from a safetensors file."""
-    shapes = _param_shapes(module)
-    expected = {
-        _tensor_key(i, role, key): tuple(shape[axis] for axis in _TO_TORCH[len(shape)])
-        for i in range(num_concepts)
-        for role in _ROLES
-        for key, shape in shapes.items()
-    }
-    try:
-        with safe_open(path, framework="numpy") as file:
-            _check_keys(path.name, file.keys(), expected)
-            for key, shape in expected.items():
-                entry = file.get_slice(key)
-                if tuple(entry.get_shape()) != shape or entry.get_dtype() not in ("F32", "F16"):
-                    raise ValueError(
-                        f"{path.name}: {key} is {entry.get_dtype()} {tuple(entry.get_shape())},"
-                        f" expected F32 or F16 {shape}"
-                    )
-            tensors = {key: file.get_tensor(key) for key in expected}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} is not a whole safetensors file ({error}); it is damaged or truncated:"
-            " copy or export it again"
-        ) from error
-
-    def stack(role: str, key: str, rank: int) -> np.ndarray:
-        to_flax = np.argsort(_TO_TORCH[rank])
-        per_concept = [tensors[_tensor_key(i, role, key)] for i in range(num_concepts)]
-        return np.stack([value.transpose(to_flax) for value in per_concept]).astype(np.float32)
-
-    ram, sam = (
-        unflatten_dict({k: stack(role, k, len(s)) for k, s in shapes.items()}, sep=".")
-        for role in _ROLES
-    )
-    return ram, sam
-
-
-def _check_keys(what: str, actual: Any, expected: Any) -> None:
-    """Raises a ValueError that lists missing and extra keys."""
-    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
-    if missing or extra:
-        raise ValueError(
-            f"{what} does not have the expected keys; missing: {missing}, extra: {extra}"
-        )

@@ -89,6 +89,7 @@ class RunRecord:
             "batch_size": config["train"]["batch_size"],
             "seed": config["seed"],
             "dtype": config["model"]["dtype"],
+            "init_adapter": config["train"].get("init_adapter"),
         } | sections
 
     def check_continues(self, saved: "RunRecord", workdir: epath.PathLike) -> None:

@@ -4,7 +4,9 @@ All of it is written below the working directory, by process 0: `metrics.jsonl`,
 `grids/`.
 """
 
+import io
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -236,3 +239,34 @@ class ValidationGrids:
                 )
             )
         return np.stack(images[: len(self._noise)])
+
+
+def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
+    """A PNG of a run's newest sample grids, one concept's below the other's.
+
+    Args:
+      workdir: of the run.
+      step: up to which grids are looked for; by default all are.
+
+    Returns:
+      The file's content, or None where there are none.
+    """
+    files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
+    steps = [int(path.name.split("_")[0]) for path in files]
+    newest = max((s for s in steps if step is None or s <= step), default=None)
+    if newest is None:
+        return None
+    pictures = [
+        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        for path, its_step in zip(files, steps, strict=True)
+        if its_step == newest
+    ]
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    whole = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    content = io.BytesIO()
+    whole.save(content, format="PNG")
+    return content.getvalue()

@@ -63,7 +63,7 @@ def concept_weights(
     num_prompts: int,
     num_images_per_prompt: int,
     *,
-    concepts: Mapping[str, float] | None = None,
+    concepts: Mapping[str, float | None] | None = None,
     fair: str | None = None,
     ratio: Mapping[str, float] | None = None,
     safe: bool = False,
@@ -75,10 +75,11 @@ def concept_weights(
       adapter: the concepts, or None for the base model.
       num_prompts: P.
       num_images_per_prompt: M.
-      concepts: scales by concept name, for every image.
-      fair: a group, of which each image gets one concept at scale 1; see `fair_assignment`.
+      concepts: scales by concept name, for every image; None is the default scale.
+      fair: a group, of which each image gets one concept, at its default scale; see
+        `fair_assignment`.
       ratio: shares of the group's concepts by name, summing to 1; uniform by default.
-      safe: add every safety concept at scale 1.
+      safe: add every safety concept at its default scale.
       seed: of the fair assignment's order.
 
     Returns:
@@ -102,9 +103,11 @@ def concept_weights(
     for name, scale in (concepts or {}).items():
         if name not in adapter.names:
             raise ValueError(f"concept {name!r} is not in the adapter. {_inventory(adapter)}")
+        index = adapter.names.index(name)
+        scale = adapter.default_scales[index] if scale is None else scale
         if not math.isfinite(scale):
             raise ValueError(f"concept {name!r}: scale is {scale}, expected a finite number")
-        weights[:, adapter.names.index(name)] += scale
+        weights[:, index] += scale
     if ratio and fair is None:
         raise ValueError("--ratio shares out a group's concepts; name the group with --fair")
     if fair is not None:
@@ -114,12 +117,13 @@ def concept_weights(
                 f"--fair {fair} chooses among its concepts itself; drop --concept {clash[0]!r}"
             )
         picks = fair_assignment(num_images_per_prompt, num_prompts, shares, seed).reshape(-1)
-        weights[np.arange(len(picks)), np.asarray(members)[picks]] += 1
+        columns = np.asarray(members)[picks]
+        weights[np.arange(len(picks)), columns] += np.float32(adapter.default_scales)[columns]
     if safe:
         members = [i for i, concept in enumerate(adapter.concepts) if concept.is_safety]
         if not members:
             raise ValueError(f"--safe: the adapter has no safety concepts. {_inventory(adapter)}")
-        weights[:, members] += 1
+        weights[:, members] += np.float32(adapter.default_scales)[members]
     return weights
 
 

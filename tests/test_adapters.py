@@ -159,6 +159,7 @@ def put_pickle(folder):
 
 
 RAM_0 = "concepts.0.ram.constant"
+METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"value": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,14 @@ RAM_0 = "concepts.0.ram.constant"
         (edit_config(lambda c: c["module"].update(kind="lora")), "module kind is 'lora'"),
         (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "width is 0"),
         (edit_config(lambda c: c["backbone"].pop("name")), r"missing: \['name'\]"),
+        (edit_config(lambda c: c["backbone"].update(name=5)), "backbone name is 5, expected str"),
+        (edit_config(lambda c: c.update(training="long")), "training is 'long'"),
+        (edit_config(lambda c: c.update(concepts={})), "concepts is {}, expected a list"),
+        (edit_config(lambda c: c.update(metrics=[{"value": 1}])), "metrics does not have the exp"),
+        (edit_config(lambda c: c.update(metrics=[METRIC | {"value": "high"}])), "not finite"),
+        (edit_config(lambda c: c.update(metrics=[METRIC | {"interval": [0]}])), "not finite"),
+        (edit_config(lambda c: c["concepts"][0].update(default_scale="1")), "default scales are"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not JSON"),
         (
             edit_config(lambda c: c["guidance"].update(steered_half="both")),
             "steered_half is 'both",

@@ -49,7 +49,7 @@ def test_help_needs_no_jax():
     assert "--fair GROUP" in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "export"])
+@pytest.mark.parametrize("verb", ["train", "generate", "export", "inspect", "import", "push"])
 def test_each_verb_has_help_with_examples(verb, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([verb, "--help"])
@@ -134,10 +134,10 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsy
 
 
 def test_scales_of_concepts():
-    scales = inputs.read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], default=1.0)
-    assert scales == {"a man": 1.0, "a=b": 0.5, "young": -1.0}
+    scales = inputs.read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], optional=True)
+    assert scales == {"a man": None, "a=b": 0.5, "young": -1.0}
     with pytest.raises(ValueError, match="names 'a man' twice"):
-        inputs.read_scales("--concept", ["a man", "a man=2"], default=1.0)
+        inputs.read_scales("--concept", ["a man", "a man=2"], optional=True)
 
 
 def test_prompts_of_files(tmp_path):
@@ -145,7 +145,7 @@ def test_prompts_of_files(tmp_path):
     text.write_text("\ufeffa nurse\n\n  a cook \n", encoding="utf-8")
     table.write_text("text\nx\n")
     assert inputs.read_prompts(["a"], str(text)) == ["a", "a nurse", "a cook"]
-    with pytest.raises(ValueError, match=r"has no column 'prompt', only \['text'\]"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['prompt'\].*has \['text'\]"):
         inputs.read_prompts([], str(table))
 
 
@@ -194,24 +194,27 @@ def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
         return adapter
 
     monkeypatch.setattr(checkpoint, "adapter_from_workdir", adapter_from_workdir)
-    assert cli.main(["export", "run", "--out", str(tmp_path / "out"), "--step", "5"]) == 0
-    assert calls == [("run", 5)]
+    (tmp_path / "run.json").write_text("{}")
+    run = str(tmp_path)
+    assert cli.main(["export", run, "--out", str(tmp_path / "out"), "--step", "5"]) == 0
+    assert calls == [(run, 5)]
     assert load_adapter(tmp_path / "out").names == adapter.names
     assert "conv adapter of a woman, a man" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in fails(capsys, "export", "run", "--out", tmp_path / "file" / "x")
+    assert "cannot be written" in fails(capsys, "export", run, "--out", tmp_path / "file" / "x")
 
 
 def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda path: ("newest", path))
-    assert inputs.open_adapter(str(tmp_path)) == ("newest", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda *args: args)
+    assert inputs.open_adapter(str(tmp_path)) == (str(tmp_path), None)
 
 
-def test_interruption_exits_130(monkeypatch, capsys):
+def test_interruption_exits_130(tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "adapter_from_workdir", interrupted)
-    assert cli.main(["export", "run", "--out", "a"]) == 130
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["export", str(tmp_path), "--out", "a"]) == 130
     assert "interrupted" in capsys.readouterr().err

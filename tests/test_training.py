@@ -107,6 +107,51 @@ def test_a_run_leaves_what_it_promises(finished):
     assert np.abs(exported.ram["constant"]).max() > 0
 
 
+def test_export_of_a_run_is_what_train_wrote_and_exports_again_to_the_same_bytes(
+    finished, tmp_path
+):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    written = contents(finished / "adapter")
+    assert {"README.md", "grid.png", "torch_adapter.py"} < set(written)
+    for source, out in [(finished, tmp_path / "1"), (tmp_path / "1", tmp_path / "2")]:
+        assert cli.main(["export", str(source), "--out", str(out)]) == 0
+        assert contents(out) == written
+
+
+def test_a_run_starts_from_an_adapter(finished, tmp_path):
+    """At a learning rate of 0: what the adapter has stays, what it has not starts afresh."""
+    changes = {"train.init_adapter": str(finished / "adapter"), "train.steps": 1}
+    config = make_config(**changes)
+    config.concepts.man.lr_ram = config.concepts.man.lr_sam = 0.0
+    config.concepts.woman.name = "a girl"
+    config.concepts.woman.lr_ram = config.concepts.woman.lr_sam = 0.0
+    train(config, str(tmp_path))
+    ours, theirs = load_adapter(tmp_path / "adapter"), load_adapter(finished / "adapter")
+    assert ours.names == ("a man", "a girl") and theirs.names == ("a man", "a woman")
+    for role in ("ram", "sam"):
+        ours_role, theirs_role = (getattr(adapter, role)["constant"] for adapter in (ours, theirs))
+        np.testing.assert_array_equal(ours_role[0], theirs_role[0])
+        assert theirs_role[0].any() and not ours_role[1].any()
+    assert ours.training["init_adapter"] == str(finished / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.init_adapter": "nowhere"}, "nowhere is not an adapter directory"),
+        ({"module.kind": "mlp"}, "has constant modules .* the config makes mlp modules"),
+        ({"model.name": "random/tiny-v"}, "trained on a model that predicts 'epsilon'"),
+        ({"concepts.man.name": "x", "concepts.woman.name": "y"}, "a man, a woman, none of the con"),
+    ],
+)
+def test_an_adapter_that_a_run_cannot_start_from_is_refused(finished, tmp_path, changes, message):
+    changes = {"train.init_adapter": str(finished / "adapter")} | changes
+    with pytest.raises(ValueError, match=message):
+        train(make_config(**changes), str(tmp_path))
+
+
 def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
     _, state = final_state(finished)
     module = 4 * 4 * 64

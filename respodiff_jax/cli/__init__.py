@@ -7,11 +7,31 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from respodiff_jax.cli import export, generate, train
+from respodiff_jax.cli import (
+    compare,
+    demo,
+    evaluate,
+    export,
+    generate,
+    import_,
+    inspect,
+    push,
+    train,
+)
 
 # A verb's module has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args); one that
 # TAKES_OVERRIDES has run(args, overrides).
-_VERBS = {"train": train, "generate": generate, "export": export}
+_VERBS = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "compare": compare,
+    "export": export,
+    "inspect": inspect,
+    "import": import_,
+    "push": push,
+}
 
 _DESCRIPTION = """\
 Responsible text-to-image generation in JAX (RespoDiff): train small modules that steer a frozen
@@ -19,7 +39,11 @@ Stable Diffusion towards fair and safe pictures, and generate with them.
 """
 
 _EPILOG = """\
-A first round, from a config to pictures:
+What is this? Ten minutes on two cores, nothing to download:
+
+  respodiff demo
+
+From a config to pictures:
 
   respodiff train --config configs/sd14_gender.py --workdir runs/gender
   respodiff generate --adapter runs/gender --fair gender --prompt "a photo of a doctor" \\

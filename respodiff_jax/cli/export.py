@@ -1,33 +1,95 @@
 """`respodiff export`."""
 
 import argparse
+import pathlib
+from typing import Any
+
+from respodiff_jax.cli import inputs
 
 SUMMARY = "write a run's adapter"
 
 DESCRIPTION = """\
 Writes the concepts that a run has trained as an adapter directory: adapter_model.safetensors and
-adapter_config.json, without optimiser state and base weights. The same run gives the same bytes.
+adapter_config.json, without optimiser state and base weights; a model card, README.md, with the
+run's newest sample grids; and torch_adapter.py, with which PyTorch users load it. The same run
+gives the same bytes. An adapter directory can be exported again, to change what the options say.
 """
 
 EPILOG = """\
   respodiff export runs/gender --out adapters/gender
-  respodiff export runs/gender --out adapters/gender-1000 --step 1000
+  respodiff export runs/gender --out adapters/gender-1000 --step 1000 --dtype float16
+  respodiff export adapters/gender --out adapters/gender-soft --scale "a woman=0.8" \\
+      --evaluation evaluations/gender
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="training workdir")
-    parser.add_argument("--out", required=True, metavar="DIR", help="adapter directory to write")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    add = parser.add_argument
+    add("source", metavar="RUN", help="training workdir, or adapter directory")
+    add("--out", required=True, metavar="DIR", help="adapter directory to write")
+    add("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
+    add(
+        "--dtype",
+        choices=("float32", "float16"),
+        help="of the file (default: float32, an adapter directory's own)",
+    )
+    add(
+        "--scale",
+        action="append",
+        default=[],
+        metavar="NAME=SCALE",
+        help="a concept's weight where none is given; may be repeated (default: 1)",
+    )
+    add(
+        "--evaluation",
+        metavar="DIR",
+        help="folder of `respodiff evaluate`, whose overall numbers go into config and card",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    from respodiff_jax.adapters import save_adapter
-    from respodiff_jax.checkpoint import adapter_from_workdir
+    import dataclasses
 
-    adapter = adapter_from_workdir(args.run, args.step)
+    from respodiff_jax.adapter_card import export_adapter
+
+    adapter = inputs.open_adapter(args.source, args.step)
+    scales = inputs.read_scales("--scale", args.scale)
+    if unknown := sorted(set(scales) - set(adapter.names)):
+        raise ValueError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
+    adapter = dataclasses.replace(
+        adapter,
+        dtype=args.dtype or adapter.dtype,
+        default_scales=tuple(
+            scales.get(name, scale)
+            for name, scale in zip(adapter.names, adapter.default_scales, strict=True)
+        ),
+        metrics=_measured(args.evaluation) if args.evaluation else adapter.metrics,
+    )
     try:
-        save_adapter(adapter, args.out)
+        export_adapter(adapter, args.out, _grid(args.source, args.step))
     except OSError as error:
         raise ValueError(f"--out {args.out} cannot be written: {error}") from error
     print(f"{args.out}: {adapter.module.kind} adapter of {', '.join(adapter.names)}")
+
+
+def _measured(folder: str) -> list[dict[str, Any]]:
+    """The numbers of an evaluation that are of all its pictures."""
+    from respodiff_jax.adapter_files import METRIC_KEYS
+    from respodiff_jax.evaluation.results import load_results
+
+    return [
+        {key: getattr(measurement, key) for key in METRIC_KEYS}
+        for measurement in load_results(folder).measurements
+        if measurement.subject is None
+    ]
+
+
+def _grid(source: str, step: int | None) -> bytes | None:
+    """The picture of a workdir or of an adapter directory, if it has one."""
+    from respodiff_jax.adapter_card import GRID_FILE
+    from respodiff_jax.monitoring import newest_grids
+
+    if inputs.is_workdir(source):
+        return newest_grids(source, step)
+    file = pathlib.Path(source) / GRID_FILE
+    return file.read_bytes() if file.is_file() else None

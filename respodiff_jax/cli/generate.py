@@ -1,7 +1,6 @@
 """`respodiff generate`."""
 
 import argparse
-import functools
 
 from respodiff_jax.cli import inputs
 
@@ -53,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="adapter directory or training workdir; may be repeated to use concepts of several",
+        help="adapter directory, training workdir or hub id; may be repeated to use concepts of"
+        " several",
     )
     add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
     add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=SCALE]",
-        help="for every image, scale 1 if not given; may be repeated",
+        help="for every image (default: the concept's own scale, 1 if not set at export); may be"
+        " repeated",
     )
     add("--fair", metavar="GROUP", help="one concept of the group per image, in exact proportions")
     add(
@@ -101,10 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not args.adapter:
         raise ValueError("no model; name one with --model, or give --adapter to use the adapter's")
 
-    import jax
-
     from respodiff_jax import adapters, generation, parallel, selection
-    from respodiff_jax.backbone import load_backbone
 
     parallel.enable_compilation_cache()
     loaded = [inputs.open_adapter(path) for path in args.adapter]
@@ -113,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         adapter,
         len(prompts),
         args.images_per_prompt,
-        concepts=inputs.read_scales("--concept", args.concept, default=1.0),
+        concepts=inputs.read_scales("--concept", args.concept, optional=True),
         fair=args.fair,
         ratio=inputs.read_scales("--ratio", args.ratio.split(",")) if args.ratio else None,
         safe=args.safe,
@@ -130,21 +128,13 @@ def run(args: argparse.Namespace) -> None:
     generation.check_output(args.out, args.overwrite)
 
     model = args.model or trained_on["name"]
-    same_model = model == trained_on.get("name")
-    open_model = functools.partial(
-        load_backbone,
-        model,
-        revision=args.revision or (trained_on["revision"] if same_model else None),
-        variant=args.variant or (trained_on["variant"] if same_model else None),
-        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-    )
-    sketch = open_model(abstract=True)
+    sketch = inputs.open_backbone(args, model, trained_on, abstract=True)
     for one in loaded:
         adapters.check_fits(one, sketch, options.resolution)
     sketch.tokenise([*prompts, options.negative_prompt])
     sketch.latent_shape(options.resolution or sketch.default_resolution)
     print(f"loading {model}", flush=True)
-    backbone = open_model()
+    backbone = inputs.open_backbone(args, model, trained_on)
     images_per_second = generation.generate(
         backbone,
         prompts,

@@ -1,42 +1,74 @@
 """What several verbs read from the command line: adapters, prompts, scales."""
 
-import csv
+import argparse
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
+    from respodiff_jax.backbone import Backbone
 
 
-def open_adapter(path: str) -> "Adapter":
-    """Reads an adapter directory, or the newest state of a training workdir."""
-    from respodiff_jax.adapters import CONFIG_FILE, load_adapter
+def open_adapter(path: str, step: int | None = None) -> "Adapter":
+    """Reads an adapter directory, a training workdir's state at a step, by default the newest, or
+    "owner/name" or "owner/name@revision" on the Hugging Face hub."""
+    from respodiff_jax.adapters import load_adapter
     from respodiff_jax.checkpoint import adapter_from_workdir
 
-    folder = pathlib.Path(path)
-    if not (folder / CONFIG_FILE).exists() and (folder / "run.json").exists():
-        return adapter_from_workdir(path)
+    if is_workdir(path):
+        return adapter_from_workdir(path, step)
+    if step is not None:
+        raise ValueError(f"--step is of a training workdir, but {path} is none: it has no run.json")
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@(\S+))?", path)
+    if hub_id and not pathlib.Path(path).exists():
+        from respodiff_jax.hub import fetch
+
+        return load_adapter(fetch(*hub_id.groups()))
     return load_adapter(path)
+
+
+def is_workdir(path: str) -> bool:
+    """Whether this is a run's directory, and not an adapter's."""
+    folder = pathlib.Path(path)
+    return (folder / "run.json").exists() and not (folder / "adapter_config.json").exists()
+
+
+def open_backbone(
+    args: argparse.Namespace, model: str, trained_on: Mapping[str, Any], abstract: bool = False
+) -> "Backbone":
+    """The model of a command with --revision, --variant and --dtype, by default as in training."""
+    import jax
+
+    from respodiff_jax.backbone import load_backbone
+
+    same = model == trained_on.get("name")
+    return load_backbone(
+        model,
+        revision=args.revision or (trained_on["revision"] if same else None),
+        variant=args.variant or (trained_on["variant"] if same else None),
+        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        abstract=abstract,
+    )
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line, then those of the file."""
+    from respodiff_jax.data.prompt_files import Column, read_table
+
     prompts = list(given)
     if file is not None:
-        try:
-            with open(file, encoding="utf-8-sig", newline="") as lines:
-                if pathlib.Path(file).suffix.lower() == ".csv":
-                    table = csv.DictReader(lines)
-                    if "prompt" not in (table.fieldnames or ()):
-                        raise ValueError(
-                            f"--prompts-file {file} has no column 'prompt', only {table.fieldnames}"
-                        )
-                    found = [row["prompt"] or "" for row in table]
-                else:
-                    found = [line.strip() for line in lines]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"--prompts-file {file} cannot be read: {error}") from error
+        path = pathlib.Path(file)
+        if path.suffix.lower() == ".csv":
+            rows = read_table(path, {"prompt": Column(may_be_blank=True)})
+            found = [row["prompt"] for row in rows]
+        else:
+            try:
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--prompts-file {file} cannot be read: {error}") from error
+            found = [line.strip() for line in lines]
         prompts += [prompt for prompt in found if prompt.strip()]
     if not prompts:
         raise ValueError("no prompts; give --prompt TEXT or a --prompts-file that is not empty")
@@ -44,17 +76,20 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
 
 
 def read_scales(
-    option: str, entries: Sequence[str], default: float | None = None
-) -> dict[str, float]:
-    """`NAME=NUMBER` entries as a mapping; a name may itself contain "="."""
-    scales: dict[str, float] = {}
+    option: str, entries: Sequence[str], optional: bool = False
+) -> dict[str, float | None]:
+    """`NAME=NUMBER` entries as a mapping; a name may itself contain "=".
+
+    If numbers are `optional`, `NAME` alone gives None.
+    """
+    scales: dict[str, float | None] = {}
     for entry in entries:
         name, _, number = entry.rpartition("=")
         try:
             name, scale = name.strip(), float(number)
         except ValueError:
-            name, scale = entry.strip(), default
-        if not name or scale is None:
+            name, scale = entry.strip(), None
+        if not name or (scale is None and not optional):
             raise ValueError(f"{option}: {entry!r} is not NAME=NUMBER")
         if name in scales:
             raise ValueError(f"{option} names {name!r} twice")

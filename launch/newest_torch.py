@@ -1,0 +1,116 @@
+"""The two halves of launch/newest_torch.sh: `store` runs where JAX is, `check` where it is not."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+
+NUM_STEPS, GUIDANCE_SCALE, TOLERANCE = 50, 7.5, 1e-3
+
+
+def rows(names):
+    """Concepts of four images: one, another, both, none."""
+    first, last = names[0], names[-1]
+    return [{first: 1.0}, {last: 1.0}, {first: 0.6, last: 0.4}, {}]
+
+
+def store(model: str, stored: pathlib.Path) -> None:
+    """Makes what is not there of an adapter for the model and of latents steered by it."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from respodiff_jax import generation
+    from respodiff_jax.adapter_card import export_adapter
+    from respodiff_jax.adapters import Adapter, load_adapter
+    from respodiff_jax.backbone import load_backbone
+    from respodiff_jax.concepts import Concept
+    from respodiff_jax.diffusion import Schedule
+    from respodiff_jax.modules import MidBlockModule
+
+    if (stored / "adapter").is_dir() and (stored / "latents.safetensors").is_file():
+        return
+    backbone = load_backbone(model)
+    resolution = backbone.default_resolution
+    schedule = Schedule.from_config(backbone.scheduler_config, NUM_STEPS)
+    if not (stored / "adapter").is_dir():
+        module = MidBlockModule("conv", backbone.mid_block_shape(resolution), None, "uniform")
+        keys = jax.random.split(jax.random.key(0), (2, 2))
+        ram, sam = (jax.vmap(module.init_params)(role_keys) for role_keys in keys)
+        concepts = tuple(
+            Concept(name, "gender", ("a person",), target_prompt=name)
+            for name in ("a woman", "a man")
+        )
+        identity = dict(backbone.identity) | {
+            "resolution": resolution,
+            "prediction_type": schedule.prediction_type,
+        }
+        export_adapter(Adapter(concepts, module, ram, sam, identity), stored / "adapter")
+    adapter = load_adapter(stored / "adapter")
+    weights = [[row.get(name, 0.0) for name in adapter.names] for row in rows(adapter.names)]
+    prompt = adapter.concepts[0].neutral_prompts[0]
+    noise = generation.initial_noise(range(4), backbone.latent_shape(resolution))
+    cond = backbone.encode_prompts([prompt] * 4, resolution)
+    uncond = backbone.encode_prompts([""], resolution)
+    denoise = jax.jit(functools.partial(generation.denoise, backbone, adapter.module, schedule))
+    latents = denoise(
+        backbone.params, noise, cond, uncond, adapter.steering(weights), GUIDANCE_SCALE
+    )
+    arrays = {"noise": noise, "latents": latents}
+    arrays = {k: np.ascontiguousarray(np.moveaxis(v, -1, 1)) for k, v in arrays.items()}  # NCHW
+    save_file(arrays, stored / "latents.safetensors", {"prompt": prompt})
+
+
+def check(model: str, stored: pathlib.Path) -> None:
+    """Runs the model card's example on the model, and compares latents."""
+    import diffusers
+    import torch
+    import transformers
+    from safetensors import safe_open
+
+    for name in ("jax", "flax", "respodiff_jax"):
+        assert importlib.util.find_spec(name) is None, f"{name} is installed here"
+    versions = (torch.__version__, diffusers.__version__, transformers.__version__)
+    print("torch {}, diffusers {}, transformers {}, no JAX".format(*versions))
+
+    os.chdir(stored / "adapter")
+    sys.path.insert(0, ".")
+    card = pathlib.Path("README.md").read_text(encoding="utf-8")
+    example = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)[1]
+    example = re.sub(r'(?<=DiffusionPipeline\.from_pretrained\()".*"', repr(model), example)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    pipe, adapter = names["pipe"].to("cpu"), names["adapter"]
+    pipe.set_progress_bar_config(disable=True)
+    print(f"the card's example: {len(names['images'])} images of {names['images'][0].size}")
+
+    with safe_open("../latents.safetensors", framework="pt") as file:
+        noise, stored_latents = file.get_tensor("noise"), file.get_tensor("latents")
+        prompt = file.metadata()["prompt"]
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def sample():
+        return pipe(
+            prompt,
+            latents=noise,
+            num_images_per_prompt=len(noise),
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            output_type="latent",
+        ).images
+
+    base = sample()
+    adapter.attach(pipe).set_concepts(rows(adapter.names))
+    latents = sample()
+    adapter.detach()
+    assert torch.equal(sample(), base), "the pipeline is not as before after detach()"
+    error, effect = (float((x - latents).norm() / latents.norm()) for x in (stored_latents, base))
+    print(f"{NUM_STEPS} steps: {error:.1e} from JAX's latents, {effect:.1e} from the base model's")
+    if not error <= TOLERANCE < effect:
+        raise SystemExit(f"expected at most {TOLERANCE} from JAX's, and more from the base model's")
+
+
+if __name__ == "__main__":
+    {"store": store, "check": check}[sys.argv[1]](sys.argv[2], pathlib.Path(sys.argv[3]))

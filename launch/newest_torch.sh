@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# An adapter under the newest diffusers and transformers, where there is no JAX: runs the example of
+# its model card, then compares 50 guided steps with stored latents that JAX computed.
+#
+#   launch/newest_torch.sh [MODEL] [STORED]
+#
+# MODEL is a diffusers folder, by default the packaged one. STORED is a folder with adapter/ and
+# latents.safetensors; what is not there is made first, with JAX, by the python on the path. The
+# environment is built anew in VENV (default: build/newest_torch_venv).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+model=$(realpath "${1:-$root/respodiff_jax/emoji/model}")
+stored=$(realpath -m "${2:-$root/build/newest_torch}")
+venv=$(realpath -m "${VENV:-$root/build/newest_torch_venv}")
+
+if [ ! -f "$model/model_index.json" ]; then
+    echo "newest_torch: $model is not a diffusers folder" >&2
+    exit 2
+fi
+python "$root/launch/newest_torch.py" store "$model" "$stored"
+python -m venv --clear "$venv"
+"$venv/bin/pip" install --quiet --upgrade torch==2.13.0 diffusers transformers safetensors
+"$venv/bin/python" "$root/launch/newest_torch.py" check "$model" "$stored"

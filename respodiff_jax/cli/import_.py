@@ -1,0 +1,65 @@
+"""`respodiff import`."""
+
+import argparse
+
+SUMMARY = "make an adapter of a checkpoint of the authors' code or of SDisc"
+
+DESCRIPTION = """\
+Reads the modules of an `unet.pth` that the authors' RespoDiff code or SDisc saved, without running
+anything that is pickled in it, and writes an adapter directory. Needs PyTorch.
+
+A checkpoint has a column for each concept id, also for those that it was not trained for, which
+hold noise: name only what was trained. The file of concept ids is JSON, {"a woman": 0, "a man": 1}
+for the paper's concepts. Others are described in it by the fields of a concept:
+
+  {"a wizard": {"id": 7, "group": "job", "neutral_prompts": ["a person"],
+                "target_prompt": "a wizard"}}
+"""
+
+EPILOG = """\
+  respodiff import woman/unet.pth --concepts ids.json --only "a woman" --out adapters/woman
+  respodiff import sdisc/unet.pth --concepts ids.json --out adapters/sdisc
+  respodiff import unet.pth --concepts ids.json --model /models/sd15 --resolution 512 --out adapter
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="FILE", help="unet.pth")
+    add("--concepts", required=True, metavar="FILE", help="concept ids, JSON")
+    add("--only", action="append", default=[], metavar="NAME", help="take this; may be repeated")
+    add("--out", required=True, metavar="DIR", help="adapter directory to write")
+    add(
+        "--model",
+        default="CompVis/stable-diffusion-v1-4",
+        metavar="NAME",
+        help="that it was trained on, diffusers folder or hub id (default: %(default)s)",
+    )
+    add("--revision", help="of a hub id: branch, tag or commit")
+    add("--variant", help="of the weight files, for example fp16")
+    add("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        from respodiff_jax.torch_checkpoint import read_checkpoint
+    except ImportError as error:
+        raise ValueError("import reads PyTorch files: pip install respodiff-jax[torch]") from error
+
+    from respodiff_jax.adapter_card import export_adapter
+    from respodiff_jax.backbone import load_backbone
+    from respodiff_jax.importing import adapter_from_checkpoint, read_concept_ids
+
+    concept_ids = read_concept_ids(args.concepts, args.only)
+    backbone = load_backbone(
+        args.model, revision=args.revision, variant=args.variant, abstract=True
+    )
+    resolution = args.resolution or backbone.default_resolution
+    height, width, channels = backbone.mid_block_shape(resolution)
+    ram, sam = read_checkpoint(args.checkpoint, (channels, height, width))
+    adapter = adapter_from_checkpoint(ram, sam, concept_ids, backbone, resolution)
+    try:
+        export_adapter(adapter, args.out)
+    except OSError as error:
+        raise ValueError(f"--out {args.out} cannot be written: {error}") from error
+    print(f"{args.out}: adapter of {', '.join(adapter.names)}")

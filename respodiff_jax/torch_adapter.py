@@ -1,0 +1,559 @@
+"""RespoDiff adapters in PyTorch: trained concepts for a diffusers pipeline.
+
+    adapter = RespoDiffAdapter.from_pretrained("adapters/gender").attach(pipe)
+    adapter.set_concepts({"a woman": 1.0})
+    image = pipe("a photo of a doctor").images[0]
+    adapter.detach()
+
+This file needs torch and safetensors, and huggingface_hub for hub ids: neither JAX nor the rest of
+the package it may come with. It can be copied.
+
+Convention: `sum_i scale_i (RAM_i(h) + SAM_i(h))` is added to the mid-block's output `h` of the
+*conditional* half of the guidance batch only, at every sampling step (RespoDiff, section 4.4). In
+diffusers that is the second half of the batch, or all of it without guidance. Deltas are computed
+and added in float32, whatever the pipeline's dtype.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional as F
+
+FORMAT = "respodiff-adapter"
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_ROLES = ("ram", "sam")
+
+
+class RespoDiffAdapter:
+    """RAM and SAM of N concepts, and which of them steer the images to come.
+
+    As loaded it changes nothing: choose with `set_concepts`, `fair` or `safe`, before or after
+    `attach`. The choice holds until the next one. Several adapters, of any kinds, may be attached
+    to one pipeline; each adds its own concepts, computed from the same `h`.
+
+    Attributes:
+      config: the contents of adapter_config.json.
+      names: of the concepts.
+      groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]):
+        self.config = config
+        self.names = tuple(concept["name"] for concept in config["concepts"])
+        self.groups: dict[str, tuple[str, ...]] = {}
+        for concept in config["concepts"]:
+            group = concept["group"]
+            self.groups[group] = (*self.groups.get(group, ()), concept["name"])
+        self._scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
+        self._params = _stack(config["module"]["kind"], len(self.names), tensors)
+        self._weights = torch.zeros(1, len(self.names))  # one row for all images, or one for each
+        self._chosen = False
+        self._enabled = True
+        self._hook: _MidBlockHook | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory_or_hub_id: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> "RespoDiffAdapter":
+        """Loads an adapter directory, or one on the Hugging Face hub.
+
+        Args:
+          directory_or_hub_id: a folder, or "owner/name".
+          revision: branch, tag or commit of a hub id.
+          cache_dir: for downloads, instead of the default Hugging Face cache.
+
+        Raises:
+          ValueError: naming the file and what is wrong in it: missing, truncated, of a newer
+            format, missing or unknown keys, wrong shapes, values that are not finite.
+        """
+        folder = pathlib.Path(directory_or_hub_id)
+        if not folder.is_dir():
+            folder = _download(str(directory_or_hub_id), revision, cache_dir)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} is not an adapter directory: it has no {file}")
+        try:
+            config = _read_config(folder / CONFIG_FILE)
+            return cls(config, _read_tensors(folder / WEIGHTS_FILE, config))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"adapter {folder}: {error}") from error
+
+    def attach(self, pipe: Any) -> "RespoDiffAdapter":
+        """Makes a pipeline use this adapter; returns the adapter.
+
+        Any Stable Diffusion or SDXL pipeline of diffusers whose batch is `[uncond, cond]`: text to
+        image, image to image, inpainting, ControlNet. Pipelines that share a UNet (`from_pipe`)
+        share its adapters; attach to the one that is called, whose guidance is looked at.
+
+        Raises:
+          ValueError: when the pipeline has no such UNet, divides its batch otherwise, or has
+            another number of mid-block channels or prediction type than trained on.
+        """
+        self._check_fits(pipe)
+        self.detach()
+        mid_block = pipe.unet.mid_block
+        # Dynamo does not notice hooks that come or go after it has compiled.
+        _forget_compiled(pipe.unet)
+        hooks = [h for h in mid_block._forward_hooks.values() if isinstance(h, _MidBlockHook)]
+        self._hook = hooks[0] if hooks else _MidBlockHook(mid_block)
+        self._hook.follow(pipe)
+        self._hook.adapters.append(self)
+        return self
+
+    def detach(self) -> None:
+        """Takes the adapter off its pipeline, whose output is then what it was, to the bit."""
+        if self._hook is not None:
+            hook, self._hook = self._hook, None
+            hook.adapters.remove(self)
+            if not hook.adapters:
+                hook.handle.remove()
+            _forget_compiled(hook.pipe.unet)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """`with adapter.disabled():` the pipeline is without it."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def set_concepts(self, concepts: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
+        """Chooses weighted concepts, in place of all that was chosen before.
+
+        Args:
+          concepts: scales by name, for every image; `{}` for none. Or a sequence of such mappings,
+            one for each image of a batch: `num_images_per_prompt` for the first prompt, then for
+            the second, and so on, as diffusers orders them.
+
+        Raises:
+          ValueError: for a name that the adapter does not have, or a scale that is not finite.
+        """
+        rows = [concepts] if isinstance(concepts, Mapping) else list(concepts)
+        if not rows:
+            raise ValueError("concepts for no images; give {} to choose none for every image")
+        weights = torch.zeros(len(rows), len(self.names))
+        for row, chosen in zip(weights, rows, strict=True):
+            for name, scale in chosen.items():
+                row[self._index(name)] = _finite(f"scale of {name!r}", scale)
+        self._set_weights(weights)
+
+    def fair(
+        self,
+        group: str,
+        num_images_per_prompt: int,
+        num_prompts: int = 1,
+        *,
+        ratios: Mapping[str, float] | None = None,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[str]:
+        """Gives each image of a batch one concept of a group, such that the ratios are met exactly.
+
+        Of all `P * M` images concept k gets `ratios[k]`, to the nearest possible number; of each
+        prompt's M its exact share, rounded down or up. The order is random. Other concepts stay as
+        they are. Each call draws anew: call it before every batch.
+
+        Args:
+          group: for example "gender".
+          num_images_per_prompt: M, as given to the pipeline.
+          num_prompts: P.
+          ratios: shares of the group's concepts by name, summing to 1; equal by default.
+          scale: of the concepts, instead of each one's own default scale.
+          generator: of the order, for a result that can be repeated.
+
+        Returns:
+          Each image's concept, `P * M` names, in the order of the batch. For more images than fit
+          into one batch, draw once for all, and give each batch its part with `set_concepts`.
+
+        Raises:
+          ValueError: for an unknown group, one of safety concepts or of a single concept, ratios
+            that do not fit it, or numbers below 1.
+        """
+        members = self.groups.get(group)
+        if members is None:
+            raise ValueError(f"the adapter has no group {group!r}. {self._inventory()}")
+        if any(self._is_safety(name) for name in members):
+            raise ValueError(f"group {group!r} holds safety concepts, which are summed: use safe()")
+        if len(members) == 1:
+            raise ValueError(f"group {group!r} has only {members[0]!r}, nothing to balance")
+        if num_images_per_prompt < 1 or num_prompts < 1:
+            raise ValueError(
+                f"num_images_per_prompt is {num_images_per_prompt} and num_prompts {num_prompts},"
+                " expected 1 or more"
+            )
+        shares = _shares(group, members, ratios)
+        picks = _deal(shares, num_images_per_prompt, num_prompts, generator)
+        names = [members[pick] for pick in picks]
+
+        columns = [self._index(name) for name in members]
+        weights = self._without(columns, len(names))
+        for row, name in zip(weights, names, strict=True):
+            i = self._index(name)
+            row[i] = self._scales[i] if scale is None else _finite("scale", scale)
+        self._set_weights(weights)
+        return names
+
+    def safe(self, scale: float | None = None) -> None:
+        """Adds all safety concepts, in every image; other concepts stay as they are.
+
+        Args:
+          scale: of the concepts, instead of each one's own default scale.
+
+        Raises:
+          ValueError: when the adapter has none.
+        """
+        columns = [i for i, name in enumerate(self.names) if self._is_safety(name)]
+        if not columns:
+            raise ValueError(f"the adapter has no safety concepts. {self._inventory()}")
+        weights = self._weights.clone()
+        for i in columns:
+            weights[:, i] = self._scales[i] if scale is None else _finite("scale", scale)
+        self._set_weights(weights)
+
+    def __repr__(self) -> str:
+        kind, model = self.config["module"]["kind"], self.config["backbone"]["name"]
+        return f"RespoDiffAdapter({', '.join(self.names)}; {kind}, trained on {model})"
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything: enabled, with a concept chosen."""
+        return self._enabled and self._chosen
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        """What is added to mid-block outputs `h` `(B, C, H, W)`; float32, broadcastable to them.
+
+        Raises:
+          ValueError: when concepts were chosen for another number of images, or `h` has another
+            shape than a `constant` was trained at.
+        """
+        if self._weights.device != h.device:
+            self._weights = self._weights.to(h.device)
+            self._params = {key: value.to(h.device) for key, value in self._params.items()}
+        weights, params = self._weights, self._params
+        if len(weights) != 1 and len(weights) != len(h):
+            raise ValueError(
+                f"concepts were chosen for {len(weights)} images, but the batch has {len(h)};"
+                " choose one for each prompt's num_images_per_prompt images"
+            )
+        if "constant" in params:
+            trained, came = tuple(params["constant"].shape[1:]), tuple(h.shape[1:])
+            if trained != came:
+                raise ValueError(
+                    f"the adapter has mid-block shape (C, H, W) = {trained}, but these images have"
+                    f" {came}; generate at resolution {self.config['backbone']['resolution']}"
+                )
+            return torch.einsum("bn,nchw->bchw", weights, params["constant"])
+        hidden, out = params["hidden.weight"], params["out.weight"]
+        padding = hidden.shape[-1] // 2
+        x = F.silu(F.conv2d(h.float(), hidden, params["hidden.bias"], padding=padding))
+        x = x * weights.repeat_interleave(len(hidden) // len(self.names), dim=1)[..., None, None]
+        return F.conv2d(x, out, padding=padding) + (weights @ params["out.bias"])[..., None, None]
+
+    def _set_weights(self, weights: torch.Tensor) -> None:
+        self._weights = weights.to(self._weights.device)
+        self._chosen = bool(weights.any())
+
+    def _without(self, columns: Sequence[int], num_images: int) -> torch.Tensor:
+        """The weights as they are but for some concepts, a row for each image."""
+        weights = self._weights.cpu().clone()
+        weights[:, columns] = 0
+        if len(weights) != num_images and (weights != weights[:1]).any():
+            raise ValueError(
+                f"other concepts were chosen for {len(weights)} images, these for {num_images};"
+                " begin with set_concepts({})"
+            )
+        return weights[:1].repeat(num_images, 1) if len(weights) != num_images else weights
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise ValueError(f"concept {name!r} is not in the adapter. {self._inventory()}")
+        return self.names.index(name)
+
+    def _is_safety(self, name: str) -> bool:
+        return self.config["concepts"][self._index(name)].get("unsafe_prompt") is not None
+
+    def _inventory(self) -> str:
+        return "It has " + "; ".join(
+            f"{group}: {', '.join(names)}" for group, names in self.groups.items()
+        )
+
+    def _check_fits(self, pipe: Any) -> None:
+        unet, trained = getattr(pipe, "unet", None), self.config["backbone"]
+        if getattr(unet, "mid_block", None) is None or not hasattr(type(pipe), "guidance_scale"):
+            raise ValueError(
+                f"{type(pipe).__name__} cannot take the adapter: expected a Stable Diffusion or"
+                " SDXL pipeline of diffusers, with a unet that has a mid_block"
+            )
+        options = inspect.signature(type(pipe).__call__).parameters
+        for option in ("image_guidance_scale", "pag_scale", "sag_scale"):
+            if option in options:
+                raise ValueError(
+                    f"{type(pipe).__name__} cannot take the adapter: for its {option} it calls the"
+                    " UNet with batches other than [uncond, cond]"
+                )
+        ours = self.config["module"]["mid_block_shape"]["channels"]
+        theirs = unet.config.block_out_channels[-1]
+        if ours != theirs:
+            raise ValueError(
+                f"the adapter was trained on {trained['name']}, whose mid-block has {ours}"
+                f" channels, this pipeline's has {theirs}: use that model or a fine-tune of it"
+            )
+        ours = trained["prediction_type"]
+        theirs = pipe.scheduler.config.get("prediction_type", ours)
+        if ours != theirs:
+            raise ValueError(
+                f"the adapter was trained on {trained['name']}, which predicts {ours!r}; this"
+                f" pipeline's scheduler has prediction_type {theirs!r}: use a model of that kind"
+            )
+        name = str(getattr(pipe.config, "_name_or_path", ""))
+        if name != trained["name"] and all(map(_is_hub_id, (name, trained["name"]))):
+            warnings.warn(
+                f"the adapter was trained on {trained['name']}, the pipeline is {name}: its effect"
+                " may be weaker or different",
+                stacklevel=3,
+            )
+
+
+class _MidBlockHook:
+    """The forward hook of a mid-block, which all adapters attached to it share.
+
+    Dynamo can trace it: what it reads is plain attributes.
+    """
+
+    def __init__(self, mid_block: torch.nn.Module):
+        self.adapters: list[RespoDiffAdapter] = []
+        self.handle = mid_block.register_forward_hook(self)
+
+    def follow(self, pipe: Any) -> None:
+        """Looks at this pipeline for whether there is guidance."""
+        self.pipe = pipe
+        # A distilled UNet is told the guidance scale; its batch has no unconditional half.
+        self._distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
+
+    def __call__(self, module, args, h: torch.Tensor) -> torch.Tensor | None:
+        adapters = [adapter for adapter in self.adapters if adapter.active]
+        if not adapters:
+            return None
+        # Asked at each call: a callback may end guidance half-way.
+        guided = self.pipe.guidance_scale > 1 and not self._distilled
+        h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
+        steered = h_cond.float() + sum(adapter.delta(h_cond) for adapter in adapters)
+        return torch.cat([h_uncond, steered.to(h.dtype)])
+
+
+def _forget_compiled(unet: torch.nn.Module) -> None:
+    """Drops compiled code, if there is any of this UNet; it is compiled again when next called."""
+    modules = unet.modules()
+    if hasattr(unet, "_orig_mod") or any(m._compiled_call_impl is not None for m in modules):
+        torch.compiler.reset()
+
+
+def _stack(
+    kind: str, num_concepts: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The parameters of all RAM and SAM as those of one module, float32.
+
+    `constant`: `(N, C, H, W)`, RAM + SAM. `mlp` and `conv`: two convolutions, the first with the
+    hidden channels of all modules after each other, out.bias `(N, C)`.
+    """
+
+    def each(key: str) -> list[list[torch.Tensor]]:
+        return [
+            [tensors[f"concepts.{i}.{role}.{key}"].float() for role in _ROLES]
+            for i in range(num_concepts)
+        ]
+
+    if kind == "constant":
+        return {"constant": torch.stack([ram + sam for ram, sam in each("constant")])}
+    hidden, bias, out = (
+        [value for pair in each(key) for value in pair]
+        for key in ("hidden.weight", "hidden.bias", "out.weight")
+    )
+    params = {
+        "hidden.weight": torch.cat(hidden),
+        "hidden.bias": torch.cat(bias),
+        "out.weight": torch.cat(out, dim=1),
+        "out.bias": torch.stack([ram + sam for ram, sam in each("out.bias")]),
+    }
+    if kind == "mlp":
+        params |= {k: v[..., None, None] for k, v in params.items() if k.endswith("weight")}
+    return params
+
+
+def _shares(
+    group: str, members: Sequence[str], ratios: Mapping[str, float] | None
+) -> list[Fraction]:
+    """The exact share of each member."""
+    if ratios is None:
+        return [Fraction(1, len(members))] * len(members)
+    if outside := sorted(set(ratios) - set(members)):
+        raise ValueError(f"ratios name {outside}, but group {group!r} has {list(members)}")
+    if not all(math.isfinite(share) and share >= 0 for share in ratios.values()):
+        raise ValueError(f"ratios are {dict(ratios)}, expected shares of 0 or more")
+    if abs(sum(ratios.values()) - 1) > 5e-3:
+        raise ValueError(f"ratios sum to {sum(ratios.values()):g}, expected 1: {dict(ratios)}")
+    # Fractions, so that 0.29 of 100 is 29.
+    exact = [Fraction(float(ratios.get(name, 0))).limit_denominator(10**6) for name in members]
+    return [share / sum(exact) for share in exact]
+
+
+def _deal(
+    shares: Sequence[Fraction],
+    num_images_per_prompt: int,
+    num_prompts: int,
+    generator: torch.Generator | None,
+) -> list[int]:
+    """For each image which of the shares it belongs to; see `RespoDiffAdapter.fair`."""
+
+    def shuffled(items: Sequence[Any]) -> list[Any]:
+        device = "cpu" if generator is None else generator.device
+        order = torch.randperm(len(items), generator=generator, device=device)
+        return [items[i] for i in order.tolist()]
+
+    everyone = range(len(shares))
+    exact = [share * num_images_per_prompt * num_prompts for share in shares]
+    quotas = [math.floor(value) for value in exact]
+    largest_remainder = sorted(shuffled(everyone), key=lambda k: quotas[k] - exact[k])
+    for k in largest_remainder[: num_images_per_prompt * num_prompts - sum(quotas)]:
+        quotas[k] += 1
+
+    # Every prompt gets the floors. What is left is dealt like cards, one concept after the other
+    # around the prompts, at most one of each per prompt.
+    floors = [math.floor(share * num_images_per_prompt) for share in shares]
+    common = [k for k in everyone for _ in range(floors[k])]
+    rest = [k for k in shuffled(everyone) for _ in range(quotas[k] - floors[k] * num_prompts)]
+    hands = [shuffled(common + rest[prompt::num_prompts]) for prompt in range(num_prompts)]
+    return [pick for hand in shuffled(hands) for pick in hand]
+
+
+def _finite(what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value}, expected a finite number")
+    return float(value)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not os.path.exists(name)
+
+
+def _download(name: str, revision: str | None, cache_dir: Any) -> pathlib.Path:
+    """The folder in the Hugging Face cache with a hub id's adapter."""
+    if not _is_hub_id(name):
+        raise ValueError(f"adapter {name!r}: no such folder, and not a hub id like 'owner/name'")
+    try:
+        import huggingface_hub
+
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(
+            f"adapter {name!r} is no folder, and cannot be fetched from the hub: {error}"
+        ) from error
+    return pathlib.Path(folder)
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f'{path.name} does not say "format": "{FORMAT}"')
+    version = config.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{path.name}: format_version is {version!r}, this file reads up to {FORMAT_VERSION};"
+            " get a newer respodiff_jax"
+        )
+    half = config["guidance"]["steered_half"]
+    if half != "conditional":
+        raise ValueError(f"{path.name}: steered_half is {half!r}, expected 'conditional'")
+    for concept in config["concepts"]:
+        if not all(isinstance(concept[key], str) and concept[key] for key in ("name", "group")):
+            raise ValueError(f"{path.name}: a concept's name or group is empty: {concept}")
+        _finite(f"{path.name}: default_scale", concept.get("default_scale", 1.0))
+    names = [concept["name"] for concept in config["concepts"]]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{path.name}: concepts are {names}, expected one or more, all different")
+    for key, kind in (("name", str), ("resolution", int), ("prediction_type", str)):
+        if not isinstance(value := config["backbone"][key], kind):
+            raise ValueError(f"{path.name}: backbone {key} is {value!r}, expected {kind.__name__}")
+    return config
+
+
+def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, all of the shapes that the config says."""
+    shapes = _shapes(config["module"])
+    expected = {
+        f"concepts.{i}.{role}.{key}": shape
+        for i in range(len(config["concepts"]))
+        for role in _ROLES
+        for key, shape in shapes.items()
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            missing, extra = sorted(expected.keys() - keys), sorted(keys - expected.keys())
+            if missing or extra:
+                raise ValueError(f"{path.name}: tensors missing: {missing}, extra: {extra}")
+            for key, shape in expected.items():
+                entry = file.get_slice(key)
+                came = (entry.get_dtype(), tuple(entry.get_shape()))
+                if came[0] not in ("F32", "F16") or came[1] != shape:
+                    raise ValueError(
+                        f"{path.name}: {key} is {came[0]} {came[1]}, expected F32 or F16 {shape}"
+                    )
+            tensors = {key: file.get_tensor(key) for key in expected}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path.name} is not a whole safetensors file ({error}); it is damaged or truncated:"
+            " get it again"
+        ) from error
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path.name}: {key} holds NaN or infinity")
+    return tensors
+
+
+def _shapes(module: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of one RAM or SAM."""
+    shape, hidden = module["mid_block_shape"], module["hidden_channels"]
+    sizes = [shape["channels"], shape["height"], shape["width"]]
+    if module["kind"] == "constant":
+        shapes = {"constant": tuple(sizes)}
+    elif module["kind"] in ("mlp", "conv"):
+        kernel = (3, 3) if module["kind"] == "conv" else ()
+        shapes = {
+            "hidden.weight": (hidden, sizes[0], *kernel),
+            "hidden.bias": (hidden,),
+            "out.weight": (sizes[0], hidden, *kernel),
+            "out.bias": (sizes[0],),
+        }
+        sizes.append(hidden)
+    else:
+        raise ValueError(f"module kind is {module['kind']!r}, expected constant, mlp or conv")
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise ValueError(f"module sizes are {dict(module)}, expected whole numbers of 1 or more")
+    return shapes

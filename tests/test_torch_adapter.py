@@ -1,0 +1,468 @@
+"""Adapters in PyTorch: parity with Flax sampling, and every way a diffusers pipeline is used."""
+
+import functools
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
+
+from respodiff_jax.adapters import concatenate, save_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.diffusion import Schedule
+from respodiff_jax.generation import denoise, initial_noise
+from respodiff_jax.modules import KINDS
+from respodiff_jax.torch_adapter import RespoDiffAdapter
+
+# Of the schedulers: numpy's and torch's newest releases are at odds there.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SHAPE = (4, 4, 64)  # of the tiny models' mid-blocks
+PROMPTS = ["a person", "two women on a boat"]
+NAMES = ("a woman", "a man", "anti-violence")
+MODELS = ("sd_folder", "sdxl_folder")
+
+
+@functools.cache
+def pipeline(folder):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def flax_sampler(folder, kind):
+    """`sample(adapter, weights (4, 3), noise) -> z_0`: PROMPTS, two images each, 50 DDIM steps."""
+    backbone = load_backbone(folder)
+    schedule = Schedule.from_config(backbone.scheduler_config, 50)
+    module = make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=SHAPE).module
+    sample = jax.jit(functools.partial(denoise, backbone, module, schedule))
+    cond = backbone.encode_prompts([prompt for prompt in PROMPTS for _ in range(2)], 16)
+    uncond = backbone.encode_prompts([""], 16)
+
+    def run(adapter, weights, noise):
+        steering = adapter.steering(np.float32(weights))
+        return np.asarray(sample(backbone.params, noise, cond, uncond, steering, 7.5))
+
+    return run
+
+
+NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))
+
+
+def torch_latents(pipe, prompts=PROMPTS, noise=NOISE, steps=50, guidance_scale=7.5, **options):
+    """z_0 `(B, h, w, c)` of a text-to-image pipeline, an equal number of images for each prompt."""
+    latents = pipe(
+        prompts,
+        latents=torch.tensor(noise).permute(0, 3, 1, 2).to(pipe.unet.dtype),
+        num_images_per_prompt=len(noise) // len(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+        **options,
+    ).images
+    return latents.permute(0, 2, 3, 1).float().numpy()
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Saves a Flax adapter and loads it in PyTorch."""
+    folders = map(str, range(100))
+
+    def load(adapter):
+        folder = tmp_path / next(folders)
+        save_adapter(adapter, folder)
+        return RespoDiffAdapter.from_pretrained(folder)
+
+    return load
+
+
+def people(kind="constant", **options):
+    return make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=SHAPE, **options)
+
+
+def assert_close(ours, theirs, tolerance=1e-3):
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+def choices():
+    """What can be chosen: a function of the adapter that returns the weights that it stands for."""
+
+    def single(adapter):
+        adapter.set_concepts({"a woman": 1.0})
+        return [[1, 0, 0]] * 4
+
+    def composed(adapter):
+        adapter.set_concepts({"a woman": 0.6, "a man": 0.4})
+        return [[0.6, 0.4, 0]] * 4
+
+    def fair(adapter):
+        adapter.set_concepts({})
+        picks = adapter.fair("gender", 2, 2)
+        return [[name == pick for name in NAMES] for pick in picks]
+
+    def safe(adapter):
+        adapter.set_concepts({})
+        adapter.safe()
+        return [[0, 0, 1]] * 4
+
+    def fair_and_safe(adapter):
+        safe(adapter)
+        picks = adapter.fair("gender", 2, 2)
+        return [[name in (pick, NAMES[2]) for name in NAMES] for pick in picks]
+
+    return single, composed, fair, safe, fair_and_safe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fixture", MODELS)
+def test_50_steps_equal_flax_sampling_and_detach_leaves_no_trace(fixture, kind, load, request):
+    folder = request.getfixturevalue(fixture)
+    pipe, sample = pipeline(folder), flax_sampler(folder, kind)
+    flax_adapter = people(kind)
+    adapter = load(flax_adapter)
+    base = torch_latents(pipe)
+    adapter.attach(pipe)
+    np.testing.assert_array_equal(torch_latents(pipe), base)  # nothing is chosen yet
+    for choose in choices():
+        theirs = sample(flax_adapter, choose(adapter), NOISE)
+        ours = torch_latents(pipe)
+        assert np.linalg.norm(ours - base) > 0.05 * np.linalg.norm(base), choose.__name__
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        print(f"{fixture} {kind} {choose.__name__}: relative difference {error:.1e}")
+        assert error <= 1e-3, choose.__name__
+    with adapter.disabled():
+        np.testing.assert_array_equal(torch_latents(pipe), base)
+    adapter.detach()
+    np.testing.assert_array_equal(torch_latents(pipe), base)
+    assert not pipe.unet.mid_block._forward_hooks
+
+
+def explicit_hook(flax_adapter, weights, guided):
+    """The rule in a hook that is told whether there is guidance, with the Flax modules' deltas."""
+
+    def hook(module, args, h):
+        h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
+        h_nhwc = h_cond.permute(0, 2, 3, 1).numpy()
+        delta = np.zeros_like(h_nhwc)
+        for n in range(len(flax_adapter.concepts)):
+            for params in (flax_adapter.ram, flax_adapter.sam):
+                own = jax.tree.map(lambda leaf, n=n: leaf[n], params)
+                weight = np.float32(weights)[:, n, None, None, None]
+                delta += weight * np.asarray(flax_adapter.module.delta(own, h_nhwc))
+        return torch.cat([h_uncond, h_cond + torch.tensor(delta).permute(0, 3, 1, 2)])
+
+    return hook
+
+
+def with_explicit_hook(pipe, hook, run):
+    handle = pipe.unet.mid_block.register_forward_hook(hook)
+    try:
+        return run()
+    finally:
+        handle.remove()
+
+
+ROWS = [{"a woman": 1.0}, {"a man": 0.5}, {"a woman": 0.3, "anti-violence": 1.0}, {}]
+WEIGHTS = [[1, 0, 0], [0, 0.5, 0], [0.3, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0, 0.0])
+def test_each_image_has_its_own_concepts_with_and_without_guidance(
+    sd_folder, load, kind, guidance_scale
+):
+    pipe, flax_adapter = pipeline(sd_folder), people(kind)
+    hook = explicit_hook(flax_adapter, WEIGHTS, guidance_scale > 1)
+
+    def run():
+        return torch_latents(pipe, steps=3, guidance_scale=guidance_scale)
+
+    expected = with_explicit_hook(pipe, hook, run)
+    base = run()
+    adapter = load(flax_adapter).attach(pipe)
+    adapter.set_concepts(ROWS)
+    steered = run()
+    adapter.detach()
+    assert_close(steered, expected, 1e-5)
+    np.testing.assert_array_equal(steered[3], base[3])
+    assert (np.abs(steered - base).max(axis=(1, 2, 3))[:3] > 1e-2).all()
+
+
+SCHEDULERS = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "DPMSolverMultistep",
+    "PNDM",
+    "HeunDiscrete",
+)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_any_scheduler(sd_folder, load, scheduler):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    scheduler_class = getattr(diffusers, f"{scheduler}Scheduler")
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return torch_latents(pipe, steps=4, generator=torch.Generator().manual_seed(3))
+
+    flax_adapter = people()
+    expected = with_explicit_hook(pipe, explicit_hook(flax_adapter, WEIGHTS, True), run)
+    load(flax_adapter).attach(pipe).set_concepts(ROWS)
+    assert_close(run(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+@pytest.mark.parametrize("model", ["StableDiffusion", "StableDiffusionXL"])
+def test_image_to_image_and_inpainting(model, task, guidance_scale, load, request):
+    folder = request.getfixturevalue("sdxl_folder" if model.endswith("XL") else "sd_folder")
+    pipe = getattr(diffusers, f"{model}{task}Pipeline").from_pipe(pipeline(folder))
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+    images = image.repeat(1 if task == "Inpaint" else 4, 1, 1, 1)
+    mask = (image[:, :1] > 0.1).float()
+    options = {"mask_image": mask, "height": 16, "width": 16} if task == "Inpaint" else {}
+
+    def run():
+        return (
+            pipe(
+                PROMPTS,
+                image=images,
+                strength=0.8,
+                num_images_per_prompt=2,
+                num_inference_steps=5,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator().manual_seed(3),
+                output_type="latent",
+                **options,
+            )
+            .images.float()
+            .numpy()
+        )
+
+    base, flax_adapter = run(), people("mlp")
+    hook = explicit_hook(flax_adapter, WEIGHTS, guidance_scale > 1)
+    expected = with_explicit_hook(pipe, hook, run)
+    adapter = load(flax_adapter).attach(pipe)
+    adapter.set_concepts(ROWS)
+    steered = run()
+    adapter.detach()
+    assert_close(steered, expected, 1e-5)
+    assert np.linalg.norm(steered - base) > 1e-2 * np.linalg.norm(base)
+    np.testing.assert_array_equal(run(), base)
+
+
+def test_controlnet(sd_folder, load):
+    parts = pipeline(sd_folder).components
+    torch.manual_seed(0)
+    controlnet = diffusers.ControlNetModel.from_unet(
+        parts["unet"], conditioning_embedding_out_channels=(16, 16)
+    )
+    for convolution in (controlnet.controlnet_mid_block, *controlnet.controlnet_down_blocks):
+        torch.nn.init.normal_(convolution.weight, std=0.1)  # they begin at zero
+    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16).repeat(2, 1, 1, 1)
+    run = functools.partial(torch_latents, pipe, steps=3, image=image)
+    flax_adapter = people("conv")
+    base = run()
+    expected = with_explicit_hook(pipe, explicit_hook(flax_adapter, WEIGHTS, True), run)
+    adapter = load(flax_adapter).attach(pipe)
+    adapter.set_concepts(ROWS)
+    steered = run()
+    adapter.detach()
+    assert_close(steered, expected, 1e-5)
+    assert np.linalg.norm(steered - base) > 1e-2 * np.linalg.norm(base)
+
+
+def test_guidance_that_a_callback_ends_half_way(sd_folder, load):
+    pipe = pipeline(sd_folder)
+    seen = []
+
+    def end_guidance(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    def remember(module, args, h):
+        seen.append(h)
+
+    adapter = load(people()).attach(pipe)
+    adapter.set_concepts(ROWS)  # for 4 images: all 8 or all 4 of a batch would be refused
+    handle = pipe.unet.mid_block.register_forward_hook(remember)
+    torch_latents(
+        pipe,
+        steps=4,
+        callback_on_step_end=end_guidance,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    handle.remove()
+    adapter.detach()
+    assert [len(h) for h in seen] == [8, 8, 4, 4]
+
+
+@pytest.mark.parametrize("kinds", [("mlp", "conv"), ("constant", "constant")])
+def test_adapters_compose_whatever_their_kinds(sd_folder, load, kinds):
+    """Each sees the same `h`: their order does not matter, and equal kinds act as one adapter."""
+    pipe = pipeline(sd_folder)
+    flax = [
+        make_adapter(kind, concepts, seed=seed, shape=SHAPE)
+        for seed, (kind, concepts) in enumerate(
+            zip(kinds, [(WOMAN, MAN), (VIOLENCE,)], strict=True)
+        )
+    ]
+
+    def run(*adapters):
+        for adapter in adapters:
+            adapter.attach(pipe)
+        latents = torch_latents(pipe, steps=3)
+        for adapter in adapters:
+            adapter.detach()
+        return latents
+
+    gender, safety = map(load, flax)
+    gender.set_concepts([{"a woman": 1.0}, {"a man": 1.0}] * 2)
+    safety.safe()
+    together = run(gender, safety)
+    assert_close(run(safety, gender), together, 1e-5)
+    assert np.linalg.norm(run(gender) - together) > 1e-2 * np.linalg.norm(together)
+    if kinds[0] == kinds[1]:
+        one = load(concatenate(flax))
+        one.set_concepts([{"a woman": 1.0}, {"a man": 1.0}] * 2)
+        one.safe()
+        assert_close(run(one), together, 1e-5)
+    assert not pipe.unet.mid_block._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_adds_in_float32(sd_folder, load, kind, dtype):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    adapter, flax_adapter = load(people(kind)), people(kind)
+    adapter.set_concepts(ROWS)
+    h = torch.randn(8, 64, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = explicit_hook(flax_adapter, WEIGHTS, True)(None, None, h.float()).to(dtype)
+    adapter.attach(pipe)
+    pipe._guidance_scale = 7.5
+    steered = adapter._hook(None, None, h)
+    assert steered.dtype == dtype
+    # One unit in the last place, where the two sums round differently.
+    torch.testing.assert_close(steered, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    latents = torch_latents(pipe, steps=2)
+    assert np.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_torch_compile_sees_every_change(sd_folder, load, attach_first):
+    """`fullgraph=True` would refuse a graph break; changed scales and guidance add few graphs."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+    run = functools.partial(torch_latents, pipe, steps=2)
+    adapter = load(people("mlp"))
+    base = run()
+    adapter.attach(pipe).set_concepts(ROWS)
+    eager, eager_unguided = run(), run(guidance_scale=1.0)
+    adapter.set_concepts({"a man": 1.0})
+    eager_man = run()
+    adapter.detach()
+
+    adapter.set_concepts(ROWS)
+    counter = torch._dynamo.testing.CompileCounter()
+    if attach_first:
+        adapter.attach(pipe)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counter)
+    if not attach_first:
+        assert_close(run(), base, 1e-6)
+        adapter.attach(pipe)
+    assert_close(run(), eager, 1e-6)
+    assert_close(run(guidance_scale=1.0), eager_unguided, 1e-6)
+    adapter.set_concepts({"a man": 1.0})
+    assert_close(run(), eager_man, 1e-6)
+    graphs = counter.frame_count
+    for scale in (0.5, 0.25, 2.0):
+        adapter.set_concepts({"a woman": scale})
+        run(guidance_scale=3 + scale)
+    assert counter.frame_count <= graphs + 1
+    with adapter.disabled():
+        assert_close(run(), base, 1e-6)
+    adapter.detach()
+    assert_close(run(), base, 1e-6)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_cpu_offload(sd_folder, load, offload):
+    """The hooks of accelerate, which `enable_model_cpu_offload` and its sequential kin install."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = load(people("conv"))
+    adapter.set_concepts(ROWS)
+    adapter.attach(pipe)
+    expected = torch_latents(pipe, steps=2)
+    adapter.detach()
+    if offload == "model":
+        pipe.unet, _ = accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+        assert pipe.unet.mid_block.resnets[0].conv1.weight.device.type == "meta"
+    adapter.attach(pipe)
+    np.testing.assert_array_equal(torch_latents(pipe, steps=2), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"shape": (4, 4, 32)},
+            "some/model, whose mid-block has 32 channels, this pipeline's has 64",
+        ),
+        ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'; this pipeline's scheduler"),
+    ],
+)
+def test_another_backbone_is_refused_and_nothing_attached(sd_folder, load, change, message):
+    pipe = pipeline(sd_folder)
+    with pytest.raises(ValueError, match=message):
+        load(make_adapter(**{"shape": SHAPE} | change)).attach(pipe)
+    assert not pipe.unet.mid_block._forward_hooks
+
+
+REFUSED = ("StableDiffusionInstructPix2Pix", "StableDiffusionPAG", "StableDiffusionSAG", "DDPM")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pipelines_of_another_kind_are_refused(sd_folder, load, name):
+    pipeline_class = getattr(diffusers, f"{name}Pipeline")
+    parts = pipeline(sd_folder).components
+    wanted = ("unet", "scheduler") if name == "DDPM" else parts
+    pipe = pipeline_class(**{key: parts[key] for key in wanted})
+    with pytest.raises(ValueError, match=f"{name}Pipeline cannot take the adapter"):
+        load(people()).attach(pipe)
+
+
+def test_another_hub_model_is_warned_of(sd_folder, load):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    pipe.register_to_config(_name_or_path="other/model")
+    with pytest.warns(UserWarning, match="trained on some/model, the pipeline is other/model"):
+        load(people()).attach(pipe)
+
+
+def test_a_batch_or_size_that_does_not_fit_is_refused(sd_folder, load):
+    pipe = pipeline(sd_folder)
+    adapter = load(people()).attach(pipe)
+    adapter.fair("gender", 3)
+    with pytest.raises(ValueError, match="chosen for 3 images, but the batch has 4"):
+        torch_latents(pipe, steps=1)
+    adapter.set_concepts({"a man": 1.0})
+    noise = np.zeros((2, 16, 16, 4), np.float32)
+    with pytest.raises(ValueError, match=r"\(64, 4, 4\), but these images have \(64, 8, 8\); gen"):
+        torch_latents(pipe, noise=noise, height=32, width=32, steps=1)
+    adapter.detach()
