@@ -13,6 +13,8 @@ TEST = [
     "ruff>=0.8",
     # The reference that the Flax models are compared with; this version installs a CPU build.
     "torch==2.13.0",
+    # Brings its weights, so that it is tested on pictures without a network.
+    "nudenet>=3.4,<4",
 ]
 
 setup(
@@ -24,7 +26,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
-    package_data={"respodiff_jax.emoji": ["assets/*"]},
+    package_data={
+        "respodiff_jax.emoji": ["assets/*", "model/*", "model/*/*"],
+        "respodiff_jax.evaluation": ["suites/*", "report/*.css"],
+    },
     install_requires=[
         "jax>=0.10,<0.11",
         "flax>=0.12,<0.13",

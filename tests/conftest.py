@@ -3,11 +3,13 @@
 import os
 import tempfile
 
-# Before JAX is imported. Compiling is most of the work, and many tests compile the same step.
-_CACHE = tempfile.TemporaryDirectory()
+# Before JAX is imported. Compiling is most of the work, and many tests compile the same step: they
+# share what is compiled, also with the other workers of `pytest -n`.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_TF"] = "0"
 
@@ -57,3 +59,11 @@ def tiny_backbone():
     from respodiff_jax.backbone import random_backbone
 
     return random_backbone("tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A small CLIP with random weights, saved by PyTorch, that resizes and crops."""
+    from pipelines import clip
+
+    return clip(tmp_path_factory.mktemp("clip"))

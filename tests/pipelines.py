@@ -11,8 +11,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+from respodiff_jax.backbone import byte_tokenizer
 
 MERGES = ("p e", "r s", "rs o", "pe rso", "perso n</w>", "a n</w>", "m an</w>", "w o", "wo man</w>")
 LIMIT = 16
@@ -155,3 +166,20 @@ def _perturb(pipeline):
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return pipeline
+
+
+def clip(folder):
+    """Saves a CLIP of 32 × 32 pixels and 16 dimensions in a folder, and returns it."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2, "projection_dim": 16}
+    ids = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    config = CLIPConfig(
+        text_config=tower | ids,
+        vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    CLIPProcessor(image_processor=processor, tokenizer=byte_tokenizer()).save_pretrained(folder)
+    return folder

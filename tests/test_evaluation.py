@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-)
+from transformers import CLIPModel, CLIPProcessor
 
 from respodiff_jax import cli
 from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
-from respodiff_jax.backbone import byte_tokenizer, load_clip
+from respodiff_jax.backbone import load_clip
 from respodiff_jax.concepts import Concept
 from respodiff_jax.evaluation import fairness, metrics, picture_sets, run, safety
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
@@ -28,26 +23,6 @@ from respodiff_jax.generation import SamplerOptions
 from respodiff_jax.modules import MidBlockModule
 
 OPTIONS = SamplerOptions(num_steps=2, guidance_scale=3.0, batch_size=8)
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
-    """A small CLIP with random weights, saved by PyTorch, that resizes and crops."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    tower |= {"num_attention_heads": 2, "projection_dim": 16}
-    tokenizer = byte_tokenizer()
-    ids = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    config = CLIPConfig(
-        text_config=tower | ids,
-        vision_config=tower | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +115,7 @@ def test_intersection_counts_combinations():
 
 
 def test_fairness_plan_takes_templates_in_turn(suite):
-    requests = fairness.plan(suite, 3, seed=7)
+    requests = fairness.plan(suite.prompts_for("fairness"), 3, seed=7)
     assert [(r.prompt, r.seed, r.subject) for r in requests] == [
         ("a photo of a cook", 7, "cook"),
         ("image of cook", 8, "cook"),
@@ -153,9 +128,13 @@ def test_fairness_plan_takes_templates_in_turn(suite):
 
 def test_fair_weights_meet_the_target_and_intersect(tiny_backbone):
     adapter = _adapter(tiny_backbone, 1.0)
-    alone = fairness.fair_weights(adapter, ["gender"], {"gender": (0.75, 0.25)}, 2, 4, seed=0)
+    alone = fairness.fair_weights(
+        adapter, ["gender"], {"gender": {"man": 0.25, "woman": 0.75}}, 2, 4, seed=0
+    )
     np.testing.assert_array_equal(alone.reshape(2, 4, 5).sum(1)[:, :2], [[3, 1], [3, 1]])
     assert set(np.unique(alone)) == {0, 1}
+    with pytest.raises(ValueError, match="concept 'a woman' fits the values"):
+        fairness.fair_weights(adapter, ["gender"], {"gender": {"f": 0.5, "m": 0.5}}, 2, 4, seed=0)
     both = fairness.fair_weights(adapter, ["gender", "age"], {}, 1, 8, seed=0)
     pairs = [tuple(np.flatnonzero(row)) for row in both]
     assert sorted(pairs) == sorted([(0, 2), (0, 3), (1, 2), (1, 3)] * 2)
@@ -269,7 +248,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, sui
     for plan, options, message in (
         (run.Plan(), {}, "nothing chosen of it"),
         (run.Plan(groups=("race",)), {}, "no attribute 'race'"),
-        (run.Plan(safe=True), {"captions": None}, "has no captions"),
+        (run.Plan(safe=True), {"captions": None}, "has no prompts for quality"),
         (run.Plan(safe=True), {"unsafe_classes": None}, "no unsafe_classes and no detector"),
     ):
         changed = dataclasses.replace(suite, **options)
@@ -277,7 +256,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, sui
             run.evaluate(tiny_backbone, adapter, changed, plan, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="expected shares of 1"):
-        run.Plan(target={"gender": (0.5, 0.6)})
+        run.Plan(target={"gender": {"woman": 0.5, "man": 0.6}})
 
 
 def _pictures(folder, sizes):
@@ -299,11 +278,10 @@ def test_pictures_made_elsewhere_are_scored(suite, tmp_path):
     with open(tmp_path / "metadata.csv", "w", newline="") as file:
         rows = [("file", "prompt"), ("cook/a.png", "a cook"), ("artist/c.png", "an artist")]
         csv.writer(file).writerows(rows)
-    reference = [np.full((24, 24, 3), value, np.uint8) for value in (0, 80, 255)]
     plan = run.Plan(protocols=("quality",))
-    results = run.score_given(tmp_path, suite, plan, tmp_path / "out", reference=reference)
+    results = run.score_given(tmp_path, suite, plan, tmp_path / "out")
     assert results.find("clip_score", "given")[0].n == 2
-    assert results.value("clip_frechet_distance", "given") > 0
+    assert results.value("clip_frechet_distance", "given") is None  # nothing to compare with
 
 
 def test_bad_folders_of_pictures_are_named(tmp_path):

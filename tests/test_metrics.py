@@ -58,6 +58,13 @@ def test_kernel_distance_by_loops():
     between = np.mean([kernel(a, b) for a in x for b in y])
     expected = within_x + within_y - 2 * between
     assert metrics.kernel_distance(x, y) == pytest.approx(expected)
+    # More pictures than a block: rows that repeat weigh the same.
+    assert metrics.kernel_distance(np.tile(x, (400, 1)), y) == pytest.approx(
+        np.mean((x @ x.T / 4 + 1) ** 3) * 2400 / 2399
+        - np.mean((np.sum(x * x, 1) / 4 + 1) ** 3) / 2399
+        + within_y
+        - 2 * between
+    )
 
 
 def test_clip_score_is_the_positive_cosine_in_percent():

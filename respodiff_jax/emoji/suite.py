@@ -5,6 +5,7 @@ import pathlib
 
 from respodiff_jax.emoji import captions, clip, vocabulary, world
 
+GUIDANCE_SCALE = 4.0  # higher oversaturates
 TEMPLATES = ("a photo of {a_subject}", "a picture of {a_subject}", "{a_subject}")
 # What quality is measured on: people doing things, and things, in the world's proportions.
 _EVERY_THING = 4
@@ -21,6 +22,7 @@ def suite() -> dict:
     jobs = [captions.with_article(word) for word in professions]
     return {
         "name": "emoji-world",
+        "guidance_scale": GUIDANCE_SCALE,
         "clip": "clip",
         "subjects": professions,
         "templates": TEMPLATES,

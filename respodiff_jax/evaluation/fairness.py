@@ -7,6 +7,7 @@ the CLIP score of the same pictures and their prompts.
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,29 +16,35 @@ from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
-from respodiff_jax.evaluation.picture_sets import Picture, Request
+from respodiff_jax.evaluation.picture_sets import Picture, Request, request
 from respodiff_jax.evaluation.results import Measurement
-from respodiff_jax.evaluation.suites import Suite
+from respodiff_jax.evaluation.suites import Prompt, Suite
 from respodiff_jax.selection import fair_assignment
+
+Target = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
 
 # Weights of the groups where two are steered at once; the authors' (gender, then race).
 INTERSECTION_WEIGHTS = (0.6, 0.4)
 
 
-def plan(suite: Suite, images_per_subject: int, seed: int) -> list[Request]:
-    """`images_per_subject` requests per subject, its templates in turn; seeds count up."""
-    requests = []
-    for subject in suite.subjects:
-        prompts = itertools.cycle(suite.prompts(subject))
-        for prompt in itertools.islice(prompts, images_per_subject):
-            requests.append(Request(prompt, seed + len(requests), subject))
+def plan(prompts: Sequence[Prompt], images_per_subject: int, seed: int) -> list[Request]:
+    """`images_per_subject` requests per subject, one subject after the other, each taking its
+    prompts in turn; seeds count up."""
+    subjects: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        subjects.setdefault(prompt.subject, []).append(prompt)
+    requests: list[Request] = []
+    for own in subjects.values():
+        for number in range(images_per_subject):
+            again, which = divmod(number, len(own))
+            requests.append(request(own[which], again, seed + len(requests)))
     return requests
 
 
 def fair_weights(
     adapter: Adapter,
     groups: Sequence[str],
-    target: Mapping[str, Sequence[float]],
+    target: Target,
     num_subjects: int,
     images_per_subject: int,
     seed: int,
@@ -47,7 +54,8 @@ def fair_weights(
     Args:
       adapter: the concepts.
       groups: one group, or several that are steered at once.
-      target: group -> shares of its concepts, in the adapter's order; uniform where absent.
+      target: group -> value -> share; uniform where absent. A concept is the one of a value when it
+        has the value's words in its name: "a woman" of "woman".
       num_subjects: P.
       images_per_subject: M, each subject's pictures following each other.
       seed: of the assignment's order.
@@ -56,7 +64,8 @@ def fair_weights(
       float32 `(P * M, N)`.
 
     Raises:
-      ValueError: if the adapter has no such group, or only one concept in it.
+      ValueError: if the adapter has no such group, or only one concept in it, or it is not clear
+        which concept is whose share.
     """
     members = []
     for group in groups:
@@ -69,7 +78,9 @@ def fair_weights(
             )
         members.append(found)
     shares = [
-        target.get(group, [1 / len(found)] * len(found))
+        [1 / len(found)] * len(found)
+        if group not in target
+        else _concept_shares(group, [adapter.names[i] for i in found], target[group])
         for group, found in zip(groups, members, strict=True)
     ]
     factors = [1.0] if len(groups) == 1 else _intersection_weights(len(groups))
@@ -83,6 +94,24 @@ def fair_weights(
     return weights
 
 
+def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float]) -> list[float]:
+    """Each concept's share, by the value whose words are in its name."""
+
+    def words(text):
+        return set(re.findall(r"\w+", text.lower()))
+
+    found = []
+    for name in names:
+        values = [value for value in shares if words(value) <= words(name)]
+        if len(values) != 1:
+            raise ValueError(
+                f"target of {group}: concept {name!r} fits the values {values} of {list(shares)},"
+                " expected exactly one; name the suite's values by words of the concepts"
+            )
+        found.append(shares[values[0]])
+    return found
+
+
 def _intersection_weights(count: int) -> Sequence[float]:
     return INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
 
@@ -92,7 +121,7 @@ def measure(
     clip: Clip,
     suite: Suite,
     features: np.ndarray,
-    target: Mapping[str, Sequence[float]],
+    target: Target,
     intersections: Sequence[Sequence[str]] = (),
 ) -> tuple[list[Measurement], list[dict[str, object]]]:
     """Scores one set of pictures.
@@ -102,7 +131,7 @@ def measure(
       clip: classifier and score.
       suite: attributes and prompts.
       features: the pictures' CLIP features, `(N, D)`.
-      target: attribute -> shares; uniform where absent.
+      target: attribute -> value -> share; uniform where absent.
       intersections: attributes to be counted together.
 
     Returns:
@@ -124,11 +153,22 @@ def measure(
     images = pictures[0].images
     found = []
     for name, prediction in counted.items():
-        found += _deviation_ratios(images, name, prediction, subjects, target.get(name))
+        shares = _target_shares(name.split(" x "), suite, target)
+        found += _deviation_ratios(images, name, prediction, subjects, shares)
     found += _alignment(pictures, clip, features, subjects, columns)
     if suite.subject_classes is not None:
         found += _recognition(images, clip, suite, features, subjects, columns)
     return found, columns
+
+
+def _target_shares(names: Sequence[str], suite: Suite, target: Target) -> tuple[float, ...]:
+    """Of all combinations of the attributes' values, in the order of `intersect`."""
+    shares = []
+    for name in names:
+        values = list(suite.attribute(name))
+        wanted = target.get(name, dict.fromkeys(values, 1 / len(values)))
+        shares.append([wanted[value] for value in values])
+    return tuple(math.prod(each) for each in itertools.product(*shares))
 
 
 def _deviation_ratios(
@@ -136,7 +176,7 @@ def _deviation_ratios(
     attribute: str,
     prediction: Prediction,
     subjects: np.ndarray,
-    target: Sequence[float] | None,
+    target: tuple[float, ...],
 ) -> list[Measurement]:
     """Of every subject, and their mean."""
     names = [name for name in dict.fromkeys(subjects.tolist()) if name]
@@ -150,13 +190,12 @@ def _deviation_ratios(
         return metrics.deviation_ratio(one_hot[rows].sum(0), target)
 
     ratios = np.array([ratio(rows) for rows in members.values()])
-    uniform = (1 / len(prediction.values),) * len(prediction.values)
     common = {
         "metric": "deviation_ratio",
         "images": images,
         "protocol": "fairness",
         "attribute": attribute,
-        "target": tuple(target or uniform),
+        "target": target,
     }
     counted = np.flatnonzero(subjects != "")
     # The mean's interval is over subjects: resampled pictures of a subject deviate more than the

@@ -5,7 +5,6 @@ one number come from the same noise and prompt.
 """
 
 import collections
-import csv
 import dataclasses
 import json
 import os
@@ -21,9 +20,17 @@ from tqdm import tqdm
 from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
+from respodiff_jax.data.prompt_files import SEED, Column, read_table
+from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.generation import SamplerOptions, default_batch_size, sample_images
 
 PLAN_FILE = "plan.json"
+_METADATA = {
+    "file": Column(),
+    "prompt": Column(may_be_blank=True),
+    "subject": Column(required=False),
+    "seed": SEED,
+}
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -71,6 +78,22 @@ class Picture:
             "seed": self.seed,
             "concepts": "; ".join(f"{name}={weight:g}" for name, weight in self.concepts.items()),
         }
+
+
+def request(prompt: Prompt, again: int, seed: int) -> Request:
+    """The picture of a prompt that was drawn `again` times before; `seed` is for a prompt that has
+    none of its own."""
+    own = seed if prompt.seed is None else (prompt.seed + again) % 2**32
+    return Request(prompt.text, own, prompt.subject)
+
+
+def repeated(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> list[Request]:
+    """`images_per_prompt` requests for each prompt; seeds count up."""
+    return [
+        request(prompt, number, seed + row * images_per_prompt + number)
+        for row, prompt in enumerate(prompts)
+        for number in range(images_per_prompt)
+    ]
 
 
 def generate_pictures(
@@ -195,20 +218,13 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"--images {folder} is not a folder")
+        raise ValueError(f"{folder} is not a folder of pictures")
     if (folder / "manifest.jsonl").is_file():
         lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
         rows = [row for row in rows if not row["file"].startswith("base/")]
     elif (folder / "metadata.csv").is_file():
-        with open(folder / "metadata.csv", encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            if lost := {"file", "prompt"} - set(table.fieldnames or ()):
-                raise ValueError(
-                    f"{folder}/metadata.csv lacks the column(s) {sorted(lost)}, expected file,"
-                    f" prompt and optionally subject, seed; it has {table.fieldnames}"
-                )
-            rows = list(table)
+        rows = read_table(folder / "metadata.csv", _METADATA)
     else:
         found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
         rows = [
@@ -219,7 +235,7 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
             for file in found
         ]
     if not rows:
-        raise ValueError(f"--images {folder} has no pictures; expected {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{folder} has no pictures; expected {', '.join(_SUFFIXES)}")
     if lost := [str(row["file"]) for row in rows if not (folder / row["file"]).is_file()]:
         raise ValueError(f"{folder} lacks {len(lost)} listed pictures: {', '.join(lost[:5])}")
     return [
@@ -229,38 +245,62 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
             index=index,
             prompt=row.get("prompt") or None,
             subject=row.get("subject") or None,
-            seed=int(row["seed"]) if row.get("seed") not in (None, "") else None,
+            seed=row.get("seed"),
             concepts=row.get("concepts") or {},
         )
         for index, row in enumerate(rows)
     ]
 
 
-def read_pictures(pictures: Sequence[Picture]) -> list[np.ndarray]:
-    """Their pixels, uint8 `(H, W, 3)`, all of one size.
+class Pixels(Sequence):
+    """Pixels of picture files, uint8 `(H, W, 3)` each, read when they are asked for: tens of
+    thousands do not fit in memory at once.
 
     Raises:
-      ValueError: naming the files that are no readable pictures, or of another size than most.
+      ValueError: where a file turns out to be damaged.
     """
-    pixels, unreadable = [], []
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Pixels(self._paths[index])
+        path = self._paths[index]
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} is not a readable picture: {error}") from error
+
+
+def read_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Pixels:
+    """Their pixels, when they are asked for.
+
+    Raises:
+      ValueError: naming the files that are no pictures, or of another size than most.
+    """
+    sizes, unreadable = [], []
     for picture in pictures:
         try:
             with Image.open(picture.path) as image:
-                pixels.append(np.asarray(image.convert("RGB")))
+                sizes.append(image.size)
         except OSError as error:
             unreadable.append(f"{picture.path} ({error})")
     if unreadable:
         raise ValueError(f"{len(unreadable)} unreadable pictures: {'; '.join(unreadable[:5])}")
-    sizes = [image.shape[:2] for image in pixels]
     usual = collections.Counter(sizes).most_common(1)[0][0]
     odd = [
-        f"{picture.path} ({height}x{width})"
-        for picture, (height, width) in zip(pictures, sizes, strict=True)
-        if (height, width) != usual
+        f"{picture.path} ({width}x{height})"
+        for picture, (width, height) in zip(pictures, sizes, strict=True)
+        if (width, height) != usual
     ]
-    if odd:
+    if odd and of_one_size:
         raise ValueError(
             f"pictures of different sizes: most are {usual[0]}x{usual[1]}, {len(odd)} are not:"
             f" {'; '.join(odd[:5])}; resize them or score them apart"
         )
-    return pixels
+    return Pixels([picture.path for picture in pictures])

@@ -1,26 +1,60 @@
 """Quality: do pictures of everyday captions still match their text, and still look like pictures?
 
-CLIP score, and distances to reference pictures in the space of CLIP's features. Those are no FID,
-whose features are Inception's, and never called so.
+CLIP score, and distances to reference pictures in the space of CLIP's features. Those are no FID
+and KID, whose features are Inception's, and never called so.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
-from respodiff_jax.evaluation.picture_sets import Picture, Request
+from respodiff_jax.evaluation.inception import Inception
+from respodiff_jax.evaluation.picture_sets import Picture, given_pictures
 from respodiff_jax.evaluation.results import Measurement
 
 
-def plan(captions: Sequence[str], images_per_prompt: int, seed: int) -> list[Request]:
-    """`images_per_prompt` requests for each caption; seeds count up."""
-    return [
-        Request(caption, seed + row * images_per_prompt + number)
-        for row, caption in enumerate(captions)
-        for number in range(images_per_prompt)
-    ]
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Pictures that others are compared with.
+
+    Attributes:
+      pictures: of any sizes.
+      inception: what computes the features of FID and KID, or None.
+      note: why there is none, or "".
+      identity: JSON-able, for the record.
+    """
+
+    pictures: Sequence[Picture]
+    inception: Inception | None
+    note: str
+    identity: Mapping[str, Any]
+
+
+def open_reference(folder: str | os.PathLike) -> Reference:
+    """The pictures of a folder; with FID and KID where clean-fid and its weights are there.
+
+    Raises:
+      ValueError: if it has fewer than two pictures.
+    """
+    pictures = given_pictures(folder)
+    if len(pictures) < 2:
+        raise ValueError(f"reference {folder} has one picture, expected two or more")
+    try:
+        inception, note = Inception(), ""
+    except ValueError as error:
+        inception = None
+        note = f"no FID and no KID: {error}; distances of CLIP features are on another scale"
+    identity = {
+        "folder": str(folder),
+        "pictures": len(pictures),
+        "inception": inception and dict(inception.identity),
+    }
+    return Reference(pictures, inception, note, identity)
 
 
 def measure(
@@ -28,6 +62,7 @@ def measure(
     clip: Clip,
     features: np.ndarray,
     reference: np.ndarray | None,
+    inception: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[list[Measurement], list[dict[str, object]]]:
     """Scores one set of pictures.
 
@@ -36,6 +71,7 @@ def measure(
       clip: of the text features.
       features: the pictures' CLIP features, `(N, D)`.
       reference: features of the reference pictures, `(M, D)`, or None.
+      inception: Inception features of the pictures and of the reference ones, or None.
 
     Returns:
       measurements, and columns for `per_image.csv`.
@@ -61,12 +97,16 @@ def measure(
             **common,
         )
     ]
+    distances = []
     if reference is not None:
-        found += [
-            Measurement(metric=name, value=distance(features, reference), **common)
-            for name, distance in (
-                ("clip_frechet_distance", metrics.frechet_distance),
-                ("clip_kernel_distance", metrics.kernel_distance),
-            )
+        distances += [
+            ("clip_frechet_distance", metrics.frechet_distance(features, reference)),
+            ("clip_kernel_distance", metrics.kernel_distance(features, reference)),
         ]
+    if inception is not None:
+        distances += [
+            ("fid", metrics.frechet_distance(*inception)),
+            ("kid", metrics.kernel_distance(*inception)),
+        ]
+    found += [Measurement(metric=name, value=value, **common) for name, value in distances]
     return found, [{"clip_score": round(float(score), 4)} for score in scores]

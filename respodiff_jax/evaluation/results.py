@@ -57,8 +57,9 @@ class Results:
     Attributes:
       measurements: the numbers.
       made: how the pictures were made: model (`Backbone.identity`), adapter (sources, concepts,
-        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, preset.
-      scored: by what: CLIP, prompts and accuracy of each attribute, detectors, their versions.
+        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompts file or None.
+      scored: by what: CLIP, prompts and accuracy of each attribute, detectors and their versions,
+        reference pictures or None.
       environment: versions of this package and its libraries, hardware, date, seconds taken.
       warnings: what a reader should know before believing a number.
       training: the adapter's training summary, or None.

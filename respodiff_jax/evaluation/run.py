@@ -21,12 +21,14 @@ from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.backbone import Backbone, Clip, load_clip
 from respodiff_jax.evaluation import fairness, quality, safety
 from respodiff_jax.evaluation.classifier import classify
+from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.picture_sets import (
     Picture,
     Request,
     generate_pictures,
     given_pictures,
     read_pictures,
+    repeated,
 )
 from respodiff_jax.evaluation.results import (
     Measurement,
@@ -34,7 +36,7 @@ from respodiff_jax.evaluation.results import (
     save_per_image,
     save_results,
 )
-from respodiff_jax.evaluation.suites import Suite
+from respodiff_jax.evaluation.suites import Prompt, PromptSet, Suite
 from respodiff_jax.generation import SamplerOptions
 
 PROTOCOLS = ("fairness", "quality", "safety")
@@ -52,8 +54,9 @@ class Plan:
       safe: add all safety concepts.
       images_per_subject: fairness pictures of each subject.
       images_per_prompt: pictures of each caption and of each safety prompt.
-      target: attribute -> shares of its values; uniform where absent.
+      target: attribute -> value -> share; uniform where absent.
       seed: of the first picture; protocols have their own ranges.
+      prompts: of one protocol, instead of the suite's.
     """
 
     protocols: tuple[str, ...] = PROTOCOLS
@@ -61,8 +64,9 @@ class Plan:
     safe: bool = False
     images_per_subject: int = 10
     images_per_prompt: int = 1
-    target: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    target: fairness.Target = dataclasses.field(default_factory=dict)
     seed: int = 0
+    prompts: PromptSet | None = None
 
     def __post_init__(self):
         if unknown := set(self.protocols) - set(PROTOCOLS):
@@ -70,18 +74,29 @@ class Plan:
         for name in ("images_per_subject", "images_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.prompts is not None and self.prompts.protocol not in self.protocols:
+            raise ValueError(
+                f"prompts for {self.prompts.protocol} are given, but the protocols are"
+                f" {', '.join(self.protocols)}"
+            )
         for attribute, shares in self.target.items():
-            if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
-                raise ValueError(f"target of {attribute} is {list(shares)}, expected shares of 1")
+            if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-3:
+                raise ValueError(f"target of {attribute} is {dict(shares)}, expected shares of 1")
 
 
 class _Findings:
-    """Measurements and rows, gathered protocol by protocol."""
+    """Measurements, rows and warnings, gathered protocol by protocol."""
 
     def __init__(self, out: pathlib.Path, clip: Clip, suite: Suite):
         self.out, self.clip, self.suite = out, clip, suite
         self.measurements: list[Measurement] = []
         self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """What a reader should know, said at once and kept with the results."""
+        warnings.warn(text, stacklevel=2)
+        self.notes.append(text)
 
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
         return self.clip.image_features(read_pictures(pictures), progress=True)
@@ -103,8 +118,8 @@ def evaluate(
     options: SamplerOptions,
     *,
     clip: Clip | None = None,
-    detectors: Mapping[str, Any] | None = None,
-    reference: Sequence[np.ndarray] | None = None,
+    detectors: Mapping[str, Detector] | None = None,
+    reference: quality.Reference | None = None,
     adapter_sources: Sequence[str] = (),
 ) -> Results:
     """Makes and scores the pictures of a model, with and without an adapter.
@@ -120,8 +135,7 @@ def evaluate(
       out: folder of pictures and results.
       options: how pictures are sampled.
       clip: instead of loading the suite's.
-      detectors: name -> function from pictures to a reason each ("" if safe), besides or instead of
-        the suite's own classifier.
+      detectors: by name, besides or instead of the suite's own classifier.
       reference: pictures that quality is compared with; by default the base model's.
       adapter_sources: where the adapter came from, for the record.
 
@@ -136,11 +150,8 @@ def evaluate(
     resolution = options.resolution or backbone.default_resolution
     if adapter is not None:
         check_fits(adapter, backbone, resolution)
+    check_plan(suite, plan, detectors)
     requests, weights = _requests(adapter, suite, plan)
-    if "safety" in requests and not (suite.unsafe_classes or detectors):
-        raise ValueError(
-            f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; name one"
-        )
     clip = clip or load_clip(suite.clip)
     settings = {
         "model": dict(backbone.identity),
@@ -161,13 +172,12 @@ def evaluate(
         )
 
     findings = _Findings(out, clip, suite)
-    notes = []
     accuracy = {}
     for protocol in plan.protocols:
         pictures = make(protocol)
         if protocol == "fairness":
             accuracy = _classifier_accuracy(backbone, suite, clip, out, options, plan, settings)
-            notes += _accuracy_notes(accuracy)
+            _note_accuracy(findings, accuracy)
         _score(findings, protocol, pictures, plan, detectors or {}, reference)
     made = settings | {
         "adapter": None
@@ -182,9 +192,10 @@ def evaluate(
         "seed": plan.seed,
         "images_per_subject": plan.images_per_subject,
         "images_per_prompt": plan.images_per_prompt,
+        "prompts": plan.prompts and dict(plan.prompts.identity),
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
-    return _finish(findings, made, accuracy, detectors or {}, notes, training, started)
+    return _finish(findings, made, accuracy, detectors or {}, reference, training, started)
 
 
 def score_given(
@@ -194,41 +205,66 @@ def score_given(
     out: str | os.PathLike,
     *,
     clip: Clip | None = None,
-    detectors: Mapping[str, Any] | None = None,
-    reference: Sequence[np.ndarray] | None = None,
+    detectors: Mapping[str, Detector] | None = None,
+    reference: quality.Reference | None = None,
 ) -> Results:
     """Scores the pictures of a folder, made by any tool; see `given_pictures` and `evaluate`."""
     started = time.monotonic()
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    check_plan(suite, plan, detectors, pictures_given=True)
     pictures = given_pictures(folder)
     findings = _Findings(out, clip or load_clip(suite.clip), suite)
     for protocol in plan.protocols:
         _score(findings, protocol, pictures, plan, detectors or {}, reference)
     made = {"images": str(folder), "adapter": None, "seed": None}
-    return _finish(findings, made, {}, detectors or {}, [], None, started)
+    return _finish(findings, made, {}, detectors or {}, reference, None, started)
+
+
+def check_plan(
+    suite: Suite,
+    plan: Plan,
+    detectors: Mapping[str, Detector] | None = None,
+    pictures_given: bool = False,
+) -> None:
+    """Whether all that a plan needs is there, before a model is read.
+
+    Raises:
+      ValueError: if a group is no attribute of the suite, or a protocol has nothing to draw or
+        nobody to judge it.
+    """
+    for name in plan.groups:
+        suite.attribute(name)
+    if "safety" in plan.protocols and not (suite.unsafe_classes or detectors):
+        raise ValueError(
+            f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; choose nudenet"
+            " or q16=FILE"
+        )
+    for protocol in () if pictures_given else plan.protocols:
+        if not _prompts(suite, plan, protocol):
+            raise ValueError(f"suite {suite.name!r} has no prompts for {protocol}; give a file")
+
+
+def _prompts(suite: Suite, plan: Plan, protocol: str) -> Sequence[Prompt]:
+    given = plan.prompts is not None and plan.prompts.protocol == protocol
+    return plan.prompts.prompts if given else suite.prompts_for(protocol)
 
 
 def _requests(
     adapter: Adapter | None, suite: Suite, plan: Plan
 ) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
     """What to make for each protocol, and how it is steered."""
-    for name in plan.groups:
-        suite.attribute(name)
     if adapter is not None and not plan.groups and not plan.safe:
         raise ValueError("an adapter is given but nothing chosen of it; name groups, or safe")
     requests: dict[str, list[Request]] = {}
     for protocol in plan.protocols:
         seed = plan.seed + 1_000_000 * PROTOCOLS.index(protocol)
-        if protocol == "fairness":
-            requests[protocol] = fairness.plan(suite, plan.images_per_subject, seed)
-            continue
-        prompts = suite.captions if protocol == "quality" else suite.safety_prompts
-        if not prompts:
-            file = "captions" if protocol == "quality" else "safety prompts"
-            raise ValueError(f"suite {suite.name!r} has no {file}; give a prompts file")
-        part = quality if protocol == "quality" else safety
-        requests[protocol] = part.plan(prompts, plan.images_per_prompt, seed)
+        prompts = _prompts(suite, plan, protocol)
+        requests[protocol] = (
+            fairness.plan(prompts, plan.images_per_subject, seed)
+            if protocol == "fairness"
+            else repeated(prompts, plan.images_per_prompt, seed)
+        )
     if adapter is None:
         return requests, dict.fromkeys(requests)
     weights = {}
@@ -251,26 +287,33 @@ def _score(
     pictures: Sequence[Picture],
     plan: Plan,
     detectors: Mapping[str, Any],
-    reference: Sequence[np.ndarray] | None,
+    reference: quality.Reference | None,
 ) -> None:
     """Scores each set of a protocol's pictures."""
     clip, suite = findings.clip, findings.suite
-    reference_features = None if reference is None else clip.image_features(reference)
+    compared = inception = None
+    if protocol == "quality" and reference is not None:
+        pixels = read_pictures(reference.pictures, of_one_size=False)
+        compared = clip.image_features(pixels, progress=True)
+        inception = reference.inception
+        if inception is not None:
+            compared_by_inception = inception([picture.path for picture in reference.pictures])
+        else:
+            findings.note(reference.note)
     for name in dict.fromkeys(picture.images for picture in pictures):
         part = [picture for picture in pictures if picture.images == name]
+        paths = [picture.path for picture in part]
         features = findings.features(part)
         if protocol == "fairness":
             together = [plan.groups] if len(plan.groups) > 1 else []
             found = fairness.measure(part, clip, suite, features, plan.target, together)
         elif protocol == "quality":
-            found = quality.measure(part, clip, features, reference_features)
+            pair = inception and (inception(paths), compared_by_inception)
+            found = quality.measure(part, clip, features, compared, pair)
             if reference is None and name == "base":
-                reference_features = features
+                compared = features
         else:
-            reasons = {
-                detector: [*map(str, detect([picture.path for picture in part]))]
-                for detector, detect in detectors.items()
-            }
+            reasons = {detector: detect(paths) for detector, detect in detectors.items()}
             if suite.unsafe_classes is not None:
                 reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, features)
             found = safety.measure(part, reasons)
@@ -302,19 +345,16 @@ def _classifier_accuracy(backbone, suite, clip, out, options, plan, settings):
     return accuracy
 
 
-def _accuracy_notes(accuracy: Mapping[str, float]) -> list[str]:
-    notes = [
-        f"the classifier finds only {value:.0%} of what the base model was plainly asked for"
-        f" ({attribute}): its counts of {attribute} mean little"
-        for attribute, value in accuracy.items()
-        if value < _LOW_ACCURACY
-    ]
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
-    return notes
+def _note_accuracy(findings: _Findings, accuracy: Mapping[str, float]) -> None:
+    for attribute, value in accuracy.items():
+        if value < _LOW_ACCURACY:
+            findings.note(
+                f"the classifier finds only {value:.0%} of what the base model was plainly asked"
+                f" for ({attribute}): its counts of {attribute} mean little"
+            )
 
 
-def _finish(findings, made, accuracy, detectors, notes, training, started) -> Results:
+def _finish(findings, made, accuracy, detectors, reference, training, started) -> Results:
     suite = findings.suite
     results = Results(
         measurements=tuple(findings.measurements),
@@ -324,13 +364,12 @@ def _finish(findings, made, accuracy, detectors, notes, training, started) -> Re
             "clip": dict(findings.clip.identity),
             "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},
             "accuracy_on_plain_prompts": accuracy,
-            "detectors": {
-                name: getattr(detector, "identity", name) for name, detector in detectors.items()
-            }
+            "detectors": {name: dict(detector.identity) for name, detector in detectors.items()}
             | ({"zero-shot": dict(suite.unsafe_classes)} if suite.unsafe_classes else {}),
+            "reference": reference and dict(reference.identity),
         },
         environment=environment() | {"seconds": round(time.monotonic() - started, 1)},
-        warnings=tuple(notes),
+        warnings=tuple(findings.notes),
         training=training,
     )
     save_per_image(findings.rows, findings.out)

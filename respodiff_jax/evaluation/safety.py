@@ -10,18 +10,9 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import classify
-from respodiff_jax.evaluation.picture_sets import Picture, Request
+from respodiff_jax.evaluation.picture_sets import Picture
 from respodiff_jax.evaluation.results import Measurement
 from respodiff_jax.evaluation.suites import Suite
-
-
-def plan(prompts: Sequence[tuple[str, str]], images_per_prompt: int, seed: int) -> list[Request]:
-    """Requests for prompts with their categories (several are parted by commas)."""
-    return [
-        Request(prompt, seed + row * images_per_prompt + number, categories)
-        for row, (prompt, categories) in enumerate(prompts)
-        for number in range(images_per_prompt)
-    ]
 
 
 def zero_shot_reasons(clip: Clip, suite: Suite, features: np.ndarray) -> list[str]:
@@ -36,7 +27,7 @@ def measure(
     """Unsafe rates of one set of pictures.
 
     Args:
-      pictures: of one set.
+      pictures: of one set, their categories as subject (several are parted by commas).
       reasons: detector -> what it found in each picture, "" for nothing.
 
     Returns:

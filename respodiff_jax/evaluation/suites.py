@@ -9,16 +9,50 @@ import importlib.resources
 import json
 import pathlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from respodiff_jax.backbone import local_folder
+from respodiff_jax.data import prompt_files
 
 Prompts = tuple[str, ...]
 Classes = Mapping[str, Prompts]  # value -> the prompts that describe it, averaged
 
 SUITE_FILE = "suite.json"
 _FIELDS = ("subject", "a_subject")
+# protocol -> columns of a prompts file, and that which pictures are counted under
+_LAYOUTS = {
+    "fairness": (prompt_files.PROFESSIONS, "profession"),
+    "quality": (prompt_files.CAPTIONS, None),
+    "safety": (prompt_files.I2P, "categories"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model is asked for, and what its pictures are counted under (None: nothing).
+
+    A prompt with a `seed` of its own starts its pictures there; others take the protocol's.
+    """
+
+    text: str
+    subject: str | None = None
+    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """Prompts for one protocol, instead of the suite's.
+
+    Attributes:
+      protocol: "fairness", "quality" or "safety".
+      prompts: in order.
+      identity: JSON-able, which set this is.
+    """
+
+    protocol: str
+    prompts: tuple[Prompt, ...]
+    identity: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +70,10 @@ class Suite:
         subject; None where the CLIP is not up to it.
       unsafe_classes: value -> classifier prompts, the first value being the safe one; None where
         detectors (NudeNet, Q16) decide.
-      safety_prompts: prompts that do not ask for unsafe content, each with its category; None for
-        the I2P prompts.
-      captions: prompts of the quality protocol; None for a captions file.
+      safety_prompts: prompts that do not ask for unsafe content, each with its category; None where
+        a prompts file brings them.
+      captions: prompts of the quality protocol; None where a prompts file brings them.
+      guidance_scale: at which the pictures are drawn if nothing else is said.
     """
 
     name: str
@@ -50,6 +85,7 @@ class Suite:
     unsafe_classes: Classes | None = None
     safety_prompts: tuple[tuple[str, str], ...] | None = None
     captions: tuple[str, ...] | None = None
+    guidance_scale: float = 7.5
 
     def __post_init__(self):
         def check(condition, message):
@@ -87,6 +123,14 @@ class Suite:
         """The prompts of a subject, one per template."""
         a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
         return [t.format(subject=subject, a_subject=a_subject) for t in self.templates]
+
+    def prompts_for(self, protocol: str) -> list[Prompt]:
+        """The prompts of "fairness", "quality" or "safety", [] where the suite has none."""
+        if protocol == "fairness":
+            return [Prompt(text, name) for name in self.subjects for text in self.prompts(name)]
+        if protocol == "quality":
+            return [Prompt(text) for text in self.captions or ()]
+        return [Prompt(text, categories) for text, categories in self.safety_prompts or ()]
 
     def attribute(self, name: str) -> Classes:
         """An attribute's values and classifier prompts.
@@ -134,6 +178,30 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
         raise ValueError(f"suite {path}: {error}") from error
     clip = pathlib.Path(str(path)).parent / suite.clip
     return dataclasses.replace(suite, clip=str(clip)) if clip.is_dir() else suite
+
+
+def read_prompts(file: str, protocol: str) -> PromptSet:
+    """Reads a CSV file, here or on the hub (see `locate`), in the layout of the protocol.
+
+    The columns are `prompt`; for fairness also `profession`, for safety `categories`; and
+    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed: all
+    pictures of an evaluation have one guidance.
+
+    Raises:
+      ValueError: if the file cannot be found or read, naming what is wrong.
+    """
+    layout, subject = _LAYOUTS[protocol]
+    path = prompt_files.locate(file)
+    rows = prompt_files.read_table(path, layout)
+    prompts = (
+        Prompt(row["prompt"], _joined(row.get(subject)), row["evaluation_seed"]) for row in rows
+    )
+    identity = {"file": file, "sha256": prompt_files.file_sha256(path), "rows": len(rows)}
+    return PromptSet(protocol, tuple(prompts), identity)
+
+
+def _joined(names: str | Sequence[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else ", ".join(names)
 
 
 def _tuples(value: Any) -> Any:

@@ -1,0 +1,15 @@
+"""Safety on Emoji World: away from violence and from smoking, from "a scene".
+
+    respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
+    respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.emoji import recipes
+
+
+def get_config() -> ConfigDict:
+    config = recipes.base_config()
+    recipes.add_safety(config)
+    return config

@@ -1,0 +1,30 @@
+"""`tensorflow_datasets` builder of COCO-30k's captions; needs no TensorFlow.
+
+    builder = Builder(file="coco_30k.csv", data_dir=DIR, file_format="array_record")
+    builder.download_and_prepare()
+    examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
+
+The file is yours to bring.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from respodiff_jax.data.prompt_builder import PromptBuilder
+from respodiff_jax.data.prompt_files import CAPTIONS, Column, complete
+
+
+class Builder(PromptBuilder):
+    """Captions of everyday pictures, each with the number of its picture in COCO."""
+
+    name = "coco_captions"
+    LAYOUT = complete(CAPTIONS) | {"image_id": Column(int, "an integer")}
+    FEATURES: ClassVar = {
+        "prompt": tfds.features.Text(),
+        "image_id": tfds.features.Scalar(np.int64),
+        "evaluation_seed": tfds.features.Scalar(np.int64),
+    }
+    HOMEPAGE = "https://cocodataset.org"
+    LICENSE = "CC BY 4.0"

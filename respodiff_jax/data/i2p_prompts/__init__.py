@@ -1,0 +1,1 @@
+"""Inappropriate Image Prompts as a `tensorflow_datasets` data set."""

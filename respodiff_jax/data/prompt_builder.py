@@ -1,0 +1,64 @@
+"""What the `tensorflow_datasets` builders of prompt sets share; needs no TensorFlow."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from respodiff_jax.data.prompt_files import Layout, file_sha256, locate, read_table
+
+
+class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Prompts of a CSV file as one split, "test", in the file's order.
+
+    The file's name and sha256 are in `builder.info.metadata`, and on disk beside the records.
+
+    Args:
+      file: path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`; by default `HUB_FILE`, if the set
+        has one. Needed to prepare, not to read what is prepared.
+      sha256: what the file's must be, or None to take any.
+      kwargs: of `tfds.core.GeneratorBasedBuilder`, such as `data_dir` and
+        `file_format="array_record"`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    LAYOUT: ClassVar[Layout]
+    FEATURES: ClassVar[Mapping[str, Any]]
+    HUB_FILE: ClassVar[str | None] = None
+    HOMEPAGE: ClassVar[str | None] = None
+    LICENSE: ClassVar[str | None] = None
+
+    def __init__(
+        self, *, file: str | os.PathLike | None = None, sha256: str | None = None, **kwargs: Any
+    ):
+        self._file = self.HUB_FILE if file is None else os.fspath(file)
+        self._sha256 = sha256
+        super().__init__(**kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(dict(self.FEATURES)),
+            metadata=tfds.core.MetadataDict(),
+            homepage=self.HOMEPAGE,
+            license=self.LICENSE,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        if self._file is None:
+            raise ValueError(
+                f"{self.name} is made from a CSV file with the columns {', '.join(self.LAYOUT)};"
+                " give it as Builder(file=...)"
+            )
+        path = locate(self._file)
+        # A local folder's name is nobody else's business.
+        name = self._file if self._file.startswith("hf://") else path.name
+        self.info.metadata.update(file=name, sha256=file_sha256(path, self._sha256))
+        return {"test": self._generate_examples(read_table(path, self.LAYOUT))}
+
+    def _generate_examples(self, rows: Iterable[Mapping[str, Any]]):
+        for number, row in enumerate(rows):
+            yield number, dict(row)

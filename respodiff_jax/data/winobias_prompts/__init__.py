@@ -1,0 +1,1 @@
+"""The WinoBias protocol's prompts as a `tensorflow_datasets` data set."""

@@ -1,0 +1,140 @@
+"""The paper's ablation on Emoji World: which part of the method does what, over training seeds.
+
+    python -m respodiff_jax.emoji.ablation --out DIR [--task gender skin_tone safety both]
+        [--variant NAME ...] [--seeds 0 1 2]
+
+trains and evaluates every variant of every task, prints a Markdown table of means and spreads and
+writes it to `DIR/ablation.md`. What is done is not done again. Pictures are made from seeds that
+no training and no choice of hyper-parameters has seen.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.emoji import recipes
+from respodiff_jax.evaluation.results import Results
+from respodiff_jax.evaluation.run import Plan, evaluate
+from respodiff_jax.evaluation.suites import load_suite
+from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.training import train
+
+EVALUATION_SEED = 700_000
+# What each variant changes in the config of a task; fields of `concepts.*` in every concept.
+VARIANTS = {
+    "RAM + SAM": {},
+    "RAM only": {"concepts.*.lr_sam": 0.0},
+    "lambda 1": {"concepts.*.lambda_sem": 1.0},
+    "lambda 4": {"concepts.*.lambda_sem": 4.0},
+    "mlp": {"module.kind": "mlp"},
+    "conv": {"module.kind": "conv"},
+    "faithful rollout": {"rollout.kind": "faithful"},
+}
+TASKS = {
+    "gender": (recipes.add_gender,),
+    "skin_tone": (recipes.add_skin_tone,),
+    "safety": (recipes.add_safety,),
+    "both": (recipes.add_gender, recipes.add_safety),
+}
+# task -> the columns of its table: heading, metric, attribute
+_ALIGNED = (("CLIP score", "winoalign", None), ("recognised", "subject_recognised", None))
+_COLUMNS = {
+    "gender": (("DevRat", "deviation_ratio", "gender"), *_ALIGNED),
+    "skin_tone": (("DevRat", "deviation_ratio", "skin_tone"), *_ALIGNED),
+    "safety": (("unsafe", "unsafe_rate", None),),
+    "both": (
+        ("DevRat", "deviation_ratio", "gender"),
+        *_ALIGNED,
+        ("unsafe", "unsafe_rate", None),
+    ),
+}
+
+
+def configure(task: str, variant: str, seed: int) -> ConfigDict:
+    """The config of one training."""
+    config = recipes.base_config()
+    for add in TASKS[task]:
+        add(config)
+    config.seed = seed
+    config.log.grid_every = 0
+    for key, value in VARIANTS[variant].items():
+        keys = [key.replace("*", name) for name in config.concepts] if "*" in key else [key]
+        config.update_from_flattened_dict(dict.fromkeys(keys, value))
+    return config.lock()
+
+
+def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: int) -> Results:
+    """Trains and evaluates one variant of one task from one seed."""
+    config = configure(task, variant, seed)
+    train(config, out / "run")
+    adapter = load_adapter(out / "run" / "adapter")
+    plan = Plan(
+        protocols=("fairness",) * (task != "safety") + ("safety",) * (task in ("safety", "both")),
+        groups={"both": ("gender",), "safety": ()}.get(task, (task,)),
+        safe=task in ("safety", "both"),
+        images_per_prompt=10,
+        seed=EVALUATION_SEED,
+    )
+    backbone = load_backbone(config.model.name, dtype=config.model.dtype)
+    suite = load_suite(None, config.model.name)
+    options = SamplerOptions(num_steps=num_steps, guidance_scale=suite.guidance_scale)
+    return evaluate(backbone, adapter, suite, plan, out / "evaluation", options)
+
+
+def table(task: str, results: dict[str, list[Results]]) -> str:
+    """Markdown: a row per variant, mean and standard deviation over seeds."""
+    columns = _COLUMNS[task]
+    lines = [
+        f"| {task} | " + " | ".join(heading for heading, *_ in columns) + " | seeds |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+
+    def row(name, runs, images):
+        cells = []
+        for _, metric, attribute in columns:
+            values = [run.value(metric, images, attribute=attribute) for run in runs]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(set(values)) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        return f"| {name} | " + " | ".join(cells) + f" | {len(runs)} |"
+
+    base = next(iter(results.values()))[:1]
+    lines += [row("base model", base, "base")]
+    lines += [row(variant, runs, "adapted") for variant, runs in results.items()]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps of the pictures")
+    args = parser.parse_args()
+    tables = []
+    for task in args.task:
+        results = {
+            variant: [
+                run_one(
+                    task,
+                    variant,
+                    seed,
+                    args.out / task / variant.replace(" ", "_") / str(seed),
+                    args.steps,
+                )
+                for seed in args.seeds
+            ]
+            for variant in args.variant
+        }
+        tables.append(table(task, results))
+    text = "\n\n".join(tables) + "\n"
+    (args.out / "ablation.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""`respodiff demo`: the whole job on Emoji World, offline and in minutes.
+
+Trains "a woman" and "a man" from "a person", draws people of professions that the training never
+saw, before and after, measures, exports, and writes a report.
+"""
+
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.emoji import recipes
+from respodiff_jax.evaluation.report import write_report
+from respodiff_jax.evaluation.results import Results
+from respodiff_jax.evaluation.run import Plan, evaluate
+from respodiff_jax.evaluation.suites import load_suite
+from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.training import train
+
+GROUP = "gender"
+IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20
+# metric -> what a reader calls it, how it is shown
+_TABLE = {
+    "deviation_ratio": ("gender deviation ratio (0 is even)", "{:.3f}"),
+    "subject_recognised": ("profession recognised", "{:.1%}"),
+    "winoalign": ("CLIP score picture-prompt", "{:.2f}"),
+}
+
+
+def config() -> ConfigDict:
+    """The training of the demo, that of `configs/emoji_gender.py`."""
+    content = recipes.base_config()
+    recipes.add_gender(content)
+    return content
+
+
+def run(out: str | os.PathLike) -> Results:
+    """Runs all of it, or what an earlier run in the folder has not done yet.
+
+    Args:
+      out: folder: `run/` (training, with `adapter/`), `evaluation/` with `report.html`.
+
+    Returns:
+      What was measured.
+    """
+    out = pathlib.Path(out)
+    content = config()
+    content.lock()
+    train(content, out / "run")
+    adapter = load_adapter(out / "run" / "adapter")
+    suite = load_suite(None, content.model.name)
+    results = evaluate(
+        load_backbone(content.model.name, dtype=content.model.dtype),
+        adapter,
+        suite,
+        Plan(protocols=("fairness",), groups=(GROUP,), images_per_subject=IMAGES_PER_SUBJECT),
+        out / "evaluation",
+        SamplerOptions(num_steps=NUM_STEPS, guidance_scale=suite.guidance_scale),
+        adapter_sources=[str(out / "run" / "adapter")],
+    )
+    report = write_report(out / "evaluation", workdir=out / "run")
+    print(table(results))
+    print(f"adapter: {out / 'run' / 'adapter'}\nreport:  {report}")
+    return results
+
+
+def table(results: Results) -> str:
+    """The measurements before and after, as text."""
+    lines = [f"{'':36}{'before':>10}{'after':>10}"]
+    for metric, (name, style) in _TABLE.items():
+        attribute = GROUP if metric == "deviation_ratio" else None
+        values = [
+            results.value(metric, images, attribute=attribute) for images in ("base", "adapted")
+        ]
+        lines.append(f"{name:36}" + "".join(f"{style.format(value):>10}" for value in values))
+    return "\n".join(lines)

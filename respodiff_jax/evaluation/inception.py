@@ -1,0 +1,59 @@
+"""Inception features as clean-fid computes them (Parmar et al., 2022), for FID and KID.
+
+clean-fid and the PyTorch that it brings are imported only here and only when asked for. Its weights
+are never fetched: they are where clean-fid keeps them, or there is no FID.
+"""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from respodiff_jax.backbone.files import sha256
+
+WEIGHTS = pathlib.Path("/tmp/inception-2015-12-05.pt")
+
+
+class Inception:
+    """clean-fid's feature extractor, in its mode "clean", on the CPU: JAX has the accelerators.
+
+    Args:
+      weights: the TorchScript file inception-2015-12-05.pt; by default where clean-fid keeps it.
+
+    Raises:
+      ValueError: if the package or the weights are not there.
+    """
+
+    def __init__(self, weights: str | os.PathLike | None = None):
+        weights = pathlib.Path(weights or WEIGHTS)
+        if not weights.is_file():
+            raise ValueError(f"clean-fid's Inception weights are not there ({weights})")
+        try:
+            from cleanfid import fid, inception_torchscript
+        except (ImportError, OSError, RuntimeError) as error:  # torchvision that fits no torch
+            raise ValueError(
+                f"clean-fid cannot be used ({error}); see pip install 'respodiff-jax[eval]'"
+            ) from error
+        model = inception_torchscript.InceptionV3W(str(weights.parent), download=False)
+        self._features: Callable[..., np.ndarray] = functools.partial(
+            fid.get_files_features,
+            model=model.eval(),
+            num_workers=0,
+            batch_size=32,
+            device="cpu",
+            mode="clean",
+            description="inception",
+        )
+        self.identity: Mapping[str, Any] = {
+            "package": "clean-fid",
+            "version": importlib.metadata.version("clean-fid"),
+            "sha256": sha256(weights),
+        }
+
+    def __call__(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:
+        """Features of picture files, `(N, 2048)`."""
+        return self._features([str(path) for path in paths])

@@ -1,0 +1,198 @@
+"""Several evaluations on one page: what each found, what differs in how they were made."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from respodiff_jax.evaluation.report import evaluation, glossary, sections, thumbnails
+from respodiff_jax.evaluation.report.markup import (
+    Markup,
+    flat,
+    folded,
+    fragment,
+    page,
+    section,
+    table,
+    tag,
+)
+from respodiff_jax.evaluation.results import Measurement, Results, load_results
+
+OPEN_SUBJECTS = 4  # the others' pictures are folded away
+
+# What tells runs apart without making their numbers incomparable.
+_EXPECTED_TO_DIFFER = ("adapter:", "date", "seconds")
+
+Runs = Mapping[str, Results]  # by name
+
+
+def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
+    """Writes a page that puts evaluations side by side.
+
+    Args:
+      folders: two or more, each with `results.json`, in the order to show.
+      out: the HTML file to write.
+
+    Returns:
+      Its path.
+
+    Raises:
+      ValueError: if there are fewer than two, or one has no readable results.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
+    paths = dict(zip(_names(folders), map(pathlib.Path, folders), strict=True))
+    runs = {name: load_results(path) for name, path in paths.items()}
+    parts = [_metrics(runs), _table(runs), _pictures(runs, paths), _differences(runs)]
+    title = f"Comparison: {', '.join(runs)}"
+    path = pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(title, _header(runs), tag("main", parts)), encoding="utf-8")
+    return path
+
+
+def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart."""
+    parts = [pathlib.Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts))):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"the same evaluation is given twice: {', '.join(map(str, folders))}")
+
+
+def _quantities(runs: Runs) -> list[dict[str, dict[str, Measurement]]]:
+    """The pairs of each quantity by run; of runs that did not measure it none."""
+    together: dict[tuple, dict[str, dict[str, Measurement]]] = {}
+    for name, results in runs.items():
+        for pair in glossary.overall(results.measurements):
+            m = next(iter(pair.values()))
+            key = (m.protocol, m.metric, m.attribute, m.version)
+            together.setdefault(key, {})[name] = pair
+    return list(together.values())
+
+
+def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
+    return next(iter(next(iter(quantity.values())).values()))
+
+
+def _header(runs: Runs) -> Markup:
+    rows = {
+        name: f"{', '.join(evaluation.concepts(r)) or 'no adapter'} on {evaluation.model_name(r)}"
+        for name, r in runs.items()
+    }
+    notes = [f"{name}: {text}" for name, r in runs.items() for text in r.warnings]
+    return tag(
+        "header",
+        tag("p", "RespoDiff evaluation", class_="kicker"),
+        tag("h1", f"{len(runs)} evaluations side by side"),
+        tag(
+            "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows.items()), class_="facts"
+        ),
+        evaluation.warnings(notes),
+    )
+
+
+def _metrics(runs: Runs) -> Markup:
+    charts = [
+        sections.own_scale(quantity, glossary.label(_first(quantity)))
+        for quantity in _quantities(runs)
+    ]
+    return section(
+        "What they found",
+        (tag("div", chart, class_="chart") for chart in charts),
+        note="Dots with 95 % intervals, the base model hollow, with the adapter filled. Each metric"
+        " has its own scale, which does not start at zero.",
+    )
+
+
+def _table(runs: Runs) -> Markup:
+    rows = []
+    for quantity in _quantities(runs):
+        sets = [s for s in glossary.IMAGES if any(s in pair for pair in quantity.values())]
+        for s in sets:
+            found = [quantity.get(name, {}).get(s) for name in runs]
+            cells = [
+                sections.metric_name(_first(quantity)),
+                tag("td", s),
+                map(sections.measured, found),
+            ]
+            rows.append(tag("tr", cells))
+    head = tag("tr", (tag("th", name, scope="col") for name in ("metric", "pictures", *runs)))
+    return section("The numbers", table("The numbers", head, rows))
+
+
+def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
+    rows = {name: evaluation.read_rows(paths[name]) for name in runs}
+    found = {name: thumbnails.by_subject(rows[name]) for name in runs}
+    if not all(found.values()):
+        return None
+    first = next(iter(runs))
+    shared = [s for s in found[first] if all(s in by_subject for by_subject in found.values())]
+    attributes = evaluation.marked(runs[first], rows[first])
+    columns = thumbnails.columns_for(len(shared), len(runs) + 1)
+    cards = []
+    for subject in shared[: thumbnails.MAX_PICTURES // (columns * (len(runs) + 1))]:
+        lines = [("base", paths[first], found[first][subject].get("base", {}))]
+        for name in runs:
+            sets = found[name][subject]
+            lines.append((name, paths[name], sets.get("adapted") or sets.get("given", {})))
+        lines = [line for line in lines if line[2]]
+        if grid := lines and thumbnails.grid(lines, attributes, columns):
+            cards.append(evaluation.card(subject, "", grid))
+    if not cards:
+        return None
+    rest = cards[OPEN_SUBJECTS:]
+    return section(
+        "The same professions",
+        cards[:OPEN_SUBJECTS],
+        folded(f"{len(rest)} more professions", rest) if rest else None,
+        note=f"The base row is of {first}. "
+        + (
+            "Pictures one above the other started from the same noise."
+            if _same_seeds(found.values())
+            else "The seeds differ, so pictures one above the other are not of the same noise."
+        ),
+    )
+
+
+def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
+    """Whether pictures of the same profession and index have the same seed everywhere."""
+    seeds: dict[tuple[str, int], str] = {}
+    return all(
+        seeds.setdefault((subject, index), row.get("seed", "")) == row.get("seed", "")
+        for by_subject in by_run
+        for subject, sets in by_subject.items()
+        for pictures in sets.values()
+        for index, row in pictures.items()
+    )
+
+
+def _differences(runs: Runs) -> Markup:
+    settings = {name: flat({**r.made, **r.scored, **r.environment}) for name, r in runs.items()}
+    keys = dict.fromkeys(key for found in settings.values() for key in found)
+    differing = {
+        key: [found.get(key, "–") for found in settings.values()]
+        for key in keys
+        if len({found.get(key) for found in settings.values()}) > 1
+    }
+    expected = {k: v for k, v in differing.items() if k.startswith(_EXPECTED_TO_DIFFER)}
+    doubtful = {k: v for k, v in differing.items() if k not in expected}
+    head = tag("tr", (tag("th", name, scope="col") for name in ("setting", *runs)))
+
+    def listed(pairs: Mapping[str, Sequence[str]]) -> Markup:
+        rows = (
+            tag("tr", tag("th", k, scope="row"), (tag("td", v, class_="text") for v in values))
+            for k, values in pairs.items()
+        )
+        return table("Settings", head, rows)
+
+    return section(
+        "What differs in how they were made",
+        fragment(
+            tag("p", "Numbers may differ because of these, not because of the adapters:"),
+            listed(doubtful),
+        )
+        if doubtful
+        else tag("p", "Model, settings, scoring and versions are the same."),
+        folded("Adapters and dates", listed(expected)) if expected else None,
+    )

@@ -1,0 +1,245 @@
+"""`report.html`: an evaluation as one self-contained page, of numbers, charts and pictures."""
+
+import datetime
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from respodiff_jax.evaluation.report import glossary, sections, thumbnails
+from respodiff_jax.evaluation.report.glossary import IMAGES
+from respodiff_jax.evaluation.report.markup import (
+    Markup,
+    definitions,
+    flat,
+    folded,
+    fragment,
+    page,
+    section,
+    tag,
+)
+from respodiff_jax.evaluation.results import (
+    PER_IMAGE_FILE,
+    RESULTS_FILE,
+    Measurement,
+    Results,
+    load_per_image,
+    load_results,
+)
+
+REPORT_FILE = "report.html"
+OPEN_SUBJECTS = 4  # the others' pictures are folded away
+
+
+def write_report(
+    folder: str | os.PathLike, workdir: str | os.PathLike | None = None
+) -> pathlib.Path:
+    """Writes `report.html` into an evaluation's folder.
+
+    Args:
+      folder: with `results.json`, and `per_image.csv` and the pictures that it names where they
+        are to be shown.
+      workdir: of the run that trained the adapter, for its loss curves, or None.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      ValueError: if there are no readable results, or no losses in `workdir`.
+    """
+    folder = pathlib.Path(folder)
+    results = load_results(folder)
+    rows = read_rows(folder)
+    parts = [
+        _pictures(results, rows, folder),
+        *(
+            sections.fairness(results, name, values, opened=i == 0)
+            for i, (name, values) in enumerate(attributes(results).items())
+        ),
+        sections.metrics_table(results),
+        sections.safety(results),
+        sections.quality(results),
+        sections.training(results, workdir),
+        _making(results),
+    ]
+    title = ", ".join(concepts(results)) or model_name(results)
+    html = page(f"RespoDiff evaluation: {title}", _header(results), tag("main", parts))
+    path = folder / REPORT_FILE
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
+    """The pictures of an evaluation; none where there is no `per_image.csv`."""
+    return load_per_image(folder) if (folder / PER_IMAGE_FILE).is_file() else []
+
+
+def attributes(results: Results) -> dict[str, tuple[str, ...]]:
+    """The attributes whose deviation was measured, the adapter's first, with their values."""
+    found: dict[str, tuple[str, ...]] = {}
+    for m in results.find("deviation_ratio"):
+        if m.attribute and m.counts:
+            found.setdefault(m.attribute, tuple(m.counts))
+    groups = _adapter(results).get("groups", ())
+    return dict(sorted(found.items(), key=lambda item: item[0] not in groups))
+
+
+def marked(results: Results, rows: Sequence[thumbnails.Row]) -> list[thumbnails.Attribute]:
+    """The attributes to mark on pictures, those that `per_image.csv` has a column of."""
+    columns = rows[0] if rows else ()
+    found = attributes(results).items()
+    return [thumbnails.Attribute(name, values) for name, values in found if name in columns]
+
+
+def concepts(results: Results) -> list[str]:
+    """Names of the adapter's concepts; none without an adapter."""
+    return [str(name) for name in _adapter(results).get("concepts", ())]
+
+
+def model_name(results: Results) -> str:
+    """The model's name, or the folder of pictures made elsewhere."""
+    model = results.made.get("model") or {}
+    return str(model.get("name") or results.made.get("images") or "unnamed model")
+
+
+def _adapter(results: Results) -> Mapping:
+    return results.made.get("adapter") or {}
+
+
+def _header(results: Results) -> Markup:
+    pairs = _by_importance(results)
+    facts = {
+        "model": model_name(results),
+        "adapter": ", ".join(concepts(results)) or "none",
+        "pictures": f"{_count(results):,}",
+        "date": _day(results),
+    }
+    dek = " ".join(
+        [glossary.explained(p) for p in pairs[:1]]
+        + [f"{glossary.sentence(p)}." for p in pairs[1:4]]
+    )
+    return tag(
+        "header",
+        tag("p", "RespoDiff evaluation", class_="kicker"),
+        tag("h1", glossary.sentence(pairs[0]) if pairs else "Nothing was measured"),
+        dek and tag("p", dek, class_="dek"),
+        tag(
+            "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items()), class_="facts"
+        ),
+        warnings(results.warnings),
+    )
+
+
+def _count(results: Results) -> int:
+    """Pictures of all sets; one picture may count for several metrics."""
+    largest: dict[tuple[str, str], int] = {}
+    for m in results.measurements:
+        key = (m.protocol, m.images)
+        largest[key] = max(largest.get(key, 0), m.n)
+    return sum(largest.values())
+
+
+def _day(results: Results) -> str:
+    date = str(results.environment.get("date", "unknown"))
+    try:
+        day = datetime.datetime.fromisoformat(date)
+    except ValueError:
+        return date
+    return f"{day.day} {day:%B %Y}"
+
+
+def _by_importance(results: Results) -> list[dict[str, Measurement]]:
+    """What was measured over all subjects: first what the adapter is for, last what it costs."""
+    first = [*attributes(results)]
+    order = ["deviation_ratio", "unsafe_rate", "clip_score"]
+    if _adapter(results).get("safe") and not _adapter(results).get("groups"):
+        order = ["unsafe_rate", "deviation_ratio", "clip_score"]
+
+    def rank(pair: dict[str, Measurement]) -> tuple[int, int]:
+        m = next(iter(pair.values()))
+        return (
+            order.index(m.metric) if m.metric in order else len(order),
+            first.index(m.attribute) if m.attribute in first else len(first),
+        )
+
+    return sorted(glossary.overall(results.measurements), key=rank)
+
+
+def _pictures(
+    results: Results, rows: Sequence[thumbnails.Row], folder: pathlib.Path
+) -> Markup | None:
+    by_subject = thumbnails.by_subject(rows)
+    if not by_subject:
+        return None
+    names = marked(results, rows)
+    sets = [name for name in IMAGES if any(name in found for found in by_subject.values())]
+    columns = thumbnails.columns_for(len(by_subject), len(sets))
+    shown = thumbnails.MAX_PICTURES // (columns * len(sets))
+    cards = []
+    for subject, found in list(by_subject.items())[:shown]:
+        lines = [(name, folder, found.get(name, {})) for name in sets]
+        if grid := thumbnails.grid(lines, names, columns):
+            cards.append(card(subject, _deviations(results, subject, names), grid))
+    if not cards:
+        return section("Pictures", tag("p", "The pictures are not in this folder."))
+    note = "The first pictures of each profession, not chosen by hand."
+    if len(sets) > 1:
+        note += " Pictures one above the other started from the same noise."
+    if names:
+        note += " What the classifier saw stands below each."
+    if left_out := len(by_subject) - len(cards):
+        note += f" {left_out} professions are not shown."
+    rest = cards[OPEN_SUBJECTS:]
+    return section(
+        "Before and after" if len(sets) > 1 else "Pictures",
+        cards[:OPEN_SUBJECTS],
+        folded(f"{len(rest)} more professions", rest) if rest else None,
+        note=note,
+    )
+
+
+def warnings(texts: Sequence[str]) -> Markup | None:
+    """What a reader should know first, or None where there is nothing."""
+    items = (tag("li", text[:1].upper() + text[1:]) for text in texts)
+    title = tag("h2", "Before you believe the numbers")
+    return tag("aside", title, tag("ul", items), class_="warnings") if texts else None
+
+
+def card(subject: str, facts: str, grid: Markup) -> Markup:
+    """A profession's pictures under its name."""
+    return tag("article", tag("h3", subject or "all", tag("small", facts)), grid, class_="card")
+
+
+def _deviations(results: Results, subject: str, names: Sequence[thumbnails.Attribute]) -> str:
+    facts = []
+    for attribute in names:
+        found = results.find("deviation_ratio", attribute=attribute.name, subject=subject)
+        if found:
+            numbers = " → ".join(map(glossary.value_text, found))
+            facts.append(f"{glossary.readable(attribute.name)} deviation {numbers}")
+    return " · ".join(facts)
+
+
+def _making(results: Results) -> Markup:
+    parts = {
+        "Pictures": flat(results.made),
+        "Scores": flat(results.scored),
+        "Versions and hardware": flat(results.environment),
+    }
+    infos = [
+        glossary.metric(name) for name in dict.fromkeys(m.metric for m in results.measurements)
+    ]
+    return section(
+        "How it was made",
+        tag("h3", "What the metrics mean"),
+        definitions({info.label: info.definition for info in infos if info.definition}),
+        (fragment(tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs),
+        tag(
+            "p",
+            "Intervals are 95 % bootstrap intervals. The numbers are in ",
+            tag("code", RESULTS_FILE),
+            ", a line for each picture in ",
+            tag("code", PER_IMAGE_FILE),
+            ".",
+            class_="note",
+        ),
+    )

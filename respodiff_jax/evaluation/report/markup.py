@@ -1,0 +1,101 @@
+"""HTML and SVG by plain functions; text is escaped unless it is `Markup` already."""
+
+import html
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_STYLE = pathlib.Path(__file__).parent / "report.css"
+_VOID = {"img", "meta"}
+
+
+class Markup(str):
+    """Text that is HTML; joining or formatting it gives plain text, which is escaped again."""
+
+
+def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
+    """An element of HTML or SVG.
+
+    Args:
+      name: of the element.
+      *children: `Markup` as it is; other values as escaped text; iterables one by one; None and
+        False are left out.
+      **attributes: values are escaped; None and False leave the attribute out, True gives it no
+        value. `class_` is class, and an underscore is a hyphen.
+    """
+    written = [name]
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            written.append(key)
+        elif value is not None and value is not False:
+            written.append(f'{key}="{html.escape(str(value))}"')
+    opening = f"<{' '.join(written)}>"
+    if name in _VOID:
+        return Markup(opening)
+    return Markup(f"{opening}{fragment(*children)}</{name}>")
+
+
+def fragment(*children: Any) -> Markup:
+    """Elements and texts one after another; see `tag` for what children may be."""
+    return Markup("".join(map(_child, children)))
+
+
+def _child(child: Any) -> str:
+    if child is None or child is False:
+        return ""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, Iterable) and not isinstance(child, str):
+        return fragment(*child)
+    return html.escape(str(child), quote=False)
+
+
+def page(title: str, *body: Any) -> str:
+    """A whole document in one file, in the report's style."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
+    )
+    return f"<!doctype html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
+
+
+def section(title: str, *content: Any, note: str | None = None) -> Markup:
+    """A titled part of a page."""
+    return tag("section", tag("h2", title), note and tag("p", note, class_="note"), content)
+
+
+def folded(summary: str, *content: Any) -> Markup:
+    """Content that opens on a click."""
+    return tag("details", tag("summary", summary), content)
+
+
+def table(name: str, head: Markup, rows: Iterable[Markup]) -> Markup:
+    """A table that scrolls sideways where it is wider than the page."""
+    body = tag("table", tag("thead", head), tag("tbody", rows))
+    return tag("div", body, class_="scroll", tabindex=0, role="region", aria_label=name)
+
+
+def definitions(pairs: Mapping[str, str]) -> Markup:
+    """Names and texts as a list of definitions."""
+    return tag("dl", ((tag("dt", name), tag("dd", text)) for name, text in pairs.items()))
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as names and texts: `{"a": {"b_c": [1, 2]}}` is `{"a: b c": "1, 2"}`."""
+    found: dict[str, str] = {}
+    for key, value in content.items():
+        name = prefix + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}: ")
+        elif isinstance(value, list | tuple):
+            plain = all(isinstance(v, str | int | float) for v in value)
+            found[name] = ", ".join(map(str, value)) if plain else json.dumps(value)
+        elif value is not None:
+            found[name] = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return found

@@ -1,0 +1,255 @@
+"""The report's charts and tables, one function for each part of the page."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from respodiff_jax.evaluation.report import charts, glossary
+from respodiff_jax.evaluation.report.glossary import IMAGES
+from respodiff_jax.evaluation.report.markup import (
+    Markup,
+    definitions,
+    flat,
+    folded,
+    fragment,
+    section,
+    table,
+    tag,
+)
+from respodiff_jax.evaluation.results import Measurement, Results
+
+TRAINING_FILE = "metrics.jsonl"
+
+_LOSSES = {"loss_resp": "Responsibility loss (RAM)", "loss_sem": "Semantic loss (SAM)"}
+_UNIT = (0.0, 1.0)
+
+Pair = Mapping[str, Measurement]  # one quantity by set of pictures
+
+
+def fairness(
+    results: Results, attribute: str, values: Sequence[str], opened: bool
+) -> Markup | None:
+    """An attribute's shares and deviation ratios by profession, and their mean.
+
+    Args:
+      results: of the evaluation.
+      attribute: what was counted.
+      values: of it, in order.
+      opened: whether the professions are shown at once.
+    """
+    found: dict[str, dict[str, Measurement]] = {}
+    for m in results.find("deviation_ratio", attribute=attribute):
+        if m.subject is not None and m.counts:
+            found.setdefault(m.subject, {})[m.images] = m
+    if not found:
+        return None
+    by_share = sorted(found.items(), key=lambda item: -_first_share(item[1]))
+    rows = [_shares_row(subject, pair) for subject, pair in by_share]
+    scale = charts.axis([(0, "0"), (0.5, "deviation ratio"), (1, "1")])
+    shares = charts.axis([(0, "0 %"), (0.5, "share of pictures"), (1, "100 %")])
+    keys = tag(
+        "div",
+        charts.legend(values),
+        tag("p", tag("span", class_="target-key"), "target", class_="key"),
+        class_="legends",
+    )
+    overall = glossary.overall(results.find("deviation_ratio", attribute=attribute))
+    mean = [
+        charts.row("", charts.lane("", scale, "")),
+        *(dot_row(f"mean of {len(found)} professions", pair, _UNIT) for pair in overall),
+    ]
+    head = charts.row("", charts.lane("", shares, scale, ""))
+    professions = fragment(keys, tag("div", head, rows, class_="chart shares"))
+    return section(
+        f"{glossary.readable(attribute).capitalize()}, profession by profession",
+        tag("div", mean, class_="chart") if overall else None,
+        professions if opened else folded(f"{len(found)} professions", professions),
+        note="Shares as the classifier counted them, and the deviation ratio with its 95 %"
+        f" interval: 0 is as targeted. Professions with most “{values[0]}” come first.",
+    )
+
+
+def metrics_table(results: Results) -> Markup | None:
+    """What was measured over all subjects, and apart from it the paper's numbers."""
+    pairs = glossary.overall(results.measurements)
+    sets = [s for s in IMAGES if any(s in pair for pair in pairs)]
+    if not pairs:
+        return None
+    head = fragment(
+        tag(
+            "tr",
+            tag("th", "metric", rowspan=2, scope="col"),
+            tag("th", "measured here, 95 % interval", colspan=len(sets) + 1, scope="colgroup"),
+            tag("th", "the paper, SD 1.4", colspan=2, scope="colgroup", class_="paper"),
+        ),
+        tag(
+            "tr",
+            (tag("th", name, scope="col") for name in (*sets, "pictures")),
+            (tag("th", name, scope="col", class_="paper") for name in ("base", "RespoDiff")),
+        ),
+    )
+    rows = []
+    for pair in pairs:
+        first = next(iter(pair.values()))
+        pictures = dict.fromkeys(f"{m.n:,}" for m in pair.values())
+        cells = [
+            metric_name(first),
+            *(measured(pair.get(name)) for name in sets),
+            tag("td", " / ".join(pictures)),
+            *(tag("td", x, class_="paper") for x in glossary.paper(first) or ("–", "–")),
+        ]
+        rows.append(tag("tr", cells))
+    return section(
+        "The numbers",
+        table("The numbers", head, rows),
+        note="The columns on the right are not measured here: they are what the paper (arXiv"
+        " 2509.15257) reports of Stable Diffusion 1.4 by its own protocol. They are for"
+        " orientation, and comparable only where model, prompts and classifiers are the same.",
+    )
+
+
+def safety(results: Results) -> Markup | None:
+    """Unsafe rates over all and by category."""
+    found: dict[str | None, dict[str, Measurement]] = {}
+    for m in results.find("unsafe_rate"):
+        found.setdefault(m.subject, {})[m.images] = m
+    if not found:
+        return None
+    highest = max(edge for pair in found.values() for edge in _edges(pair))
+    domain = (0.0, max(highest, 0.01))
+    ends = charts.axis([(0, "0 %"), (1, glossary.percent(domain[1]))])
+    rows = [dot_row(s or "all prompts", pair, domain, bar=True) for s, pair in found.items()]
+    return section(
+        "Safety by category",
+        tag("div", charts.row("", charts.lane("", ends, "")), rows, class_="chart"),
+        note="Share of pictures in which a detector found unsafe content, with 95 % intervals. A"
+        " prompt may belong to several categories. The pictures themselves are not shown.",
+    )
+
+
+def quality(results: Results) -> Markup | None:
+    """The quality metrics, each on its own scale."""
+    pairs = glossary.overall(m for m in results.measurements if m.protocol == "quality")
+    if not pairs:
+        return None
+    return section(
+        "Quality",
+        tag("div", (own_scale({glossary.label(_first(p)): p}) for p in pairs), class_="chart"),
+        note="What the adapter costs on ordinary captions. Each metric has its own scale, which"
+        " does not start at zero.",
+    )
+
+
+def training(results: Results, workdir: str | os.PathLike | None) -> Markup | None:
+    """Loss curves of a run, and the adapter's training summary.
+
+    Raises:
+      ValueError: if the run's losses cannot be read.
+    """
+    if workdir is None and not results.training:
+        return None
+    curves = None if workdir is None else _loss_curves(pathlib.Path(workdir) / TRAINING_FILE)
+    summary = results.training and folded("How it was trained", definitions(flat(results.training)))
+    return section("Training", curves and tag("div", curves, class_="curves"), summary)
+
+
+def measured(m: Measurement | None) -> Markup:
+    """A table cell of a number and its interval."""
+    if m is None:
+        return tag("td", "–")
+    interval = glossary.interval_text(m)
+    return tag("td", glossary.value_text(m), interval and tag("small", interval))
+
+
+def metric_name(m: Measurement) -> Markup:
+    """A table's row heading of a metric and which of its values are better."""
+    better = glossary.metric(m.metric).better
+    return tag("th", glossary.label(m), better and tag("small", f"{better} is better"), scope="row")
+
+
+def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = False) -> Markup:
+    """A chart's row with a dot or bar for each set of pictures."""
+    lanes = (
+        charts.lane(
+            m.images, charts.dot(m.value, m.interval, domain, _described(m), bar), _number(m)
+        )
+        for m in pair.values()
+    )
+    return charts.row(name, *lanes)
+
+
+def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
+    """Rows of one metric below a scale that just holds them, or a number that stands alone.
+
+    Args:
+      pairs: by the name of their row.
+      title: beside the scale.
+    """
+    found = [m for pair in pairs.values() for m in pair.values()]
+    if len(found) == 1:
+        alone = charts.lane(found[0].images, tag("span"), _number(found[0]))
+        return charts.row(": ".join(filter(None, (title, *pairs))), alone)
+    text = glossary.metric(found[0].metric).text
+    domain = charts.domain([edge for pair in pairs.values() for edge in _edges(pair)], text)
+    ends = charts.axis([(0, text(domain[0])), (1, text(domain[1]))])
+    return fragment(
+        charts.row(title, charts.lane("", ends, "")),
+        (dot_row(name, pair, domain) for name, pair in pairs.items()),
+    )
+
+
+def _first(pair: Pair) -> Measurement:
+    return next(iter(pair.values()))
+
+
+def _edges(pair: Pair) -> list[float]:
+    return [x for m in pair.values() for x in (m.value, *(m.interval or ()))]
+
+
+def _first_share(pair: Pair) -> float:
+    counts = tuple(_first(pair).counts.values())
+    return counts[0] / (sum(counts) or 1)
+
+
+def _shares_row(subject: str, pair: Pair) -> Markup:
+    lanes = (
+        charts.lane(
+            m.images,
+            charts.shares_bar(m.counts, m.target),
+            charts.dot(m.value, m.interval, _UNIT, _described(m)),
+            _number(m),
+        )
+        for m in pair.values()
+    )
+    return charts.row(subject, *lanes)
+
+
+def _number(m: Measurement) -> Markup:
+    return tag("span", glossary.value_text(m), class_="number")
+
+
+def _described(m: Measurement) -> str:
+    interval = glossary.interval_text(m)
+    return f"{m.images}: {glossary.value_text(m)}" + (f", interval {interval}" if interval else "")
+
+
+def _loss_curves(path: pathlib.Path) -> list[Markup]:
+    try:
+        # The last line of a run that goes on may be half written.
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected a training workdir's losses"
+        ) from error
+    found = []
+    for loss, title in _LOSSES.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for entry in entries:
+            for name, scalars in entry["concepts"].items():
+                if scalars.get(loss) is not None:
+                    points.setdefault(name, []).append((entry["step"], scalars[loss]))
+        series = [charts.Line(name, line) for name, line in points.items()]
+        found.append(charts.lines(title, series, "steps"))
+    return found

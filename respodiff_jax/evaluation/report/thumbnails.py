@@ -1,0 +1,153 @@
+"""Thumbnails inside a page, and grids of them with what the classifier saw."""
+
+import base64
+import collections
+import dataclasses
+import io
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from PIL import Image
+
+from respodiff_jax.evaluation.report import charts
+from respodiff_jax.evaluation.report.glossary import readable
+from respodiff_jax.evaluation.report.markup import Markup, tag
+
+MAX_COLUMNS, MIN_COLUMNS = 8, 2
+MAX_PICTURES = 640  # some 10 kB each
+THUMBNAIL = 192  # pixels
+_SMALL = 96  # pixel art up to here is kept without loss
+_LINE = 4  # pictures that fit side by side on a phone
+
+Row = Mapping[str, str]  # of per_image.csv
+BySubject = dict[str, dict[str, dict[int, Row]]]  # subject, set of pictures, index
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """What was classified.
+
+    Attributes:
+      name: its column in `per_image.csv`.
+      values: in the order of symbols and colours.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    def badge(self, row: Row, plain: bool) -> Markup | None:
+        """What a picture shows, as symbol and text; None where it was not classified.
+
+        Args:
+          row: the picture.
+          plain: without colour.
+        """
+        value = row.get(self.name)
+        if not value:
+            return None
+        text = f"{charts.symbol(self._place(value))} {value}"
+        return tag("span", text, class_=f"badge {'plain' if plain else self.colour(row)}")
+
+    def colour(self, row: Row) -> str | None:
+        """The class of a picture's colour, or None where it was not classified."""
+        value = row.get(self.name)
+        return charts.colour(self._place(value)) if value else None
+
+    def _place(self, value: str) -> int:
+        return self.values.index(value) if value in self.values else len(self.values)
+
+
+def thumbnail(path: pathlib.Path) -> str | None:
+    """A picture as the data URI of a small WebP; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", lossless=max(image.size) <= _SMALL, quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def by_subject(rows: Iterable[Row]) -> BySubject:
+    """The fairness rows: subject, then set of pictures, then index."""
+    found: BySubject = {}
+    for row in rows:
+        if row["protocol"] == "fairness":
+            sets = found.setdefault(row["subject"], collections.defaultdict(dict))
+            sets[row["images"]][int(row["index"])] = row
+    return found
+
+
+def columns_for(subjects: int, rows: int) -> int:
+    """Pictures to show of each subject, so that the page stays small."""
+    return max(MIN_COLUMNS, min(MAX_COLUMNS, MAX_PICTURES // max(subjects * rows, 1)))
+
+
+def grid(
+    rows: Sequence[tuple[str, pathlib.Path, Mapping[int, Row]]],
+    attributes: Sequence[Attribute],
+    columns: int,
+) -> Markup | None:
+    """Rows of pictures, one above another, where a column has one index, so the same noise.
+
+    Args:
+      rows: name, folder and pictures by index.
+      attributes: what to mark; the first one colours the frames.
+      columns: at most.
+
+    Returns:
+      The grid; None if no index has a picture in every row.
+    """
+    shared = sorted(set.intersection(*(set(pictures) for _, _, pictures in rows)))
+    cells: list[list[Markup]] = []
+    for index in shared:
+        column = [_picture(name, folder, found[index], attributes) for name, folder, found in rows]
+        if None not in column:
+            cells.append(column)
+        if len(cells) == columns:
+            break
+    if not cells:
+        return None
+    blocks = []
+    for start in range(0, len(cells), _LINE):
+        block = cells[start : start + _LINE]
+        lines = []
+        for i, (name, _, _) in enumerate(rows):
+            lines.append(tag("span", tag("span", name), class_="side", aria_hidden="true"))
+            lines += [column[i] for column in block]
+            lines += [tag("span")] * (_LINE - len(block))
+        blocks.append(tag("div", lines, class_="block", style=f"--rows:{len(rows)}"))
+    return tag("div", blocks, class_="grid")
+
+
+def _picture(
+    name: str, folder: pathlib.Path, row: Row, attributes: Sequence[Attribute]
+) -> Markup | None:
+    uri = thumbnail(folder / row["file"])
+    if uri is None:
+        return None
+    seen = ", ".join(
+        f"{readable(a.name)} {row[a.name]}{_probability(row, a)}"
+        for a in attributes
+        if row.get(a.name)
+    )
+    alt = f"{name}: “{row['prompt']}”" + (f", seen as {seen}" if seen else "")
+    image = tag(
+        "img",
+        src=uri,
+        alt=alt,
+        title=f"{alt}, seed {row.get('seed') or 'unknown'}",
+        loading="lazy",
+        class_=attributes[0].colour(row) if attributes else None,
+    )
+    badges = tag("figcaption", (a.badge(row, plain=i > 0) for i, a in enumerate(attributes)))
+    return tag("figure", image, badges)
+
+
+def _probability(row: Row, attribute: Attribute) -> str:
+    try:
+        return f" ({float(row.get(f'{attribute.name}_probability') or ''):.2f})"
+    except ValueError:
+        return ""

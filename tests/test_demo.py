@@ -1,0 +1,53 @@
+"""`respodiff demo` on the model that the package brings, cut short."""
+
+import dataclasses
+
+import numpy as np
+
+from respodiff_jax import cli
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.emoji import demo
+from respodiff_jax.evaluation.results import load_results
+from respodiff_jax.evaluation.run import adapter_sha256
+from respodiff_jax.evaluation.suites import load_suite
+
+
+def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
+    def short():
+        config = whole()
+        config.train.steps, config.train.batch_size = 2, 4
+        config.rollout.num_steps = 4
+        config.log.grid_every = 0
+        return config
+
+    def few(name, model):
+        return dataclasses.replace(load_suite(name, model), subjects=("doctor", "teacher"))
+
+    whole = demo.config
+    monkeypatch.setattr(demo, "config", short)
+    monkeypatch.setattr(demo, "load_suite", few)
+    monkeypatch.setattr(demo, "IMAGES_PER_SUBJECT", 4)
+    monkeypatch.setattr(demo, "NUM_STEPS", 4)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+
+    adapter = load_adapter(tmp_path / "run" / "adapter")
+    assert adapter.names == ("a man", "a woman")
+    assert np.abs(adapter.ram["constant"]).max() > 0
+    results = load_results(tmp_path / "evaluation")
+    assert results.made["adapter"]["sha256"] == adapter_sha256(adapter)
+    assert results.made["model"]["name"] == "emoji-world"
+    printed = capsys.readouterr().out
+    before = results.value("deviation_ratio", "base", attribute="gender")
+    assert f"{before:>10.3f}" in printed
+    report = (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert "doctor" in report and report.count("data:image/") >= 16
+    # No profession is shown to the training.
+    shown = " ".join(prompt for concept in adapter.concepts for prompt in concept.prompts)
+    assert not any(word in shown for word in load_suite(None, "emoji-world").subjects)
+
+
+def test_the_package_brings_its_model():
+    backbone = load_backbone("emoji-world")
+    assert backbone.default_resolution == 64
+    assert backbone.scheduler_config["prediction_type"] == "epsilon"
