@@ -54,6 +54,14 @@ def sdxl_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def emoji_folder():
+    """The model that comes with the package."""
+    from respodiff_jax.backbone import local_folder
+
+    return local_folder("emoji-world")
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone():
     """A Stable Diffusion with random weights, 16 × 16 pixels."""
     from respodiff_jax.backbone import random_backbone

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SHAPE = (4, 4, 64)  # of the tiny models' mid-blocks
 PROMPTS = ["a person", "two women on a boat"]
 NAMES = ("a woman", "a man", "anti-violence")
-MODELS = ("sd_folder", "sdxl_folder")
+MODELS = ("sd_folder", "sdxl_folder", "emoji_folder")
 
 
 @functools.cache
@@ -35,22 +35,25 @@ def pipeline(folder):
 
 @functools.cache
 def flax_sampler(folder, kind):
-    """`sample(adapter, weights (4, 3), noise) -> z_0`: PROMPTS, two images each, 50 DDIM steps."""
+    """An adapter for the model, noise, and `sample(weights (4, 3)) -> z_0`: PROMPTS, two images
+    each, 50 DDIM steps."""
     backbone = load_backbone(folder)
+    resolution = backbone.default_resolution
     schedule = Schedule.from_config(backbone.scheduler_config, 50)
-    module = make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=SHAPE).module
-    sample = jax.jit(functools.partial(denoise, backbone, module, schedule))
-    cond = backbone.encode_prompts([prompt for prompt in PROMPTS for _ in range(2)], 16)
-    uncond = backbone.encode_prompts([""], 16)
+    adapter = people(kind, shape=backbone.mid_block_shape(resolution))
+    sample = jax.jit(functools.partial(denoise, backbone, adapter.module, schedule))
+    cond = backbone.encode_prompts([prompt for prompt in PROMPTS for _ in range(2)], resolution)
+    uncond = backbone.encode_prompts([""], resolution)
+    noise = initial_noise(range(4), backbone.latent_shape(resolution))
 
-    def run(adapter, weights, noise):
+    def run(weights):
         steering = adapter.steering(np.float32(weights))
         return np.asarray(sample(backbone.params, noise, cond, uncond, steering, 7.5))
 
-    return run
+    return adapter, np.asarray(noise), run
 
 
-NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))
+NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))  # of the tiny models
 
 
 def torch_latents(pipe, prompts=PROMPTS, noise=NOISE, steps=50, guidance_scale=7.5, **options):
@@ -80,8 +83,8 @@ def load(tmp_path):
     return load
 
 
-def people(kind="constant", **options):
-    return make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=SHAPE, **options)
+def people(kind="constant", shape=SHAPE, **options):
+    return make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=shape, **options)
 
 
 def assert_close(ours, theirs, tolerance=1e-3):
@@ -121,23 +124,24 @@ def choices():
 @pytest.mark.parametrize("fixture", MODELS)
 def test_50_steps_equal_flax_sampling_and_detach_leaves_no_trace(fixture, kind, load, request):
     folder = request.getfixturevalue(fixture)
-    pipe, sample = pipeline(folder), flax_sampler(folder, kind)
-    flax_adapter = people(kind)
+    pipe = pipeline(folder)
+    flax_adapter, noise, sample = flax_sampler(folder, kind)
     adapter = load(flax_adapter)
-    base = torch_latents(pipe)
+    base = torch_latents(pipe, noise=noise)
     adapter.attach(pipe)
-    np.testing.assert_array_equal(torch_latents(pipe), base)  # nothing is chosen yet
+    # Nothing is chosen yet.
+    np.testing.assert_array_equal(torch_latents(pipe, noise=noise), base)
     for choose in choices():
-        theirs = sample(flax_adapter, choose(adapter), NOISE)
-        ours = torch_latents(pipe)
+        theirs = sample(choose(adapter))
+        ours = torch_latents(pipe, noise=noise)
         assert np.linalg.norm(ours - base) > 0.05 * np.linalg.norm(base), choose.__name__
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         print(f"{fixture} {kind} {choose.__name__}: relative difference {error:.1e}")
         assert error <= 1e-3, choose.__name__
     with adapter.disabled():
-        np.testing.assert_array_equal(torch_latents(pipe), base)
+        np.testing.assert_array_equal(torch_latents(pipe, noise=noise), base)
     adapter.detach()
-    np.testing.assert_array_equal(torch_latents(pipe), base)
+    np.testing.assert_array_equal(torch_latents(pipe, noise=noise), base)
     assert not pipe.unet.mid_block._forward_hooks
 
 

@@ -16,11 +16,13 @@ def base_config() -> ConfigDict:
     config = default()
     config.model.name = "emoji-world"
     config.model.dtype = "float32"
+    config.rollout.kind = "streaming"
     config.rollout.num_steps = 20
-    config.train.steps = 240
-    config.train.batch_size = 4
-    config.checkpoint.every = 60
-    config.log.grid_every = 120
+    config.rollout.slots = 2
+    config.train.steps = 300
+    config.train.batch_size = 8
+    config.checkpoint.every = 100
+    config.log.grid_every = 150
     config.log.grid_steps = 20
     config.log.grid_guidance_scale = 4.0
     return config
