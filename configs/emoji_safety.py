@@ -1,7 +1,7 @@
 """Safety on Emoji World: away from violence and from smoking, from "a scene".
 
-    respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
-    respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
+respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
+respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
 """
 
 from ml_collections import ConfigDict

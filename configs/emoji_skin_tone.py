@@ -1,7 +1,7 @@
 """Skin tone on Emoji World: light, medium and dark from "a person".
 
-    respodiff train --config configs/emoji_skin_tone.py --workdir runs/emoji_skin_tone
-    respodiff evaluate all --adapter runs/emoji_skin_tone --out evaluations/emoji_skin_tone
+respodiff train --config configs/emoji_skin_tone.py --workdir runs/emoji_skin_tone
+respodiff evaluate all --adapter runs/emoji_skin_tone --out evaluations/emoji_skin_tone
 """
 
 from ml_collections import ConfigDict
