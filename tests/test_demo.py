@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
@@ -13,6 +14,7 @@ from respodiff_jax.evaluation.run import adapter_sha256
 from respodiff_jax.evaluation.suites import load_suite
 
 
+@pytest.mark.filterwarnings("ignore:the classifier finds")  # in pictures of four steps
 def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     def short():
         config = whole()
