@@ -54,7 +54,9 @@ def save_backbone(
         index[f"text_encoder{suffix}"] = ["transformers", model]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
         part = folder / f"text_encoder{suffix}"
-        _write_json(part / "config.json", module.config.to_diff_dict() | {"architectures": [model]})
+        # transformers 5 computes in the dtype of the files unless told, diffusers in float32.
+        told = {"architectures": [model], "dtype": "float32"}
+        _write_json(part / "config.json", module.config.to_diff_dict() | told)
         save_weights(params[f"text_encoder{suffix}"], part / "model.safetensors", dtype)
         tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
 
