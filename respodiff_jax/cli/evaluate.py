@@ -57,18 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", metavar="DIR", help="score these pictures, generate none")
 
-    add = parser.add_argument_group("model and adapter").add_argument
-    add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
-    add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
-    add("--variant", help="of the weight files, for example fp16")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="adapter directory or training workdir; may be repeated",
-    )
+    add = inputs.add_model_arguments(parser)
     add(
         "--group",
         action="append",

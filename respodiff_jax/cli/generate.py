@@ -46,23 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the images in the output folder")
     add("--base", action="store_true", help="also write each image without the adapter, in base/")
 
-    add = parser.add_argument_group("model and adapter").add_argument
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="adapter directory, training workdir or hub id; may be repeated to use concepts of"
-        " several",
-    )
-    add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
-    add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
-    add("--variant", help="of the weight files, for example fp16")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the model (default: bfloat16, on a CPU float32)",
-    )
+    inputs.add_model_arguments(parser)
 
     add = parser.add_argument_group("concepts").add_argument
     add(

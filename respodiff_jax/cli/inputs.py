@@ -35,6 +35,29 @@ def is_workdir(path: str) -> bool:
     return (folder / "run.json").exists() and not (folder / "adapter_config.json").exists()
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
+    """The options that `open_adapter` and `open_backbone` read; returns their group's
+    `add_argument`, for more."""
+    add = parser.add_argument_group("model and adapter").add_argument
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="adapter directory, training workdir or hub id; may be repeated to use concepts of"
+        " several",
+    )
+    add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
+    add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
+    add("--variant", help="of the weight files, for example fp16")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the model (default: bfloat16, on a CPU float32)",
+    )
+    return add
+
+
 def open_backbone(
     args: argparse.Namespace, model: str, trained_on: Mapping[str, Any], abstract: bool = False
 ) -> "Backbone":
