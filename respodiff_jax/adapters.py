@@ -39,6 +39,7 @@ from respodiff_jax.adapter_files import (
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept, validate_concepts
 from respodiff_jax.modules import MidBlockModule, Params, Steering
+from respodiff_jax.storage import open_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +175,7 @@ def save_adapter(
         "metrics": adapter.metrics,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    directory = epath.Path(directory)
+    directory = open_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
     _replace(directory / CONFIG_FILE, text.encode())
@@ -187,7 +188,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
       ValueError: naming the file and what is wrong in it: missing, truncated, of a newer format,
         missing or unknown keys, wrong shapes, values that are not finite.
     """
-    directory = epath.Path(directory)
+    directory = open_path(directory)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise ValueError(
@@ -256,6 +257,25 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         sam=sam,
         backbone=first.backbone,
         default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
+    )
+
+
+def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """The adapter with these of its concepts only, in this order.
+
+    Raises:
+      ValueError: for names that it does not have.
+    """
+    if unknown := sorted(set(names) - set(adapter.names)):
+        raise ValueError(f"there are no concepts {unknown}, only {_label(adapter)}")
+    rows = [adapter.names.index(name) for name in names]
+    ram, sam = jax.tree.map(lambda x: x[rows], (adapter.ram, adapter.sam))
+    return dataclasses.replace(
+        adapter,
+        concepts=tuple(adapter.concepts[row] for row in rows),
+        ram=ram,
+        sam=sam,
+        default_scales=tuple(adapter.default_scales[row] for row in rows),
     )
 
 

@@ -24,8 +24,9 @@ from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params
 from respodiff_jax.train_step import TrainState
 
-# Options that do not change what is trained; they may differ when a run is continued.
-_FREE_SECTIONS = ("parallel", "checkpoint", "log")
+# Options that do not change what is trained; they may differ when a run is continued. (The concepts
+# have taken what they needed of the defaults.)
+_FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +121,11 @@ def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that must not change when a run is continued."""
-    config = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
+    free = {"concepts_per_device"}
     if config["optimizer"]["lr_schedule"] == "constant":  # more steps then change none before
-        config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
-    return config
+        free.add("steps")
+    train = {k: v for k, v in config["train"].items() if k not in free}
+    return {k: v for k, v in config.items() if k not in _FREE_SECTIONS} | {"train": train}
 
 
 def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
@@ -314,19 +316,36 @@ def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Ad
         step, state = checkpoints.restore_host(step)
     state = state["concepts"]
     ema = None if state["ema"] is None else optax.EmaState(**state["ema"])
-    adapter = make_adapter(record, state["ram"], state["sam"], ema)
+    adapter = make_adapter(record, state["ram"], state["sam"], ema, state["diverged_at"])
+    if adapter is None:
+        raise ValueError(f"{workdir}: every concept diverged, there is nothing to use")
     return dataclasses.replace(adapter, training=record.summary(step))
 
 
 def make_adapter(
-    record: RunRecord, ram: Params, sam: Params, ema: optax.EmaState | None
-) -> Adapter:
-    """An adapter of a run from host arrays, the fields of its `ConceptState`."""
+    record: RunRecord,
+    ram: Params,
+    sam: Params,
+    ema: optax.EmaState | None,
+    diverged_at: np.ndarray,
+) -> Adapter | None:
+    """The adapter of a run's concepts that have not diverged; None if all have.
+
+    Args:
+      record: of the run.
+      ram, sam, ema, diverged_at: host arrays, those fields of its `ConceptState`. Rows past the
+        record's concepts are copies that fill up a wave.
+    """
+    rows = np.flatnonzero(diverged_at[: len(record.concepts)] < 0)
+    if not len(rows):
+        return None
     if ema is not None:
-        decay = record.config["optimizer"]["ema_decay"]
-        ram, sam = jax.tree.map(lambda x: x / (1 - decay ** int(ema.count[0])), ema.ema)
+        # Those that have not diverged have counted the same steps.
+        debiasing = 1 - record.config["optimizer"]["ema_decay"] ** int(ema.count[rows[0]])
+        ram, sam = jax.tree.map(lambda x: x / debiasing, ema.ema)
+    ram, sam = jax.tree.map(lambda x: x[rows], (ram, sam))
     return Adapter(
-        concepts=tuple(Concept.from_dict(c) for c in record.concepts),
+        concepts=tuple(Concept.from_dict(record.concepts[row]) for row in rows),
         module=MidBlockModule(
             **dict(record.module) | {"mid_block_shape": tuple(record.module["mid_block_shape"])}
         ),

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from respodiff_jax.concepts import Concept, validate_concepts
+from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.modules import INITS, KINDS
 from respodiff_jax.rollout import KINDS as ROLLOUT_KINDS
 
@@ -39,6 +40,11 @@ def default() -> ConfigDict:
 
     # A ConfigDict of concepts, each with the fields of `respodiff_jax.concepts.Concept`.
     config.concepts = ConfigDict()
+    config.concept_defaults = ConfigDict()  # for what `add_concept` or a concepts file leaves out
+    config.concept_defaults.guidance_scale = 4.0
+    config.concept_defaults.lambda_sem = 0.5
+    config.concept_defaults.lr_ram = 1e-2
+    config.concept_defaults.lr_sam = 1e-3
 
     config.rollout = ConfigDict()
     config.rollout.kind = "faithful"  # or "streaming", which moves on with the losses' predictions
@@ -58,6 +64,8 @@ def default() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 5000
     config.train.batch_size = 1  # samples of each concept in a step, over all devices
+    # The most concepts that a device trains at a time; more are trained in waves. None: no limit.
+    config.train.concepts_per_device = placeholder(int)
     # An adapter directory; concepts that it has, by name, start from it and not from module.init.
     config.train.init_adapter = placeholder(str)
 
@@ -84,24 +92,40 @@ def add_concept(config: ConfigDict, key: str, **fields) -> None:
     Args:
       config: the config to change.
       key: a word, for `--config.concepts.KEY.lr_ram=0.03`.
-      **fields: fields of `Concept`; the others take its defaults.
+      **fields: fields of `Concept`; the others take `config.concept_defaults`.
     """
+    concept = Concept.from_dict(config.concept_defaults.to_dict() | fields)
     with config.unlocked():
-        concept = Concept.from_dict(fields).to_dict() | {
-            "neutral_prompts": tuple(fields["neutral_prompts"])
-        }
-        entry = ConfigDict(
-            {name: placeholder(str) if value is None else value for name, value in concept.items()}
+        config.concepts[key] = _entry(concept)
+
+
+def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict:
+    """A copy of the config with these concepts, in this order, instead of its own."""
+    copy = config.copy_and_resolve_references()
+    digits = len(str(len(concepts)))
+    with copy.unlocked():
+        copy.concepts = ConfigDict(
+            {f"concept_{i:0{digits}d}": _entry(concept) for i, concept in enumerate(concepts)}
         )
-        config.concepts[key] = entry
+    return copy.lock()
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def _entry(concept: Concept) -> ConfigDict:
+    fields = concept.to_dict() | {"neutral_prompts": concept.neutral_prompts}
+    return ConfigDict(
+        {name: placeholder(str) if value is None else value for name, value in fields.items()}
+    )
+
+
+def load_config(
+    path: str, overrides: Sequence[str] = (), concepts_file: str | None = None
+) -> ConfigDict:
     """Reads a config file, applies overrides and validates the result.
 
     Args:
       path: a Python file with `get_config()`.
       overrides: as on the command line, `--config.train.steps=200`.
+      concepts_file: as for `read_concepts`; its concepts then replace the config's.
 
     Raises:
       ValueError: naming an unknown key, a value of the wrong type, or what `validate` finds.
@@ -121,6 +145,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ValueError(f"config {path}: {' '.join(map(str, e.args))}") from e
     config = values.config
     config.lock()
+    if concepts_file is not None:
+        defaults = config.concept_defaults.to_dict()
+        config = with_concepts(config, read_concepts(concepts_file, defaults))
     validate(config)
     return config
 
@@ -168,6 +195,8 @@ def validate(config: ConfigDict) -> None:
     check(config.rollout.slots >= 1, "rollout.slots", "at least 1")
     check(config.train.steps >= 1, "train.steps", "at least 1")
     check(config.train.batch_size >= 1, "train.batch_size", "at least 1")
+    per_device = config.train.concepts_per_device
+    check(per_device is None or per_device >= 1, "train.concepts_per_device", "None or at least 1")
     check(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
     check(
         config.optimizer.warmup_steps < config.train.steps,

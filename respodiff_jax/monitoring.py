@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +19,13 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from respodiff_jax import diffusion
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept
-from respodiff_jax.generation import default_batch_size, initial_noise, make_sampler
+from respodiff_jax.generation import default_batch_size, initial_noise
 from respodiff_jax.images import grid
-from respodiff_jax.modules import MidBlockModule, Steering
+from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.parallel import Placement
 from respodiff_jax.train_step import Metrics
 
 # Of many concepts, nobody looks at more grids than this.
@@ -39,10 +37,11 @@ class RunLog:
 
     Args:
       workdir: of the run.
-      concepts: in the order of the metrics' concept axis.
+      concepts: in the order of the metrics' concept axis, which may go on after them.
       batch_size: samples of each concept in a step.
       first_step: steps done before, 0 or where a checkpoint resumed; later entries are dropped.
       steps: to do in all.
+      label: shown before the bar.
     """
 
     def __init__(
@@ -52,12 +51,19 @@ class RunLog:
         batch_size: int,
         first_step: int,
         steps: int,
+        label: str = "",
     ):
         self._names = [c.name for c in concepts]
+        self._diverged = np.zeros(len(concepts), bool)
         self._samples_per_step = len(concepts) * batch_size
         self._writes = jax.process_index() == 0
         self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", disable=not self._writes, smoothing=0.05
+            desc=label or None,
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=not self._writes,
+            smoothing=0.05,
         )
         self._last_time: float | None = None  # unknown until the step has compiled
         if self._writes:
@@ -75,24 +81,41 @@ class RunLog:
         if self._writes:
             self._tensorboard.close()
 
-    def write(self, step: int, metrics: Sequence[Metrics]) -> None:
-        """Records host metrics of the steps since the last call, of which `step` is the newest."""
+    def write(self, step: int, metrics: Sequence[Metrics]) -> int:
+        """Records host metrics of the steps since the last call, of which `step` is the newest.
+
+        A concept that has diverged is told of once, and recorded no more.
+
+        Returns:
+          How many concepts have not diverged.
+        """
+        metrics = [Metrics(*(x[: len(self._names)] for x in m)) for m in metrics]
+        diverged_at = metrics[-1].diverged_at
+        for i in np.flatnonzero((diverged_at >= 0) & ~self._diverged):
+            self.say(
+                f"dropped {self._names[i]!r}: loss or module no longer finite at step"
+                f" {diverged_at[i]}; it stays as it was before"
+            )
+        self._diverged = diverged_at >= 0
+        remaining = int((~self._diverged).sum())
         now = time.perf_counter()
         rate = None
         if self._last_time is not None:
             rate = len(metrics) * self._samples_per_step / (now - self._last_time)
         self._last_time = now
         self._bar.update(len(metrics))
-        if not self._writes:
-            return
+        if not self._writes or not remaining:
+            return remaining
         means = Metrics(*(np.mean(np.stack(x), axis=0) for x in zip(*metrics, strict=True)))
+        alive = ~self._diverged
         shown = ("loss_resp", "loss_sem", "grad_norm_ram", "grad_norm_sam")
         scalars = {
-            name: {field: _number(getattr(means, field)[i]) for field in shown}
+            name: {field: float(getattr(means, field)[i]) for field in shown}
             for i, name in enumerate(self._names)
+            if alive[i]
         }
         self._bar.set_postfix_str(
-            f"L_resp {means.loss_resp.mean():.4g}, L_sem {means.loss_sem.mean():.4g}"
+            f"L_resp {means.loss_resp[alive].mean():.4g}, L_sem {means.loss_sem[alive].mean():.4g}"
             + (f", {rate:.3g} samples/s" if rate else "")
         )
         line = {"step": step, "samples_per_s": rate, "concepts": scalars}
@@ -100,12 +123,11 @@ class RunLog:
             f.write(json.dumps(line) + "\n")
         for name, fields in scalars.items():
             for field, value in fields.items():
-                if value is None:
-                    continue
                 self._tensorboard.add_scalar(f"{name}/{field}", value, step)
         if rate:
             self._tensorboard.add_scalar("samples_per_s", rate, step)
         self._tensorboard.add_scalar("ddim_index", float(means.ddim_index.mean()), step)
+        return remaining
 
     def write_grid(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a validation grid, uint8 `(H, W, 3)`, to TensorBoard; its time is not the steps'."""
@@ -116,11 +138,6 @@ class RunLog:
         """Prints a line above the bar, on process 0."""
         if self._writes:
             self._bar.write(text)
-
-
-def _number(x: np.ndarray) -> float | None:
-    """A JSON number; None for NaN and infinity, which JSON does not have."""
-    return float(x) if np.isfinite(x) else None
 
 
 def _drop_lines_after(path: epath.Path, step: int) -> None:
@@ -167,8 +184,7 @@ class ValidationGrids:
       workdir: of the run; grids go to `grids/`.
       config: the config's `log` section.
       backbone: the model's functions; its parameters are not used.
-      placement: of the run.
-      module: architecture of RAM and SAM.
+      sample: `generation.make_sampler`'s function, compiled.
       concepts: the concepts, and
       arrays: their embeddings.
       resolution: in pixels.
@@ -182,8 +198,7 @@ class ValidationGrids:
         workdir: epath.Path,
         config: Any,
         backbone: Backbone,
-        placement: Placement,
-        module: MidBlockModule,
+        sample: Callable,
         concepts: Sequence[Concept],
         arrays: ConceptArrays,
         resolution: int,
@@ -195,12 +210,14 @@ class ValidationGrids:
         self._noise = initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
         # As many images at a time as `generate` gives a device: a grid fits where training does.
         self._chunk = default_batch_size(config.grid_images, 1, resolution)
-        schedule = diffusion.Schedule.from_config(backbone.scheduler_config, config.grid_steps)
-        self._sample = placement.compile_with_frozen(make_sampler(backbone, module, schedule))
+        self._sample = sample
 
     def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
-        """Samples and writes one grid for each concept; every process takes part."""
+        """Samples and writes one grid for each concept that the adapter has; every process takes
+        part."""
         for i, concept in enumerate(self._concepts):
+            if concept.name not in adapter.names:
+                continue
             rows = [
                 self._row(frozen, adapter, i, *scales)
                 for scales in zip(self.RAM_SCALES, self.SAM_SCALES, strict=True)
@@ -216,15 +233,12 @@ class ValidationGrids:
 
     def _row(self, frozen, adapter, i, ram_scale, sam_scale) -> np.ndarray:
         """Images `(grid_images, H, W, 3)` of concept i."""
-        cond, uncond, ram, sam = jax.tree.map(
-            lambda x: np.asarray(x[i : i + 1]),
-            (
-                jax.tree.map(lambda x: x[:, 0], self._arrays.neutral),
-                self._arrays.empty,
-                adapter.ram,
-                adapter.sam,
-            ),
+        neutral = jax.tree.map(lambda x: x[:, 0], self._arrays.neutral)
+        cond, uncond = jax.tree.map(
+            lambda x: np.asarray(x[i : i + 1]), (neutral, self._arrays.empty)
         )
+        column = adapter.names.index(self._concepts[i].name)
+        ram, sam = jax.tree.map(lambda x: x[column : column + 1], (adapter.ram, adapter.sam))
         cond = jax.tree.map(lambda x: np.repeat(x, self._chunk, axis=0), cond)
         weight = np.ones((self._chunk, 1), np.float32)
         steering = Steering(ram, sam, ram_scale * weight, sam_scale * weight)

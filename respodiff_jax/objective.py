@@ -50,10 +50,20 @@ class ConceptArrays(NamedTuple):
 
 
 def concept_arrays(
-    backbone: Backbone, concepts: Sequence[Concept], resolution: int
+    backbone: Backbone,
+    concepts: Sequence[Concept],
+    resolution: int,
+    most_neutral: int | None = None,
 ) -> ConceptArrays:
-    """Embeds the concepts' prompts, each distinct prompt once; returns host arrays."""
-    most_neutral = max(len(c.neutral_prompts) for c in concepts)
+    """Embeds the concepts' prompts, each distinct prompt once; returns host arrays.
+
+    Args:
+      backbone: with its text encoders' parameters.
+      concepts: N.
+      resolution: in pixels.
+      most_neutral: P; by default as many as a concept has at most.
+    """
+    most_neutral = most_neutral or max(len(c.neutral_prompts) for c in concepts)
 
     def padded(prompts):
         return [*prompts, *[prompts[-1]] * (most_neutral - len(prompts))]

@@ -1,8 +1,9 @@
 """`respodiff train`: from a config to checkpoints, pictures and an adapter."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 from etils import epath
@@ -21,17 +22,21 @@ from respodiff_jax.checkpoint import (
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, validate
 from respodiff_jax.diffusion import Schedule
+from respodiff_jax.generation import make_sampler
 from respodiff_jax.modules import MidBlockModule
 from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
 from respodiff_jax.objective import concept_arrays
-from respodiff_jax.parallel import make_placement
+from respodiff_jax.parallel import Placement, make_placement
 from respodiff_jax.train_step import Metrics, Recipe, init_state, start_from, train_step
+from respodiff_jax.waves import Wave, gather_outcomes, plan_waves, write_plan
 
 
 def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
     """Trains the config's concepts, continuing where the working directory stands.
 
-    SIGTERM saves and returns; calling again continues bit for bit.
+    More concepts than `train.concepts_per_device` allows at a time are trained in waves
+    (`respodiff_jax.waves`). SIGTERM saves and returns; calling again continues bit for bit. A
+    concept whose loss is no longer finite is dropped and told of; the others go on.
 
     Args:
       config: as from `respodiff_jax.config.load_config`.
@@ -40,127 +45,211 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
 
     Raises:
       ValueError: for what the user can mend: config, devices, directory, model.
-      FloatingPointError: if a loss or a module is no longer finite, naming step and concept. What
-        was saved before stays.
+      FloatingPointError: if every concept has diverged, naming steps and concepts. What was saved
+        before stays.
     """
     validate(config)
-    concepts = concepts_from(config)
-    batch_size = config.train.batch_size
-    placement = make_placement(
-        config.parallel.strategy, len(concepts), batch_size, config.parallel.fsdp
-    )
     workdir = _writable(workdir)
-    check_same_config(config, workdir)
-
-    saved = RunRecord.read(workdir)
-
-    # All that can be wrong is looked for before the weights are read.
-    open_model = partial(
-        load_backbone,
-        config.model.name,
-        # A run goes on with the commit that it began with, wherever the branch is now.
-        revision=config.model.revision or (saved and saved.backbone["revision"]),
-        variant=config.model.variant,
-        dtype=config.model.dtype,
+    waves = plan_waves(workdir, config, jax.device_count())
+    placement = make_placement(
+        config.parallel.strategy, waves[0].size, config.train.batch_size, config.parallel.fsdp
     )
-    _say(f"opening {config.model.name}")
-    sketch = open_model(abstract=True)
-    resolution = config.model.resolution or sketch.default_resolution
-    recipe = Recipe.from_config(config, concepts, sketch, resolution)
-    if config.log.grid_every:
-        Schedule.from_config(sketch.scheduler_config, config.log.grid_steps)
-    sketch.tokenise([prompt for concept in concepts for prompt in concept.prompts])
-    identity = sketch.identity | {
-        "resolution": resolution,
-        "prediction_type": recipe.schedule.prediction_type,
-    }
-    record = RunRecord.of(config, concepts, recipe.module, identity)
-    if saved:
-        record.check_continues(saved, workdir)
-    start = None
-    if config.train.init_adapter is not None:
-        start = load_adapter(config.train.init_adapter)
-        check_fits(start, sketch, resolution)
-        _check_start(start, concepts, recipe.module)
-
-    _say("loading the weights")
-    backbone = open_model()
-    arrays = concept_arrays(backbone, concepts, resolution)
-    parts = ("unet", "vae") if config.log.grid_every else ("unet",)
-    frozen = placement.place_frozen({part: backbone.params[part] for part in parts})
-    del backbone  # its host copy of the weights
-    placed_concepts = placement.place_concepts(arrays)
-    step_fn = placement.compile(partial(train_step, placement.prepare(recipe)))
-
-    with (
-        Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
-        Preemption() as preemption,
-    ):
-        fresh = init_state(recipe, arrays, config.seed, batch_size)
-        if start is not None:
-            fresh = start_from(fresh, concepts, start)
-        restored = checkpoints.restore_latest(placement.abstract(fresh))
-        state = placement.to_canonical_devices(fresh) if restored is None else restored
-        del fresh, restored
-        step = first_step = int(placement.fetch(state.step))
+    for wave in waves:
+        check_same_config(wave.config, wave.folder)
+    to_do = [wave for wave in waves if not (wave.label and wave.is_done)]
+    if to_do:
+        job = _Job(config, concepts_from(config), to_do, placement)
         if jax.process_index() == 0:
-            record.write(workdir)
-        state = placement.place_state(state)
-        grids = None
+            write_plan(workdir, waves)
+        with Preemption() as preemption:
+            for wave in to_do:
+                if not job.run(wave, preemption, profile and wave is to_do[0]):
+                    return
+    else:
+        _say(f"all {len(waves)} waves are done: nothing left to train")
+    if jax.process_index() == 0:
+        _report(gather_outcomes(workdir, waves), workdir)
+
+
+class _Job:
+    """What the waves share: the frozen model on the devices, and the compiled step.
+
+    Args:
+      config: of the job.
+      concepts: of all waves.
+      waves: to run; of one size.
+      placement: of such a wave on the devices.
+
+    Raises:
+      ValueError: for all that can be wrong, before the weights are read.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        concepts: Sequence[Concept],
+        waves: Sequence[Wave],
+        placement: Placement,
+    ):
+        self.config, self.placement = config, placement
+        saved = next(filter(None, (RunRecord.read(wave.folder) for wave in waves)), None)
+        open_model = partial(
+            load_backbone,
+            config.model.name,
+            # A run goes on with the commit that it began with, wherever the branch is now.
+            revision=config.model.revision or (saved and saved.backbone["revision"]),
+            variant=config.model.variant,
+            dtype=config.model.dtype,
+        )
+        _say(f"opening {config.model.name}")
+        self.sketch = open_model(abstract=True)
+        self.resolution = config.model.resolution or self.sketch.default_resolution
+        self.recipe = Recipe.from_config(config, concepts, self.sketch, self.resolution)
+        sampler = None
         if config.log.grid_every:
-            grids = ValidationGrids(
-                workdir, config.log, sketch, placement, recipe.module, concepts, arrays, resolution
-            )
+            schedule = Schedule.from_config(self.sketch.scheduler_config, config.log.grid_steps)
+            sampler = make_sampler(self.sketch, self.recipe.module, schedule)
+        self.sketch.tokenise([prompt for concept in concepts for prompt in concept.prompts])
+        for wave in waves:
+            if of_wave := RunRecord.read(wave.folder):
+                self._record(wave).check_continues(of_wave, wave.folder)
+        self.start = None
+        if config.train.init_adapter is not None:
+            self.start = load_adapter(config.train.init_adapter)
+            check_fits(self.start, self.sketch, self.resolution)
+            _check_start(self.start, concepts, self.recipe.module)
 
-        def adapter_now():
-            """The modules as they are; all processes take part."""
-            trained = placement.canonical(state).concepts
-            return make_adapter(record, *placement.fetch((trained.ram, trained.sam, trained.ema)))
+        _say("loading the weights")
+        backbone = open_model()
+        self.most_neutral = max(len(concept.neutral_prompts) for concept in concepts)
+        parts = ("unet", "vae") if sampler else ("unet",)
+        self.frozen = placement.place_frozen({part: backbone.params[part] for part in parts})
+        # The host keeps the text encoders alone.
+        texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
+        self.backbone = dataclasses.replace(backbone, params=texts)
+        self.step = placement.compile(partial(train_step, placement.prepare(self.recipe)))
+        self.sample = sampler and placement.compile_with_frozen(sampler)
 
-        with (
-            RunLog(workdir, concepts, batch_size, first_step, config.train.steps) as log,
-            Profiler(workdir / "profile" if profile else None) as profiler,
-        ):
-            log.say(
-                f"{len(concepts)} concept(s) on {jax.device_count()} {jax.devices()[0].platform}"
-                f" device(s): {placement.concept_shards} concept × {placement.data_shards} data"
-                f" shard(s), {config.parallel.strategy}"
-            )
-            if step >= config.train.steps:
-                log.say(f"step {step} of {config.train.steps} is done: nothing left to train")
-            else:
-                log.say(f"continuing at step {step}" if step else "compiling the step")
-            pending: list[Metrics] = []
-            stopped = False
-            while step < config.train.steps and not stopped:
-                profiler.before_step(step - first_step)
-                state, metrics = step_fn(state, frozen, placed_concepts)
-                pending.append(metrics)
-                step += 1
-                # Two steps under way keep the devices busy; more would delay a stop.
-                jax.block_until_ready(pending[-3:-2])
+    def _record(self, wave: Wave) -> RunRecord:
+        identity = self.sketch.identity | {
+            "resolution": self.resolution,
+            "prediction_type": self.recipe.schedule.prediction_type,
+        }
+        return RunRecord.of(wave.config, wave.concepts, self.recipe.module, identity)
 
-                stopped = preemption.reached(step)
-                last = step == config.train.steps or stopped
-                saving = last or checkpoints.due(step)
-                drawing = grids and (last or step % config.log.grid_every == 0) and not stopped
-                if saving or drawing or step % config.log.every == 0:
-                    host_metrics = [placement.fetch(placement.canonical(m)) for m in pending]
-                    pending.clear()
-                    log.write(step, host_metrics)
-                    _check_finite(host_metrics[-1], concepts, workdir)
-                if saving:
-                    checkpoints.save(step, placement.canonical(state))
-                if drawing:
-                    grids.write(step, frozen, adapter_now(), log)
-            if stopped:
-                log.say(f"stopped at step {step}, saved; run the same command to continue")
-                return
-            adapter = adapter_now()
+    def run(self, wave: Wave, preemption: Preemption, profile: bool) -> bool:
+        """Trains a wave to its end, or until the job is to stop; says whether it came to its end.
+
+        Raises:
+          FloatingPointError: if every concept of a single wave has diverged.
+        """
+        config, workdir, placement = self.config, wave.folder, self.placement
+        steps, record = config.train.steps, self._record(wave)
+        workdir.mkdir(parents=True, exist_ok=True)
+        arrays = concept_arrays(self.backbone, wave.filled_up, self.resolution, self.most_neutral)
+        concepts = placement.place_concepts(arrays)
+        with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+            fresh = init_state(self.recipe, arrays, config.seed, config.train.batch_size)
+            if self.start is not None:
+                fresh = start_from(fresh, wave.concepts, self.start)
+            restored = checkpoints.restore_latest(placement.abstract(fresh))
+            state = placement.to_canonical_devices(fresh) if restored is None else restored
+            del fresh, restored
+            step = first_step = int(placement.fetch(state.step))
             if jax.process_index() == 0:
-                adapter = dataclasses.replace(adapter, training=record.summary(step))
-                export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
-            log.say(f"adapter written to {workdir / 'adapter'}")
+                record.write(workdir)
+            state = placement.place_state(state)
+            grids = None
+            if self.sample is not None:
+                grids = ValidationGrids(
+                    workdir,
+                    config.log,
+                    self.sketch,
+                    self.sample,
+                    wave.concepts,
+                    arrays,
+                    self.resolution,
+                )
+
+            def fetch_adapter():
+                """The modules as they are, and where concepts diverged; all processes take part."""
+                trained = placement.canonical(state).concepts
+                fields = trained.ram, trained.sam, trained.ema, trained.diverged_at
+                fields = placement.fetch(fields)
+                return make_adapter(record, *fields), fields[-1][: len(wave.concepts)]
+
+            with (
+                RunLog(
+                    workdir, wave.concepts, config.train.batch_size, first_step, steps, wave.label
+                ) as log,
+                Profiler(workdir / "profile" if profile else None) as profiler,
+            ):
+                log.say(
+                    f"{len(wave.concepts)} concept(s) on {jax.device_count()}"
+                    f" {jax.devices()[0].platform} device(s): {placement.concept_shards} concept ×"
+                    f" {placement.data_shards} data shard(s), {config.parallel.strategy}"
+                )
+                if step >= steps:
+                    log.say(f"step {step} of {steps} is done: nothing left to train")
+                else:
+                    log.say(f"continuing at step {step}" if step else "compiling the step")
+                pending: list[Metrics] = []
+                stopped = False
+                while step < steps and not stopped:
+                    profiler.before_step(step - first_step)
+                    state, metrics = self.step(state, self.frozen, concepts)
+                    pending.append(metrics)
+                    step += 1
+                    # Two steps under way keep the devices busy; more would delay a stop.
+                    jax.block_until_ready(pending[-3:-2])
+
+                    stopped = preemption.reached(wave.first_step + step)
+                    last = step == steps or stopped
+                    saving = last or checkpoints.due(step)
+                    drawing = grids and (last or step % config.log.grid_every == 0) and not stopped
+                    if saving or drawing or step % config.log.every == 0:
+                        host_metrics = [placement.fetch(placement.canonical(m)) for m in pending]
+                        pending.clear()
+                        if log.write(step, host_metrics) == 0:
+                            break
+                    if saving:
+                        checkpoints.save(step, placement.canonical(state))
+                    if drawing:
+                        grids.write(step, self.frozen, fetch_adapter()[0], log)
+                if stopped:
+                    log.say(f"stopped at step {step}, saved; run the same command to continue")
+                    return False
+                adapter, diverged_at = fetch_adapter()
+                if jax.process_index() == 0:
+                    if adapter is not None:
+                        adapter = dataclasses.replace(adapter, training=record.summary(step))
+                        export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
+                        log.say(f"adapter written to {workdir / 'adapter'}")
+                    wave.write_outcomes(step, diverged_at)
+        return True
+
+
+def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
+    """Tells which concepts diverged.
+
+    Raises:
+      FloatingPointError: if all have.
+    """
+    diverged = [o for o in outcomes if o["diverged_at"] is not None]
+    named = ", ".join(f"{o['name']!r} at step {o['diverged_at']}" for o in diverged)
+    advice = (
+        "In a new --workdir, lower the learning rates or the guidance of such concepts, or set"
+        " optimizer.clip_norm"
+    )
+    if diverged and len(diverged) == len(outcomes):
+        raise FloatingPointError(
+            f"loss or module no longer finite: {named}; checkpoints in {workdir} are from before"
+            f" and good. {advice}"
+        )
+    if len(outcomes) > 1:
+        _say(f"{len(outcomes) - len(diverged)} of {len(outcomes)} concepts trained")
+    if diverged:
+        _say(f"dropped, loss or module no longer finite: {named}. {advice}")
 
 
 def _say(text: str) -> None:
@@ -199,18 +288,4 @@ def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlock
             f"train.init_adapter has {adapter.module.kind} modules with parameters {theirs}, the"
             f" config makes {module.kind} modules with {ours}; set module.kind and"
             " module.hidden_channels to the adapter's"
-        )
-
-
-def _check_finite(metrics: Metrics, concepts, workdir: epath.Path) -> None:
-    diverged = [
-        f"{concept.name!r} at step {int(step)}"
-        for concept, step in zip(concepts, metrics.diverged_at, strict=True)
-        if step >= 0
-    ]
-    if diverged:
-        raise FloatingPointError(
-            f"loss or module no longer finite: {', '.join(diverged)}; checkpoints in {workdir} are"
-            " from before and good. In a new --workdir, lower that concept's learning rates or its"
-            " guidance, or set optimizer.clip_norm"
         )

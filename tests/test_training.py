@@ -21,6 +21,7 @@ from respodiff_jax.backbone import load_backbone
 from respodiff_jax.checkpoint import Checkpoints, adapter_from_workdir
 from respodiff_jax.config import add_concept, default, load_config
 from respodiff_jax.training import train
+from respodiff_jax.waves import read_outcomes
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = str(ROOT / "configs" / "smoke.py")
@@ -260,13 +261,40 @@ def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
         train(make_config(), str(tmp_path))
 
 
-def test_a_diverging_concept_stops_the_run_and_is_named(tmp_path):
+def test_a_diverging_concept_is_dropped_and_does_not_disturb_the_other(finished, tmp_path, capfd):
     wild = {"concepts.man.lr_ram": 1e38, "log.every": 2}
-    with pytest.raises(FloatingPointError, match=r"'a man' at step \d"):
+    train(make_config(**wild), str(tmp_path))
+    written = "".join(capfd.readouterr())
+    assert "dropped 'a man': loss or module no longer finite at step" in written
+    assert "1 of 2 concepts trained" in written and "lower the learning rates" in written
+    ours, theirs = load_adapter(tmp_path / "adapter"), load_adapter(finished / "adapter")
+    assert ours.names == ("a woman",) and theirs.names == ("a man", "a woman")
+    for role in ("ram", "sam"):
+        alone, among = getattr(ours, role)["constant"][0], getattr(theirs, role)["constant"][1]
+        np.testing.assert_array_equal(alone, among)
+    held = adapter_from_workdir(tmp_path)
+    assert held.names == ("a woman",)
+    lost, kept = read_outcomes(tmp_path)
+    assert lost["name"] == "a man" and 0 <= lost["diverged_at"] < STEPS and not lost["adapter"]
+    assert kept == {
+        "name": "a woman",
+        "group": "gender",
+        "steps": STEPS,
+        "diverged_at": None,
+        "adapter": "adapter",
+    }
+    (_, state) = final_state(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_run_of_which_nothing_is_left_stops(tmp_path):
+    wild = {"concepts.man.lr_ram": 1e38, "concepts.woman.lr_ram": 1e38, "log.every": 2}
+    with pytest.raises(FloatingPointError, match=r"'a man' at step \d, 'a woman' at step \d"):
         train(make_config(**wild), str(tmp_path))
     with Checkpoints(tmp_path) as checkpoints:
         saved = [checkpoints.restore_host(step)[1] for step in checkpoints.steps]
     assert all(np.isfinite(leaf).all() for state in saved for leaf in jax.tree.leaves(state))
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_prompt_that_is_cut_is_told_before_the_weights_are_read(tmp_path, monkeypatch):
@@ -321,6 +349,8 @@ def test_every_option_is_read(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ConfigDict, "__getitem__", recording_get)
     train(config, str(tmp_path))
+    # `tests/test_waves.py` looks at these, which are read where concepts are added.
+    read |= {option for option in options if option.startswith("concept_defaults.")}
     assert options - read == {"train.idle"}
 
 

@@ -1,7 +1,6 @@
 """`respodiff export`."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from respodiff_jax.cli import inputs
@@ -12,12 +11,14 @@ DESCRIPTION = """\
 Writes the concepts that a run has trained as an adapter directory: adapter_model.safetensors and
 adapter_config.json, without optimiser state and base weights; a model card, README.md, with the
 run's newest sample grids; and torch_adapter.py, with which PyTorch users load it. The same run
-gives the same bytes. An adapter directory can be exported again, to change what the options say.
+gives the same bytes. An adapter directory can be exported again, to change what the options say,
+and of a batch of concepts those that are wanted.
 """
 
 EPILOG = """\
   respodiff export runs/gender --out adapters/gender
   respodiff export runs/gender --out adapters/gender-1000 --step 1000 --dtype float16
+  respodiff export runs/many --only "a nurse" --only "a judge" --out adapters/two
   respodiff export adapters/gender --out adapters/gender-soft --scale "a woman=0.8" \\
       --evaluation evaluations/gender
 """
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="RUN", help="training workdir, or adapter directory")
     add("--out", required=True, metavar="DIR", help="adapter directory to write")
     add("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
+    add("--only", action="append", default=[], metavar="NAME", help="take this; may be repeated")
     add(
         "--dtype",
         choices=("float32", "float16"),
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     from respodiff_jax.adapter_card import export_adapter
 
-    adapter = inputs.open_adapter(args.source, args.step)
+    adapter = inputs.open_adapter(args.source, args.step, args.only)
     scales = inputs.read_scales("--scale", args.scale)
     if unknown := sorted(set(scales) - set(adapter.names)):
         raise ValueError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
@@ -88,8 +90,9 @@ def _grid(source: str, step: int | None) -> bytes | None:
     """The picture of a workdir or of an adapter directory, if it has one."""
     from respodiff_jax.adapter_card import GRID_FILE
     from respodiff_jax.monitoring import newest_grids
+    from respodiff_jax.storage import open_path
 
     if inputs.is_workdir(source):
         return newest_grids(source, step)
-    file = pathlib.Path(source) / GRID_FILE
+    file = open_path(source) / GRID_FILE
     return file.read_bytes() if file.is_file() else None

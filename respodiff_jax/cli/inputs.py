@@ -11,9 +11,25 @@ if TYPE_CHECKING:
     from respodiff_jax.backbone import Backbone
 
 
-def open_adapter(path: str, step: int | None = None) -> "Adapter":
-    """Reads an adapter directory, a training workdir's state at a step, by default the newest, or
-    "owner/name" or "owner/name@revision" on the Hugging Face hub."""
+def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -> "Adapter":
+    """Reads an adapter.
+
+    Args:
+      path: an adapter directory, a training workdir, or "owner/name" or "owner/name@revision" on
+        the Hugging Face hub.
+      step: of a workdir that is a single run; by default the newest.
+      only: names of the concepts to take; by default all.
+    """
+    from respodiff_jax.adapters import select
+    from respodiff_jax.waves import is_batch, load_batch
+
+    if step is None and is_batch(path):
+        return load_batch(path, only)
+    adapter = _open_whole(path, step)
+    return select(adapter, only) if only else adapter
+
+
+def _open_whole(path: str, step: int | None) -> "Adapter":
     from respodiff_jax.adapters import load_adapter
     from respodiff_jax.checkpoint import adapter_from_workdir
 
@@ -31,7 +47,9 @@ def open_adapter(path: str, step: int | None = None) -> "Adapter":
 
 def is_workdir(path: str) -> bool:
     """Whether this is a run's directory, and not an adapter's."""
-    folder = pathlib.Path(path)
+    from respodiff_jax.storage import open_path
+
+    folder = open_path(path)
     return (folder / "run.json").exists() and not (folder / "adapter_config.json").exists()
 
 

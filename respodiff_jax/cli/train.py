@@ -10,6 +10,11 @@ DESCRIPTION = """\
 Trains RAM and SAM of the concepts that a config lists. The working directory gets checkpoints, logs
 and sample grids, and at the end the adapter. Run the same command again to continue after an
 interruption. All local devices are used.
+
+Many concepts come from a file, JSON lines or CSV, a concept per line: name, group, neutral_prompts,
+target_prompt or unsafe_prompt, and, where they differ from the config's concept_defaults,
+guidance_scale, lambda_sem, lr_ram, lr_sam. More than --config.train.concepts_per_device are trained
+in waves, each of which leaves its adapter; outcomes.jsonl tells where each concept is.
 """
 
 EPILOG = """\
@@ -18,6 +23,11 @@ Any option of the config can be changed, as --config.SECTION.OPTION=VALUE:
   respodiff train --config configs/smoke.py --workdir runs/smoke
   respodiff train --config configs/sd14_gender.py --workdir runs/gender \\
       --config.train.steps=2000 --config.model.name=/models/stable-diffusion-v1-4
+
+A thousand concepts, at most eight at a time on each device:
+
+  respodiff train --config configs/sd14_gender.py --concepts concepts.jsonl --workdir runs/many \
+      --config.train.concepts_per_device=8
 
 Several hosts run the same command each, on TPU pods and under Slurm:
 
@@ -34,6 +44,11 @@ or anywhere, with process 0 on host0:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    )
+    parser.add_argument(
+        "--concepts",
+        metavar="FILE",
+        help="concepts to train instead of the config's: .jsonl, .csv or a prepared data set",
     )
     parser.add_argument(
         "--workdir",
@@ -60,7 +75,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from respodiff_jax.config import load_config
     from respodiff_jax.training import train
 
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, overrides, args.concepts)
     parallel.initialize_distributed(
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
     )

@@ -7,6 +7,7 @@ The layouts are those in which the sets are in use: profession prompts, I2P (Sch
 import csv
 import dataclasses
 import hashlib
+import io
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import huggingface_hub
+from etils import epath
 
 MAX_SEED = 2**32 - 1
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
@@ -102,7 +104,7 @@ def locate(file: str) -> pathlib.Path:
         ) from error
 
 
-def file_sha256(file: pathlib.Path, expected: str | None = None) -> str:
+def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) -> str:
     """The file's digest, hexadecimal.
 
     Raises:
@@ -118,24 +120,31 @@ def file_sha256(file: pathlib.Path, expected: str | None = None) -> str:
     return digest
 
 
-def read_table(file: pathlib.Path, layout: Layout) -> list[dict[str, Any]]:
+def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list[dict[str, Any]]:
     """The rows of a CSV file with a header, values parsed, in its order.
+
+    Args:
+      file: its path.
+      layout: the columns to read.
+      only: whether other columns are a mistake; else they are ignored.
 
     Raises:
       ValueError: if the file cannot be read or has no rows, lacks columns, or a cell is not what
         its column holds; naming the line and what is wrong.
     """
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines)
-            names = table.fieldnames or ()
-            needed = [name for name, column in layout.items() if column.required]
-            if lost := sorted(set(needed) - set(names)):
-                raise ValueError(
-                    f"{file} lacks the column(s) {lost}, expected {', '.join(needed)}; it has"
-                    f" {list(names)}"
-                )
-            rows = [_parsed(f"{file}, line {table.line_num}", row, layout) for row in table]
+        text = epath.Path(file).read_bytes().decode("utf-8-sig")
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        names = table.fieldnames or ()
+        needed = [name for name, column in layout.items() if column.required]
+        if lost := sorted(set(needed) - set(names)):
+            raise ValueError(
+                f"{file} lacks the column(s) {lost}, expected {', '.join(needed)}; it has"
+                f" {list(names)}"
+            )
+        if only and (unknown := sorted(set(names) - set(layout))):
+            raise ValueError(f"{file} has unknown columns {unknown}, expected {', '.join(layout)}")
+        rows = [_parsed(f"{file}, line {table.line_num}", row, layout) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
     if not rows:

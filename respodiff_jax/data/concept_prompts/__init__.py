@@ -1,0 +1,1 @@
+"""Concepts to train as a `tensorflow_datasets` data set."""

@@ -1,0 +1,197 @@
+"""Waves: a large batch of concepts, trained so many at a time.
+
+Each wave is a run of its own in a folder of its own, `waves/0000`, `waves/0001`, ... of the working
+directory: with its `run.json`, checkpoints, logs and, at its end, its adapter. All have the same
+number of concepts, so that one compiled step serves all; the last is filled up with copies of its
+last concept, which are trained and thrown away. A batch that fits the devices is a single wave, in
+the working directory itself.
+
+`outcomes.jsonl` tells what became of each concept: a line `{"name", "group", "steps",
+"diverged_at", "adapter"}`, where `adapter` is the folder that has it, relative to the file's, or
+null if the concept diverged. It is written when a wave ends.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
+from respodiff_jax.concepts import Concept
+from respodiff_jax.config import concepts_from, with_concepts
+
+OUTCOMES_FILE = "outcomes.jsonl"
+_PLAN_FILE = "waves.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """Concepts that are trained together.
+
+    Attributes:
+      folder: working directory of the wave.
+      config: the job's, with these concepts.
+      concepts: of the wave.
+      size: concepts in the training state; those past `len(concepts)` are copies of the last.
+      first_step: steps of the job that come before the wave's.
+      label: "" for a single wave, else what to call it.
+    """
+
+    folder: epath.Path
+    config: ConfigDict
+    concepts: tuple[Concept, ...]
+    size: int
+    first_step: int = 0
+    label: str = ""
+
+    @property
+    def filled_up(self) -> tuple[Concept, ...]:
+        """The concepts of the training state."""
+        return (*self.concepts, *self.concepts[-1:] * (self.size - len(self.concepts)))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all its concepts have been trained as long as the config says, or diverged."""
+        steps = self.config.train.steps
+        outcomes = read_outcomes(self.folder)
+        return bool(outcomes) and all(
+            o["steps"] == steps or o["diverged_at"] is not None for o in outcomes
+        )
+
+    def write_outcomes(self, steps: int, diverged_at: Iterable[int]) -> None:
+        """Records how the wave ended.
+
+        Args:
+          steps: trained.
+          diverged_at: for each concept the step at which it diverged, or -1.
+        """
+        _write_lines(
+            self.folder / OUTCOMES_FILE,
+            [
+                {
+                    "name": concept.name,
+                    "group": concept.group,
+                    "steps": steps,
+                    "diverged_at": None if step < 0 else int(step),
+                    "adapter": "adapter" if step < 0 else None,
+                }
+                for concept, step in zip(self.concepts, diverged_at, strict=True)
+            ],
+        )
+
+
+def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> int:
+    """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
+
+    Args:
+      num_concepts: of the job.
+      num_devices: over all processes.
+      per_device: the most that a device trains at a time; None for no limit.
+    """
+    if per_device is None or num_concepts <= num_devices * per_device:
+        return num_concepts
+    waves = math.ceil(num_concepts / (num_devices * per_device))
+    return math.ceil(num_concepts / waves / num_devices) * num_devices
+
+
+def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Wave]:
+    """The waves of a job, in order.
+
+    A directory that has been begun keeps its waves, on whatever number of devices it is continued.
+
+    Raises:
+      ValueError: if the directory was begun with another number of concepts.
+    """
+    workdir, concepts = epath.Path(workdir), concepts_from(config)
+    size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
+    if (workdir / "run.json").exists():
+        size = len(concepts)
+    elif (workdir / _PLAN_FILE).exists():
+        plan = json.loads((workdir / _PLAN_FILE).read_text())
+        if plan["concepts"] != len(concepts):
+            raise ValueError(
+                f"workdir {workdir} belongs to a batch of {plan['concepts']} concepts, here are"
+                f" {len(concepts)}; use another --workdir for more, or the batch it began with"
+            )
+        size = plan["size"]
+    if size == len(concepts):
+        return [Wave(workdir, config, concepts, size)]
+    parts = [concepts[start : start + size] for start in range(0, len(concepts), size)]
+    return [
+        Wave(
+            folder=workdir / "waves" / f"{number:04d}",
+            config=with_concepts(config, part),
+            concepts=part,
+            size=size,
+            first_step=number * config.train.steps,
+            label=f"wave {number + 1} of {len(parts)}",
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
+    """Makes the waves binding for the directory; a single one's `run.json` does that by itself."""
+    if len(waves) > 1:
+        plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
+        _write_lines(epath.Path(workdir) / _PLAN_FILE, [plan])
+
+
+def gather_outcomes(workdir: epath.PathLike, waves: Sequence[Wave]) -> list[dict[str, Any]]:
+    """The outcomes of the waves that have ended; of several also written to the directory."""
+    workdir = epath.Path(workdir)
+    gathered = []
+    for wave in waves:
+        path = wave.folder.relative_to(workdir)
+        for outcome in read_outcomes(wave.folder):
+            has_adapter = outcome["adapter"] is not None
+            gathered.append(outcome | {"adapter": str(path / "adapter") if has_adapter else None})
+    if len(waves) > 1:
+        _write_lines(workdir / OUTCOMES_FILE, gathered)
+    return gathered
+
+
+def is_batch(workdir: epath.PathLike) -> bool:
+    """Whether a directory is that of several waves."""
+    return (epath.Path(workdir) / _PLAN_FILE).exists()
+
+
+def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
+    """The adapter of the concepts that the waves have trained so far.
+
+    Args:
+      workdir: of several waves.
+      only: names of the concepts to take; by default all.
+
+    Raises:
+      ValueError: if no wave has ended, or a concept is not there, saying what became of it.
+    """
+    outcomes = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
+    if not outcomes:
+        raise ValueError(f"no wave of {workdir} has ended yet: there is no adapter to use")
+    for name in only:
+        if name not in outcomes:
+            raise ValueError(f"{workdir} has no concept {name!r} yet, see its {OUTCOMES_FILE}")
+        if outcomes[name]["adapter"] is None:
+            step = outcomes[name]["diverged_at"]
+            raise ValueError(f"{workdir}: concept {name!r} diverged at step {step}")
+    wanted = [outcomes[name] for name in only] or [*outcomes.values()]
+    folders = dict.fromkeys(o["adapter"] for o in wanted if o["adapter"] is not None)
+    found = concatenate([load_adapter(epath.Path(workdir) / folder) for folder in folders])
+    return select(found, only) if only else found
+
+
+def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a folder's `outcomes.jsonl`; none where there is none."""
+    path = epath.Path(folder) / OUTCOMES_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _write_lines(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(path)

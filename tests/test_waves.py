@@ -1,0 +1,351 @@
+"""Batches of concepts: files of them, waves, what becomes of each, kills and restarts."""
+
+import functools
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from respodiff_jax import cli, waves
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.concepts import Concept
+from respodiff_jax.config import concepts_from, load_config
+from respodiff_jax.data.concept_files import read_concepts
+from respodiff_jax.data.concept_prompts import concept_prompts_dataset_builder
+from respodiff_jax.objective import concept_arrays
+from respodiff_jax.train_step import Recipe, init_state, train_step
+from respodiff_jax.training import train
+from respodiff_jax.waves import plan_waves, read_outcomes, wave_size
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+SMOKE = str(CONFIGS / "smoke.py")
+EMOJI_CONCEPTS = str(CONFIGS / "emoji_concepts.jsonl")
+OVERRIDES = (
+    "--config.rollout.num_steps=4",
+    "--config.train.steps=4",
+    "--config.train.batch_size=1",
+    "--config.train.concepts_per_device=1",
+    "--config.checkpoint.every=2",
+    "--config.log.every=1",
+    "--config.log.grid_every=0",
+)
+
+CSV = """\
+name,group,kind,neutral_prompts,target_prompt,unsafe_prompt,lr_ram
+a woman,gender,fairness,a person,a woman,,0.03
+anti-violence,safety,safety,a scene|a street,,violence,
+a man,gender,,a person,a man,,
+"""
+JSON_LINES = """\
+{"name": "a woman", "group": "gender", "kind": "fairness", "neutral_prompts": "a person", \
+"target_prompt": "a woman", "lr_ram": 0.03}
+
+{"name": "anti-violence", "group": "safety", "kind": "safety", "unsafe_prompt": "violence", \
+"neutral_prompts": ["a scene", "a street"]}
+{"name": "a man", "group": "gender", "neutral_prompts": ["a person"], "target_prompt": "a man"}
+"""
+CONCEPTS = (
+    Concept("a woman", "gender", ("a person",), target_prompt="a woman", lr_ram=0.03, lr_sam=0.5),
+    Concept("anti-violence", "safety", ("a scene", "a street"), None, "violence", lr_sam=0.5),
+    Concept("a man", "gender", ("a person",), target_prompt="a man", lr_sam=0.5),
+)
+
+
+def write_concepts(path, count, **of_one):
+    """A file of `count` concepts, whose second has other fields too."""
+    rows = [
+        {
+            "name": f"concept {i}",
+            "group": "numbers",
+            # Not all have as many neutral prompts, and not all waves the most.
+            "neutral_prompts": ["a person", "someone"][: 1 + (i == 0)],
+            "target_prompt": f"the number {i}",
+        }
+        for i in range(count)
+    ]
+    rows[1] |= of_one
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def train_command(concepts, workdir, *overrides):
+    argv = ["train", "--config", SMOKE, "--concepts", concepts, "--workdir", str(workdir)]
+    return [*argv, *OVERRIDES, *overrides]
+
+
+def modules_of(workdir):
+    """Concept name -> its (RAM, SAM), of all adapters that a job left."""
+    found = {}
+    for outcome in read_outcomes(workdir):
+        if outcome["adapter"] is not None:
+            adapter = load_adapter(workdir / outcome["adapter"])
+            row = adapter.names.index(outcome["name"])
+            found[outcome["name"]] = adapter.ram["constant"][row], adapter.sam["constant"][row]
+    return found
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    """Twenty concepts on eight devices, one a device: waves of eight, eight and four; the
+    eighth is wild."""
+    folder = tmp_path_factory.mktemp("twenty")
+    concepts = write_concepts(folder / "concepts.jsonl", 20, lr_ram=1e38)
+    assert cli.main(train_command(concepts, folder / "run")) == 0
+    return concepts, folder / "run"
+
+
+def test_the_same_concepts_from_json_lines_csv_and_a_data_set(tmp_path):
+    (tmp_path / "c.csv").write_text(CSV)
+    (tmp_path / "c.jsonl").write_text(JSON_LINES)
+    defaults = {"lr_sam": 0.5}
+    assert read_concepts(tmp_path / "c.csv", defaults) == CONCEPTS
+    assert read_concepts(tmp_path / "c.jsonl", defaults) == CONCEPTS
+    for name in ("c.csv", "c.jsonl"):
+        builder = concept_prompts_dataset_builder.Builder(
+            file=tmp_path / name, data_dir=tmp_path / "data" / name, file_format="array_record"
+        )
+        builder.download_and_prepare()
+        assert builder.info.metadata["file"] == name
+        assert builder.info.splits["train"].num_examples == 3
+        assert read_concepts(builder.data_path, defaults) == CONCEPTS
+
+
+def test_the_shipped_concepts_are_sixty_four_of_both_kinds():
+    concepts = read_concepts(EMOJI_CONCEPTS)
+    assert len(concepts) == 64
+    assert {concept.is_safety for concept in concepts} == {False, True}
+
+
+def test_a_file_replaces_the_configs_concepts_and_takes_its_defaults(tmp_path):
+    (tmp_path / "c.jsonl").write_text(JSON_LINES)
+    numbers = {"guidance_scale": 2.0, "lambda_sem": 3.0, "lr_ram": 0.25, "lr_sam": 0.5}
+    overrides = [f"--config.concept_defaults.{name}={value}" for name, value in numbers.items()]
+    config = load_config(SMOKE, overrides, str(tmp_path / "c.jsonl"))
+    woman, safety, man = concepts_from(config)
+    assert (woman.name, safety.name, man.name) == ("a woman", "anti-violence", "a man")
+    for concept in (woman, safety, man):
+        found = {name: getattr(concept, name) for name in numbers}
+        assert found == numbers | ({"lr_ram": 0.03} if concept is woman else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.jsonl", "\n{", "line 2: not JSON"),
+        ("c.jsonl", "{}", r"line 1: missing fields \['name', 'group', 'neutral_prompts'\]"),
+        ("c.jsonl", "[]", r"line 1: \[\], expected an object"),
+        ("c.jsonl", '{"nam": 1}', r"line 1: unknown fields \['nam'\], expected name, group"),
+        ("c.jsonl", "\n", "has no concepts"),
+        ("c.jsonl", b"\xff", "cannot be read as UTF-8"),
+        ("c.jsonl", JSON_LINES.replace("0.03", '"x"'), "line 1: lr_ram is 'x', expected a number"),
+        ("c.jsonl", JSON_LINES.replace("0.03", "-1"), "'a woman': lr_ram is -1, expected zero"),
+        ("c.jsonl", JSON_LINES.replace('"violence"', "7"), "unsafe_prompt is 7, expected a text"),
+        ("c.jsonl", JSON_LINES.replace('"a person"', "1", 1), "neutral_prompts is 1, expected a"),
+        ("c.jsonl", JSON_LINES.replace("a man", "a woman"), "'a woman' are duplicates"),
+        ("c.jsonl", JSON_LINES.replace("fairness", "safety"), "is 'safety' with target_prompt"),
+        ("c.csv", CSV.replace("lr_ram", "lr"), r"unknown columns \['lr'\]"),
+        ("c.csv", CSV.replace("0.03", "high"), "line 2: lr_ram is 'high', expected a number"),
+        ("c.csv", CSV.replace("group", "attribute"), r"lacks the column\(s\) \['group'\]"),
+        ("c.txt", CSV, r"files end in \.jsonl or \.csv"),
+        ("folder/c.csv", CSV, "a folder, but not a prepared data set"),
+    ],
+)
+def test_bad_concepts_are_explained(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = file.parent if name.startswith("folder") else file
+    with pytest.raises(ValueError, match=message) as error:
+        read_concepts(source)
+    assert str(source) in str(error.value)
+
+
+def test_the_command_names_a_missing_concepts_file(tmp_path, capsys):
+    assert cli.main(train_command(str(tmp_path / "none.csv"), tmp_path / "run")) == 2
+    assert "there is no concepts file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_builder_needs_a_file_and_checks_it(tmp_path):
+    options = {"data_dir": tmp_path / "data", "file_format": "array_record"}
+    with pytest.raises(ValueError, match=r"made from a concepts file.*Builder\(file="):
+        concept_prompts_dataset_builder.Builder(**options).download_and_prepare()
+    (tmp_path / "c.csv").write_text(CSV.replace("a man", "a woman"))
+    builder = concept_prompts_dataset_builder.Builder(file=tmp_path / "c.csv", **options)
+    assert isinstance(builder, tfds.core.GeneratorBasedBuilder)
+    with pytest.raises(ValueError, match="duplicates"):
+        builder.download_and_prepare()
+
+
+@pytest.mark.parametrize(
+    ("concepts", "devices", "per_device", "size"),
+    [
+        (3, 8, None, 3),
+        (64, 8, 8, 64),
+        (65, 8, 8, 40),  # two waves of about equal size, not 64 and 1
+        (20, 8, 1, 8),
+        (1000, 256, 2, 512),
+        (5, 1, 2, 2),
+        (3, 2, 1, 2),
+    ],
+)
+def test_size_of_waves(concepts, devices, per_device, size):
+    assert wave_size(concepts, devices, per_device) == size
+
+
+def test_a_batch_leaves_an_adapter_per_wave_and_tells_where_each_concept_is(twenty, capsys):
+    _, workdir = twenty
+    outcomes = read_outcomes(workdir)
+    assert [o["name"] for o in outcomes] == [f"concept {i}" for i in range(20)]
+    assert [o["adapter"] for o in outcomes] == [
+        None if i == 1 else f"waves/{i // 8:04d}/adapter" for i in range(20)
+    ]
+    assert outcomes[1]["diverged_at"] is not None and outcomes[0]["steps"] == 4
+    adapter = load_adapter(workdir / "waves" / "0002" / "adapter")
+    assert adapter.names == tuple(f"concept {i}" for i in range(16, 20))  # no fillers
+    assert cli.main(["inspect", str(workdir / "waves" / "0002")]) == 0
+    assert "concept 19" in capsys.readouterr().out
+
+
+def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
+    _, workdir = twenty
+
+    def export(*names):
+        only = [part for name in names for part in ("--only", name)]
+        return cli.main(["export", str(workdir), *only, "--out", str(tmp_path / "out")])
+
+    assert export("concept 17", "concept 3") == 0
+    adapter = load_adapter(tmp_path / "out")
+    assert adapter.names == ("concept 17", "concept 3")
+    for row, name in enumerate(adapter.names):
+        np.testing.assert_array_equal(adapter.ram["constant"][row], modules_of(workdir)[name][0])
+    assert export() == 0
+    assert len(load_adapter(tmp_path / "out").names) == 19
+    capsys.readouterr()
+    assert export("concept 1") == 2
+    assert "concept 'concept 1' diverged at step" in capsys.readouterr().err
+    assert export("concept 99") == 2
+    assert "has no concept 'concept 99' yet" in capsys.readouterr().err
+
+
+def test_a_concept_of_a_batch_is_the_one_trained_alone(twenty, tmp_path):
+    concepts, workdir = twenty
+    lines = pathlib.Path(concepts).read_text().splitlines()
+    found = modules_of(workdir)
+    assert len(found) == 19
+    for i in (0, 19):
+        (tmp_path / f"{i}.jsonl").write_text(lines[i])
+        # Alone it lies on all eight devices, which share its batch; so it gets that of one.
+        config = load_config(SMOKE, OVERRIDES, str(tmp_path / f"{i}.jsonl"))
+        with pytest.MonkeyPatch.context() as patch:
+            _use_one_device(patch)
+            train(config, str(tmp_path / str(i)))
+        alone = load_adapter(tmp_path / str(i) / "adapter")
+        for ours, theirs in zip(found[f"concept {i}"], (alone.ram, alone.sam), strict=True):
+            theirs = theirs["constant"][0]
+            assert np.linalg.norm(theirs) > 0
+            assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs)
+
+
+def _use_one_device(patch):
+    local = jax.local_devices
+    patch.setattr(jax, "local_devices", lambda *args, **kwargs: local(*args, **kwargs)[:1])
+    patch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_a_finished_batch_has_nothing_left_to_do(twenty, capsys):
+    concepts, workdir = twenty
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "waves").rglob("*.safetensors")}
+    assert cli.main(train_command(concepts, workdir)) == 0
+    assert "all 3 waves are done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_batch_is_refused(twenty, tmp_path, capsys):
+    _, workdir = twenty
+    more = write_concepts(tmp_path / "more.jsonl", 21)
+    assert cli.main(train_command(more, workdir)) == 2
+    assert "belongs to a batch of 20 concepts, here are 21" in capsys.readouterr().err
+    other = write_concepts(tmp_path / "other.jsonl", 20, lambda_sem=3.0)
+    assert cli.main(train_command(other, workdir)) == 2
+    assert "concept_1.lambda_sem: 0.5 there, 3.0 here" in capsys.readouterr().err
+
+
+def test_a_batch_continues_on_other_devices_with_the_waves_it_began_with(twenty):
+    concepts, workdir = twenty
+    config = load_config(SMOKE, OVERRIDES, concepts)
+    for devices in (1, 8, 512):
+        planned = plan_waves(workdir, config, devices)
+        assert [len(wave.concepts) for wave in planned] == [8, 8, 4]
+        assert [wave.size for wave in planned] == [8, 8, 8]
+        assert [len(wave.filled_up) for wave in planned] == [8, 8, 8]
+
+
+def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, tmp_path):
+    """Two SIGKILLs, then to the end: the adapters have the same bytes."""
+    concepts, workdir = twenty
+    moments = random.Random(0)
+    command = [sys.executable, "-m", "respodiff_jax", *train_command(concepts, tmp_path / "run")]
+    reached = []
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        _wait_for_progress(process, tmp_path / "run", len(reached))
+        time.sleep(moments.uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(len(list((tmp_path / "run").glob("waves/*"))))
+    assert reached[0] < 3  # it was killed before its end
+    subprocess.run(command, check=True, capture_output=True)
+    files = sorted(path.relative_to(workdir) for path in workdir.rglob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert (workdir / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert waves.read_outcomes(workdir) == waves.read_outcomes(tmp_path / "run")
+
+
+def _wait_for_progress(process, workdir, number):
+    """Until that wave has begun to train, or the process has ended."""
+    while process.poll() is None:
+        if (workdir / "waves" / f"{number:04d}" / "metrics.jsonl").exists():
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
+    """On eight simulated devices, eight concepts each; run with `-s` to see the differences."""
+    overrides = [f"--config.train.{option}" for option in ("steps=10", "batch_size=2")]
+    overrides += ["--config.log.grid_every=0"]
+    config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
+    train(config, str(tmp_path))
+    together = modules_of(tmp_path)
+    assert len(together) == 64
+
+    backbone = load_backbone("emoji-world", dtype="float32")
+    resolution = backbone.default_resolution
+    steps = {}
+    worst = 0.0
+    for concept in concepts_from(config):
+        if concept.is_safety not in steps:
+            recipe = Recipe.from_config(config, [concept], backbone, resolution)
+            steps[concept.is_safety] = recipe, jax.jit(functools.partial(train_step, recipe))
+        recipe, step = steps[concept.is_safety]
+        arrays = concept_arrays(backbone, [concept], resolution)
+        state = init_state(recipe, arrays, config.seed, config.train.batch_size)
+        for _ in range(config.train.steps):
+            state, _ = step(state, backbone.params, arrays, np.arange(2))
+        alone = state.concepts.ram["constant"][0], state.concepts.sam["constant"][0]
+        for ours, theirs in zip(together[concept.name], alone, strict=True):
+            worst = max(worst, np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    print(f"largest relative difference of a module: {worst:.1e}")
+    assert worst < 1e-3
