@@ -25,9 +25,16 @@ from respodiff_jax.diffusion import Schedule
 from respodiff_jax.generation import make_sampler
 from respodiff_jax.modules import MidBlockModule
 from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
-from respodiff_jax.objective import concept_arrays
+from respodiff_jax.objective import ConceptArrays, concept_arrays
 from respodiff_jax.parallel import Placement, make_placement
-from respodiff_jax.train_step import Metrics, Recipe, init_state, start_from, train_step
+from respodiff_jax.train_step import (
+    Metrics,
+    Recipe,
+    TrainState,
+    init_state,
+    start_from,
+    train_step,
+)
 from respodiff_jax.waves import Wave, gather_outcomes, plan_waves, write_plan
 
 
@@ -137,39 +144,46 @@ class _Job:
         }
         return RunRecord.of(wave.config, wave.concepts, self.recipe.module, identity)
 
+    def _newest_state(
+        self, wave: Wave, arrays: ConceptArrays, checkpoints: Checkpoints
+    ) -> TrainState:
+        """The wave's last checkpoint, or its state before the first step; canonical."""
+        fresh = init_state(self.recipe, arrays, self.config.seed, self.config.train.batch_size)
+        if self.start is not None:
+            fresh = start_from(fresh, wave.concepts, self.start)
+        restored = checkpoints.restore_latest(self.placement.abstract(fresh))
+        return self.placement.to_canonical_devices(fresh) if restored is None else restored
+
+    def _grids(self, wave: Wave, arrays: ConceptArrays) -> ValidationGrids | None:
+        if self.sample is None:
+            return None
+        return ValidationGrids(
+            wave.folder,
+            self.config.log,
+            self.sketch,
+            self.sample,
+            wave.concepts,
+            arrays,
+            self.resolution,
+        )
+
     def run(self, wave: Wave, preemption: Preemption, profile: bool) -> bool:
         """Trains a wave to its end, or until the job is to stop; says whether it came to its end.
 
-        Raises:
-          FloatingPointError: if every concept of a single wave has diverged.
+        It also ends when all its concepts have diverged.
         """
         config, workdir, placement = self.config, wave.folder, self.placement
         steps, record = config.train.steps, self._record(wave)
         workdir.mkdir(parents=True, exist_ok=True)
         arrays = concept_arrays(self.backbone, wave.filled_up, self.resolution, self.most_neutral)
         concepts = placement.place_concepts(arrays)
+        grids = self._grids(wave, arrays)
         with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
-            fresh = init_state(self.recipe, arrays, config.seed, config.train.batch_size)
-            if self.start is not None:
-                fresh = start_from(fresh, wave.concepts, self.start)
-            restored = checkpoints.restore_latest(placement.abstract(fresh))
-            state = placement.to_canonical_devices(fresh) if restored is None else restored
-            del fresh, restored
+            state = self._newest_state(wave, arrays, checkpoints)
             step = first_step = int(placement.fetch(state.step))
             if jax.process_index() == 0:
                 record.write(workdir)
             state = placement.place_state(state)
-            grids = None
-            if self.sample is not None:
-                grids = ValidationGrids(
-                    workdir,
-                    config.log,
-                    self.sketch,
-                    self.sample,
-                    wave.concepts,
-                    arrays,
-                    self.resolution,
-                )
 
             def fetch_adapter():
                 """The modules as they are, and where concepts diverged; all processes take part."""
