@@ -22,7 +22,7 @@ from respodiff_jax.emoji import autoencoder, clip, denoiser, export, loop, token
 STAGES = {  # stage -> steps, batch size
     "clip": (4000, 64),
     "vae": (4000, 8),
-    "unet": (6400, 32),
+    "unet": (11200, 32),
 }
 POOL_SIZE = 50_000
 
