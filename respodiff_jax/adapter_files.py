@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from respodiff_jax.modules import MidBlockModule, Params
+from respodiff_jax.storage import local_copy
 
 FORMAT = "respodiff-adapter"
 FORMAT_VERSION = 1
@@ -126,7 +127,7 @@ def read_weights(
         for key, shape in shapes.items()
     }
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as local, safe_open(local, framework="numpy") as file:
             check_keys(path.name, file.keys(), expected)
             for key, shape in expected.items():
                 entry = file.get_slice(key)

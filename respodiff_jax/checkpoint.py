@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params
+from respodiff_jax.storage import is_remote, open_path
 from respodiff_jax.train_step import TrainState
 
 # Options that do not change what is trained; they may differ when a run is continued. (The concepts
@@ -67,7 +68,7 @@ class RunRecord:
     @classmethod
     def read(cls, workdir: epath.PathLike) -> "RunRecord | None":
         """The record of a directory, or None where there is none."""
-        path = epath.Path(workdir) / "run.json"
+        path = open_path(workdir) / "run.json"
         if not path.exists():
             return None
         try:
@@ -125,7 +126,9 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["optimizer"]["lr_schedule"] == "constant":  # more steps then change none before
         free.add("steps")
     train = {k: v for k, v in config["train"].items() if k not in free}
-    return {k: v for k, v in config.items() if k not in _FREE_SECTIONS} | {"train": train}
+    model = {k: v for k, v in config["model"].items() if k != "attention"}
+    binding = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
+    return binding | {"train": train, "model": model}
 
 
 def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
@@ -162,7 +165,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, every: int = 1, keep: int | None = None):
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        # `resolve` takes a URL for a relative path.
+        path = open_path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()
+        self.directory = path / "checkpoints"
         self._every = every
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(
@@ -256,6 +261,8 @@ class Checkpoints:
         if steps and jax.process_index() == 0:
             damaged = self.directory.parent / "damaged_checkpoints"
             damaged.mkdir(parents=True, exist_ok=True)
+            # A folder of a bucket is only there with a file in it.
+            (damaged / "README").write_text("Checkpoints that could not be read.\n")
             for step in steps:
                 (self.directory / str(step)).replace(damaged / str(step))
         _all_processes(True)  # none goes on before they are moved

@@ -17,6 +17,7 @@ from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.modules import INITS, KINDS
 from respodiff_jax.rollout import KINDS as ROLLOUT_KINDS
 
+ATTENTION = ("auto", "plain", "flash", "cudnn")
 STRATEGIES = ("pmap", "mesh")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -31,6 +32,7 @@ def default() -> ConfigDict:
     config.model.revision = placeholder(str)  # hub branch, tag or commit
     config.model.variant = placeholder(str)  # "fp16" reads *.fp16.safetensors
     config.model.dtype = "bfloat16"  # of the frozen parts: "bfloat16" or "float32"
+    config.model.attention = "auto"  # "plain", "flash" (TPU) or "cudnn" (NVIDIA, bfloat16)
     config.model.resolution = placeholder(int)  # pixels; None is the model's own
 
     config.module = ConfigDict()
@@ -181,6 +183,7 @@ def validate(config: ConfigDict) -> None:
 
     concepts_from(config)
     check_choice("model.dtype", ("bfloat16", "float32"))
+    check_choice("model.attention", ATTENTION)
     check_choice("module.kind", KINDS)
     check_choice("module.init", INITS)
     check_choice("parallel.strategy", STRATEGIES)

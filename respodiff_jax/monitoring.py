@@ -4,6 +4,7 @@ All of it is written below the working directory, by process 0: `metrics.jsonl`,
 `grids/`.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -26,10 +27,13 @@ from respodiff_jax.generation import default_batch_size, initial_noise
 from respodiff_jax.images import grid
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.storage import LocalFolder, append_text
 from respodiff_jax.train_step import Metrics
 
 # Of many concepts, nobody looks at more grids than this.
 MAX_GRIDS = 8
+# How often TensorBoard's events are copied to a bucket.
+PUSH_SECONDS = 120
 
 
 class RunLog:
@@ -69,9 +73,11 @@ class RunLog:
         if self._writes:
             self._jsonl = workdir / "metrics.jsonl"
             _drop_lines_after(self._jsonl, first_step)
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step + 1
-            )
+            # Its own writer for buckets has a thread that ends with the first failure, and the run
+            # would then wait for it.
+            self._events = LocalFolder(workdir / "tensorboard")
+            self._tensorboard = SummaryWriter(str(self._events.path), purge_step=first_step + 1)
+            self._pushed = time.monotonic()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -80,6 +86,7 @@ class RunLog:
         self._bar.close()
         if self._writes:
             self._tensorboard.close()
+            self._events.close()
 
     def write(self, step: int, metrics: Sequence[Metrics]) -> int:
         """Records host metrics of the steps since the last call, of which `step` is the newest.
@@ -119,14 +126,17 @@ class RunLog:
             + (f", {rate:.3g} samples/s" if rate else "")
         )
         line = {"step": step, "samples_per_s": rate, "concepts": scalars}
-        with self._jsonl.open("a") as f:
-            f.write(json.dumps(line) + "\n")
+        append_text(self._jsonl, json.dumps(line) + "\n")
         for name, fields in scalars.items():
             for field, value in fields.items():
                 self._tensorboard.add_scalar(f"{name}/{field}", value, step)
         if rate:
             self._tensorboard.add_scalar("samples_per_s", rate, step)
         self._tensorboard.add_scalar("ddim_index", float(means.ddim_index.mean()), step)
+        if time.monotonic() - self._pushed > PUSH_SECONDS:
+            self._tensorboard.flush()
+            self._events.push()
+            self._pushed = time.monotonic()
         return remaining
 
     def write_grid(self, step: int, name: str, image: np.ndarray) -> None:
@@ -158,23 +168,22 @@ class Profiler:
 
     def __init__(self, directory: epath.Path | None):
         self._directory = directory
-        self._tracing = False
+        self._trace = contextlib.ExitStack()
 
     def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
+        self._trace.close()
 
     def before_step(self, index: int) -> None:
         """Starts or stops the trace; `index` counts the steps of this start."""
         if self._directory is not None and index == self.FIRST:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
-        elif self._tracing and index > self.LAST:
-            jax.profiler.stop_trace()
-            self._tracing = False
+            folder = LocalFolder(self._directory)
+            self._trace.callback(folder.close)
+            self._trace.enter_context(jax.profiler.trace(folder.path))
+        elif index > self.LAST:
+            self._trace.close()
 
 
 class ValidationGrids:

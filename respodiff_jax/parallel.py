@@ -14,10 +14,12 @@ a run may continue under the other strategy or on another number of devices.
 """
 
 import abc
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from respodiff_jax.train_step import Metrics, Recipe, TrainState
 
 P = PartitionSpec
 _AXIS = "device"  # the pmapped axis
+# How long a process that failed waits for the others, which may have failed as well.
+LEAVE_SECONDS = 30
 
 
 def initialize_distributed(
@@ -72,6 +76,23 @@ def initialize_distributed(
         raise ValueError(f"distributed: {', '.join(missing)} missing; give all three or none")
 
 
+@contextlib.contextmanager
+def leaving_on_error() -> Iterator[None]:
+    """Ends a process of several soon after an error inside, so that the others notice.
+
+    JAX lets a process end only when all do, or after five minutes; but the others may be waiting,
+    in a collective, for the one that failed.
+    """
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() > 1:
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+        raise
+
+
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, under `JAX_COMPILATION_CACHE_DIR` or the user's cache."""
     if jax.config.jax_compilation_cache_dir is None:
@@ -80,22 +101,30 @@ def enable_compilation_cache() -> None:
 
 
 def make_placement(
-    strategy: str, num_concepts: int, batch_size: int, fsdp: bool = False
+    strategy: str,
+    num_concepts: int,
+    batch_size: int,
+    fsdp: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> "Placement":
-    """Lays concepts and samples out over all devices of all processes.
+    """Lays concepts and samples out over devices.
 
     Args:
       strategy: "pmap" or "mesh".
       num_concepts: N.
       batch_size: samples of each concept in a step, over all devices.
       fsdp: "mesh" only, shard the frozen parameters.
+      devices: by default all devices of all processes; of others, such as those of a topology that
+        is not there, the placement can only `lower`.
 
     Raises:
       ValueError: if the batch cannot be divided over the devices of a concept shard.
     """
+    if devices is None:
+        processes = range(jax.process_count())
+        devices = [d for p in processes for d in jax.local_devices(process_index=p)]
     # The order in which pmap numbers them, which on TPU pods is not that of `jax.devices()`.
-    processes = range(jax.process_count())
-    devices = np.asarray([d for p in processes for d in jax.local_devices(process_index=p)])
+    devices = np.asarray(sorted(devices, key=lambda device: device.process_index))
     concept_shards = math.gcd(num_concepts, devices.size)
     data_shards = devices.size // concept_shards
     if batch_size % data_shards:
@@ -155,8 +184,26 @@ class Placement(abc.ABC):
         """
 
     @abc.abstractmethod
+    def lower(
+        self, step: Callable, state: TrainState, frozen: dict, concepts: ConceptArrays
+    ) -> jax.stages.Lowered:
+        """Lowers what `compile` jits, from shapes and dtypes alone, to be compiled ahead of time.
+
+        Args:
+          step: as for `compile`.
+          state: shapes of a canonical state.
+          frozen: shapes of the frozen parameters, unplaced.
+          concepts: shapes of the host arrays `(N, ...)`.
+        """
+
+    @abc.abstractmethod
     def compile_with_frozen(self, function: Callable) -> Callable:
         """Jits `function(frozen, *args)`; every process calls it with equal host `args`."""
+
+    def frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """How a frozen parameter of that shape lies on the mesh."""
+        del shape
+        return P()
 
     def prepare(self, recipe: Recipe) -> Recipe:
         """The recipe as this placement runs it."""
@@ -218,16 +265,32 @@ class PmapPlacement(Placement):
         )
         return jax.tree.map(self._unstack, tree, specs)
 
-    def compile(self, step):
+    def _mapped(self, step):
         groups = np.arange(self.mesh.size).reshape(self.mesh.devices.shape).tolist()
-        mapped = jax.pmap(
+        return jax.pmap(
             lambda *args: step(*args, axis_name=_AXIS, axis_index_groups=groups),
             axis_name=_AXIS,
+            devices=self.mesh.devices.ravel().tolist(),
             donate_argnums=(0,),
         )
+
+    def compile(self, step):
+        mapped = self._mapped(step)
         ids = np.arange(self.batch_size, dtype=np.int32)
         sample_ids = self._stack(self._put(ids, P("data")))
         return lambda state, frozen, concepts: mapped(state, frozen, concepts, sample_ids)
+
+    def lower(self, step, state, frozen, concepts):
+        def stacked(x, spec):
+            shard = NamedSharding(self.mesh, spec).shard_shape(x.shape)
+            return jax.ShapeDtypeStruct((self.mesh.size, *shard), x.dtype)
+
+        return self._mapped(step).lower(
+            jax.tree.map(stacked, state, _state_specs(state)),
+            jax.tree.map(lambda x: stacked(x, P()), frozen),
+            jax.tree.map(lambda x: stacked(x, P("concept")), concepts),
+            stacked(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
+        )
 
     def compile_with_frozen(self, function):
         # One device holds all that is needed; taking its slice inside the jit copies nothing.
@@ -266,9 +329,9 @@ class MeshPlacement(Placement):
         self.fsdp = fsdp
 
     def place_frozen(self, params):
-        return jax.tree.map(lambda x: self._put(x, self._frozen_spec(x.shape)), params)
+        return jax.tree.map(lambda x: self._put(x, self.frozen_spec(x.shape)), params)
 
-    def _frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+    def frozen_spec(self, shape):
         """Shards a kernel's largest dimension that all devices divide; vectors stay whole."""
         divisible = [n if n % self.mesh.size == 0 else 0 for n in shape]
         if not self.fsdp or len(shape) < 2 or not any(divisible):
@@ -318,15 +381,37 @@ class MeshPlacement(Placement):
     def canonical(self, tree):
         return tree
 
-    def compile(self, step):
+    def _jitted(self, step):
         def with_shardings(state, frozen, concepts, sample_ids):
-            new_state, metrics = step(state, frozen, concepts, sample_ids)
+            # Kernels, which XLA cannot partition, look here for the devices that share a batch.
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                new_state, metrics = step(
+                    state, frozen, concepts, sample_ids, concept_axis="concept"
+                )
             shardings = jax.tree.map(lambda s: NamedSharding(self.mesh, s), _state_specs(state))
             return jax.lax.with_sharding_constraint(new_state, shardings), metrics
 
-        jitted = jax.jit(with_shardings, donate_argnums=(0,))
+        return jax.jit(with_shardings, donate_argnums=(0,))
+
+    def compile(self, step):
+        jitted = self._jitted(step)
         sample_ids = self._put(np.arange(self.batch_size, dtype=np.int32), P("data"))
         return lambda state, frozen, concepts: jitted(state, frozen, concepts, sample_ids)
 
+    def lower(self, step, state, frozen, concepts):
+        def sharded(x, spec):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return self._jitted(step).lower(
+            self.abstract(state),
+            jax.tree.map(lambda x: sharded(x, self.frozen_spec(x.shape)), frozen),
+            jax.tree.map(lambda x: sharded(x, P("concept")), concepts),
+            sharded(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
+        )
+
     def compile_with_frozen(self, function):
-        return jax.jit(function, out_shardings=NamedSharding(self.mesh, P()))
+        def on_mesh(frozen, *args):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(frozen, *args)
+
+        return jax.jit(on_mesh, out_shardings=NamedSharding(self.mesh, P()))

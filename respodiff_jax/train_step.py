@@ -204,6 +204,7 @@ def train_step(
     sample_ids: jax.Array,
     axis_name: str | None = None,
     axis_index_groups: list[list[int]] | None = None,
+    concept_axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Advances N concepts by one step.
 
@@ -216,6 +217,7 @@ def train_step(
         random streams, so that a batch is the same however it is split.
       axis_name: of the mapped axis that the rest of the batch lies on, if any.
       axis_index_groups: which of its positions share concepts.
+      concept_axis: of the mesh, that N is sharded over where XLA partitions the step.
 
     Returns:
       The new state and the step's metrics.
@@ -235,7 +237,8 @@ def train_step(
             recipe, concept_state, frozen, concept, keys, rollout_key, state.step, pmean
         )
 
-    new_concepts, metrics = jax.vmap(one_concept)(state.concepts, concepts)
+    all_concepts = jax.vmap(one_concept, spmd_axis_name=concept_axis)
+    new_concepts, metrics = all_concepts(state.concepts, concepts)
     return state.replace(step=state.step + 1, concepts=new_concepts), metrics
 
 

@@ -27,6 +27,7 @@ from respodiff_jax.modules import MidBlockModule
 from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
 from respodiff_jax.objective import ConceptArrays, concept_arrays
 from respodiff_jax.parallel import Placement, make_placement
+from respodiff_jax.storage import is_remote, open_path
 from respodiff_jax.train_step import (
     Metrics,
     Recipe,
@@ -107,6 +108,7 @@ class _Job:
             revision=config.model.revision or (saved and saved.backbone["revision"]),
             variant=config.model.variant,
             dtype=config.model.dtype,
+            attention=config.model.attention,
         )
         _say(f"opening {config.model.name}")
         self.sketch = open_model(abstract=True)
@@ -273,15 +275,17 @@ def _say(text: str) -> None:
 
 def _writable(workdir: str) -> epath.Path:
     """Makes the directory and checks that it can be written to."""
-    path = epath.Path(workdir)
+    path = open_path(workdir)
     probe = path / f".write_probe_{jax.process_index()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(workdir):  # there it would make the bucket
+            path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink(missing_ok=True)
-    except OSError as e:
+    except Exception as e:  # gcsfs and Google's authentication raise kinds of their own
         raise ValueError(
-            f"workdir {workdir} cannot be written to ({e.strerror or e}); give a directory that can"
+            f"workdir {workdir} cannot be written to ({getattr(e, 'strerror', None) or e}); give a"
+            " directory that can"
         ) from e
     return path
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, with_concepts
+from respodiff_jax.storage import open_path
 
 OUTCOMES_FILE = "outcomes.jsonl"
 _PLAN_FILE = "waves.json"
@@ -106,7 +107,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     Raises:
       ValueError: if the directory was begun with another number of concepts.
     """
-    workdir, concepts = epath.Path(workdir), concepts_from(config)
+    workdir, concepts = open_path(workdir), concepts_from(config)
     size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
     if (workdir / "run.json").exists():
         size = len(concepts)
@@ -138,12 +139,12 @@ def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
     """Makes the waves binding for the directory; a single one's `run.json` does that by itself."""
     if len(waves) > 1:
         plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
-        _write_lines(epath.Path(workdir) / _PLAN_FILE, [plan])
+        _write_lines(open_path(workdir) / _PLAN_FILE, [plan])
 
 
 def gather_outcomes(workdir: epath.PathLike, waves: Sequence[Wave]) -> list[dict[str, Any]]:
     """The outcomes of the waves that have ended; of several also written to the directory."""
-    workdir = epath.Path(workdir)
+    workdir = open_path(workdir)
     gathered = []
     for wave in waves:
         path = wave.folder.relative_to(workdir)
@@ -157,7 +158,7 @@ def gather_outcomes(workdir: epath.PathLike, waves: Sequence[Wave]) -> list[dict
 
 def is_batch(workdir: epath.PathLike) -> bool:
     """Whether a directory is that of several waves."""
-    return (epath.Path(workdir) / _PLAN_FILE).exists()
+    return (open_path(workdir) / _PLAN_FILE).exists()
 
 
 def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
@@ -181,13 +182,13 @@ def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
             raise ValueError(f"{workdir}: concept {name!r} diverged at step {step}")
     wanted = [outcomes[name] for name in only] or [*outcomes.values()]
     folders = dict.fromkeys(o["adapter"] for o in wanted if o["adapter"] is not None)
-    found = concatenate([load_adapter(epath.Path(workdir) / folder) for folder in folders])
+    found = concatenate([load_adapter(open_path(workdir) / folder) for folder in folders])
     return select(found, only) if only else found
 
 
 def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a folder's `outcomes.jsonl`; none where there is none."""
-    path = epath.Path(folder) / OUTCOMES_FILE
+    path = open_path(folder) / OUTCOMES_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

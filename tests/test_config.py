@@ -74,6 +74,7 @@ def test_overrides_reach_every_level_and_type():
             "model.dtype=float16",
             "config.model.dtype is 'float16', expected one of bfloat16, float32",
         ),
+        ("model.attention=fast", "config.model.attention is 'fast', expected one of auto, plain"),
         (
             "module.kind=linear",
             "config.module.kind is 'linear', expected one of constant, mlp, conv",

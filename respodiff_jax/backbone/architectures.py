@@ -176,7 +176,12 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
 
 
 def random_backbone(
-    architecture: str, *, dtype: str = "float32", seed: int = 0, abstract: bool = False
+    architecture: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "plain",
+    seed: int = 0,
+    abstract: bool = False,
 ) -> Backbone:
     """A backbone with random weights and a byte-level tokenizer; reads no files.
 
@@ -184,6 +189,7 @@ def random_backbone(
       architecture: "sd14", "sd21" (768 px, v-prediction) or "sdxl"; or "tiny", "tiny-v"
         (v-prediction), "tiny-xl": the same in miniature, 16 px images and a (4, 4, 64) mid-block.
       dtype: "float32" or "bfloat16".
+      attention: as `Backbone.attention`; it need not run on this machine.
       seed: of the weights.
       abstract: `params` are `ShapeDtypeStruct`s and nothing is allocated, for tracing and
         compiling.
@@ -227,4 +233,5 @@ def random_backbone(
         params=params,
         dtype=kind,
         zeros_for_empty_prompt=len(towers) == 2,
+        attention=attention,
     )

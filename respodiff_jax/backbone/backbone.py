@@ -12,6 +12,7 @@ import numpy as np
 
 from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
+from respodiff_jax.backbone.flax_models import with_attention
 from respodiff_jax.backbone.unet import Conditioning, Skips
 
 
@@ -35,6 +36,8 @@ class Backbone:
       params: `{"unet", "vae", "text_encoder"[, "text_encoder_2"]}`, parameter trees in `dtype`.
       dtype: float32 or bfloat16, of parameters and computation.
       zeros_for_empty_prompt: SDXL's `force_zeros_for_empty_prompt`; see `encode_prompts`.
+      attention: implementation in UNet and VAE, "plain", "flash" or "cudnn"; see
+        `attention.attention`.
     """
 
     identity: Mapping[str, str | None]
@@ -46,6 +49,7 @@ class Backbone:
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     dtype: np.dtype
     zeros_for_empty_prompt: bool = False
+    attention: str = "plain"
 
     @property
     def vae_factor(self) -> int:
@@ -88,11 +92,11 @@ class Backbone:
         self, params: Mapping, z_t: jax.Array, timesteps: jax.Array, cond: Conditioning
     ) -> tuple[jax.Array, Skips]:
         """h = e(z_t, t, y) and what g needs beside it; see `unet.encode`."""
-        return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond)
+        return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond, self.attention)
 
     def decode(self, params: Mapping, h: jax.Array, skips: Skips) -> jax.Array:
         """The model output g(h, ...), (B, h, w, c) fp32; see `unet.decode`."""
-        return unet_lib.decode(self.unet, params["unet"], h, skips)
+        return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Each text encoder's token ids, int32 (n, L); warns of prompts that are cut.
@@ -150,5 +154,6 @@ class Backbone:
             return vae.decoder(vae.post_quant_conv(z))
 
         z = z / self.vae.config.scaling_factor
-        images = self.vae.apply({"params": params["vae"]}, z, method=decoder).astype(jnp.float32)
-        return jnp.clip(images / 2 + 0.5, 0, 1)
+        with nn.intercept_methods(with_attention(self.attention)):
+            images = self.vae.apply({"params": params["vae"]}, z, method=decoder)
+        return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

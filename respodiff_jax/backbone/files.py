@@ -1,18 +1,24 @@
-"""Where a pipeline's files are: in a diffusers folder or the Hugging Face cache; are all there?"""
+"""Where a pipeline's files are: in a diffusers folder, here or on Google Cloud Storage, or in the
+Hugging Face cache; are all there?"""
 
 import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
 
 from respodiff_jax.backbone.weights import read_index
+from respodiff_jax.storage import is_remote, open_path
 
 _STEMS = {
     "diffusers": ("diffusion_pytorch_model", "diffusion_flax_model"),
@@ -129,20 +135,57 @@ def local_folder(name: str) -> pathlib.Path:
     return _EMBEDDED.get(name) or pathlib.Path(name).expanduser()
 
 
+def _fetch_remote(
+    name: str, cache_dir: Any, wanted: Callable[[Collection[str]], Collection[str]]
+) -> pathlib.Path:
+    """A copy on this machine of the files that are `wanted` of a folder on Google Cloud Storage.
+
+    It is kept; a folder that has changed since is copied again.
+
+    Raises:
+      ValueError: if there are none or they cannot be read.
+    """
+    root = open_path(name)
+    try:
+        files = [file for pattern in ("*", "*/*") for file in root.glob(pattern)]
+        available = {file.relative_to(root).as_posix(): file for file in files}
+        chosen = {path: available[path] for path in wanted(available) if path in available}
+        stats = {path: file.stat() for path, file in chosen.items()}
+    except Exception as error:  # gcsfs and Google's authentication raise kinds of their own
+        raise ValueError(f"model {name!r} cannot be read: {error}") from error
+    if not chosen:
+        raise ValueError(f"model {name!r}: no such folder, or none with a model's files.")
+    state = [name, *((path, stat.length, stat.mtime) for path, stat in sorted(stats.items()))]
+    default_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    cache = pathlib.Path(cache_dir or default_cache / "respodiff_jax" / "models")
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    with WeakFileLock(folder.with_suffix(".lock")):  # of the processes of a host one copies
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache) as partial:
+                for path, file in chosen.items():
+                    copy = pathlib.Path(partial, "model", path)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open("rb") as source, copy.open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 26)
+                pathlib.Path(partial, "model").replace(folder)
+    return folder
+
+
 def _find_folder(
     name: str,
     revision: str | None,
     cache_dir: Any,
     wanted: Callable[[Collection[str]], Collection[str]],
 ) -> tuple[pathlib.Path, str | None]:
-    """A local folder, or a hub model's in the cache and its commit."""
+    """A local folder, a remote one's copy, or a hub model's in the cache and its commit."""
     folder = local_folder(name)
-    if folder.is_dir():
+    if is_remote(name) or folder.is_dir():
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} applies to hub models, but {name!r} is a folder."
             )
-        return folder, None
+        return _fetch_remote(name, cache_dir, wanted) if is_remote(name) else folder, None
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'.")
     folder = _snapshot(name, revision, cache_dir, wanted)

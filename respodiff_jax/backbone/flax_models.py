@@ -32,15 +32,21 @@ for _name in (
 ):
     logging.getLogger(f"diffusers.models.{_name}").addFilter(_is_not_deprecation)
 
-from diffusers.models.attention_flax import FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
+from diffusers.models.attention_flax import (  # noqa: E402
+    FlaxAttention,
+    FlaxGEGLU,
+    FlaxTransformer2DModel,
+)
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
-from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
+from diffusers.models.vae_flax import FlaxAttentionBlock, FlaxAutoencoderKL  # noqa: E402
 from transformers import CLIPTextConfig  # noqa: E402
 from transformers.modeling_flax_utils import ACT2FN  # noqa: E402
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextModelWithProjectionModule,
     FlaxCLIPTextModule,
 )
+
+from respodiff_jax.backbone.attention import attention  # noqa: E402
 
 # What the Flax UNet computes whatever the config says: option -> values that mean just that.
 _UNET_FIXED = {
@@ -231,6 +237,42 @@ def as_trained(next_function: Callable, args: tuple, kwargs: Mapping, context: A
         norm = nn.GroupNorm(module.num_groups, epsilon=1e-6)
         return norm.apply({"params": module.variables["params"]}, *args)
     return next_function(*args, **kwargs)
+
+
+def with_attention(implementation: str) -> Callable:
+    """A `flax.linen` interceptor that gives the UNet's and the VAE's attention another core.
+
+    Projections and everything else stay the module's own. The heads stay the last axis but one: the
+    stock UNet moves them to the batch and back.
+
+    Args:
+      implementation: see `attention.attention`.
+    """
+
+    def intercept(next_function, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_function(*args, **kwargs)
+        if isinstance(module, FlaxAttention):
+            x, tokens = args[0], args[-1]  # the prompt's tokens or, in self-attention, x
+            return module.proj_attn(attend(module, x, tokens, module.heads))
+        if isinstance(module, FlaxAttentionBlock):
+            image = args[0]
+            x = module.group_norm(image).reshape(len(image), -1, module.channels)
+            x = module.proj_attn(attend(module, x, x, module.num_heads))
+            return x.reshape(image.shape) + image
+        return next_function(*args, **kwargs)
+
+    def attend(module, x, tokens, heads):
+        def split(projected):
+            return projected.reshape(*projected.shape[:2], heads, -1)
+
+        query = split(module.query(x))
+        key, value = split(module.key(tokens)), split(module.value(tokens))
+        scale = query.shape[-1] ** -0.5
+        return attention(query, key, value, scale, implementation).reshape(*x.shape[:2], -1)
+
+    return intercept
 
 
 def abstract_params(module: nn.Module) -> dict:

@@ -6,6 +6,7 @@ from transformers import CLIPTokenizer
 
 from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.architectures import random_backbone
+from respodiff_jax.backbone.attention import choose_attention
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.files import find_pipeline, sha256
 from respodiff_jax.backbone.weights import load_weights
@@ -17,20 +18,22 @@ def load_backbone(
     revision: str | None = None,
     variant: str | None = None,
     dtype: str = "float32",
+    attention: str = "auto",
     cache_dir: str | pathlib.Path | None = None,
     abstract: bool = False,
 ) -> Backbone:
     """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
 
     Args:
-      name_or_path: a diffusers folder; or a hub id, fetched into the Hugging Face cache or, without
-        a network, taken from it; or "emoji-world", which the package brings; or "random/tiny" and
-        the like, see `random_backbone`.
+      name_or_path: a diffusers folder, which may be on gs://; or a hub id, fetched into the Hugging
+        Face cache or, without a network, taken from it; or "emoji-world", which the package brings;
+        or "random/tiny" and the like, see `random_backbone`.
       revision: branch, tag or commit of a hub id; "seed-1" and the like for a random one.
       variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, where there are
         none, fp16.
       dtype: "float32" or "bfloat16", of all parameters and computation.
-      cache_dir: instead of the default Hugging Face cache.
+      attention: of UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16) or "auto".
+      cache_dir: instead of the default Hugging Face cache, or the cache of copies from gs://.
       abstract: read configs and tokenizers only; `params` are `ShapeDtypeStruct`s. For checking
         whether all fits together before the weights are read.
 
@@ -41,10 +44,12 @@ def load_backbone(
 
     Raises:
       ValueError: if the model is not there, is incomplete (naming every missing file), is of a kind
-        that the Flax models do not compute, or its weights are damaged or do not fit the config.
+        that the Flax models do not compute, or its weights are damaged or do not fit the config;
+        or if this backend or dtype does not have that attention.
     """
     name = str(name_or_path)
     kind = flax_models.compute_dtype(dtype)
+    attention = choose_attention(attention, kind)
     if name.startswith("random/") and not pathlib.Path(name).is_dir():
         seed = (revision or "seed-0").removeprefix("seed-")
         if not seed.isdecimal():
@@ -52,7 +57,9 @@ def load_backbone(
                 f"revision={revision!r}: for {name} expected 'seed-0' or another seed."
             )
         architecture = name.removeprefix("random/")
-        return random_backbone(architecture, dtype=dtype, seed=int(seed), abstract=abstract)
+        return random_backbone(
+            architecture, dtype=dtype, attention=attention, seed=int(seed), abstract=abstract
+        )
 
     files = find_pipeline(name, revision=revision, variant=variant, cache_dir=cache_dir)
     towers = [part for part in files.configs if part.startswith("text_encoder")]
@@ -77,4 +84,5 @@ def load_backbone(
         zeros_for_empty_prompt=bool(
             len(towers) == 2 and files.index.get("force_zeros_for_empty_prompt", True)
         ),
+        attention=attention,
     )

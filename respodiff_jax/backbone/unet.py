@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from respodiff_jax.backbone.flax_models import as_trained
+from respodiff_jax.backbone.flax_models import as_trained, with_attention
 
 
 class Conditioning(NamedTuple):
@@ -95,7 +95,12 @@ def _check_inputs(unet, z_t, timesteps, cond):
 
 
 def encode(
-    unet: nn.Module, params: dict, z_t: jax.Array, timesteps: jax.Array, cond: Conditioning
+    unet: nn.Module,
+    params: dict,
+    z_t: jax.Array,
+    timesteps: jax.Array,
+    cond: Conditioning,
+    attention: str = "plain",
 ) -> tuple[jax.Array, Skips]:
     """The paper's e: h = e(z_t, t, y), the mid-block output.
 
@@ -105,6 +110,7 @@ def encode(
       z_t: (B, h, w, c) latents, any float dtype; computed in `unet.dtype`.
       timesteps: (B,) integers in [0, number of training timesteps).
       cond: the prompts' `Conditioning`, leading axis B.
+      attention: implementation, see `attention.attention`.
 
     Returns:
       h (B, H, W, C) in `unet.dtype`, and the `Skips` that `decode` needs.
@@ -113,11 +119,13 @@ def encode(
       ValueError: if an argument's shape does not fit, naming it.
     """
     _check_inputs(unet, z_t, timesteps, cond)
-    with nn.intercept_methods(as_trained):
+    with nn.intercept_methods(as_trained), nn.intercept_methods(with_attention(attention)):
         return unet.apply({"params": params}, z_t, timesteps, cond, method=_encode)
 
 
-def decode(unet: nn.Module, params: dict, h: jax.Array, skips: Skips) -> jax.Array:
+def decode(
+    unet: nn.Module, params: dict, h: jax.Array, skips: Skips, attention: str = "plain"
+) -> jax.Array:
     """The paper's g: the model's output (eps, or v for a v-prediction model) from h and the skips.
 
     Args:
@@ -125,9 +133,10 @@ def decode(unet: nn.Module, params: dict, h: jax.Array, skips: Skips) -> jax.Arr
       params: its parameters; the encoder's are not used.
       h: (B, H, W, C) mid-block output with whatever was added to it; cast to `unet.dtype`.
       skips: from `encode`.
+      attention: as of `encode`.
 
     Returns:
       (B, h, w, c) fp32.
     """
-    with nn.intercept_methods(as_trained):
+    with nn.intercept_methods(as_trained), nn.intercept_methods(with_attention(attention)):
         return unet.apply({"params": params}, h, skips, method=_decode)

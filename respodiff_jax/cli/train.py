@@ -80,4 +80,5 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
     )
     parallel.enable_compilation_cache()
-    train(config, args.workdir, profile=args.profile)
+    with parallel.leaving_on_error():
+        train(config, args.workdir, profile=args.profile)

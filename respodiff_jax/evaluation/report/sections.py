@@ -2,8 +2,9 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
+
+from etils import epath
 
 from respodiff_jax.evaluation.report import charts, glossary
 from respodiff_jax.evaluation.report.glossary import IMAGES
@@ -18,6 +19,7 @@ from respodiff_jax.evaluation.report.markup import (
     tag,
 )
 from respodiff_jax.evaluation.results import Measurement, Results
+from respodiff_jax.storage import open_path
 
 TRAINING_FILE = "metrics.jsonl"
 
@@ -149,7 +151,7 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
     """
     if workdir is None and not results.training:
         return None
-    curves = None if workdir is None else _loss_curves(pathlib.Path(workdir) / TRAINING_FILE)
+    curves = None if workdir is None else _loss_curves(open_path(workdir) / TRAINING_FILE)
     summary = results.training and folded("How it was trained", definitions(flat(results.training)))
     return section("Training", curves and tag("div", curves, class_="curves"), summary)
 
@@ -234,7 +236,7 @@ def _described(m: Measurement) -> str:
     return f"{m.images}: {glossary.value_text(m)}" + (f", interval {interval}" if interval else "")
 
 
-def _loss_curves(path: pathlib.Path) -> list[Markup]:
+def _loss_curves(path: epath.Path) -> list[Markup]:
     try:
         # The last line of a run that goes on may be half written.
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,0 +1,176 @@
+"""Attention of the frozen models, plain or by a kernel that never writes the scores to memory.
+
+A self-attention over 64 × 64 positions has 4096 × 4096 scores for every head of every image.
+Written to memory and read back, by the softmax and by the gradient, they are most of the memory
+traffic of a training step. The fused kernels keep them on the chip:
+
+* `flash`, on TPU: Pallas' Splash attention, forward and backward.
+* `cudnn`, on NVIDIA: cuDNN's flash attention, through `jax.nn.dot_product_attention`.
+
+Small attentions, as in the UNet's lower levels, are `plain` everywhere.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AxisType, PartitionSpec
+
+IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn")
+
+# Fewer scores, 1 MiB a head in float32, need not leave the chip. 64 × 64 positions attending to the
+# 77 tokens of a prompt have more, 32 × 32 positions fewer.
+_FUSED_FROM_SCORES = 2**18
+_LANES = 128  # a TPU register's width, of which the kernel's blocks are multiples
+
+
+def choose_attention(implementation: str, dtype: np.dtype) -> str:
+    """The implementation that runs here; "auto" is the fastest for backend and dtype.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: of the model's computation.
+
+    Returns:
+      "plain", "flash" or "cudnn".
+
+    Raises:
+      ValueError: for an unknown name, or one that this backend or dtype does not have.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    backend = jax.default_backend()
+    available = {"plain": True, "flash": backend == "tpu", "cudnn": _has_cudnn(dtype)}
+    if implementation == "auto":
+        return next((name for name in ("flash", "cudnn") if available[name]), "plain")
+    if not available[implementation]:
+        needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
+        raise ValueError(
+            f"attention={implementation!r} needs {needs[implementation]}; this is {backend} with"
+            f" {jnp.dtype(dtype).name}. Use 'auto' or 'plain'."
+        )
+    return implementation
+
+
+def _has_cudnn(dtype: np.dtype) -> bool:
+    # "8.0" on NVIDIA, "gfx90a" and the like on AMD.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    is_ampere = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+    return jax.default_backend() == "gpu" and is_ampere and dtype == jnp.bfloat16
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, implementation: str = "plain"
+) -> jax.Array:
+    """`softmax(scale * query key^T) value` for each head; the softmax is float32.
+
+    A fused kernel cannot be partitioned by XLA. Where devices share a batch under `jit`, trace this
+    inside `jax.sharding.use_abstract_mesh` with the mesh: each device then attends for its own
+    share along the mesh's axis "data". `pmap` and `shard_map` need nothing.
+
+    Args:
+      query: (B, T, H, D), float32 or bfloat16.
+      key, value: (B, S, H, D), of the same dtype.
+      scale: of the scores.
+      implementation: "plain", "flash" or "cudnn". A fused one is used where it pays.
+
+    Returns:
+      (B, T, H, D), in the arguments' dtype.
+    """
+    tokens, keys, head_dim = query.shape[1], key.shape[1], key.shape[3]
+    # Restrictions of cuDNN versions that JAX may be installed with.
+    fits = keys % 64 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    if implementation == "cudnn" and not fits:
+        implementation = "plain"
+    if implementation == "plain" or tokens * keys < _FUSED_FROM_SCORES:
+        return _plain(query, key, value, scale)
+    core = {"flash": _flash, "cudnn": _cudnn}[implementation]
+    return _on_each_device(partial(core, scale=scale), query, key, value)
+
+
+def _plain(query, key, value, scale):
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    scores = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scale * scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, value).transpose(0, 2, 1, 3)
+
+
+def _cudnn(query, key, value, scale):
+    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+
+
+def _flash(query, key, value, scale):
+    """Pallas' Splash attention without a mask.
+
+    The kernel multiplies by no scale: the queries are scaled before it, and rounded once more.
+    """
+    batch, tokens, keys = *query.shape[:2], key.shape[1]
+    query = (scale * query.astype(jnp.float32)).astype(query.dtype)
+    query, key, value = map(_heads_first, (query, key, value))
+    (heads, padded_tokens, head_dim), padded_keys = query.shape, key.shape[1]
+    segments = None
+    if padded_keys > keys:  # what fills up the keys is of another segment than any query
+        segments = splash_attention.SegmentIds(
+            q=jnp.zeros(padded_tokens, jnp.int32),
+            kv=(jnp.arange(padded_keys) >= keys).astype(jnp.int32),
+        )
+    mask = splash_attention.FullMask((padded_tokens, padded_keys))
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=_block_sizes(padded_tokens, padded_keys, head_dim * key.dtype.itemsize),
+    )
+    out = kernel(query, key, value, segments).reshape(batch, -1, padded_tokens, head_dim)
+    return out.transpose(0, 2, 1, 3)[:, :tokens]
+
+
+def _heads_first(x):
+    """(B, T, H, D) -> (B * H, T filled up to a multiple of the lanes, D)."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _LANES), (0, 0), (0, 0)))
+    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _block_sizes(tokens: int, keys: int, row_bytes: int) -> splash_attention.BlockSizes:
+    """Blocks that fit into 16 MiB of vector memory, two of each array at a time.
+
+    As many keys as can be: they are read anew for every block of queries, unless one block holds
+    them all. `SEQ_MINOR` lays positions along the lanes: a head of 40 would fill 40 of 128.
+    """
+    block_kv = _block(keys, 2**20 // row_bytes)
+    block_kv_dkv = _block(keys, min(2048, 2**18 // row_bytes))
+    layout = splash_attention.QKVLayout.SEQ_MINOR
+    return splash_attention.BlockSizes(
+        block_q=_block(tokens, 512),
+        block_kv=block_kv,
+        block_kv_compute=_block(block_kv, 512),
+        block_q_dkv=_block(tokens, 512),
+        block_kv_dkv=block_kv_dkv,
+        block_kv_dkv_compute=_block(block_kv_dkv, 512),
+        use_fused_bwd_kernel=True,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
+    )
+
+
+def _block(length: int, limit: int) -> int:
+    """The largest multiple of the lanes that divides `length` and is within `limit`, if one is."""
+    count = length // _LANES
+    return _LANES * max(n for n in range(1, max(limit // _LANES, 1) + 1) if count % n == 0)
+
+
+def _on_each_device(core: Callable, query, key, value):
+    """Runs `core` on each device's part of the batch, where XLA would have to partition it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types:  # one device, or inside pmap or shard_map
+        return core(query, key, value)
+    shared = "data" in mesh.shape and query.shape[0] % mesh.shape["data"] == 0
+    spec = PartitionSpec("data" if shared else None)
+    return jax.shard_map(
+        core, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+    )(query, key, value)

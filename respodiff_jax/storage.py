@@ -1,0 +1,92 @@
+"""Files on this machine and on Google Cloud Storage (`gs://bucket/folder`), by one kind of path.
+
+Objects of a bucket are written whole, cannot grow, and have no folders around them; what would
+differ for that reason is here.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+PathLike = str | os.PathLike
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path is on Google Cloud Storage."""
+    return os.fspath(path).startswith("gs://")
+
+
+def open_path(path: PathLike) -> epath.Path:
+    """The path as one to read and write through.
+
+    Raises:
+      ValueError: for gs:// where the packages that it needs are not installed.
+    """
+    # google-cloud-storage, which Orbax uses, comes with gcsfs.
+    if is_remote(path) and importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{os.fspath(path)} is on Google Cloud Storage, for which gcsfs is needed; install it"
+            ' with: pip install "respodiff-jax[gcs]"'
+        )
+    return epath.Path(path)
+
+
+def append_text(path: epath.Path, text: str) -> None:
+    """Adds text to the end of a file, which is made if it does not exist.
+
+    On Google Cloud Storage the whole file is written again.
+    """
+    if is_remote(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+    else:
+        with path.open("a") as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
+    """A file on this machine with the content of a file, for what reads no others: the file itself
+    or, of a remote one, a copy that goes away at the end."""
+    if not is_remote(path):
+        yield pathlib.Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, pathlib.PurePosixPath(path).name)
+        copy.write_bytes(open_path(path).read_bytes())
+        yield copy
+
+
+class LocalFolder:
+    """A folder on this machine, for what writes nowhere else.
+
+    It is the folder itself or, for a remote one, another, of which `push` copies the files there.
+
+    Args:
+      path: the folder.
+
+    Attributes:
+      path: where to write.
+    """
+
+    def __init__(self, path: PathLike):
+        self._remote = open_path(path) if is_remote(path) else None
+        self._temporary = tempfile.TemporaryDirectory() if self._remote else None
+        self.path = pathlib.Path(self._temporary.name if self._temporary else path)
+
+    def push(self) -> None:
+        """Makes what has been written so far seen."""
+        if self._remote:
+            for file in sorted(self.path.rglob("*")):
+                if file.is_file():
+                    target = self._remote / file.relative_to(self.path).as_posix()
+                    target.write_bytes(file.read_bytes())
+
+    def close(self) -> None:
+        self.push()
+        if self._temporary:
+            self._temporary.cleanup()
