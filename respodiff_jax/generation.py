@@ -166,6 +166,82 @@ class ImagePair(NamedTuple):
     base: np.ndarray | None
 
 
+class Begun(NamedTuple):
+    """A batch on the devices, about to be sampled: noise and conditioning."""
+
+    noise: jax.Array
+    cond: Conditioning
+
+
+class Sampler:
+    """Samples batches of one size on all local devices, with one compilation.
+
+    Args:
+      backbone: the model.
+      options: how; the batch size is that of what it is given.
+      adapter: the concepts, or None for the base model.
+
+    Attributes:
+      program: the jitted function of `arguments`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: SamplerOptions,
+        adapter: Adapter | None = None,
+    ):
+        self._backbone, self._adapter = backbone, adapter
+        self._guidance_scale = options.guidance_scale
+        self._resolution = options.resolution or backbone.default_resolution
+        mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._by_sample = NamedSharding(mesh, PartitionSpec("data"))
+        schedule = Schedule.from_config(backbone.scheduler_config, options.num_steps)
+        sample = make_sampler(backbone, adapter and adapter.module, schedule)
+
+        @jax.jit
+        def program(*args):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
+                return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+
+        self.program = program
+        self._params = jax.device_put(backbone.params, replicated)
+        self._uncond = jax.device_put(
+            backbone.encode_prompts([options.negative_prompt], self._resolution, self._params),
+            replicated,
+        )
+        if adapter is not None:
+            self._modules = jax.device_put((adapter.ram, adapter.sam), replicated)
+
+    def begin(self, prompts: Sequence[str], seeds: Sequence[int]) -> Begun:
+        """Embeds a batch's prompts and draws its noise."""
+        cond = self._backbone.encode_prompts(prompts, self._resolution, self._params)
+        noise = initial_noise(seeds, self._backbone.latent_shape(self._resolution))
+        return Begun(*jax.device_put((noise, cond), self._by_sample))
+
+    def arguments(self, begun: Begun, weights: np.ndarray | None = None) -> tuple[Any, ...]:
+        """What `program` is called with; see `__call__`."""
+        steering = None
+        if self._adapter is not None:
+            scales = self._adapter.steering(weights).ram_scale
+            scales = jax.device_put(scales, self._by_sample)
+            steering = Steering(*self._modules, scales, scales)
+        return (self._params, *begun, self._uncond, steering, self._guidance_scale)
+
+    def __call__(self, begun: Begun, weights: np.ndarray | None = None) -> jax.Array:
+        """Samples a batch; does not wait for it.
+
+        Args:
+          begun: the batch.
+          weights: `(B, N)`, weight of each of the adapter's concepts in each image.
+
+        Returns:
+          Images, uint8 `(B, H, W, 3)`.
+        """
+        return self.program(*self.arguments(begun, weights))
+
+
 def sample_images(
     backbone: Backbone,
     prompts: Sequence[str],
@@ -190,40 +266,17 @@ def sample_images(
       The images in order; the next batch is being sampled meanwhile.
     """
     resolution = options.resolution or backbone.default_resolution
-    schedule = Schedule.from_config(backbone.scheduler_config, options.num_steps)
-    devices = jax.local_devices()
-    batch_size = options.batch_size or default_batch_size(len(prompts), len(devices), resolution)
-    mesh = Mesh(np.asarray(devices), ("data",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    by_sample = NamedSharding(mesh, PartitionSpec("data"))
-
-    sample = make_sampler(backbone, adapter and adapter.module, schedule)
-
-    @jax.jit
-    def sample_uint8(*args):
-        return jnp.round(sample(*args) * 255).astype(jnp.uint8)
-
-    params = jax.device_put(backbone.params, replicated)
-    uncond = jax.device_put(
-        backbone.encode_prompts([options.negative_prompt], resolution, params), replicated
+    batch_size = options.batch_size or default_batch_size(
+        len(prompts), jax.local_device_count(), resolution
     )
-    if adapter is not None:
-        scales = np.asarray(adapter.steering(weights).ram_scale)
-        ram, sam = jax.device_put((adapter.ram, adapter.sam), replicated)
+    sampler = Sampler(backbone, options, adapter)
 
     def dispatch(rows):
-        cond = backbone.encode_prompts([prompts[row] for row in rows], resolution, params)
-        noise = initial_noise([seeds[row] for row in rows], backbone.latent_shape(resolution))
-        noise, cond = jax.device_put((noise, cond), by_sample)
-
-        def run(factor):
-            steering = None
-            if adapter is not None:
-                batch_scales = jax.device_put(factor * scales[rows], by_sample)
-                steering = Steering(ram, sam, batch_scales, batch_scales)
-            return sample_uint8(params, noise, cond, uncond, steering, options.guidance_scale)
-
-        return run(1), run(0) if base_twins else None
+        begun = sampler.begin([prompts[row] for row in rows], [seeds[row] for row in rows])
+        if adapter is None:
+            return sampler(begun), sampler(begun) if base_twins else None
+        chosen = np.asarray(weights)[rows]
+        return sampler(begun, chosen), sampler(begun, 0 * chosen) if base_twins else None
 
     def collect(count, images, base):
         images, base = np.asarray(images), None if base is None else np.asarray(base)

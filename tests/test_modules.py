@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import TorchModule, to_torch
 
+from respodiff_jax.bench.torch_side import TorchModule, to_torch
 from respodiff_jax.modules import KINDS, MidBlockModule, Steering, add_delta, steer
 
 SHAPE = (4, 4, 24)

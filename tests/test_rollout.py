@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from diffusers import DDIMScheduler
-from reference import to_torch
 from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, make_reference, repeated, rows, setup
 
 from respodiff_jax.backbone import load_backbone
+from respodiff_jax.bench.torch_side import to_torch
 from respodiff_jax.diffusion import Schedule
 from respodiff_jax.rollout import StreamingRollout
 
@@ -77,7 +77,7 @@ def check_against_pytorch(folder, concept, steps, slots, **changes):
         uncond, empty = (repeated(rows(x, 0), 1) for x in (arrays.target_uncond, arrays.empty))
         z_t = to_torch(before.z_t[None])
         sam = {name: value.clone() for name, value in reference.sam.state_dict().items()}
-        losses = reference.step(z_t, index, neutral, target, uncond)
+        losses = reference.step(z_t, index, neutral, empty, target, uncond)
         state, metrics = step(state, backbone.params, arrays, jnp.arange(1))
         ours = (metrics.loss_resp[0], metrics.loss_sem[0])
         np.testing.assert_allclose(ours, losses, rtol=1e-4)
@@ -97,10 +97,8 @@ def check_against_pytorch(folder, concept, steps, slots, **changes):
             reference.sam.load_state_dict(sam)
             timestep = scheduler.timesteps[index]
             modules = (reference.ram, reference.sam)
-            steered = reference.model(z_t, timestep, neutral, modules).detach()
-            plain = reference.model(z_t, timestep, empty).detach()
+            guided = reference.guided(z_t, timestep, neutral, empty, 3.0, modules).detach()
             reference.sam.load_state_dict(updated)
-            guided = plain + 3.0 * (steered - plain)
             expected = scheduler.step(guided, timestep, z_t).prev_sample[0].permute(1, 2, 0)
             assert int(after.ddim_index) == index + 1
         np.testing.assert_allclose(after.z_t, expected, atol=2e-4)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from respodiff_jax.backbone import Conditioning, random_backbone
+from respodiff_jax.bench.train import evaluations_per_sample
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import default
 from respodiff_jax.objective import ConceptArrays, concept_arrays
@@ -69,19 +70,9 @@ def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
     def prompts(*axes):
         return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
 
-    def flops(function, *args):
-        return jax.jit(function).lower(*args).cost_analysis()["flops"]
-
     batch = 2
     recipe, args = abstract_step(backbone, 1, batch, prompts, **{"rollout.kind": "streaming"})
-
-    def forward(params, z, timesteps, cond):
-        return recipe.decode(params, *recipe.encode(params, z, timesteps, cond))
-
-    z = jax.ShapeDtypeStruct((batch, *recipe.latent_shape), jnp.float32)
-    timesteps = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    one = flops(forward, backbone.params, z, timesteps, prompts(batch))
-    evaluations = flops(partial(train_step, recipe), *args) / one
+    evaluations = evaluations_per_sample(recipe, *args[:3], batch)
     with capsys.disabled():
         print(f"\n{evaluations:.2f} UNet evaluations per training sample")
     assert evaluations == pytest.approx(5.87, abs=0.02)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from ml_collections import ConfigDict
-from reference import Reference, TorchModule, to_torch
 
 from respodiff_jax.backbone import Conditioning, load_backbone
+from respodiff_jax.bench.torch_side import Conditions, Procedure, TorchModule, to_torch
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import default
 from respodiff_jax.objective import concept_arrays
@@ -63,16 +63,12 @@ class FixedRollout:
         return state
 
 
-def torch_conditions(conditions: Conditioning) -> Conditioning:
-    return Conditioning(*(None if x is None else to_torch(x) for x in conditions))
-
-
-def rows(conditions, *index):
-    return torch_conditions(jax.tree.map(lambda x: x[index], conditions))
+def rows(conditions: Conditioning, *index) -> Conditions:
+    return Conditions.of(jax.tree.map(lambda x: x[index], conditions))
 
 
 def repeated(condition, times):
-    return Conditioning(*(None if x is None else x.expand(times, *x.shape) for x in condition))
+    return Conditions(*(None if x is None else x.expand(times, *x.shape) for x in condition))
 
 
 def make_reference(folder, recipe, state, concept):
@@ -82,7 +78,7 @@ def make_reference(folder, recipe, state, concept):
     ram, sam = (TorchModule(recipe.module.kind, p) for p in params)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     fields = ("lr_ram", "lr_sam", "lambda_sem", "guidance_scale")
-    return Reference(unet, scheduler, ram, sam, **{f: getattr(concept, f) for f in fields})
+    return Procedure(unet, scheduler, ram, sam, **{f: getattr(concept, f) for f in fields})
 
 
 def relative_error(ours, theirs) -> float:
@@ -125,6 +121,7 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
     reference = make_reference(folder, recipe, state, concept)
     conditions = (
         rows(arrays.neutral, 0, prompt_index),
+        repeated(rows(arrays.empty, 0), BATCH),
         rows(arrays.target_cond, 0, prompt_index),
         repeated(rows(arrays.target_uncond, 0), BATCH),
     )
@@ -163,8 +160,9 @@ def test_rollout_and_step_equal_pytorch(sd_folder):
         seen.add(k)
         neutral = rows(arrays.neutral, 0, prompts)
         empty = repeated(rows(arrays.empty, 0), BATCH)
-        z_t = reference.rollout(to_torch(noise), k, neutral, empty, 3.0)
-        losses = reference.step(z_t, k, neutral, rows(arrays.target_cond, 0, prompts), empty)
+        z_t = reference.rollout(to_torch(noise), k, neutral, empty)
+        target = rows(arrays.target_cond, 0, prompts)
+        losses = reference.step(z_t, k, neutral, empty, target, empty)
         ours = (metrics.loss_resp[0], metrics.loss_sem[0])
         np.testing.assert_allclose(ours, losses, rtol=1e-4)
     assert len(seen) > 1  # the rollouts were of different lengths

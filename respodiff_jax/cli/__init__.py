@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from respodiff_jax.cli import (
+    bench,
     compare,
+    compile,
     demo,
     evaluate,
     export,
@@ -31,6 +33,8 @@ _VERBS = {
     "inspect": inspect,
     "import": import_,
     "push": push,
+    "bench": bench,
+    "compile": compile,
 }
 
 _DESCRIPTION = """\

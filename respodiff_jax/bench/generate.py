@@ -1,0 +1,108 @@
+"""`respodiff bench generate`: sampling a config's model, and diffusers' pipeline beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from respodiff_jax.bench import measure
+from respodiff_jax.bench import model as model_lib
+from respodiff_jax.bench.report import Report, Side
+from respodiff_jax.config import concepts_from
+from respodiff_jax.generation import Sampler, SamplerOptions
+
+
+def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
+    """Measures how fast images come, from prompts to host arrays, without an adapter.
+
+    `train.batch_size` at a time, in `log.grid_steps` steps with `log.grid_guidance_scale`, of the
+    first concept's neutral prompt.
+
+    Args:
+      config: as from `respodiff_jax.config.load_config`.
+      against_torch: also measure diffusers' PyTorch pipeline, in turns with ours.
+      repeats: of each.
+
+    Raises:
+      ValueError: for what the user can mend.
+    """
+    torch_side = model_lib.torch_side(against_torch)
+    batch_size = config.train.batch_size
+    options = SamplerOptions(
+        num_steps=config.log.grid_steps,
+        guidance_scale=config.log.grid_guidance_scale,
+        resolution=config.model.resolution,
+        batch_size=batch_size,
+    )
+    environment = model_lib.environment(against_torch)
+    backbone, resolution = model_lib.open_model(config)
+    neutral_prompt = concepts_from(config)[0].neutral_prompts[0]
+    prompts, seeds = [neutral_prompt] * batch_size, range(batch_size)
+    sampler: Sampler
+
+    def program():
+        nonlocal sampler
+        sampler = Sampler(backbone, options)
+        return lambda: sampler(sampler.begin(prompts, seeds))
+
+    def ours(calls: int) -> None:
+        for _ in range(calls):
+            np.asarray(sampler(sampler.begin(prompts, seeds)))
+
+    def compile_sampler():
+        return sampler.program.lower(*sampler.arguments(sampler.begin(prompts, seeds))).compile()
+
+    with measure.empty_compilation_cache():
+        first_call = measure.first_call(program)
+        peak_memory = measure.peak_memory(compile_sampler)
+    sides = {"ours": ours}
+    if torch_side:
+        with model_lib.diffusers_folder(backbone) as folder:
+            sample = torch_side.load_sampler(
+                folder,
+                config.model.dtype,
+                torch_side.device_for(jax.default_backend()),
+                num_steps=options.num_steps,
+                guidance_scale=options.guidance_scale,
+                resolution=resolution,
+            )
+
+        def theirs(calls: int) -> None:
+            for _ in range(calls):
+                sample(prompts, seeds)
+
+        sides["theirs"] = theirs
+    peak = measure.peak_flops(config.model.dtype)
+    batches = measure.take_turns(sides, repeats)
+
+    flops = _flops_per_image(model_lib.with_plain_attention(backbone), resolution, options)
+
+    def side(name, batches, **others):
+        rate = batches * batch_size
+        utilisation = rate.median * flops / peak["flops_per_second"]
+        return Side(name, rate, flops=flops, utilisation=utilisation, **others)
+
+    sides = [side("JAX", batches["ours"], first_call=first_call, peak_memory=peak_memory)]
+    if torch_side:
+        used = torch_side.peak_memory()
+        used = used and {"bytes": used, "of": "process, measured"}
+        sides.append(side("PyTorch, diffusers", batches["theirs"], peak_memory=used))
+    workload = {
+        "model": config.model.name,
+        "resolution": resolution,
+        "dtype": config.model.dtype,
+        "batch size": batch_size,
+        "DDIM steps": options.num_steps,
+        "guidance": options.guidance_scale,
+    }
+    return Report("generate", "images", workload, environment, peak, tuple(sides))
+
+
+def _flops_per_image(backbone, resolution, options) -> float:
+    """Of the UNet, twice a step, and of the autoencoder."""
+    latents = jax.ShapeDtypeStruct((1, *backbone.latent_shape(resolution)), jnp.float32)
+    prompt = jax.tree.map(lambda x: x[0], backbone.encode_prompts([""], resolution))
+    guided = 2 if options.guidance_scale > 1 else 1
+    forward = model_lib.forward_flops(backbone, backbone.params, latents, prompt)
+    decoding = measure.flops(backbone.decode_latents, backbone.params, latents)
+    return guided * options.num_steps * forward + decoding

@@ -1,0 +1,206 @@
+"""How it is measured: FLOPs, rates of sides that take turns, peaks, compile time, hardware."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from respodiff_jax.compiling.topologies import CHIPS
+
+# A repetition of a side lasts about this long, or as long as one call takes.
+SECONDS = 1.0
+
+# Peaks of dense bfloat16 matrix products, FLOP/s of one device, from NVIDIA's data sheets; of the
+# names that are part of a device's kind, the first counts.
+_GPU_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+# What JAX calls Google's chips.
+_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one quantity."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __truediv__(self, other: "Spread") -> "Spread":
+        """The ratios of repetitions that followed each other."""
+        return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def __mul__(self, factor: float) -> "Spread":
+        return Spread(tuple(factor * value for value in self.values))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "median": self.median,
+            "min": min(self.values),
+            "max": max(self.values),
+            "values": list(self.values),
+        }
+
+
+def flops(function: Callable, *args: Any) -> float:
+    """FLOPs of a function of arrays or `ShapeDtypeStruct`s, by XLA's count; nothing is run.
+
+    Counted in the program as written, lowered for the CPU, where XLA sees all of it: compiled for
+    an accelerator it has kernels that XLA does not look into. A loop's body counts once.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.jit(function).lower(*abstract).cost_analysis()["flops"]
+
+
+def take_turns(sides: Mapping[str, Callable[[int], None]], repeats: int) -> dict[str, Spread]:
+    """How often a second each side can be called.
+
+    The sides alternate (A B A B ...), so that what else the machine does meets all of them.
+
+    Args:
+      sides: by name; `side(n)` does its work n times and waits until it is done.
+      repeats: of each side.
+
+    Returns:
+      Calls per second, one value for each repetition.
+    """
+    calls = {}
+    for name, side in sides.items():
+        side(1)  # warm-up
+        calls[name] = max(1, math.ceil(SECONDS / _seconds(side, 1)))
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            rates[name].append(calls[name] / _seconds(side, calls[name]))
+    return {name: Spread(tuple(values)) for name, values in rates.items()}
+
+
+def _seconds(function: Callable, *args: Any) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of a program's first call, tracing and compiling included.
+
+    Within `empty_compilation_cache`. What has been compiled in this process is forgotten.
+
+    Args:
+      make: gives the program anew, not yet compiled.
+
+    Returns:
+      "cold": with nothing compiled before. "cached": as in a new process that finds the compiled
+      program in JAX's persistent cache.
+    """
+    seconds = {}
+    for name in ("cold", "cached"):
+        jax.clear_caches()
+        program = make()
+        seconds[name] = _seconds(lambda program=program: jax.block_until_ready(program()))
+    return seconds
+
+
+@contextlib.contextmanager
+def empty_compilation_cache() -> Iterator[None]:
+    """A persistent compilation cache with nothing in it, for all that is compiled inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": 0,
+        }
+        before = {name: getattr(jax.config, name) for name in options}
+        try:
+            _configure_cache(options)
+            yield
+        finally:
+            _configure_cache(before)
+
+
+def _configure_cache(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
+    """Bytes on a device: `{"bytes", "of"}`.
+
+    The most that this process has had there, where the backend counts them. Else what XLA says
+    that the compiled program takes: arguments, results and temporaries.
+    """
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return {"bytes": max(s["peak_bytes_in_use"] for s in stats), "of": "process, measured"}
+    sizes = compile_program().memory_analysis()
+    taken = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return {"bytes": taken - sizes.alias_size_in_bytes, "of": "program, by XLA's account"}
+
+
+def peak_flops(dtype: str) -> dict[str, Any]:
+    """FLOP/s that all devices could do at best: `{"flops_per_second", "of"}`.
+
+    The published figure for bfloat16 on a kind of device that is known. Else that of a large matrix
+    product, measured now.
+    """
+    device, count = jax.devices()[0], jax.device_count()
+    published = _GPU_PEAKS | {kind: CHIPS[name].flops for kind, name in _TPU_KINDS.items()}
+    known = next((kind for kind in published if kind in device.device_kind), None)
+    if known and dtype == "bfloat16":
+        return {"flops_per_second": count * published[known], "of": f"{known}, published, bfloat16"}
+    n = 2048 if device.platform == "cpu" else 8192
+    x = jax.device_put(np.full((n, n), 0.5, dtype), device)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    seconds = min(_seconds(lambda: jax.block_until_ready(product(x, x))) for _ in range(7))
+    return {
+        "flops_per_second": count * 2 * n**3 / seconds,
+        "of": f"{n} × {n} {dtype} matrix product, measured",
+    }
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """Hardware and versions; `load_average` tells what else the machine was doing.
+
+    Args:
+      packages: whose versions to name.
+    """
+    cpu = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.M) if cpu.exists() else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+    }

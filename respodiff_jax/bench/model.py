@@ -1,0 +1,125 @@
+"""The model that is measured: opened for JAX, handed to PyTorch, and the cost of one evaluation."""
+
+import contextlib
+import dataclasses
+import importlib
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from respodiff_jax.backbone import Backbone, Conditioning, load_backbone, save_backbone
+from respodiff_jax.bench import measure
+from respodiff_jax.compiling.programs import concepts_at_a_time
+from respodiff_jax.concepts import Concept
+from respodiff_jax.objective import ConceptArrays, concept_arrays
+from respodiff_jax.train_step import Recipe, TrainState, init_state
+
+
+def open_model(config: ConfigDict) -> tuple[Backbone, int]:
+    """The model of a config, and the resolution it is used at."""
+    backbone = load_backbone(
+        config.model.name,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+    )
+    return backbone, config.model.resolution or backbone.default_resolution
+
+
+def with_plain_attention(backbone: Backbone) -> Backbone:
+    """The model for counting FLOPs: XLA does not look into fused attention."""
+    return dataclasses.replace(backbone, attention="plain")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What a config trains, on the host; of a job in waves, the first wave."""
+
+    config: ConfigDict
+    concepts: tuple[Concept, ...]
+    backbone: Backbone
+    resolution: int
+    recipe: Recipe
+    arrays: ConceptArrays
+    state: TrainState
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Job":
+        """Opens the model of a config.
+
+        Raises:
+          ValueError: for what the user can mend in config or model.
+        """
+        concepts = concepts_at_a_time(config, jax.device_count())
+        backbone, resolution = open_model(config)
+        recipe = Recipe.from_config(config, concepts, backbone, resolution)
+        arrays = concept_arrays(backbone, concepts, resolution)
+        state = init_state(recipe, arrays, config.seed, config.train.batch_size)
+        return cls(config, concepts, backbone, resolution, recipe, arrays, state)
+
+    @property
+    def samples_per_step(self) -> int:
+        return len(self.concepts) * self.config.train.batch_size
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        return {"unet": self.backbone.params["unet"]}
+
+
+def torch_side(against_torch: bool = True) -> ModuleType | None:
+    """`bench.torch_side`, where PyTorch has the device that JAX runs on; None if not asked for.
+
+    Raises:
+      ValueError: if there is no PyTorch, or it has no such device.
+    """
+    if not against_torch:
+        return None
+    try:
+        module = importlib.import_module("respodiff_jax.bench.torch_side")
+    except ImportError as error:
+        raise ValueError(
+            f'the comparison needs PyTorch ({error}); install it: pip install -e ".[torch]"'
+        ) from error
+    module.device_for(jax.default_backend())
+    return module
+
+
+@contextlib.contextmanager
+def diffusers_folder(backbone: Backbone) -> Iterator[pathlib.Path]:
+    """A folder with the same weights for PyTorch, whatever they were read from."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_backbone(backbone, folder, dtype=backbone.dtype.name)
+        yield pathlib.Path(folder)
+
+
+def environment(torch: bool) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "diffusers", "transformers")
+    return measure.environment(packages + ("torch",) * torch)
+
+
+def forward_flops(
+    model: Backbone | Recipe, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
+) -> float:
+    """FLOPs of one plain forward pass of the UNet.
+
+    Args:
+      model: with `encode` and `decode`.
+      params: the frozen parameters or their shapes.
+      latents: shape of the batch, `(B, h, w, c)`.
+      prompt: the conditioning of one prompt or its shapes, without a batch axis.
+    """
+
+    def forward(params, z, timesteps, cond):
+        return model.decode(params, *model.encode(params, z, timesteps, cond))
+
+    batch_size = latents.shape[0]
+    timesteps = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype), prompt)
+    return measure.flops(forward, params, latents, timesteps, cond)

@@ -1,0 +1,150 @@
+"""The published procedure in PyTorch (`torch_side`) on a config's job; its results as adapters."""
+
+import os
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from respodiff_jax.adapter_card import export_adapter
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.bench import model as model_lib
+from respodiff_jax.bench.model import Job
+
+if TYPE_CHECKING:
+    from respodiff_jax.bench import torch_side
+
+
+def make_training(job: Job) -> "torch_side.Training":
+    """The published procedure for a job: its model, prompts, first RAM and SAM, hyper-parameters.
+
+    Raises:
+      ValueError: if PyTorch is not there, or has not the device.
+    """
+    torch_side, config = model_lib.torch_side(), job.config
+    device = torch_side.device_for(jax.default_backend())
+    with model_lib.diffusers_folder(job.backbone) as folder:
+        unet, scheduler = torch_side.load_unet(
+            folder, config.rollout.num_steps, config.model.dtype, device
+        )
+
+    def conditions(tree, *index):
+        return torch_side.Conditions.of(jax.tree.map(lambda x: x[index], tree), device)
+
+    arrays, concepts = job.arrays, []
+    for n, concept in enumerate(job.concepts):
+        ram, sam = (
+            torch_side.TorchModule(
+                config.module.kind, jax.tree.map(lambda x, n=n: x[n], params)
+            ).to(device)
+            for params in (job.state.concepts.ram, job.state.concepts.sam)
+        )
+        procedure = torch_side.Procedure(
+            unet,
+            scheduler,
+            ram,
+            sam,
+            lr_ram=concept.lr_ram,
+            lr_sam=concept.lr_sam,
+            lambda_sem=concept.lambda_sem,
+            guidance_scale=concept.guidance_scale,
+            rollout_guidance_scale=config.rollout.guidance_scale,
+            betas=(config.optimizer.b1, config.optimizer.b2),
+            eps=config.optimizer.eps,
+        )
+        own, all_ = slice(int(arrays.num_neutral[n])), slice(n, n + 1)
+        prompts = torch_side.Prompts(
+            neutral=conditions(arrays.neutral, n, own),
+            target_cond=conditions(arrays.target_cond, n, own),
+            target_uncond=conditions(arrays.target_uncond, all_),
+            empty=conditions(arrays.empty, all_),
+        )
+        concepts.append((procedure, prompts))
+    height, width, channels = job.recipe.latent_shape
+    return torch_side.Training(
+        concepts, (channels, height, width), config.train.batch_size, config.seed
+    )
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+    """Trains a config by the published procedure in PyTorch, to compare what is learned.
+
+    Every `checkpoint.every` steps and at the end an adapter is written, `000100/` and so on, whose
+    `training` tells the seconds that training took.
+
+    Args:
+      config: as from `respodiff_jax.config.load_config`.
+      workdir: folder of the adapters, new or empty.
+
+    Returns:
+      The folder of the last.
+
+    Raises:
+      ValueError: for what the user can mend; for options that the procedure does not have.
+      FloatingPointError: if a loss is no longer finite.
+    """
+    optimizer = config.optimizer
+    for name, plain in (
+        ("lr_schedule", "constant"),
+        ("warmup_steps", 0),
+        ("clip_norm", None),
+        ("ema_decay", None),
+    ):
+        if optimizer[name] != plain:
+            raise ValueError(
+                f"config.optimizer.{name} is {optimizer[name]!r}, but the published procedure has"
+                f" none; set it to {plain!r}"
+            )
+    if config.train.init_adapter is not None:
+        raise ValueError("config.train.init_adapter is given, but the procedure starts afresh")
+    out = pathlib.Path(workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"workdir {workdir} is not empty; give a new one")
+    job = Job.of(config)
+    training = make_training(job)
+    synchronise = model_lib.torch_side().synchronise
+    seconds = 0.0
+    for step in tqdm(range(1, config.train.steps + 1), "torch", unit="step", disable=None):
+        start = time.perf_counter()
+        losses = training.step()
+        synchronise()
+        seconds += time.perf_counter() - start
+        for concept, pair in zip(job.concepts, losses, strict=True):
+            if not np.isfinite([float(loss) for loss in pair]).all():
+                raise FloatingPointError(f"{concept.name!r} at step {step}: losses are {pair}")
+        if step % config.checkpoint.every == 0 or step == config.train.steps:
+            folder = out / f"{step:06d}"
+            export_adapter(_adapter(job, training, step, seconds), folder)
+    return folder
+
+
+def _adapter(job: Job, training: "torch_side.Training", step: int, seconds: float) -> Adapter:
+    def stacked(role):
+        params = [getattr(procedure, role).flax() for procedure, _ in training.concepts]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *params)
+
+    config = job.config
+    return Adapter(
+        concepts=job.concepts,
+        module=job.recipe.module,
+        ram=stacked("ram"),
+        sam=stacked("sam"),
+        backbone=dict(job.backbone.identity)
+        | {
+            "resolution": job.resolution,
+            "prediction_type": job.recipe.schedule.prediction_type,
+        },
+        training={
+            "procedure": "published, PyTorch",
+            "steps": step,
+            "seconds": round(seconds, 1),
+            "batch_size": config.train.batch_size,
+            "seed": config.seed,
+            "dtype": config.model.dtype,
+        },
+    )

@@ -1,0 +1,209 @@
+"""`respodiff bench train`: a config's training step, and the published procedure beside it."""
+
+import itertools
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from respodiff_jax.bench import measure, published
+from respodiff_jax.bench import model as model_lib
+from respodiff_jax.bench.model import Job
+from respodiff_jax.bench.report import Report, Side
+from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.parallel import make_placement
+from respodiff_jax.train_step import Metrics, Recipe, TrainState, train_step
+
+if TYPE_CHECKING:
+    from respodiff_jax.bench import torch_side
+
+
+def evaluations_per_sample(
+    recipe: Recipe, state: TrainState, frozen: Any, arrays: ConceptArrays, batch_size: int
+) -> float:
+    """Evaluations of the UNet that a training sample takes on average, by FLOPs, against one plain
+    forward pass of the same batch. Arrays or their shapes do.
+
+    Args:
+      recipe: of the step.
+      state: leaves `(N, ...)`.
+      frozen: the UNet's parameters.
+      arrays: leaves `(N, ...)`.
+      batch_size: B.
+    """
+    ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    step = measure.flops(partial(train_step, recipe), state, frozen, arrays, ids)
+    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arrays.empty)
+    latents = jax.ShapeDtypeStruct((batch_size, *recipe.latent_shape), jnp.float32)
+    one = model_lib.forward_flops(recipe, frozen, latents, prompt)
+    num_concepts = arrays.guidance_scale.shape[0]
+    return step / (num_concepts * one) + _uncounted_rollout(recipe)
+
+
+def _uncounted_rollout(recipe: Recipe) -> float:
+    """Evaluations that XLA's count leaves out: it takes a loop's body once.
+
+    A step of a faithful rollout is a guided prediction, two evaluations.
+    """
+    if recipe.rollout.uses_losses:
+        return 0.0
+    return 2 * (_longest(recipe) / 2 - 1)
+
+
+def _longest(recipe: Recipe) -> int:
+    """Steps of the longest faithful rollout; lengths are uniform from 0 to it."""
+    return recipe.schedule.num_steps - 2
+
+
+class _Ours:
+    """The program that `respodiff train` runs, on all devices."""
+
+    def __init__(self, job: Job):
+        config, self._job = job.config, job
+        self._placement = make_placement(
+            config.parallel.strategy,
+            len(job.concepts),
+            config.train.batch_size,
+            config.parallel.fsdp,
+        )
+        self._function = partial(train_step, self._placement.prepare(job.recipe))
+        self._frozen = self._placement.place_frozen(job.frozen)
+        self._concepts = self._placement.place_concepts(job.arrays)
+        state = self._placement.to_canonical_devices(job.state)
+        self._state = self._placement.place_state(state)
+        self._starts = None
+        if not job.recipe.rollout.uses_losses:
+            self._starts = itertools.cycle(_balanced_steps(config.seed, _longest(job.recipe)))
+        self.program()
+
+    def program(self) -> Callable[[], Metrics]:
+        """Makes the program anew; returns a function that takes one step."""
+        self._step = self._placement.compile(self._function)
+        return self._one
+
+    def _one(self) -> Metrics:
+        self._state, metrics = self._step(self._state, self._frozen, self._concepts)
+        return metrics
+
+    def take_pairs(self, count: int) -> None:
+        """Takes `count` pairs of steps, of mean rollout length."""
+        for _ in range(count):
+            if self._starts is not None:
+                step = self._state.step
+                start = np.full(step.shape, next(self._starts), np.int32)
+                self._state = self._state.replace(step=jax.device_put(start, step.sharding))
+            self._one()
+            self._one()
+        jax.block_until_ready(self._state)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The program, for analysis."""
+        job = self._job
+        shapes = jax.eval_shape(lambda *args: args, job.state, job.frozen, job.arrays)
+        return self._placement.lower(self._function, *shapes).compile()
+
+
+def _balanced_steps(seed: int, longest: int) -> list[int]:
+    """Training steps n of a seed whose rollout and the next one's are `longest` long together.
+
+    Time grows linearly with a rollout's length: pairs of mean length show the mean time without
+    waiting for the lengths to average out.
+    """
+
+    def length(step):
+        rollout_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        return jax.random.randint(rollout_key, (), 0, longest + 1)
+
+    lengths = np.asarray(jax.vmap(length)(jnp.arange(50 * (longest + 1))))
+    return np.flatnonzero(lengths[:-1] + lengths[1:] == longest).tolist()
+
+
+class _Torch:
+    """The published procedure, one concept after the other."""
+
+    def __init__(self, training: "torch_side.Training", longest: int, synchronise: Callable):
+        self.training, self._longest, self._synchronise = training, longest, synchronise
+        self._rng = random.Random(0)
+
+    def take_pairs(self, count: int) -> None:
+        """Takes `count` pairs of steps, of mean rollout length."""
+        for _ in range(count):
+            length = self._rng.randint(0, self._longest)
+            self.training.step(length)
+            self.training.step(self._longest - length)
+        self._synchronise()
+
+
+def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
+    """Measures the training step of a config.
+
+    Args:
+      config: as from `respodiff_jax.config.load_config`.
+      against_torch: also measure the published procedure in PyTorch, in turns with ours.
+      repeats: of each.
+
+    Raises:
+      ValueError: for what the user can mend.
+    """
+    torch_side = model_lib.torch_side(against_torch)
+    environment = model_lib.environment(against_torch)
+    job = Job.of(config)
+    ours = _Ours(job)
+    with measure.empty_compilation_cache():
+        first_call = measure.first_call(ours.program)
+        peak_memory = measure.peak_memory(ours.compile)
+    sides = {"ours": ours.take_pairs}
+    if torch_side:
+        theirs = _Torch(published.make_training(job), _longest(job.recipe), torch_side.synchronise)
+        sides["theirs"] = theirs.take_pairs
+    peak = measure.peak_flops(config.model.dtype)
+    pairs = measure.take_turns(sides, repeats)
+
+    batch_size = config.train.batch_size
+    prompt = jax.tree.map(lambda x: x[0], job.arrays.empty)
+    latents = jax.ShapeDtypeStruct((1, *job.recipe.latent_shape), jnp.float32)
+    plain = model_lib.with_plain_attention(job.backbone)
+    recipe = Recipe.from_config(config, job.concepts, plain, job.resolution)
+    forward = model_lib.forward_flops(recipe, job.frozen, latents, prompt)
+
+    def side(name, pairs, evaluations, **others):
+        rate = pairs * (2 * job.samples_per_step)
+        flops = evaluations * forward
+        utilisation = rate.median * flops / peak["flops_per_second"]
+        return Side(name, rate, evaluations, flops, utilisation, **others)
+
+    evaluations = evaluations_per_sample(recipe, job.state, job.frozen, job.arrays, batch_size)
+    measured = [
+        side(
+            f"JAX, {config.rollout.kind}",
+            pairs["ours"],
+            evaluations,
+            first_call=first_call,
+            peak_memory=peak_memory,
+        )
+    ]
+    if torch_side:
+        used = torch_side.peak_memory()
+        measured.append(
+            side(
+                "PyTorch, published procedure",
+                pairs["theirs"],
+                theirs.training.evaluations_per_sample(),
+                peak_memory=used and {"bytes": used, "of": "process, measured"},
+            )
+        )
+    workload = {
+        "model": config.model.name,
+        "resolution": job.resolution,
+        "dtype": config.model.dtype,
+        "concepts": len(job.concepts),
+        "batch size": batch_size,
+        "module": config.module.kind,
+        "rollout steps": config.rollout.num_steps,
+    }
+    return Report("train", "samples", workload, environment, peak, tuple(measured))

@@ -1,0 +1,225 @@
+"""The programs that `train` and `generate` run, lowered from shapes alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.concepts import Concept
+from respodiff_jax.config import concepts_from
+from respodiff_jax.diffusion import Schedule
+from respodiff_jax.generation import default_batch_size, denoise, make_sampler
+from respodiff_jax.modules import Steering
+from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.parallel import make_placement
+from respodiff_jax.train_step import Recipe, init_state, train_step
+from respodiff_jax.waves import wave_size
+
+P = PartitionSpec
+Shape = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A program to compile, and what its numbers are to be compared with.
+
+    Attributes:
+      lower: makes it.
+      batch_per_device: samples on a device, over all of its concepts.
+      parameters: bytes of frozen parameters that a device holds.
+      unused: those of them that are no argument of the program.
+      gradients: bytes that the devices of a concept have to exchange.
+      sharded: whether the frozen parameters are, so that each layer's are exchanged.
+      weights: `(dtype, dims)` of the frozen parameters with more than one axis.
+      repeats: how often its loop runs, on average; None if it has none.
+      lower_body: makes one pass of the loop, as a program of its own.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    batch_per_device: int
+    parameters: int
+    unused: int
+    gradients: int = 0
+    sharded: bool = False
+    weights: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
+    repeats: float | None = None
+    lower_body: Callable[[], jax.stages.Lowered] | None = None
+
+
+def concepts_at_a_time(config: ConfigDict, num_devices: int) -> int:
+    """How many of the config's concepts are trained together."""
+    per_device = config.train.concepts_per_device
+    return wave_size(len(concepts_from(config)), num_devices, per_device)
+
+
+def data_shards(config: ConfigDict, num_devices: int) -> int:
+    """The devices that share the batch of a concept."""
+    return num_devices // math.gcd(concepts_at_a_time(config, num_devices), num_devices)
+
+
+def concept_shapes(
+    backbone: Backbone, concepts: Sequence[Concept], resolution: int, count: int | None = None
+) -> ConceptArrays:
+    """Shapes and dtypes of `objective.concept_arrays`, of all or of `count` concepts at a time.
+
+    No prompt is embedded.
+    """
+    prompt = jax.eval_shape(
+        lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
+    )
+    n, most_neutral = count or len(concepts), max(len(c.neutral_prompts) for c in concepts)
+
+    def prompts(*axes):
+        return jax.tree.map(lambda x: Shape((*axes, *x.shape[1:]), x.dtype), prompt)
+
+    return ConceptArrays(
+        neutral=prompts(n, most_neutral),
+        num_neutral=Shape((n,), np.int32),
+        target_cond=prompts(n, most_neutral),
+        target_uncond=prompts(n),
+        empty=prompts(n),
+        guidance_scale=Shape((n,), np.float32),
+        lambda_sem=Shape((n,), np.float32),
+        lr_ram=Shape((n,), np.float32),
+        lr_sam=Shape((n,), np.float32),
+        stream=Shape((n,), np.uint32),
+    )
+
+
+def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Device]) -> Program:
+    """The training step, as `respodiff train` runs it on these devices.
+
+    Raises:
+      ValueError: as `make_placement`.
+    """
+    concepts, batch_size = concepts_from(config), config.train.batch_size
+    count = concepts_at_a_time(config, len(devices))
+    placement = make_placement(
+        config.parallel.strategy, count, batch_size, config.parallel.fsdp, devices
+    )
+    resolution = config.model.resolution or backbone.default_resolution
+    recipe = Recipe.from_config(config, concepts, backbone, resolution)
+    arrays = concept_shapes(backbone, concepts, resolution, count)
+    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
+    frozen = {"unet": backbone.params["unet"]}
+    for_grids = backbone.params["vae"] if config.log.grid_every else {}
+
+    def per_device(tree):
+        return sum(
+            math.prod(sharding(x).shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    def sharding(x):
+        return NamedSharding(placement.mesh, placement.frozen_spec(x.shape))
+
+    samples = batch_size // placement.data_shards
+    batch_per_device = count // placement.concept_shards * samples
+    modules = state.concepts.ram, state.concepts.sam
+    is_faithful = config.rollout.kind == "faithful"
+    return Program(
+        lower=lambda: placement.lower(
+            partial(train_step, placement.prepare(recipe)), state, frozen, arrays
+        ),
+        batch_per_device=batch_per_device,
+        parameters=per_device(frozen) + per_device(for_grids),
+        unused=per_device(for_grids),
+        gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
+        sharded=config.parallel.fsdp,
+        weights=_matrices(frozen),
+        # k is uniform in 0 .. num_steps - 2.
+        repeats=(config.rollout.num_steps - 2) / 2 if is_faithful else None,
+        lower_body=partial(_lower_ddim_step, backbone, recipe, arrays, batch_per_device, devices[0])
+        if is_faithful
+        else None,
+    )
+
+
+def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Device]) -> Program:
+    """Sampling as `respodiff generate` does it on a host, with an adapter of the config's concepts.
+
+    Steps, guidance and resolution are those of the training's grids.
+    """
+    # A process uses the devices of its own host.
+    devices = [d for d in devices if d.process_index == devices[0].process_index]
+    concepts = concepts_from(config)
+    resolution = config.model.resolution or backbone.default_resolution
+    recipe = Recipe.from_config(config, concepts, backbone, resolution)
+    arrays = concept_shapes(backbone, concepts, resolution)
+    num_steps, guidance_scale = config.log.grid_steps, config.log.grid_guidance_scale
+    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
+    batch_size = default_batch_size(2**20, len(devices), resolution)
+    mesh = Mesh(np.asarray(devices), ("data",))
+    sample = make_sampler(backbone, recipe.module, schedule)
+
+    def to_uint8(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
+            return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+
+    def lower():
+        args = _sampler_shapes(recipe, arrays, batch_size, len(concepts))
+        specs = (P("data"), P("data"), P(), Steering(P(), P(), P("data"), P("data")))
+        args = (backbone.params, *args)
+        placed = jax.tree.map(
+            lambda spec, tree: jax.tree.map(
+                lambda x: Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
+            ),
+            (P(), *specs),
+            args,
+        )
+        return jax.jit(to_uint8).lower(*placed, guidance_scale)
+
+    texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
+    batch_per_device = batch_size // len(devices)
+    return Program(
+        lower=lower,
+        batch_per_device=batch_per_device,
+        parameters=_nbytes(backbone.params),
+        unused=_nbytes(texts),
+        weights=_matrices(backbone.params),
+        repeats=num_steps,
+        lower_body=partial(
+            _lower_ddim_step, backbone, recipe, arrays, batch_per_device, devices[0]
+        ),
+    )
+
+
+def _lower_ddim_step(backbone, recipe, arrays, batch_size, device):
+    """One guided, steered DDIM step on a device, what rollouts and sampling repeat."""
+    schedule = Schedule.from_config(backbone.scheduler_config, 1)
+    args = ({"unet": backbone.params["unet"]}, *_sampler_shapes(recipe, arrays, batch_size, 1))
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=on_device), args)
+    return jax.jit(partial(denoise, backbone, recipe.module, schedule)).lower(*args, 1.0)
+
+
+def _sampler_shapes(
+    recipe: Recipe, arrays: ConceptArrays, batch_size: int, num_concepts: int
+) -> tuple[Any, ...]:
+    """Noise, conditioning of prompts and of the negative prompt, and steering of a batch."""
+    keys = jax.random.split(jax.random.key(0), num_concepts)
+    modules = jax.eval_shape(jax.vmap(recipe.module.init_params), keys)
+    scales = Shape((batch_size, num_concepts), np.float32)
+    cond = jax.tree.map(lambda x: Shape((batch_size, *x.shape[1:]), x.dtype), arrays.empty)
+    uncond = jax.tree.map(lambda x: Shape((1, *x.shape[1:]), x.dtype), arrays.empty)
+    noise = Shape((batch_size, *recipe.latent_shape), np.float32)
+    return noise, cond, uncond, Steering(modules, modules, scales, scales)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _matrices(tree: Any) -> frozenset[tuple[str, tuple[int, ...]]]:
+    names = {"float32": "f32", "bfloat16": "bf16"}
+    return frozenset(
+        (names[x.dtype.name], x.shape) for x in jax.tree.leaves(tree) if len(x.shape) > 1
+    )
