@@ -285,7 +285,8 @@ def test_attention_that_is_not_here_is_refused(attention, message):
 
 def test_a_run_has_the_attention_of_its_config(tmp_path):
     config = default()
-    add_concept(config, "man", name="a man", neutral_prompts=["a person"], target_prompt="a man")
+    fields = {"neutral_prompts": ["a person"], "target_prompt": "a man"}
+    add_concept(config, "man", name="a man", group="gender", **fields)
     config.model.name, config.model.attention = "random/tiny", "flash"
     config.train.batch_size = jax.device_count()
     with pytest.raises(ValueError, match="attention='flash' needs a TPU"):

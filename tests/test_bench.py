@@ -282,4 +282,13 @@ def test_known_devices_have_published_peaks(monkeypatch):
     for kind, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5 lite", 197e12)):
         monkeypatch.setattr(jax, "devices", lambda kind=kind: [Device(kind)])
         monkeypatch.setattr(jax, "device_count", lambda: 4)
-        assert measure.peak_flops("bfloat16")["flops_per_second"] == 4 * peak
+        best = measure.Peak("bfloat16")
+        assert not best.sides and best.to_dict({})["flops_per_second"] == 4 * peak
+
+
+def test_other_peaks_are_measured_in_turns():
+    best = measure.Peak("float32")
+    assert list(best.sides) == ["matrix product"]
+    best.sides["matrix product"](1)
+    found = best.to_dict({"matrix product": Spread((3.0, 2.0, 7.0))})
+    assert found["flops_per_second"] == 3.0 * 2 * 2048**3

@@ -162,7 +162,7 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
     argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]
     assert cli.main([*argv, "--config.seed=1"]) == 0
     assert calls == [
-        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"]), {}),
+        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"], None), {}),
         ("hosts", ("host0:1", 2, 1, False), {}),
         ("train", ("config", "w"), {"profile": True}),
     ]

@@ -5,6 +5,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 import uuid
@@ -236,6 +237,7 @@ def test_a_model_that_is_not_in_the_bucket_is_told(remote_model, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_in_a_bucket_what_they_train_here(bucket, tmp_path):
     changes = ("train.steps=4", "checkpoint.every=2", "log.grid_every=0")
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     for workdir in (bucket + "/run", tmp_path):
         subprocess.run(
             [
@@ -245,6 +247,7 @@ def test_two_processes_train_in_a_bucket_what_they_train_here(bucket, tmp_path):
             ],
             check=True,
             cwd=ROOT,
+            env=os.environ | {"PATH": path},
             timeout=900,
         )
     assert_same_state(bucket + "/run", tmp_path)

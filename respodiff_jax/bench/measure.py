@@ -162,26 +162,44 @@ def peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str,
     return {"bytes": taken - sizes.alias_size_in_bytes, "of": "program, by XLA's account"}
 
 
-def peak_flops(dtype: str) -> dict[str, Any]:
-    """FLOP/s that all devices could do at best: `{"flops_per_second", "of"}`.
+class Peak:
+    """FLOP/s that all devices could do at best.
 
     The published figure for bfloat16 on a kind of device that is known. Else that of a large matrix
-    product, measured now.
+    product, which is measured as one of the sides that take turns.
+
+    Args:
+      dtype: of the model.
+
+    Attributes:
+      sides: to be measured too.
     """
-    device, count = jax.devices()[0], jax.device_count()
-    published = _GPU_PEAKS | {kind: CHIPS[name].flops for kind, name in _TPU_KINDS.items()}
-    known = next((kind for kind in published if kind in device.device_kind), None)
-    if known and dtype == "bfloat16":
-        return {"flops_per_second": count * published[known], "of": f"{known}, published, bfloat16"}
-    n = 2048 if device.platform == "cpu" else 8192
-    x = jax.device_put(np.full((n, n), 0.5, dtype), device)
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    seconds = min(_seconds(lambda: jax.block_until_ready(product(x, x))) for _ in range(7))
-    return {
-        "flops_per_second": count * 2 * n**3 / seconds,
-        "of": f"{n} × {n} {dtype} matrix product, measured",
-    }
+
+    def __init__(self, dtype: str):
+        device = jax.devices()[0]
+        # A CPU's simulated devices share its cores, all of which a product on one of them uses.
+        self._devices = 1 if device.platform == "cpu" else jax.device_count()
+        published = _GPU_PEAKS | {kind: CHIPS[name].flops for kind, name in _TPU_KINDS.items()}
+        known = next((kind for kind in published if kind in device.device_kind), None)
+        self.sides: dict[str, Callable[[int], None]] = {}
+        if known and dtype == "bfloat16":
+            self._flops, self._of = published[known], f"{known}, published, bfloat16"
+            return
+        n = 2048 if device.platform == "cpu" else 8192
+        self._flops, self._of = 2 * n**3, f"{n} × {n} {dtype} matrix product, measured"
+        x = jax.device_put(np.full((n, n), 0.5, dtype), device)
+        product = jax.jit(jnp.matmul)
+
+        def multiply(times: int) -> None:
+            for _ in range(times):
+                product(x, x).block_until_ready()
+
+        self.sides["matrix product"] = multiply
+
+    def to_dict(self, rates: Mapping[str, Spread]) -> dict[str, Any]:
+        """`{"flops_per_second", "of"}`, given the rates of what took turns."""
+        products = rates["matrix product"].median if self.sides else 1
+        return {"flops_per_second": self._devices * products * self._flops, "of": self._of}
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:

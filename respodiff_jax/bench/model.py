@@ -17,6 +17,7 @@ from respodiff_jax.backbone import Backbone, Conditioning, load_backbone, save_b
 from respodiff_jax.bench import measure
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.concepts import Concept
+from respodiff_jax.config import concepts_from
 from respodiff_jax.objective import ConceptArrays, concept_arrays
 from respodiff_jax.train_step import Recipe, TrainState, init_state
 
@@ -57,7 +58,8 @@ class Job:
         Raises:
           ValueError: for what the user can mend in config or model.
         """
-        concepts = concepts_at_a_time(config, jax.device_count())
+        count = concepts_at_a_time(config, jax.device_count())
+        concepts = concepts_from(config)[:count]
         backbone, resolution = open_model(config)
         recipe = Recipe.from_config(config, concepts, backbone, resolution)
         arrays = concept_arrays(backbone, concepts, resolution)

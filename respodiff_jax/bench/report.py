@@ -41,7 +41,7 @@ class Report:
       unit: what `rate` counts.
       workload: what was run.
       environment: `measure.environment`.
-      peak: `measure.peak_flops`.
+      peak: `measure.Peak`.
       sides: this package's measurements, then those that it is compared with.
     """
 
