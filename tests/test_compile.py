@@ -312,7 +312,8 @@ def no_metadata_server(monkeypatch):
 @pytest.mark.tpu_compile
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("name", "count"), [("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:2x2x1", 4)]
+    ("name", "count"),
+    [("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:2x2x1", 4), ("v6e:2x2", 4)],
 )
 def test_a_device_is_a_chip_with_its_memory(name, count, no_metadata_server):
     topology = topologies.open_topology(name)

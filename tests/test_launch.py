@@ -1,5 +1,7 @@
 """The scripts under launch/: what they would do, and how they go on after a preemption."""
 
+import contextlib
+import json
 import os
 import pathlib
 import re
@@ -11,10 +13,17 @@ import sys
 import time
 
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.config import load_config
+from respodiff_jax.training import train
+from respodiff_jax.waves import read_outcomes
+
 ROOT = pathlib.Path(__file__).parents[1]
+PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 TRAIN = [
     "--config",
     "configs/smoke.py",
@@ -38,7 +47,7 @@ SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
 
 def launch(script, *arguments, path=(), check=True, **options):
     """Runs a script; programs are looked for in the folder `path` first."""
-    folders = [*map(str, path), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    folders = [*map(str, path), PATH]
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
         env=os.environ | {"PATH": ":".join(folders)},
@@ -116,25 +125,36 @@ def test_local_pod_starts_its_processes():
         assert command[-5:] == ["--num-processes", "3", "--process-id", str(number), "&"]
 
 
-@pytest.fixture
-def pod(tmp_path):
-    """A pod of two processes in training, and the process numbers of its two by their ids."""
-    options = {"train.steps": 10**6, "checkpoint.every": 10**6, "log.every": 1, "log.grid_every": 0}
+@contextlib.contextmanager
+def in_training(tmp_path, processes, *arguments, checkpoint_every=10**6):
+    """A pod of processes with two devices each, in training: the script's process, and theirs by
+    their numbers."""
+    options = {
+        "train.steps": 10**6,
+        "checkpoint.every": checkpoint_every,
+        "log.every": 1,
+        "log.grid_every": 0,
+    }
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
-    arguments = ["--config", "configs/smoke.py", "--workdir", str(tmp_path / "run"), *overrides]
-    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    workdir = ["--config", "configs/smoke.py", "--workdir", str(tmp_path / "run")]
     with open(tmp_path / "output", "wb") as output:
         process = subprocess.Popen(
-            [ROOT / "launch" / "local_pod.sh", "2", "2", *arguments],
-            env=os.environ | {"PATH": path},
+            [
+                ROOT / "launch" / "local_pod.sh",
+                str(processes),
+                "2",
+                *workdir,
+                *overrides,
+                *arguments,
+            ],
+            env=os.environ | {"PATH": PATH},
             cwd=ROOT,
             stdout=output,
             stderr=output,
         )
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 900
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        while not _has_begun(tmp_path / "run"):
             assert process.poll() is None and time.monotonic() < deadline, told(tmp_path)
             time.sleep(0.5)
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -146,6 +166,17 @@ def pod(tmp_path):
     finally:
         process.terminate()
         process.wait(timeout=400)
+
+
+def _has_begun(workdir):
+    return any(path.read_text().count("\n") >= 3 for path in workdir.rglob("metrics.jsonl"))
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """A pod of two processes in training; see `in_training`."""
+    with in_training(tmp_path, 2) as started:
+        yield started
 
 
 def told(tmp_path):
@@ -170,6 +201,41 @@ def test_when_a_process_is_told_to_stop_all_save(pod, tmp_path):
     assert process.wait(timeout=120) == 0
     stopped = re.search(r"stopped at step (\d+), saved", told(tmp_path))
     assert (tmp_path / "run" / "checkpoints" / stopped[1]).is_dir()
+
+
+@pytest.mark.slow
+def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
+    """Four processes, of which one is killed, then two, train two waves as one process does."""
+    file, workdir = tmp_path / "concepts.jsonl", tmp_path / "run"
+    row = {"group": "numbers", "neutral_prompts": ["a person"], "lr_sam": 0.01}
+    rows = [row | {"name": f"{i}", "target_prompt": f"the number {i}"} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ["--config.train.batch_size=1", "--config.train.concepts_per_device=1"]
+    concepts = ["--concepts", str(file)]
+    with in_training(tmp_path, 4, *few, *concepts, checkpoint_every=2) as (process, numbers):
+        os.kill(numbers[3], signal.SIGKILL)
+        assert process.wait(timeout=300) != 0
+    saved = max(int(path.name) for path in workdir.glob("waves/0000/checkpoints/[0-9]*"))
+    few += [f"--config.train.steps={saved + 2}", "--config.log.grid_every=0"]
+    arguments = ["--config", "configs/smoke.py", "--workdir", str(workdir), *concepts, *few]
+    told = launch("local_pod.sh", "2", "2", *arguments).stdout
+    assert f"step {saved}" in told
+    train(load_config("configs/smoke.py", few, str(file)), str(tmp_path / "one"))
+    ours, theirs = (_modules(path) for path in (workdir, tmp_path / "one"))
+    assert list(ours) == [row["name"] for row in rows] == list(theirs)
+    for name, parts in ours.items():
+        for a, b in zip(parts, theirs[name], strict=True):
+            assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b), (name, saved)
+
+
+def _modules(workdir):
+    """Concept name -> its (RAM, SAM), of a batch of concepts."""
+    found = {}
+    for outcome in read_outcomes(workdir):
+        adapter = load_adapter(workdir / outcome["adapter"])
+        row = adapter.names.index(outcome["name"])
+        found[outcome["name"]] = [part["constant"][row] for part in (adapter.ram, adapter.sam)]
+    return found
 
 
 LEAVING = """

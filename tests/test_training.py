@@ -354,8 +354,9 @@ def test_every_option_is_read(tmp_path, monkeypatch):
     assert options - read == {"train.idle"}
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    """Two processes of two devices each, as hosts of a pod, against this one with eight."""
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_what_one_does(tmp_path, processes):
+    """Processes of two devices each, as hosts of a pod, against this one with eight."""
     changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
     overrides = [f"--config.{change}" for change in changes]
     environment = os.environ | {
@@ -364,7 +365,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     subprocess.run(
         [
             "launch/local_pod.sh",
-            "2",
+            str(processes),
             "2",
             "--config",
             SMOKE,
