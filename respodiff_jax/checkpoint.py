@@ -122,7 +122,7 @@ def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that must not change when a run is continued."""
-    free = {"concepts_per_device"}
+    free = {"concepts_per_device", "remat"}
     if config["optimizer"]["lr_schedule"] == "constant":  # more steps then change none before
         free.add("steps")
     train = {k: v for k, v in config["train"].items() if k not in free}

@@ -68,6 +68,7 @@ def default() -> ConfigDict:
     config.train.batch_size = 1  # samples of each concept in a step, over all devices
     # The most concepts that a device trains at a time; more are trained in waves. None: no limit.
     config.train.concepts_per_device = placeholder(int)
+    config.train.remat = False  # less memory: compute the decoder's layers again for the gradient
     # An adapter directory; concepts that it has, by name, start from it and not from module.init.
     config.train.init_adapter = placeholder(str)
 

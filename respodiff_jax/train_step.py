@@ -8,6 +8,7 @@ them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class Recipe:
         )
         return cls(
             encode=backbone.encode,
-            decode=backbone.decode,
+            decode=functools.partial(backbone.decode, remat=config.train.remat),
             latent_shape=backbone.latent_shape(resolution),
             module=MidBlockModule(
                 kind=config.module.kind,

@@ -313,3 +313,25 @@ def test_the_encoder_is_shared(tiny_backbone):
     step = flops(partial(train_step, recipe), state, frozen, arrays, jnp.arange(BATCH))
     assert step == pytest.approx(3 * encoder + 3 * decoder + 2 * with_backward, rel=0.05)
     assert step < 3 * encoder + 3 * decoder + 2 * with_backward + encoder  # one more would show
+
+
+def test_remat_keeps_less_for_the_same_gradient(tiny_backbone):
+    recipe, arrays, _, _ = setup(tiny_backbone, [WOMAN])
+    frozen = {"unet": tiny_backbone.params["unet"]}
+    cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
+    z_t = jax.random.normal(jax.random.key(0), (BATCH, *recipe.latent_shape))
+    h, skips = jax.jit(recipe.encode)(frozen, z_t, jnp.full(BATCH, 500), cond)
+
+    def loss(remat, h):
+        return jnp.sum(tiny_backbone.decode(frozen, h, skips, remat) ** 2)
+
+    def kept(remat):
+        """Bytes that the backward pass is given, without the parameters, which it always is."""
+        residuals = jax.eval_shape(lambda h: jax.vjp(partial(loss, remat), h)[1], h)
+        weights = {x.shape for x in jax.tree.leaves((frozen, skips))}
+        found = [x for x in jax.tree.leaves(residuals) if x.shape not in weights]
+        return sum(x.size * x.dtype.itemsize for x in found)
+
+    assert kept(True) < kept(False) / 2
+    plain, again = (jax.jit(jax.grad(partial(loss, remat)))(h) for remat in (False, True))
+    np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)

@@ -94,9 +94,9 @@ class Backbone:
         """h = e(z_t, t, y) and what g needs beside it; see `unet.encode`."""
         return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond, self.attention)
 
-    def decode(self, params: Mapping, h: jax.Array, skips: Skips) -> jax.Array:
+    def decode(self, params: Mapping, h: jax.Array, skips: Skips, remat: bool = False) -> jax.Array:
         """The model output g(h, ...), (B, h, w, c) fp32; see `unet.decode`."""
-        return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention)
+        return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention, remat)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Each text encoder's token ids, int32 (n, L); warns of prompts that are cut.

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 _DEPRECATION = "Flax classes are deprecated and will be removed in Diffusers"
 
@@ -34,9 +35,11 @@ for _name in (
 
 from diffusers.models.attention_flax import (  # noqa: E402
     FlaxAttention,
+    FlaxBasicTransformerBlock,
     FlaxGEGLU,
     FlaxTransformer2DModel,
 )
+from diffusers.models.resnet_flax import FlaxResnetBlock2D  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAttentionBlock, FlaxAutoencoderKL  # noqa: E402
 from transformers import CLIPTextConfig  # noqa: E402
@@ -47,6 +50,8 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
 )
 
 from respodiff_jax.backbone.attention import attention  # noqa: E402
+
+LAYER = "layer"  # what `name_layers` names
 
 # What the Flax UNet computes whatever the config says: option -> values that mean just that.
 _UNET_FIXED = {
@@ -273,6 +278,14 @@ def with_attention(implementation: str) -> Callable:
         return attention(query, key, value, scale, implementation).reshape(*x.shape[:2], -1)
 
     return intercept
+
+
+def name_layers(next_function, args, kwargs, context):
+    """A `flax.linen` interceptor that names the UNet's layers' outputs, for `jax.checkpoint`."""
+    output = next_function(*args, **kwargs)
+    if isinstance(context.module, FlaxResnetBlock2D | FlaxBasicTransformerBlock):
+        return checkpoint_name(output, LAYER)
+    return output
 
 
 def abstract_params(module: nn.Module) -> dict:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from respodiff_jax.backbone.flax_models import as_trained, with_attention
+from respodiff_jax.backbone.flax_models import LAYER, as_trained, name_layers, with_attention
 
 
 class Conditioning(NamedTuple):
@@ -124,7 +124,12 @@ def encode(
 
 
 def decode(
-    unet: nn.Module, params: dict, h: jax.Array, skips: Skips, attention: str = "plain"
+    unet: nn.Module,
+    params: dict,
+    h: jax.Array,
+    skips: Skips,
+    attention: str = "plain",
+    remat: bool = False,
 ) -> jax.Array:
     """The paper's g: the model's output (eps, or v for a v-prediction model) from h and the skips.
 
@@ -134,9 +139,21 @@ def decode(
       h: (B, H, W, C) mid-block output with whatever was added to it; cast to `unet.dtype`.
       skips: from `encode`.
       attention: as of `encode`.
+      remat: keep only each layer's output for the gradient, and compute the rest again.
 
     Returns:
       (B, h, w, c) fp32.
     """
-    with nn.intercept_methods(as_trained), nn.intercept_methods(with_attention(attention)):
-        return unet.apply({"params": params}, h, skips, method=_decode)
+
+    def apply(params, h, skips):
+        with (
+            nn.intercept_methods(name_layers),
+            nn.intercept_methods(as_trained),
+            nn.intercept_methods(with_attention(attention)),
+        ):
+            return unet.apply({"params": params}, h, skips, method=_decode)
+
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names(LAYER)
+        apply = jax.checkpoint(apply, policy=policy)
+    return apply(params, h, skips)
