@@ -80,14 +80,41 @@ collective-permute-done(%collective-permute-start.5)
 def test_collectives_of_a_program_text():
     found = hlo.collectives(TPU_TEXT)
     assert [(c.op, c.nbytes, c.in_loop) for c in found] == [
-        ("all-gather", 32 * 16 * 2, False),  # in two fusions, one exchange
+        ("all-gather", 32 * 64 * 2, False),  # in two fusions, one exchange; what it gives
         ("reduce-scatter", 8 * 8 * 2, True),
         ("all-reduce", 4 * 4 + 4 * 4 * 64 * 4, False),
         ("all-reduce", 4 * 4, False),  # of the same channel, another exchange
         ("collective-permute", 5, False),
     ]
     assert found[2].operands == (("f32", (4,)), ("f32", (1, 4, 4, 64)))
-    assert hlo.kernels(TPU_TEXT) == 2
+    kernels = hlo.kernels(TPU_TEXT)
+    assert [(kernel.nbytes, kernel.flops) for kernel in kernels] == [(32, None)] * 2
+
+
+SPLASH_TEXT = """\
+ENTRY %main (p.1: bf16[16,40,4096], p.2: bf16[16,40,128]) -> bf16[16,4096,40] {
+  %mask = s8[1,8,1]{2,1,0:T(8,128)(4,1)} constant(0)
+  %q = bf16[16,40,4096]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[16,40,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %splash_mha_fwd_segmented_residuals.1 = (f32[512,128]{1,0:T(8,128)}, \
+bf16[16,4096,40]{2,1,0:T(8,128)(2,1)S(1)}) custom-call(%mask, %q, %k, /*index=5*/%k), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,1]{2,1,0}}
+  ROOT %splash_mha_dkv_segmented_no_residuals.1 = bf16[16,128,40]{2,1,0:T(8,128)(2,1)S(1)} \
+custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_attention_kernels_are_counted():
+    forward, backward = hlo.kernels(SPLASH_TEXT)
+    product = 2 * 16 * 4096 * 128 * 40
+    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+    read = 8 + 2 * 16 * 40 * (4096 + 2 * 128)
+    assert forward.nbytes == read + 4 * 512 * 128 + 2 * 16 * 4096 * 40
+    assert backward.nbytes == read + 2 * 16 * 128 * 40
+    found = analysis.describe(make_program(), FakeCompiled(SPLASH_TEXT), V5E)
+    assert found["flops"] == 3e12 + 7 * product and found["kernels_without_flops"] == 0
+    assert found["bytes"] == 8.19e9 + forward.nbytes + backward.nbytes
 
 
 def make_program(**fields):
@@ -121,12 +148,12 @@ def test_numbers_of_a_program():
     )
     assert found["memory"]["total"] == 100 + 30 - 20 + 7 + 5 + 11 == chip.hbm
     assert found["fits"] and found["memory"]["peak"] == 90
-    assert (found["flops"], found["bytes"]) == (5e12, 8.19e9 + 2 * 1.638e12)
-    assert found["uncounted_kernels"] == 2
+    assert (found["flops"], found["bytes"]) == (5e12, 8.19e9 + 64 + 2 * 1.638e12)
+    assert found["kernels_without_flops"] == 2
     assert found["roofline"] == analysis.roofline(5e12, found["bytes"], chip)
     by_op = found["exchange"]["by_op"]
     assert by_op["reduce-scatter"] == {"count": 3, "bytes": 3 * 128}
-    assert found["exchange"]["bytes"] == 1024 + 3 * 128 + 4112 + 16 + 5
+    assert found["exchange"]["bytes"] == 4096 + 3 * 128 + 4112 + 16 + 5
     smaller = analysis.describe(
         program, FakeCompiled(""), dataclasses.replace(V5E, hbm=132), {"flops": 0, "bytes": 0}
     )
@@ -138,6 +165,7 @@ def test_numbers_of_a_program():
     [
         (("bf16", (16, 32)), False, False),  # the compiler may transpose
         (("bf16", (32, 1, 16)), False, False),
+        (("bf16", (64, 32)), False, False),  # gathered
         (("f32", (32, 16)), False, True),
         (("bf16", (64, 8)), False, True),
         (("bf16", (16, 32)), True, None),
@@ -148,8 +176,8 @@ def test_moved_weights_are_found(weight, sharded, moved):
     exchange = analysis.describe(program, FakeCompiled(TPU_TEXT), V5E)["exchange"]
     assert exchange["no_weights_moved"] is moved
     # Besides the gradients there may be some scalars, 4096 bytes and no more.
-    assert exchange["bytes"] == 1024 + 128 + 4112 + 16 + 5
-    for gradients, only in ((1189, True), (1188, False)):
+    assert exchange["bytes"] == 4096 + 128 + 4112 + 16 + 5
+    for gradients, only in ((4261, True), (4260, False)):
         program = make_program(gradients=gradients)
         exchange = analysis.describe(program, FakeCompiled(TPU_TEXT), V5E)["exchange"]
         assert exchange["only_gradients"] is only
@@ -258,7 +286,7 @@ def make_entry(step="train", **changes):
         "loop": {"repeats": 24.0},
         "flops": 6.2e12,
         "bytes": 81.9e9,
-        "uncounted_kernels": 3,
+        "kernels_without_flops": 3,
         "roofline": analysis.roofline(6.2e12, 81.9e9, V5E),
         "exchange": {
             "bytes": 656e3,
@@ -285,6 +313,7 @@ def test_results_for_the_eye(monkeypatch):
     assert "8.00 GiB of 15.75: fits" in text
     assert "6.20 TFLOP, 31.47 ms at best" in text and "81.9 GB, 100 ms at best" in text
     assert "memory binds: at best 40 samples/s a chip" in text
+    assert "1440 concepts an hour a chip, of 100 steps with batch size 1" in text
     assert "counted 24 times" in text and "3 Pallas kernels" in text
     assert "all-reduce 0.66 MB; gradients are 0.66 MB" in text
     assert "base weights stay where they are: yes" in text
@@ -297,8 +326,11 @@ def test_results_for_the_eye(monkeypatch):
 
     table = report.markdown([make_entry(), too_large, limit]).splitlines()
     cells = [line.count("|") for line in table if line.startswith("|")]
-    assert cells == [12] * 4 + [5] * 3
-    assert table[2].endswith("| 8.00 of 15.75 | 6.20 | 81.9 | 0.1 | memory | 40 | 0.66 |")
+    assert cells == [13] * 4 + [5] * 3
+    # 100 steps of batch 1 take 2.5 s of a chip that has 40 samples a second.
+    assert table[2].endswith(
+        "| 8.00 of 15.75 | 6.20 | 81.9 | 0.1 | memory | 40 | 1440 | 0.66 |"
+    )
     assert "does not fit | – | –" in table[3]
     assert table[-1].endswith("pmap, flash | 9 |")
     assert "jax 1.2, libtpu 1.2" in "\n".join(table)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Python file with get_config(); may be repeated",
     )
+    add("--concepts", metavar="FILE", help="concepts instead of the configs', as for train")
     add(
         "--topology",
         required=True,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from respodiff_jax.compiling import run as compiling
     from respodiff_jax.config import load_config
 
-    configs = [load_config(path, overrides) for path in args.config]
+    configs = [load_config(path, overrides, args.concepts) for path in args.config]
     steps = compiling.STEPS if args.step == "both" else (args.step,)
     steps += (compiling.LARGEST,) * args.largest_batch
     jobs = [

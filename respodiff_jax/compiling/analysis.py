@@ -58,6 +58,8 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         compiled = compile_lowered(program.lower())
+        seconds = round(time.perf_counter() - start, 1)
+        body = _cost(compile_lowered(program.lower_body())) if program.lower_body else None
     except OutOfMemory as error:
         return {
             "batch_per_device": program.batch_per_device,
@@ -65,8 +67,6 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
             "memory": {"total": error.required + program.unused, "available": chip.hbm},
             "compile_seconds": round(time.perf_counter() - start, 1),
         }
-    seconds = round(time.perf_counter() - start, 1)
-    body = _cost(compile_lowered(program.lower_body())) if program.lower_body else None
     return describe(program, compiled, chip, body) | {"compile_seconds": seconds}
 
 
@@ -98,7 +98,7 @@ def describe(
         "counted": counted,
         "loop": None if program.repeats is None else {"repeats": repeats, **(body or {})},
         **cost,
-        "uncounted_kernels": hlo.kernels(text),
+        "kernels_without_flops": sum(kernel.flops is None for kernel in hlo.kernels(text)),
         "roofline": roofline(cost["flops"], cost["bytes"], chip),
         "exchange": _exchange(program, hlo.collectives(text), repeats),
     }
@@ -138,17 +138,21 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 
 
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    cost = compiled.cost_analysis()
-    return {"flops": float(cost["flops"]), "bytes": float(cost["bytes accessed"])}
+    """XLA's counts and, of the kernels, which it counts as nothing, our own."""
+    cost, kernels = compiled.cost_analysis(), hlo.kernels(compiled.as_text())
+    return {
+        "flops": float(cost["flops"]) + sum(kernel.flops or 0 for kernel in kernels),
+        "bytes": float(cost["bytes accessed"]) + sum(kernel.nbytes for kernel in kernels),
+    }
 
 
 def _exchange(
     program: Program, collectives: list[hlo.Collective], repeats: float
 ) -> dict[str, Any]:
-    """What devices exchange; bytes are those that each puts in, in all passes of a loop.
+    """What devices exchange; bytes are those of `Collective.nbytes`, in all passes of a loop.
 
     `only_gradients` says that there is no more than the gradients and some scalars;
-    `no_weights_moved` that no operand has dtype and shape of a frozen parameter, None where they
+    `no_weights_moved` that nothing has dtype and shape of a frozen parameter, None where they
     are sharded and have to move.
     """
     by_op: dict[str, dict[str, float]] = {}
@@ -158,7 +162,7 @@ def _exchange(
         entry["count"] += times
         entry["bytes"] += times * collective.nbytes
     total = sum(entry["bytes"] for entry in by_op.values())
-    operands = [operand for c in collectives for operand in c.operands]
+    moved = [array for c in collectives for array in (*c.operands, *c.results)]
     return {
         "bytes": total,
         "by_op": by_op,
@@ -166,18 +170,18 @@ def _exchange(
         "only_gradients": total <= program.gradients + _SCALARS,
         "no_weights_moved": None
         if program.sharded
-        else not any(_same_shape(operand, program.weights) for operand in operands),
+        else not any(_same_shape(array, program.weights) for array in moved),
     }
 
 
-def _same_shape(operand, weights) -> bool:
+def _same_shape(array, weights) -> bool:
     """Whether it may be one of them; the compiler transposes, and adds axes of length 1."""
 
     def squeezed(array):
         dtype, dims = array
         return dtype, sorted(n for n in dims if n > 1)
 
-    return squeezed(operand) in [squeezed(weight) for weight in weights]
+    return squeezed(array) in [squeezed(weight) for weight in weights]
 
 
 def largest_batch(

@@ -7,7 +7,7 @@ from respodiff_jax.compiling.run import LARGEST
 
 _HEADER = (
     *("model", "slice", "program", "a chip's batch", "HBM, GiB", "TFLOP", "traffic, GB"),
-    *("at best, s", "binds", "at best, per s", "exchanged, MB"),
+    *("at best, s", "binds", "at best, per s", "concepts an hour", "exchanged, MB"),
 )
 
 
@@ -37,16 +37,33 @@ def summary(entry: Mapping[str, Any]) -> str:
         lines.append(f"  {name:11} {amount}, {1e3 * seconds:.4g} ms at best")
     rate = result["batch_per_device"] / bound["seconds"]
     lines.append(f"  {bound['bound']} binds: at best {rate:.4g} samples/s a chip")
+    if job["step"] == "train":
+        hourly, train = concepts_an_hour(entry), job["config"]["train"]
+        lines.append(
+            f"              {hourly:.4g} concepts an hour a chip, of {train['steps']} steps with"
+            f" batch size {train['batch_size']}"
+        )
     if loop := result["loop"]:
         lines.append(f"  loop        counted {loop['repeats']:g} times")
-    if kernels := result["uncounted_kernels"]:
-        lines.append(f"  {kernels} Pallas kernels, counted as far as they declare their costs")
+    if kernels := result["kernels_without_flops"]:
+        lines.append(f"  {kernels} Pallas kernels whose arithmetic is not counted")
     ops = ", ".join(f"{op} {_mb(n['bytes'])}" for op, n in exchange["by_op"].items()) or "nothing"
     lines.append(f"  exchange    {ops}; gradients are {_mb(exchange['gradients'])}")
     verdict = {True: "yes", False: "NO", None: "no: they are sharded"}[exchange["no_weights_moved"]]
     lines.append(f"  base weights stay where they are: {verdict}")
     lines.append(f"  compiled in {result['compile_seconds']:g} s")
     return "\n".join(lines)
+
+
+def concepts_an_hour(entry: Mapping[str, Any]) -> float:
+    """How many concepts a chip trains in an hour at best: what the roofline leaves of it.
+
+    `3600 batch_per_device / (seconds of a step * train.steps * train.batch_size)`: devices that
+    share a concept's batch train a part of it each.
+    """
+    train, result = entry["job"]["config"]["train"], entry["result"]
+    rate = result["batch_per_device"] / result["roofline"]["seconds"]
+    return 3600 * rate / (train["steps"] * train["batch_size"])
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -58,8 +75,10 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"Compiled ahead of time with {'; '.join(versions)}, run on no TPU. All figures are of one"
         " chip and one step (of one batch, for sampling). *HBM*: needed, of what there is."
-        " *Traffic*: XLA's bytes accessed. *At best*: the longer of FLOPs at peak and traffic at"
-        " full bandwidth, exchanges not counted. *Exchanged*: what the chip puts into collectives.",
+        " *TFLOP* and *traffic*: XLA's, and for attention kernels their matrix products, and each"
+        " operand and result once. *At best*: the longer of FLOPs at peak and traffic at full"
+        " bandwidth, exchanges not counted. *Concepts an hour*: of the config's steps and batch"
+        " size. *Exchanged*: in collectives, as large as what they are of when whole.",
     ]
     largest = [entry for entry in entries if entry["job"]["step"] == LARGEST]
     if largest:
@@ -93,6 +112,7 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         f"{bound['seconds']:.3g}",
         bound["bound"],
         f"{result['batch_per_device'] / bound['seconds']:.3g}",
+        f"{concepts_an_hour(entry):.4g}" if entry["job"]["step"] == "train" else "–",
         f"{result['exchange']['bytes'] / 1e6:.2f}",
     ]
 
