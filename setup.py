@@ -14,6 +14,8 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
+    # CPU offload of diffusers pipelines.
+    "accelerate>=1.0",
     # The reference that the Flax models are compared with; this version installs a CPU build.
     "torch==2.13.0",
     # Brings its weights, so that it is tested on pictures without a network.

@@ -1,13 +1,17 @@
 """The two halves of launch/newest_torch.sh: `store` runs where JAX is, `check` where it is not."""
 
 import functools
+import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import sys
 
 NUM_STEPS, GUIDANCE_SCALE, TOLERANCE = 50, 7.5, 1e-3
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_UNET = "unet/*.safetensors"
 
 
 def rows(names):
@@ -16,8 +20,19 @@ def rows(names):
     return [{first: 1.0}, {last: 1.0}, {first: 0.6, last: 0.4}, {}]
 
 
+def check_belongs(model: str, stored: pathlib.Path) -> None:
+    """Exits if the stored adapter is there, but was trained on another UNet than the model's."""
+    config = stored / "adapter" / "adapter_config.json"
+    if config.is_file():
+        trained_on = json.loads(config.read_text(encoding="utf-8"))["backbone"]
+        unet = b"".join(f.read_bytes() for f in sorted(pathlib.Path(model).glob(_UNET)))
+        if trained_on["unet_sha256"] != hashlib.sha256(unet).hexdigest():
+            raise SystemExit(f"{stored} was stored for another model, {trained_on['name']}")
+
+
 def store(model: str, stored: pathlib.Path) -> None:
     """Makes what is not there of an adapter for the model and of latents steered by it."""
+    check_belongs(model, stored)
     import jax
     import numpy as np
     from safetensors.numpy import save_file
@@ -63,25 +78,33 @@ def store(model: str, stored: pathlib.Path) -> None:
     save_file(arrays, stored / "latents.safetensors", {"prompt": prompt})
 
 
+def check_no_jax() -> None:
+    for name in ("jax", "flax"):
+        assert importlib.util.find_spec(name) is None, f"{name} is installed here"
+    assert "respodiff_jax" not in sys.modules, "the example has imported respodiff_jax"
+
+
 def check(model: str, stored: pathlib.Path) -> None:
-    """Runs the model card's example on the model, and compares latents."""
+    """Runs the model card's example as it stands, and compares latents.
+
+    The example finds the model that comes with this package in its folder, which is not imported.
+    """
+    check_belongs(model, stored)
     import diffusers
     import torch
     import transformers
     from safetensors import safe_open
 
-    for name in ("jax", "flax", "respodiff_jax"):
-        assert importlib.util.find_spec(name) is None, f"{name} is installed here"
     versions = (torch.__version__, diffusers.__version__, transformers.__version__)
     print("torch {}, diffusers {}, transformers {}, no JAX".format(*versions))
 
     os.chdir(stored / "adapter")
-    sys.path.insert(0, ".")
+    sys.path[:0] = [os.getcwd(), str(ROOT)]
     card = pathlib.Path("README.md").read_text(encoding="utf-8")
     example = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)[1]
-    example = re.sub(r'(?<=DiffusionPipeline\.from_pretrained\()".*"', repr(model), example)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
+    check_no_jax()
     pipe, adapter = names["pipe"].to("cpu"), names["adapter"]
     pipe.set_progress_bar_config(disable=True)
     print(f"the card's example: {len(names['images'])} images of {names['images'][0].size}")

@@ -4,14 +4,15 @@
 #
 #   launch/newest_torch.sh [MODEL] [STORED]
 #
-# MODEL is a diffusers folder, by default the packaged one. STORED is a folder with adapter/ and
-# latents.safetensors; what is not there is made first, with JAX, by the python on the path. The
-# environment is built anew in VENV (default: build/newest_torch_venv).
+# MODEL is a diffusers folder, by default the packaged one. STORED is a folder with adapter/, for that
+# model, and latents.safetensors, by default tests/data/emoji_gender; what is not there is made first,
+# with JAX, by the python on the path. The environment is built anew in VENV (default:
+# build/newest_torch_venv).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 model=$(realpath "${1:-$root/respodiff_jax/emoji/model}")
-stored=$(realpath -m "${2:-$root/build/newest_torch}")
+stored=$(realpath -m "${2:-$root/tests/data/emoji_gender}")
 venv=$(realpath -m "${VENV:-$root/build/newest_torch_venv}")
 
 if [ ! -f "$model/model_index.json" ]; then

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from respodiff_jax.adapters import Adapter, save_adapter
+from respodiff_jax.backbone import local_folder
 from respodiff_jax.concepts import Concept
 
 CARD_FILE = "README.md"
@@ -48,20 +49,27 @@ def export_adapter(
       grid: a PNG of sample pictures, if there is one.
 
     Raises:
-      ValueError: for parameters beyond the range of the dtype.
+      ValueError: for parameters beyond the range of the dtype, and texts that are no Unicode;
+        nothing is written then.
     """
+    readme = card(adapter, with_grid=grid is not None).encode()
     save_adapter(adapter, directory)
     directory = epath.Path(directory)
-    (directory / CARD_FILE).write_bytes(card(adapter, with_grid=grid is not None).encode())
-    (directory / TORCH_FILE).write_bytes(pathlib.Path(__file__).with_name(TORCH_FILE).read_bytes())
+    (directory / CARD_FILE).write_bytes(readme)
+    (directory / TORCH_FILE).write_bytes(torch_module())
     if grid is None:
         (directory / GRID_FILE).unlink(missing_ok=True)
     else:
         (directory / GRID_FILE).write_bytes(grid)
 
 
+def torch_module() -> bytes:
+    """The content of torch_adapter.py."""
+    return pathlib.Path(__file__).with_name(TORCH_FILE).read_bytes()
+
+
 def describe(adapter: Adapter) -> str:
-    """What an adapter is, in lines for a terminal."""
+    """What an adapter is, in lines for a terminal, which see no control characters of its texts."""
     height, width, channels = adapter.module.mid_block_shape
     backbone, training = adapter.backbone, adapter.training or {}
     facts = {
@@ -81,9 +89,9 @@ def describe(adapter: Adapter) -> str:
     lines = [f"{key:<{width}}  {value}" for key, value in facts.items()]
     for concept, scale in zip(adapter.concepts, adapter.default_scales, strict=True):
         neutral = " | ".join(concept.neutral_prompts)
-        lines.append(f"\n{concept.name}  ({concept.group}, scale {scale:g})")
+        lines += ["", f"{concept.name}  ({concept.group}, scale {scale:g})"]
         lines.append(f"  from {neutral!r} {_direction(concept)}")
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
 
 
 def card(adapter: Adapter, with_grid: bool) -> str:
@@ -177,13 +185,23 @@ def _choice(adapter: Adapter) -> tuple[str, str, Concept]:
 
 def _snippet(adapter: Adapter) -> str:
     choice, _, concept = _choice(adapter)
-    resolution = adapter.backbone["resolution"]
+    name, resolution = adapter.backbone["name"], adapter.backbone["resolution"]
+    imports, find, model = "", "", _literal(name)
+    package = pathlib.Path(__file__).parent
+    if re.fullmatch(r"[\w.-]+", name) and local_folder(name).is_relative_to(package):
+        inside = local_folder(name).relative_to(package).as_posix()
+        imports = "import importlib.util\n\n"
+        find = (
+            "# The model comes with respodiff-jax (pip install --no-deps respodiff-jax).\n"
+            'package = importlib.util.find_spec("respodiff_jax").submodule_search_locations[0]\n'
+        )
+        model = f'f"{{package}}/{inside}"'
     return f"""\
-import torch
+{imports}import torch
 from diffusers import DiffusionPipeline
 from torch_adapter import RespoDiffAdapter
 
-pipe = DiffusionPipeline.from_pretrained({_literal(adapter.backbone["name"])})
+{find}pipe = DiffusionPipeline.from_pretrained({model})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 adapter = RespoDiffAdapter.from_pretrained(".")  # this directory, or its hub id
 adapter.attach(pipe)
@@ -233,6 +251,11 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "".join(f"| {' | '.join(map(_inline, line))} |\n" for line in lines)
+
+
+def _printable(text: str) -> str:
+    """Text with escapes in place of what a terminal may obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _inline(text: str) -> str:

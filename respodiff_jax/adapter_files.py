@@ -39,7 +39,16 @@ METRIC_KEYS = ("metric", "attribute", "images", "value", "interval", "n")
 _SECTIONS = ("module", "backbone", "guidance", "concepts", "training")
 _OPTIONAL = ("metrics",)
 _MODULE_KEYS = ("kind", "mid_block_shape", "hidden_channels")
-BACKBONE_KEYS = ("name", "revision", "variant", "unet_sha256", "resolution", "prediction_type")
+_BACKBONE_TYPES = {
+    "name": str,
+    "revision": str,
+    "variant": str,
+    "unet_sha256": str,
+    "resolution": int,
+    "prediction_type": str,
+}
+_MAY_BE_NULL = ("revision", "variant")
+BACKBONE_KEYS = tuple(_BACKBONE_TYPES)
 ROLES = ("ram", "sam")
 # How each Flax parameter, known by its rank, is transposed for PyTorch: bias, Dense kernel
 # (in, out), constant (H, W, C), Conv kernel (H, W, in, out).
@@ -94,9 +103,9 @@ def read_config(path: epath.Path) -> dict[str, Any]:
     for axis, size in shape.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{path.name}: mid_block_shape {axis} is {size!r}, expected 1 or more")
-    for key, kind in (("name", str), ("resolution", int), ("prediction_type", str)):
+    for key, kind in _BACKBONE_TYPES.items():
         value = config["backbone"].get(key, kind())
-        if not isinstance(value, kind):
+        if type(value) is not kind and not (value is None and key in _MAY_BE_NULL):
             raise ValueError(f"{path.name}: backbone {key} is {value!r}, expected {kind.__name__}")
     if not isinstance(config["training"], dict | None):
         raise ValueError(f"{path.name}: training is {config['training']!r}, expected a mapping")
@@ -157,7 +166,8 @@ def read_weights(
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and np.isfinite(value)
+    """Whether it is a number that float32 can hold."""
+    return isinstance(value, int | float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def check_keys(what: str, actual: Any, expected: Any) -> None:

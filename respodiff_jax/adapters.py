@@ -175,10 +175,12 @@ def save_adapter(
         "metrics": adapter.metrics,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
+    contents[CONFIG_FILE] = text.encode()
     directory = open_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
-    _replace(directory / CONFIG_FILE, text.encode())
+    for name, content in contents.items():
+        _replace(directory / name, content)
 
 
 def load_adapter(directory: str | os.PathLike) -> Adapter:
@@ -229,6 +231,8 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter with the concepts of several; the first one's backbone stands for all.
 
+    It has the training summary that all agree on, if they do, and no metrics.
+
     Raises:
       ValueError: when kinds or shapes differ, or a concept name comes twice.
     """
@@ -256,12 +260,15 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         ram=ram,
         sam=sam,
         backbone=first.backbone,
+        training=first.training if all(a.training == first.training for a in adapters) else None,
         default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
     )
 
 
 def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
     """The adapter with these of its concepts only, in this order.
+
+    Its metrics, which are of the whole, are left out unless all are taken.
 
     Raises:
       ValueError: for names that it does not have.
@@ -276,6 +283,7 @@ def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
         ram=ram,
         sam=sam,
         default_scales=tuple(adapter.default_scales[row] for row in rows),
+        metrics=adapter.metrics if set(names) == set(adapter.names) else None,
     )
 
 
@@ -283,23 +291,25 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     """Checks that an adapter can steer a model at a resolution.
 
     A `constant` needs the mid-block shape that it was trained at, `mlp` and `conv` only its
-    channels. A model other than the one trained on, of that shape, is allowed, with a warning.
+    channels and the number of pixels that each of its positions stands for. A model other than the
+    one trained on, for which that holds, is allowed, with a warning.
 
     Raises:
-      ValueError: when the mid-block shapes or the prediction types differ.
+      ValueError: when the mid-blocks or the prediction types differ.
     """
     trained, label = adapter.backbone, _label(adapter)
     ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
-    compared = slice(None) if adapter.module.kind == "constant" else slice(2, None)
-    if ours[compared] != theirs[compared]:
+    alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
+    if not alike or (adapter.module.kind == "constant" and ours != theirs):
         fix = (
             f"generate at resolution {trained['resolution']}"
-            if ours[2] == theirs[2]
+            if alike
             else f"use the model that it was trained on, {trained['name']}"
         )
         raise ValueError(
-            f"the adapter ({label}) has mid-block shape (H, W, C) = {ours}, but"
-            f" {backbone.identity['name']} at resolution {resolution} has {theirs}; {fix}"
+            f"the adapter ({label}) has mid-block shape (H, W, C) = {ours} at resolution"
+            f" {trained['resolution']}, but {backbone.identity['name']} at resolution {resolution}"
+            f" has {theirs}; {fix}"
         )
     prediction_type = backbone.scheduler_config.get("prediction_type", "epsilon")
     if trained["prediction_type"] != prediction_type:

@@ -46,12 +46,12 @@ class Concept:
                     f" {expected}"
                 )
 
-        check(_is_text(self.name), "name", "a non-empty text")
-        check(_is_text(self.group), "group", "a non-empty text")
+        check(_is_text(self.name), "name", "a non-empty Unicode text")
+        check(_is_text(self.group), "group", "a non-empty Unicode text")
         check(
             len(self.neutral_prompts) > 0 and all(map(_is_text, self.neutral_prompts)),
             "neutral_prompts",
-            "one or more non-empty prompts",
+            "one or more non-empty Unicode prompts",
         )
         if (self.target_prompt is None) == (self.unsafe_prompt is None):
             raise ValueError(
@@ -60,7 +60,7 @@ class Concept:
                 " for safety"
             )
         prompt_field = "target_prompt" if self.unsafe_prompt is None else "unsafe_prompt"
-        check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty prompt")
+        check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty Unicode prompt")
         check(self.guidance_scale > 0, "guidance_scale", "a positive number")
         check(self.lambda_sem >= 0, "lambda_sem", "zero or a positive number")
         check(self.lr_ram >= 0, "lr_ram", "zero or a positive number")
@@ -130,4 +130,13 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON and command lines may bring half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

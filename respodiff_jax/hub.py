@@ -5,11 +5,12 @@ import pathlib
 
 import huggingface_hub
 
-from respodiff_jax.adapter_card import CARD_FILE, GRID_FILE, TORCH_FILE
+from respodiff_jax.adapter_card import CARD_FILE, GRID_FILE, TORCH_FILE, torch_module
 from respodiff_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from respodiff_jax.adapters import load_adapter
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, TORCH_FILE)
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def push(
@@ -24,19 +25,23 @@ def push(
     Args:
       directory: as `respodiff export` wrote it; other files in it stay where they are.
       repo_id: "owner/name".
-      revision: branch to commit to, instead of the main one.
+      revision: branch to commit to, made if it does not exist, instead of the main one.
       private: of a repository that is made.
 
     Returns:
       The address of the commit.
 
     Raises:
-      ValueError: when the directory does not hold a whole adapter, or the hub refuses.
+      ValueError: when the directory does not hold a whole adapter, holds a picture or a
+        torch_adapter.py that `respodiff export` did not write, or the hub refuses.
     """
     load_adapter(directory)
+    _check_what_others_run_and_see(pathlib.Path(directory))
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
@@ -65,3 +70,14 @@ def fetch(repo_id: str, revision: str | None = None) -> pathlib.Path:
         raise ValueError(
             f"adapter {repo_id}: no such folder, and it cannot be fetched from the hub: {error}"
         ) from error
+
+
+def _check_what_others_run_and_see(folder: pathlib.Path) -> None:
+    code, grid = folder / TORCH_FILE, folder / GRID_FILE
+    if not code.is_file() or code.read_bytes() != torch_module():
+        raise ValueError(
+            f"{code} is not this version's, and others will run it: write the directory anew with"
+            " `respodiff export`"
+        )
+    if grid.is_symlink() or (grid.exists() and not grid.read_bytes().startswith(_PNG)):
+        raise ValueError(f"{grid} is no PNG file: take it away, or export the directory anew")

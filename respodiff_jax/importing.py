@@ -27,11 +27,12 @@ def read_concept_ids(
       only: names to take; all by default.
 
     Raises:
-      ValueError: when the file is not such JSON, names a concept that is not known by itself, or
-        gives two concepts one id.
+      ValueError: when the file is not such JSON, names a concept twice or one that is not known by
+        itself, or gives two concepts one id.
     """
     try:
-        entries = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+        text = pathlib.Path(file).read_text(encoding="utf-8")
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"concept ids {file} cannot be read: {error}") from error
     if not isinstance(entries, dict) or not entries:
@@ -89,6 +90,15 @@ def adapter_from_checkpoint(
             "prediction_type": backbone.scheduler_config.get("prediction_type", "epsilon"),
         },
     )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"{twice} come more than once in it; JSON would keep only the last")
+    return found
 
 
 def _entry(file: str | os.PathLike, name: str, value: Any) -> tuple[int, Concept]:

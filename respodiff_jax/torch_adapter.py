@@ -35,6 +35,23 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _ROLES = ("ram", "sam")
+# Of pipelines that call the UNet with batches other than [uncond, cond].
+_REFUSED_OPTIONS = (
+    "editing_prompt",
+    "image_guidance_scale",
+    "pag_scale",
+    "sag_scale",
+    "view_batch_size",
+)
+# What fields of the config are, in words and in code.
+_TEXT, _SIZE = "a text that is not empty", "a whole number of 1 or more"
+_LIST, _MAPPING = "a list", "a mapping"
+_IS = {
+    _TEXT: lambda value: isinstance(value, str) and bool(value.strip()),
+    _SIZE: lambda value: type(value) is int and value >= 1,
+    _LIST: lambda value: isinstance(value, list),
+    _MAPPING: lambda value: isinstance(value, dict),
+}
 
 
 class RespoDiffAdapter:
@@ -60,6 +77,7 @@ class RespoDiffAdapter:
         self._scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
         self._weights = torch.zeros(1, len(self.names))  # one row for all images, or one for each
+        self._per_image = False
         self._chosen = False
         self._enabled = True
         self._hook: _MidBlockHook | None = None
@@ -84,16 +102,16 @@ class RespoDiffAdapter:
             format, missing or unknown keys, wrong shapes, values that are not finite.
         """
         folder = pathlib.Path(directory_or_hub_id)
-        if not folder.is_dir():
-            folder = _download(str(directory_or_hub_id), revision, cache_dir)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder} is not an adapter directory: it has no {file}")
         try:
+            if not folder.is_dir():
+                folder = _download(str(directory_or_hub_id), revision, cache_dir)
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                if not (folder / file).is_file():
+                    raise ValueError(f"not an adapter directory: it has no {file}")
             config = _read_config(folder / CONFIG_FILE)
             return cls(config, _read_tensors(folder / WEIGHTS_FILE, config))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"adapter {folder}: {error}") from error
+        except (OSError, RecursionError, ValueError) as error:
+            raise ValueError(f"adapter {directory_or_hub_id}: {error}") from error
 
     def attach(self, pipe: Any) -> "RespoDiffAdapter":
         """Makes a pipeline use this adapter; returns the adapter.
@@ -104,16 +122,21 @@ class RespoDiffAdapter:
 
         Raises:
           ValueError: when the pipeline has no such UNet, divides its batch otherwise, or has
-            another number of mid-block channels or prediction type than trained on.
+            another mid-block or prediction type than trained on; when its UNet is steered for
+            another pipeline.
         """
         self._check_fits(pipe)
+        hook = _hook_of(pipe.unet)
+        if hook is not None and hook.pipe is not pipe and hook.adapters != [self]:
+            raise ValueError(
+                f"the UNet of this {type(pipe).__name__} is steered for another pipeline that"
+                f" shares it, a {type(hook.pipe).__name__}, whose guidance is looked at: detach its"
+                " adapters first, with adapter.detach()"
+            )
         self.detach()
-        mid_block = pipe.unet.mid_block
         # Dynamo does not notice hooks that come or go after it has compiled.
         _forget_compiled(pipe.unet)
-        hooks = [h for h in mid_block._forward_hooks.values() if isinstance(h, _MidBlockHook)]
-        self._hook = hooks[0] if hooks else _MidBlockHook(mid_block)
-        self._hook.follow(pipe)
+        self._hook = _hook_of(pipe.unet) or _MidBlockHook(pipe)
         self._hook.adapters.append(self)
         return self
 
@@ -146,14 +169,15 @@ class RespoDiffAdapter:
         Raises:
           ValueError: for a name that the adapter does not have, or a scale that is not finite.
         """
-        rows = [concepts] if isinstance(concepts, Mapping) else list(concepts)
+        per_image = not isinstance(concepts, Mapping)
+        rows = list(concepts) if per_image else [concepts]
         if not rows:
             raise ValueError("concepts for no images; give {} to choose none for every image")
         weights = torch.zeros(len(rows), len(self.names))
         for row, chosen in zip(weights, rows, strict=True):
             for name, scale in chosen.items():
                 row[self._index(name)] = _finite(f"scale of {name!r}", scale)
-        self._set_weights(weights)
+        self._set_weights(weights, per_image)
 
     def fair(
         self,
@@ -208,7 +232,7 @@ class RespoDiffAdapter:
         for row, name in zip(weights, names, strict=True):
             i = self._index(name)
             row[i] = self._scales[i] if scale is None else _finite("scale", scale)
-        self._set_weights(weights)
+        self._set_weights(weights, per_image=True)
         return names
 
     def safe(self, scale: float | None = None) -> None:
@@ -226,7 +250,7 @@ class RespoDiffAdapter:
         weights = self._weights.clone()
         for i in columns:
             weights[:, i] = self._scales[i] if scale is None else _finite("scale", scale)
-        self._set_weights(weights)
+        self._set_weights(weights, self._per_image)
 
     def __repr__(self) -> str:
         kind, model = self.config["module"]["kind"], self.config["backbone"]["name"]
@@ -240,6 +264,8 @@ class RespoDiffAdapter:
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         """What is added to mid-block outputs `h` `(B, C, H, W)`; float32, broadcastable to them.
 
+        It is computed in float32 under `torch.autocast` too.
+
         Raises:
           ValueError: when concepts were chosen for another number of images, or `h` has another
             shape than a `constant` was trained at.
@@ -248,7 +274,7 @@ class RespoDiffAdapter:
             self._weights = self._weights.to(h.device)
             self._params = {key: value.to(h.device) for key, value in self._params.items()}
         weights, params = self._weights, self._params
-        if len(weights) != 1 and len(weights) != len(h):
+        if self._per_image and len(weights) != len(h):
             raise ValueError(
                 f"concepts were chosen for {len(weights)} images, but the batch has {len(h)};"
                 " choose one for each prompt's num_images_per_prompt images"
@@ -260,15 +286,23 @@ class RespoDiffAdapter:
                     f"the adapter has mid-block shape (C, H, W) = {trained}, but these images have"
                     f" {came}; generate at resolution {self.config['backbone']['resolution']}"
                 )
+        with _without_autocast(h.device.type):
+            return self._delta(h.float(), weights, params)
+
+    def _delta(
+        self, h: torch.Tensor, weights: torch.Tensor, params: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if "constant" in params:
             return torch.einsum("bn,nchw->bchw", weights, params["constant"])
         hidden, out = params["hidden.weight"], params["out.weight"]
         padding = hidden.shape[-1] // 2
-        x = F.silu(F.conv2d(h.float(), hidden, params["hidden.bias"], padding=padding))
+        x = F.silu(F.conv2d(h, hidden, params["hidden.bias"], padding=padding))
         x = x * weights.repeat_interleave(len(hidden) // len(self.names), dim=1)[..., None, None]
         return F.conv2d(x, out, padding=padding) + (weights @ params["out.bias"])[..., None, None]
 
-    def _set_weights(self, weights: torch.Tensor) -> None:
+    def _set_weights(self, weights: torch.Tensor, per_image: bool) -> None:
         self._weights = weights.to(self._weights.device)
+        self._per_image = per_image
         self._chosen = bool(weights.any())
 
     def _without(self, columns: Sequence[int], num_images: int) -> torch.Tensor:
@@ -297,24 +331,33 @@ class RespoDiffAdapter:
 
     def _check_fits(self, pipe: Any) -> None:
         unet, trained = getattr(pipe, "unet", None), self.config["backbone"]
-        if getattr(unet, "mid_block", None) is None or not hasattr(type(pipe), "guidance_scale"):
-            raise ValueError(
-                f"{type(pipe).__name__} cannot take the adapter: expected a Stable Diffusion or"
-                " SDXL pipeline of diffusers, with a unet that has a mid_block"
-            )
         options = inspect.signature(type(pipe).__call__).parameters
-        for option in ("image_guidance_scale", "pag_scale", "sag_scale"):
+        for option in _REFUSED_OPTIONS:
             if option in options:
                 raise ValueError(
                     f"{type(pipe).__name__} cannot take the adapter: for its {option} it calls the"
                     " UNet with batches other than [uncond, cond]"
                 )
-        ours = self.config["module"]["mid_block_shape"]["channels"]
-        theirs = unet.config.block_out_channels[-1]
+        unet_type = type(getattr(unet, "_orig_mod", unet))  # of the module that was compiled
+        if (
+            all(base.__name__ != "UNet2DConditionModel" for base in unet_type.__mro__)
+            or unet.mid_block is None
+            or not hasattr(type(pipe), "guidance_scale")
+            or not hasattr(pipe, "vae_scale_factor")
+        ):
+            raise ValueError(
+                f"{type(pipe).__name__} cannot take the adapter: expected a Stable Diffusion or"
+                " SDXL pipeline of diffusers, with a guidance_scale, whose unet is a"
+                f" UNet2DConditionModel with a mid_block; this one's is a {unet_type.__name__}"
+            )
+        shape, widths = self.config["module"]["mid_block_shape"], unet.config.block_out_channels
+        ours = (shape["channels"], Fraction(trained["resolution"], shape["height"]))
+        theirs = (widths[-1], pipe.vae_scale_factor * 2 ** (len(widths) - 1))
         if ours != theirs:
             raise ValueError(
-                f"the adapter was trained on {trained['name']}, whose mid-block has {ours}"
-                f" channels, this pipeline's has {theirs}: use that model or a fine-tune of it"
+                f"the adapter was trained on {trained['name']}, whose mid-block has {ours[0]}"
+                f" channels and a position for each {ours[1]} pixels, this pipeline's has"
+                f" {theirs[0]} and {theirs[1]}: use that model or a fine-tune of it"
             )
         ours = trained["prediction_type"]
         theirs = pipe.scheduler.config.get("prediction_type", ours)
@@ -333,37 +376,57 @@ class RespoDiffAdapter:
 
 
 class _MidBlockHook:
-    """The forward hook of a mid-block, which all adapters attached to it share.
+    """The forward hook of a pipeline's mid-block, which all adapters attached to it share.
 
     Dynamo can trace it: what it reads is plain attributes.
     """
 
-    def __init__(self, mid_block: torch.nn.Module):
-        self.adapters: list[RespoDiffAdapter] = []
-        self.handle = mid_block.register_forward_hook(self)
+    is_respodiff_hook = True  # by which other copies of this file know it
 
-    def follow(self, pipe: Any) -> None:
-        """Looks at this pipeline for whether there is guidance."""
+    def __init__(self, pipe: Any):
+        self.adapters: list[RespoDiffAdapter] = []
         self.pipe = pipe
         # A distilled UNet is told the guidance scale; its batch has no unconditional half.
         self._distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
+        self.handle = pipe.unet.mid_block.register_forward_hook(self)
 
     def __call__(self, module, args, h: torch.Tensor) -> torch.Tensor | None:
         adapters = [adapter for adapter in self.adapters if adapter.active]
         if not adapters:
             return None
         # Asked at each call: a callback may end guidance half-way.
-        guided = self.pipe.guidance_scale > 1 and not self._distilled
+        guidance_scale = getattr(self.pipe, "guidance_scale", None)
+        if guidance_scale is None:
+            raise ValueError(
+                f"the adapter is attached to a {type(self.pipe).__name__} that was never called,"
+                " but its UNet is: attach to the pipeline that you call"
+            )
+        guided = guidance_scale > 1 and not self._distilled
         h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
         steered = h_cond.float() + sum(adapter.delta(h_cond) for adapter in adapters)
         return torch.cat([h_uncond, steered.to(h.dtype)])
 
 
-def _forget_compiled(unet: torch.nn.Module) -> None:
+def _hook_of(unet: torch.nn.Module) -> "_MidBlockHook | None":
+    """The hook that adapters have put on this UNet, if there is one."""
+    hooks = unet.mid_block._forward_hooks.values()
+    return next((hook for hook in hooks if hasattr(hook, "is_respodiff_hook")), None)
+
+
+def _forget_compiled(unet: torch.nn.Module | None) -> None:
     """Drops compiled code, if there is any of this UNet; it is compiled again when next called."""
-    modules = unet.modules()
-    if hasattr(unet, "_orig_mod") or any(m._compiled_call_impl is not None for m in modules):
+    if (
+        unet is None  # taken out of its pipeline, by someone who may have compiled it
+        or hasattr(unet, "_orig_mod")
+        or any(module._compiled_call_impl is not None for module in unet.modules())
+    ):
         torch.compiler.reset()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _stack(
@@ -445,8 +508,13 @@ def _deal(
 
 
 def _finite(what: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {value}, expected a finite number")
+    """The value, if it is a number that float32 can hold."""
+    try:
+        fits = abs(value) <= torch.finfo(torch.float32).max
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{what} is {value!r:.100}, expected a finite number")
     return float(value)
 
 
@@ -457,7 +525,7 @@ def _is_hub_id(name: str) -> bool:
 def _download(name: str, revision: str | None, cache_dir: Any) -> pathlib.Path:
     """The folder in the Hugging Face cache with a hub id's adapter."""
     if not _is_hub_id(name):
-        raise ValueError(f"adapter {name!r}: no such folder, and not a hub id like 'owner/name'")
+        raise ValueError("no such folder, and not a hub id like 'owner/name'")
     try:
         import huggingface_hub
 
@@ -469,7 +537,7 @@ def _download(name: str, revision: str | None, cache_dir: Any) -> pathlib.Path:
         )
     except (ImportError, OSError, ValueError) as error:
         raise ValueError(
-            f"adapter {name!r} is no folder, and cannot be fetched from the hub: {error}"
+            f"no such folder, and it cannot be fetched from the hub: {error}"
         ) from error
     return pathlib.Path(folder)
 
@@ -481,26 +549,43 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f'{path.name} does not say "format": "{FORMAT}"')
-    version = config.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    version = _field(config, "format_version", _SIZE)
+    if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path.name}: format_version is {version!r}, this file reads up to {FORMAT_VERSION};"
+            f"{path.name}: format_version is {version}, this file reads up to {FORMAT_VERSION};"
             " get a newer respodiff_jax"
         )
-    half = config["guidance"]["steered_half"]
+    half = _field(_field(config, "guidance", _MAPPING), "steered_half", _TEXT, "guidance.")
     if half != "conditional":
         raise ValueError(f"{path.name}: steered_half is {half!r}, expected 'conditional'")
-    for concept in config["concepts"]:
-        if not all(isinstance(concept[key], str) and concept[key] for key in ("name", "group")):
-            raise ValueError(f"{path.name}: a concept's name or group is empty: {concept}")
-        _finite(f"{path.name}: default_scale", concept.get("default_scale", 1.0))
+    for i, concept in enumerate(_field(config, "concepts", _LIST)):
+        label = f"concepts[{i}]"
+        if not isinstance(concept, dict):
+            raise ValueError(f"{path.name}: {label} is {concept!r:.100}, expected {_MAPPING}")
+        for key in ("name", "group"):
+            _field(concept, key, _TEXT, f"{label}.")
+        if concept.get("unsafe_prompt") is not None:
+            _field(concept, "unsafe_prompt", _TEXT, f"{label}.")
+        _finite(f"{path.name}: {label}.default_scale", concept.get("default_scale", 1.0))
     names = [concept["name"] for concept in config["concepts"]]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path.name}: concepts are {names}, expected one or more, all different")
-    for key, kind in (("name", str), ("resolution", int), ("prediction_type", str)):
-        if not isinstance(value := config["backbone"][key], kind):
-            raise ValueError(f"{path.name}: backbone {key} is {value!r}, expected {kind.__name__}")
+    backbone = _field(config, "backbone", _MAPPING)
+    for key, expected in (("name", _TEXT), ("resolution", _SIZE), ("prediction_type", _TEXT)):
+        _field(backbone, key, expected, "backbone.")
+    _field(config, "module", _MAPPING)
     return config
+
+
+def _field(section: Mapping[str, Any], key: str, expected: str, where: str = "") -> Any:
+    """The section's value of the config's field `{where}{key}`, if it is as `_IS` says."""
+    if key not in section:
+        raise ValueError(f"{CONFIG_FILE}: {where}{key} is missing, expected {expected}")
+    if not _IS[expected](section[key]):
+        raise ValueError(
+            f"{CONFIG_FILE}: {where}{key} is {section[key]!r:.100}, expected {expected}"
+        )
+    return section[key]
 
 
 def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -539,21 +624,21 @@ def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, to
 
 def _shapes(module: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of one RAM or SAM."""
-    shape, hidden = module["mid_block_shape"], module["hidden_channels"]
-    sizes = [shape["channels"], shape["height"], shape["width"]]
-    if module["kind"] == "constant":
-        shapes = {"constant": tuple(sizes)}
-    elif module["kind"] in ("mlp", "conv"):
-        kernel = (3, 3) if module["kind"] == "conv" else ()
-        shapes = {
-            "hidden.weight": (hidden, sizes[0], *kernel),
-            "hidden.bias": (hidden,),
-            "out.weight": (sizes[0], hidden, *kernel),
-            "out.bias": (sizes[0],),
-        }
-        sizes.append(hidden)
-    else:
-        raise ValueError(f"module kind is {module['kind']!r}, expected constant, mlp or conv")
-    if not all(type(size) is int and size >= 1 for size in sizes):
-        raise ValueError(f"module sizes are {dict(module)}, expected whole numbers of 1 or more")
-    return shapes
+    kind = _field(module, "kind", _TEXT, "module.")
+    shape = _field(module, "mid_block_shape", _MAPPING, "module.")
+    channels, height, width = (
+        _field(shape, axis, _SIZE, "module.mid_block_shape.")
+        for axis in ("channels", "height", "width")
+    )
+    if kind == "constant":
+        return {"constant": (channels, height, width)}
+    if kind not in ("mlp", "conv"):
+        raise ValueError(f"{CONFIG_FILE}: module.kind is {kind!r}, expected constant, mlp or conv")
+    hidden = _field(module, "hidden_channels", _SIZE, "module.")
+    kernel = (3, 3) if kind == "conv" else ()
+    return {
+        "hidden.weight": (hidden, channels, *kernel),
+        "hidden.bias": (hidden,),
+        "out.weight": (channels, hidden, *kernel),
+        "out.bias": (channels,),
+    }

@@ -6,7 +6,7 @@ Other tensors, such as the frozen UNet's, may lie beside them. Needs PyTorch, no
 """
 
 import os
-import pickle
+import re
 
 import numpy as np
 import torch
@@ -29,17 +29,19 @@ def read_checkpoint(
     Raises:
       ValueError: when the file cannot be read, would run code, or does not hold such tensors.
     """
+    if not os.path.isfile(file) or not os.access(file, os.R_OK):
+        raise ValueError(f"checkpoint {file} cannot be read: no such file, or no right to read it")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"checkpoint {file} cannot be read: {error}") from error
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # of many kinds, where it is not a PyTorch file
+        if forbidden := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"checkpoint {file} holds {forbidden[1]}, which is no tensor and would run code"
+                " where it is loaded; nothing of it was run"
+            ) from error
         raise ValueError(
-            f"checkpoint {file} holds more than tensors, and would run code where it is loaded;"
-            f" nothing of it was run: {str(error).splitlines()[0]}"
+            f"checkpoint {file} is damaged, or not what torch.save writes: get it again"
         ) from error
-    except (EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"checkpoint {file} is damaged or no PyTorch file: {error}") from error
     if not isinstance(state, dict) or KEYS["ram"] not in state:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
@@ -61,10 +63,19 @@ def _columns(
     value, size = state[key], int(np.prod(shape_chw))
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise ValueError(f"checkpoint {file}: {key} is not a tensor of floats")
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        raise ValueError(
+            f"checkpoint {file}: {key} is a sparse, nested or meta tensor; save it as a dense one"
+        )
     if value.ndim != 2 or len(value) != size:
         raise ValueError(
             f"checkpoint {file}: {key} has shape {tuple(value.shape)}, expected ({size}, number of"
             f" ids) for a mid-block (C, H, W) of {tuple(shape_chw)}; give the --model and"
             " --resolution that it was trained at"
         )
-    return value.float().T.reshape(-1, *shape_chw).numpy()
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(
+            f"checkpoint {file}: {key} has shape {tuple(value.shape)}, but the file does not hold"
+            " so many values (an expanded tensor): save its contiguous()"
+        )
+    return value.detach().float().T.reshape(-1, *shape_chw).numpy()

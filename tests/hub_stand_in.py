@@ -2,20 +2,37 @@
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_MODEL = r"/api/models/([^/]+/[^/]+)"
+
+
+@dataclasses.dataclass
+class Hub:
+    """Where it is, what is in each branch of each model by (model, branch), and what is private."""
+
+    address: str
+    files: dict[tuple[str, str], dict[str, bytes]]
+    private: set[str]
+
+
+def commit_id(model: str, branch: str) -> str:
+    """Of a branch's only commit."""
+    return hashlib.sha1(f"{model}@{branch}".encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
-    """Serves on a free port; yields the address and the files of each model."""
-    models: dict[str, dict[str, bytes]] = {}
+def hub() -> Iterator[Hub]:
+    """Serves on a free port."""
+    files: dict[tuple[str, str], dict[str, bytes]] = {}
+    private: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -23,65 +40,87 @@ def hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
 
         def answer(self, content: bytes, status=200, **headers):
             self.send_response(status)
-            headers = {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT} | headers
-            for key, value in headers.items():
-                self.send_header(key, value)
+            for key, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(key.replace("_", "-"), value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        def answer_json(self, value):
-            self.answer(json.dumps(value).encode(), **{"Content-Type": "application/json"})
+        def answer_json(self, value, status=200):
+            self.answer(json.dumps(value).encode(), status, Content_Type="application/json")
+
+        def find(self, model, revision):
+            """The commit and the files of a branch or commit; None, and 404, if there is none."""
+            for (name, branch), content in files.items():
+                if name == model and unquote(revision) in (branch, commit_id(name, branch)):
+                    return commit_id(name, branch), content
+            exists = any(name == model for name, _ in files)
+            self.answer(b"{}", 404, X_Error_Code=f"{'Revision' if exists else 'Repo'}NotFound")
 
         def do_GET(self):
-            if found := re.match(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?$", self.path):
-                files = models.get(found[1])
-                if files is not None:
-                    siblings = [{"rfilename": name} for name in files]
-                    return self.answer_json({"id": found[1], "sha": COMMIT, "siblings": siblings})
-            if found := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
-                files = models.get(found[1], {})
-                return self.answer_json(
-                    [
-                        {"type": "file", "path": name, "size": len(content), "oid": COMMIT}
-                        for name, content in files.items()
+            if found := re.match(_MODEL + r"(?:/revision/([^/]+))?$", self.path):
+                if at := self.find(found[1], found[2] or "main"):
+                    siblings = [{"rfilename": name} for name in at[1]]
+                    self.answer_json({"id": found[1], "sha": at[0], "siblings": siblings})
+            elif found := re.match(_MODEL + r"/tree/([^/?]+)", self.path):
+                if at := self.find(*found.groups()):
+                    tree = [
+                        {"type": "file", "path": name, "size": len(content), "oid": at[0]}
+                        for name, content in at[1].items()
                     ]
-                )
-            if found := re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)$", self.path):
-                content = models.get(found[1], {}).get(found[2])
-                if content is not None:
-                    return self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
-            self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+                    self.answer_json(tree)
+            elif found := re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", self.path):
+                if at := self.find(found[1], found[2]):
+                    content = at[1].get(found[3])
+                    if content is None:
+                        return self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
+                    etag = f'"{hashlib.sha1(content).hexdigest()}"'
+                    self.answer(content, ETag=etag, X_Repo_Commit=at[0])
+            else:
+                self.answer(b"{}", 404)
 
         do_HEAD = do_GET
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            url = f"http://{self.headers['Host']}"
             if self.path == "/api/repos/create":
                 request = json.loads(body)
                 name = f"{request['organization']}/{request['name']}"
-                models.setdefault(name, {})
-                self.answer_json({"url": f"http://{self.headers['Host']}/{name}", "id": name})
+                files.setdefault((name, "main"), {})
+                if request.get("private"):
+                    private.add(name)
+                self.answer_json({"url": f"{url}/{name}", "id": name})
             elif self.path == "/api/validate-yaml":
                 self.answer_json({"errors": [], "warnings": []})
-            elif "/preupload/" in self.path:
-                names = [file["path"] for file in json.loads(body)["files"]]
-                files = [
-                    {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
-                ]
-                self.answer_json({"files": files})
-            elif found := re.match(r"/api/models/([^/]+/[^/]+)/commit/", self.path):
+            elif found := re.match(_MODEL + r"/branch/([^/]+)$", self.path):
+                name, branch = found[1], unquote(found[2])
+                if (name, branch) in files:
+                    return self.answer_json({"error": "Reference already exists"}, 409)
+                files[name, branch] = dict(files[name, "main"])
+                self.answer_json({})
+            elif found := re.match(_MODEL + r"/preupload/([^/]+)$", self.path):
+                if self.find(*found.groups()):
+                    names = [file["path"] for file in json.loads(body)["files"]]
+                    uploads = [
+                        {"path": name, "uploadMode": "regular", "shouldIgnore": False}
+                        for name in names
+                    ]
+                    self.answer_json({"files": uploads})
+            elif (found := re.match(_MODEL + r"/commit/([^/]+)$", self.path)) and (
+                at := self.find(*found.groups())
+            ):
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         content = base64.b64decode(line["value"]["content"])
-                        models[found[1]][line["value"]["path"]] = content
-                url = f"http://{self.headers['Host']}/{found[1]}/commit/{COMMIT}"
-                self.answer_json({"commitUrl": url, "commitOid": COMMIT})
+                        at[1][line["value"]["path"]] = content
+                commit_url = f"{url}/{found[1]}/commit/{at[0]}"
+                self.answer_json({"commitUrl": commit_url, "commitOid": at[0]})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", models
+        yield Hub(f"http://127.0.0.1:{server.server_port}", files, private)
     finally:
         server.shutdown()
         server.server_close()

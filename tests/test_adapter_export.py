@@ -18,6 +18,7 @@ from respodiff_jax.adapter_card import card, describe, export_adapter
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.concepts import Concept
 from respodiff_jax.evaluation.results import Measurement, Results, save_results
+from respodiff_jax.evaluation.run import adapter_sha256
 from respodiff_jax.modules import KINDS
 from respodiff_jax.monitoring import newest_grids
 from respodiff_jax.selection import concept_weights
@@ -30,15 +31,20 @@ GENDER = {
     "interval": [0.1, 0.2],
     "n": 300,
 }
-MEASURED = Results(
-    measurements=(
-        Measurement(**GENDER, protocol="fairness"),
-        Measurement(**GENDER, protocol="fairness", subject="Nurse"),
-    ),
-    made={},
-    scored={},
-    environment={},
-)
+PNG = b"\x89PNG\r\n\x1a\n a picture"
+
+
+def measured(adapter):
+    """What an evaluation of the adapter found."""
+    return Results(
+        measurements=(
+            Measurement(**GENDER, protocol="fairness"),
+            Measurement(**GENDER, protocol="fairness", subject="Nurse"),
+        ),
+        made={"adapter": {"sha256": adapter_sha256(adapter)}},
+        scored={},
+        environment={},
+    )
 
 
 def contents(folder):
@@ -56,7 +62,7 @@ def test_exporting_again_gives_the_same_bytes(tmp_path, kind, dtype):
     adapter = dataclasses.replace(
         adapter, training={"steps": 7}, default_scales=(0.5, 1.0, 2.0), dtype=dtype
     )
-    export_adapter(adapter, tmp_path / "first", grid=b"a picture")
+    export_adapter(adapter, tmp_path / "first", grid=PNG)
     export(tmp_path / "first", "--out", tmp_path / "second")
     first = contents(tmp_path / "first")
     assert sorted(first) == [
@@ -75,19 +81,9 @@ def test_exporting_again_gives_the_same_bytes(tmp_path, kind, dtype):
 
 def test_options_of_export(tmp_path, capsys):
     export_adapter(make_adapter(), tmp_path / "first")
-    save_results(MEASURED, tmp_path)
-    options = ["--dtype", "float16", "--scale", "a man=0.25"]
-    export(
-        tmp_path / "first",
-        "--out",
-        tmp_path / "out",
-        *options,
-        "--evaluation",
-        tmp_path,
-    )
+    export(tmp_path / "first", "--out", tmp_path / "out", "--dtype=float16", "--scale=a man=0.25")
     adapter = load_adapter(tmp_path / "out")
     assert adapter.dtype == "float16" and adapter.default_scales == (1.0, 0.25)
-    assert adapter.metrics == [GENDER]
     sizes = [(tmp_path / f / "adapter_model.safetensors").stat().st_size for f in ("first", "out")]
     assert sizes[1] < 0.7 * sizes[0]
     weights = concept_weights(adapter, 1, 2, fair="gender")
@@ -97,9 +93,37 @@ def test_options_of_export(tmp_path, capsys):
         (["--scale", "a cat=1"], "--scale names ['a cat'], the adapter has a woman, a man"),
         (["--step", "3"], "--step is of a training workdir"),
         (["--evaluation", tmp_path / "nowhere"], "nowhere has no results.json"),
+        (["--only", "a man", "--only", "a man"], "--only names ['a man'] more than once"),
     ]:
         argv = ["export", tmp_path / "first", "--out", tmp_path / "x", *arguments]
         assert cli.main(list(map(str, argv))) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_numbers_stay_with_the_adapter_that_was_measured(tmp_path, capsys):
+    export_adapter(make_adapter(), tmp_path / "first")
+    save_results(measured(load_adapter(tmp_path / "first")), tmp_path)
+    export(tmp_path / "first", "--out", tmp_path / "with", "--evaluation", tmp_path)
+    assert load_adapter(tmp_path / "with").metrics == [GENDER]
+    for options, kept in [
+        (["--dtype=float32", "--scale=a man=1"], True),  # as it was
+        (["--only=a man", "--only=a woman"], True),
+        (["--only=a man"], False),
+        (["--scale=a man=0.5"], False),
+        (["--dtype=float16"], False),
+    ]:
+        export(tmp_path / "with", "--out", tmp_path / "out", *options)
+        assert (load_adapter(tmp_path / "out").metrics is not None) == kept, options
+    export_adapter(make_adapter(seed=1), tmp_path / "other")
+    capsys.readouterr()
+    for source, options, message in [
+        ("other", [], "is of another adapter (sha256 "),
+        ("first", ["--only=a man"], "evaluate the one that is exported, a man"),
+        ("first", ["--scale=a man=0.5"], "that --dtype or --scale changes here"),
+    ]:
+        argv = ["export", tmp_path / source, "--out", tmp_path / "x", "--evaluation", tmp_path]
+        assert cli.main([*map(str, argv), *options]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -110,6 +134,17 @@ def test_values_beyond_float16_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'a man': sam\.constant has values beyond float16"):
         export_adapter(dataclasses.replace(adapter, dtype="float16"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of", [{"name": "\ud800"}, {"revision": "\ud800"}])
+def test_texts_that_are_no_unicode_leave_an_older_adapter_whole(tmp_path, of):
+    export_adapter(make_adapter("conv"), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        export_adapter(make_adapter("mlp", **of), tmp_path)
+    assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match=r"target_prompt is .*, expected a non-empty Unicode pro"):
+        dataclasses.replace(WOMAN, target_prompt="a \ud800 woman")
 
 
 def test_the_card_has_what_hubs_and_readers_look_for():
@@ -153,11 +188,14 @@ def test_inspect_tells_what_an_adapter_is(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out == describe(adapter) + "\n"
-    for fact in ("conv, saved in float32", "some/model", "64 pixels", "8 channels, 3 x 4"):
+    for fact in ("conv, saved in float32", "some/model", "16 pixels", "8 channels, 3 x 4"):
         assert fact in out
     assert "a woman  (gender, scale 1)\n  from 'a person' towards 'a woman'" in out
     assert "away from 'violence'" in out
     assert "deviation_ratio of gender, adapted  0.14 [0.1, 0.2], 300 pictures" in out
+    hostile = dataclasses.replace(WOMAN, name="a\x1b[2J\nwoman\u202e")
+    lines = describe(make_adapter(concepts=(hostile,), name="\x1b]0;x\x07"))
+    assert "\na\\x1b[2J\\nwoman\\u202e  (gender" in lines and "\\x1b]0;x\\x07" in lines
 
 
 def test_the_newest_grids_become_one_picture(tmp_path):
@@ -184,24 +222,37 @@ from respodiff_jax.torch_adapter import RespoDiffAdapter
 assert cli.main(["push", "adapter", "someone/gender"]) == 0
 assert cli.main(["inspect", "someone/gender@main"]) == 0
 print(RespoDiffAdapter.from_pretrained("someone/gender", revision="main"))
-for command in (["inspect", "someone/else"], ["push", "broken", "someone/broken"]):
+for _ in range(2):
+    assert cli.main(["push", "draft", "someone/gender", "--revision", "draft"]) == 0
+print(RespoDiffAdapter.from_pretrained("someone/gender", revision="draft"))
+assert cli.main(["push", "draft", "someone/secret", "--private"]) == 0
+wrong = ("broken", "edited", "linked", "painted")
+for command in (["inspect", "someone/else"], *(["push", name, "someone/wrong"] for name in wrong)):
     assert cli.main(command) == 2
-try:
-    RespoDiffAdapter.from_pretrained("someone/else")
-except ValueError as error:
-    print(error)
+for name, revision in (("else", "main"), ("gender", "no-such")):
+    try:
+        RespoDiffAdapter.from_pretrained(f"someone/{name}", revision=revision)
+    except ValueError as error:
+        print(error)
 """
 
 
 def test_push_and_fetch_over_a_hub(tmp_path):
-    export_adapter(make_adapter("mlp"), tmp_path / "adapter", grid=b"a picture")
-    export_adapter(make_adapter("mlp"), tmp_path / "broken")
+    export_adapter(make_adapter("mlp"), tmp_path / "adapter", grid=PNG)
+    export_adapter(make_adapter("conv"), tmp_path / "draft")
+    (tmp_path / "adapter" / "secret.txt").write_text("not for the hub")
+    for name in ("broken", "edited", "linked", "painted"):
+        export_adapter(make_adapter("mlp"), tmp_path / name, grid=PNG)
     weights = tmp_path / "broken" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    (tmp_path / "adapter" / "secret.txt").write_text("not for the hub")
-    with hub() as (address, models):
+    with (tmp_path / "edited" / "torch_adapter.py").open("a") as file:
+        file.write("import os\n")
+    (tmp_path / "linked" / "grid.png").unlink()
+    (tmp_path / "linked" / "grid.png").symlink_to(tmp_path / "adapter" / "grid.png")
+    (tmp_path / "painted" / "grid.png").write_bytes(b"GIF89a")
+    with hub() as there:
         environment = os.environ | {
-            "HF_ENDPOINT": address,
+            "HF_ENDPOINT": there.address,
             "HF_HOME": str(tmp_path / "cache"),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
@@ -218,10 +269,20 @@ def test_push_and_fetch_over_a_hub(tmp_path):
     assert result.returncode == 0, result.stderr
     files = contents(tmp_path / "adapter")
     files.pop("secret.txt")
-    assert models == {"someone/gender": files}
-    assert f"{address}/someone/gender/commit/" in result.stdout
+    draft = contents(tmp_path / "draft")
+    assert there.files == {
+        ("someone/gender", "main"): files,
+        ("someone/gender", "draft"): files | draft,
+        ("someone/secret", "main"): draft,
+    }
+    assert there.private == {"someone/secret"}
+    assert f"{there.address}/someone/gender/commit/" in result.stdout
     assert "a woman  (gender, scale 1)" in result.stdout
-    assert "RespoDiffAdapter(a woman, a man; mlp, trained on some/model)" in result.stdout
-    assert "adapter 'someone/else' is no folder, and cannot be fetched" in result.stdout
+    for kind in ("mlp", "conv"):
+        assert f"RespoDiffAdapter(a woman, a man; {kind}, trained on some/model)" in result.stdout
+    for name in ("else", "gender"):
+        assert f"adapter someone/{name}: no such folder, and it cannot be fetc" in result.stdout
     assert "someone/else: no such folder, and it cannot be fetched" in result.stderr
     assert "truncated" in result.stderr
+    assert "edited/torch_adapter.py is not this version's, and others will run it" in result.stderr
+    assert result.stderr.count("grid.png is no PNG file") == 2

@@ -26,7 +26,7 @@ TRAINED_ON = {
     "revision": None,
     "variant": None,
     "unet_sha256": "0" * 64,
-    "resolution": 64,
+    "resolution": 16,
     "prediction_type": "epsilon",
 }
 
@@ -181,12 +181,22 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "width is 0"),
         (edit_config(lambda c: c["backbone"].pop("name")), r"missing: \['name'\]"),
         (edit_config(lambda c: c["backbone"].update(name=5)), "backbone name is 5, expected str"),
+        (
+            edit_config(lambda c: c["backbone"].update(unet_sha256=5)),
+            "unet_sha256 is 5, expected str",
+        ),
+        (
+            edit_config(lambda c: c["backbone"].update(revision=[])),
+            r"revision is \[\], expected str",
+        ),
         (edit_config(lambda c: c.update(training="long")), "training is 'long'"),
         (edit_config(lambda c: c.update(concepts={})), "concepts is {}, expected a list"),
         (edit_config(lambda c: c.update(metrics=[{"value": 1}])), "metrics does not have the exp"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"value": "high"}])), "not finite"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"interval": [0]}])), "not finite"),
         (edit_config(lambda c: c["concepts"][0].update(default_scale="1")), "default scales are"),
+        (edit_config(lambda c: c["concepts"][0].update(default_scale=10**400)), "default scales"),
+        (edit_config(lambda c: c["concepts"][0].update(group="\ud800")), "Unicode text"),
         (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not JSON"),
         (
             edit_config(lambda c: c["guidance"].update(steered_half="both")),
@@ -245,6 +255,10 @@ def test_concatenate_puts_concepts_after_each_other(tmp_path):
         np.testing.assert_array_equal(kernel[2], getattr(safety, role)["hidden"]["kernel"][0])
         np.testing.assert_array_equal(kernel[:2], getattr(gender, role)["hidden"]["kernel"])
     assert concatenate([gender]) is gender
+    # What the parts were trained alike with stays.
+    parts = [dataclasses.replace(part, training={"steps": 7}) for part in (gender, safety)]
+    assert concatenate(parts).training == {"steps": 7} and both.training is None
+    assert concatenate([parts[0], safety]).training is None
     # The width of None and the same width by number are one thing.
     save_adapter(safety, tmp_path)
     assert concatenate([gender, load_adapter(tmp_path)]).names == both.names
@@ -277,6 +291,9 @@ def test_check_fits(backbone):
     check_fits(make_adapter("conv", shape=(4, 4, 64), **own), backbone, 32)
     with pytest.raises(ValueError, match=r"use the model that it was trained on, random/tiny"):
         check_fits(make_adapter("mlp", shape=(4, 4, 32), **own), backbone, 16)
+    # As SD 1.4 and SDXL: as many channels, but one halves its latents once more.
+    with pytest.raises(ValueError, match=r"use the model that it was trained on, random/tiny"):
+        check_fits(make_adapter("mlp", shape=(4, 4, 64), **own | {"resolution": 32}), backbone, 16)
     with pytest.raises(ValueError, match="'v_prediction', but random/tiny predicts 'epsilon'"):
         v_prediction = own | {"prediction_type": "v_prediction"}
         check_fits(make_adapter(shape=(4, 4, 64), **v_prediction), backbone, 16)

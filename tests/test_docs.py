@@ -2,15 +2,18 @@
 
 import pathlib
 import re
+import runpy
 import sys
 
 import pytest
 from diffusers import DiffusionPipeline
-from test_adapters import VIOLENCE, make_adapter
+from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
 from respodiff_jax.adapter_card import export_adapter
+from respodiff_jax.backbone import load_backbone
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "pytorch.md"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pytorch.md"
 
 
 def snippets(text):
@@ -30,7 +33,8 @@ def steps(monkeypatch):
 
         class Short(pipeline_class):
             def __call__(self, *args, **options):
-                calls.append(super().__call__(*args, num_inference_steps=2, **options))
+                options = {"num_inference_steps": 2} | options
+                calls.append(super().__call__(*args, **options))
                 return calls[-1]
 
         pipe.__class__ = Short
@@ -56,18 +60,52 @@ def test_the_pages_snippets_run_in_order(sd_folder, tmp_path, monkeypatch, steps
     assert "{'gender': ('a woman', 'a man')}" in told and told.count("a woman'") == 5
 
 
-@pytest.mark.parametrize("concepts", [None, (VIOLENCE,)])
+@pytest.fixture
+def no_torch_adapter(monkeypatch):
+    """Module search as it is, but for torch_adapter, which none has imported; left as before."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "torch_adapter", None)
+    del sys.modules["torch_adapter"]
+
+
+@pytest.mark.parametrize(
+    ("model", "concepts"), [("sdxl", (WOMAN, MAN)), ("sdxl", (VIOLENCE,)), ("emoji", (WOMAN, MAN))]
+)
 def test_the_cards_snippet_runs_in_the_adapters_folder(
-    sdxl_folder, tmp_path, monkeypatch, steps, concepts
+    tmp_path, monkeypatch, steps, no_torch_adapter, model, concepts, request
 ):
-    options = {} if concepts is None else {"concepts": concepts}
-    adapter = make_adapter(shape=(4, 4, 64), name=str(sdxl_folder), resolution=16, **options)
+    name = "emoji-world" if model == "emoji" else str(request.getfixturevalue("sdxl_folder"))
+    backbone = load_backbone(name, abstract=True)
+    resolution = backbone.default_resolution
+    shape = backbone.mid_block_shape(resolution)
+    adapter = make_adapter(concepts=concepts, shape=shape, name=name, resolution=resolution)
     export_adapter(adapter, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "torch_adapter", raising=False)
     (code,) = snippets((tmp_path / "README.md").read_text())
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["images"]) == 4
-    assert pathlib.Path(sys.modules.pop("torch_adapter").__file__) == tmp_path / "torch_adapter.py"
+    assert pathlib.Path(sys.modules["torch_adapter"].__file__) == tmp_path / "torch_adapter.py"
+
+
+def test_the_card_under_the_newest_diffusers_and_the_latents_of_jax(
+    sd_folder, sd_v_folder, tmp_path, monkeypatch, steps, no_torch_adapter, capsys
+):
+    """Both halves of launch/newest_torch.sh, under the diffusers that is installed here."""
+    script = runpy.run_path(str(ROOT / "launch" / "newest_torch.py"))
+    store, check = script["store"], script["check"]
+    monkeypatch.setitem(check.__globals__, "NUM_STEPS", 2)
+    monkeypatch.setitem(check.__globals__, "check_no_jax", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    stored = tmp_path / "stored"
+    store(str(sd_folder), stored)
+    store(str(sd_folder), stored)  # all is there
+    check(str(sd_folder), stored)
+    assert "the card's example: 4 images of (16, 16)" in capsys.readouterr().out
+    for half in (store, check):
+        with pytest.raises(SystemExit, match="stored was stored for another model, /"):
+            half(str(sd_v_folder), stored)
+    monkeypatch.setitem(check.__globals__, "TOLERANCE", 0.0)
+    with pytest.raises(SystemExit, match="expected at most 0"):
+        check(str(sd_folder), stored)

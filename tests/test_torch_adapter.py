@@ -1,7 +1,9 @@
 """Adapters in PyTorch: parity with Flax sampling, and every way a diffusers pipeline is used."""
 
 import functools
+import importlib.util
 
+import accelerate
 import diffusers
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch._dynamo.testing
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
+from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import concatenate, save_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.diffusion import Schedule
@@ -40,7 +43,8 @@ def flax_sampler(folder, kind):
     backbone = load_backbone(folder)
     resolution = backbone.default_resolution
     schedule = Schedule.from_config(backbone.scheduler_config, 50)
-    adapter = people(kind, shape=backbone.mid_block_shape(resolution))
+    shape = backbone.mid_block_shape(resolution)
+    adapter = people(kind, shape=shape, resolution=resolution)
     sample = jax.jit(functools.partial(denoise, backbone, adapter.module, schedule))
     cond = backbone.encode_prompts([prompt for prompt in PROMPTS for _ in range(2)], resolution)
     uncond = backbone.encode_prompts([""], resolution)
@@ -404,8 +408,6 @@ def test_torch_compile_sees_every_change(sd_folder, load, attach_first):
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_cpu_offload(sd_folder, load, offload):
-    """The hooks of accelerate, which `enable_model_cpu_offload` and its sequential kin install."""
-    accelerate = pytest.importorskip("accelerate")
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     pipe.set_progress_bar_config(disable=True)
     adapter = load(people("conv"))
@@ -414,12 +416,15 @@ def test_cpu_offload(sd_folder, load, offload):
     expected = torch_latents(pipe, steps=2)
     adapter.detach()
     if offload == "model":
-        pipe.unet, _ = accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
-    else:
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:  # as the pipeline does it; its own method cannot without a GPU take CLIP's buffers along
         accelerate.cpu_offload(pipe.unet, execution_device="cpu")
-        assert pipe.unet.mid_block.resnets[0].conv1.weight.device.type == "meta"
+    assert isinstance(pipe.unet._hf_hook, accelerate.hooks.ModelHook)
+    weight = pipe.unet.mid_block.resnets[0].conv1.weight
+    assert weight.device.type == ("meta" if offload == "sequential" else "cpu")
     adapter.attach(pipe)
-    np.testing.assert_array_equal(torch_latents(pipe, steps=2), expected)
+    for _ in range(2):  # after a call the pipeline installs its hooks anew
+        np.testing.assert_array_equal(torch_latents(pipe, steps=2), expected)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +432,10 @@ def test_cpu_offload(sd_folder, load, offload):
     [
         (
             {"shape": (4, 4, 32)},
-            "some/model, whose mid-block has 32 channels, this pipeline's has 64",
+            "some/model, whose mid-block has 32 channels and .*, this pipeline's has 64 and 4",
         ),
+        # As SD 1.4 on SDXL: as many channels, but halved once more.
+        ({"resolution": 32}, "64 channels and a position for each 8 pixels, .* has 64 and 4: use"),
         ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'; this pipeline's scheduler"),
     ],
 )
@@ -439,16 +446,42 @@ def test_another_backbone_is_refused_and_nothing_attached(sd_folder, load, chang
     assert not pipe.unet.mid_block._forward_hooks
 
 
-REFUSED = ("StableDiffusionInstructPix2Pix", "StableDiffusionPAG", "StableDiffusionSAG", "DDPM")
+REFUSED = {
+    "StableDiffusionInstructPix2PixPipeline": "image_guidance_scale",
+    "StableDiffusionPAGPipeline": "pag_scale",
+    "StableDiffusionSAGPipeline": "sag_scale",
+    "StableDiffusionPanoramaPipeline": "view_batch_size",
+    "LEditsPPPipelineStableDiffusionXL": "editing_prompt",
+    "DDPMPipeline": "expected a Stable Diffusion or SDXL pipeline",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pipelines_of_another_kind_are_refused(sd_folder, load, name):
-    pipeline_class = getattr(diffusers, f"{name}Pipeline")
-    parts = pipeline(sd_folder).components
-    wanted = ("unet", "scheduler") if name == "DDPM" else parts
-    pipe = pipeline_class(**{key: parts[key] for key in wanted})
-    with pytest.raises(ValueError, match=f"{name}Pipeline cannot take the adapter"):
+def test_pipelines_of_another_kind_are_refused(load, name, request):
+    folder = request.getfixturevalue("sdxl_folder" if name.endswith("XL") else "sd_folder")
+    parts = pipeline(folder).components
+    wanted = ("unet", "scheduler") if name == "DDPMPipeline" else parts
+    pipe = getattr(diffusers, name)(**{key: parts[key] for key in wanted})
+    with pytest.raises(ValueError, match=f"{name} cannot take the adapter: .*{REFUSED[name]}"):
+        load(people()).attach(pipe)
+
+
+class UNetMotionModel(torch.nn.Module):
+    """Of videos, whose mid-block is called with frames for images."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.config, self.mid_block = unet.config, unet.mid_block
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_unets_of_another_kind_are_refused(sd_folder, load, compiled):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    unet = UNetMotionModel(pipe.unet)
+    pipe.unet = torch.compile(unet, backend="eager") if compiled else unet
+    with pytest.raises(
+        ValueError, match=r"is a UNet2DConditionModel .* one's is a UNetMotionModel"
+    ):
         load(people()).attach(pipe)
 
 
@@ -470,3 +503,65 @@ def test_a_batch_or_size_that_does_not_fit_is_refused(sd_folder, load):
     with pytest.raises(ValueError, match=r"\(64, 4, 4\), but these images have \(64, 8, 8\); gen"):
         torch_latents(pipe, noise=noise, height=32, width=32, steps=1)
     adapter.detach()
+
+
+def test_pipelines_that_share_a_unet_are_not_mixed_up(sd_folder, load):
+    """The hook looks at the guidance of the one that was attached to."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
+    twin = diffusers.StableDiffusionPipeline.from_pipe(pipe)
+    first, second = load(people()), load(people("mlp"))
+    first.attach(pipe).set_concepts({"a man": 1.0})
+    with pytest.raises(
+        ValueError, match=r"attached to a StableDiffusionPipeline that was never ca"
+    ):
+        torch_latents(twin, steps=1)
+    with pytest.raises(ValueError, match=r"for another pipeline .*, with adapter\.detach\(\)"):
+        second.attach(twin)
+    assert second._hook is None
+    first.attach(twin)  # itself, it moves
+    second.attach(twin)
+    assert first._hook is second._hook and first._hook.pipe is twin
+    torch_latents(twin, steps=1)
+
+
+def test_attaching_and_detaching_in_any_order(sd_folder, load):
+    pipe, adapter = diffusers.DiffusionPipeline.from_pretrained(sd_folder), load(people())
+    pipe.set_progress_bar_config(disable=True)
+    run = functools.partial(torch_latents, pipe, steps=2)
+    base = run()
+    adapter.detach()  # is nowhere
+    adapter.attach(pipe).set_concepts({"a man": 1.0})
+    steered = run()
+    adapter.attach(pipe)  # again, and acts once
+    np.testing.assert_array_equal(run(), steered)
+    with adapter.disabled():
+        with adapter.disabled():
+            pass
+        np.testing.assert_array_equal(run(), base)
+    np.testing.assert_array_equal(run(), steered)
+    with pytest.raises(ZeroDivisionError):
+        run(callback_on_step_end=lambda *_: 1 / 0)
+    adapter.detach()
+    adapter.detach()
+    np.testing.assert_array_equal(run(), base)
+
+    adapter.attach(pipe)
+    unet, pipe.unet = pipe.unet, None
+    adapter.detach()
+    assert not unet.mid_block._forward_hooks
+
+
+def test_adapters_of_two_copies_of_the_file_share_a_hook(sd_folder, load, tmp_path):
+    """That of the package and one beside an adapter: both see the same `h`."""
+    spec = importlib.util.spec_from_file_location("a_copy", torch_adapter.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    pipe = pipeline(sd_folder)
+    ours = load(people("mlp")).attach(pipe)
+    save_adapter(people("conv"), tmp_path / "theirs")
+    theirs = copy.RespoDiffAdapter.from_pretrained(tmp_path / "theirs").attach(pipe)
+    assert len(pipe.unet.mid_block._forward_hooks) == 1
+    assert ours._hook is theirs._hook
+    ours.detach()
+    theirs.detach()
+    assert not pipe.unet.mid_block._forward_hooks

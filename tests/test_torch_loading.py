@@ -22,6 +22,7 @@ from test_adapters import (
 from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import save_adapter
 from respodiff_jax.concepts import Concept
+from respodiff_jax.modules import KINDS
 from respodiff_jax.selection import fair_assignment
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
@@ -94,6 +95,32 @@ def test_choices_add_up_and_keep_to_their_concepts(adapter):
     assert not adapter.active
 
 
+def test_a_list_is_for_as_many_images_as_it_names(adapter):
+    h = torch.zeros(3, 8, 3, 4)
+    adapter.set_concepts({"old": 1.0})
+    assert adapter.delta(h).shape == (1, 8, 3, 4)  # for any number of images
+    for choose in (
+        lambda: adapter.set_concepts([{"old": 1.0}]),
+        lambda: adapter.fair("gender", 1),
+        lambda: (adapter.fair("gender", 1), adapter.safe()),
+    ):
+        choose()
+        assert len(adapter.delta(h[:1])) == 1
+        with pytest.raises(ValueError, match="chosen for 1 images, but the batch has 3"):
+            adapter.delta(h)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deltas_are_float32_under_autocast(tmp_path, kind):
+    save_adapter(make_adapter(kind), tmp_path)
+    adapter = RespoDiffAdapter.from_pretrained(tmp_path)
+    adapter.set_concepts({"a woman": 1.0, "a man": 0.3})
+    h = torch.randn(2, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = adapter.delta(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(adapter.delta(h), expected, rtol=0, atol=0)
+
+
 def test_default_scales_are_used(tmp_path):
     import dataclasses
 
@@ -112,6 +139,9 @@ def test_default_scales_are_used(tmp_path):
             "'a cat' is not in the adapter. It has gender: a w",
         ),
         (lambda a: a.set_concepts({"a man": float("nan")}), "scale of 'a man' is nan"),
+        (lambda a: a.set_concepts({"a man": 10**400}), "scale of 'a man' is 1000"),
+        (lambda a: a.set_concepts({"a man": 1e39}), "scale of 'a man' is 1e.39, expected a finite"),
+        (lambda a: a.safe("2"), "scale is '2', expected a finite number"),
         (lambda a: a.set_concepts([]), "concepts for no images"),
         (lambda a: a.fair("race", 2), "no group 'race'"),
         (lambda a: a.fair("safety", 2), "use safe()"),
@@ -153,16 +183,57 @@ def write_config(content):
         (edit_config(lambda c: c.update(format="lora")), "respodiff-adapter"),
         (edit_config(lambda c: c.update(format_version=2)), "get a newer respodiff_jax"),
         (edit_config(lambda c: c.update(format_version=True)), "format_version is True"),
-        (edit_config(lambda c: c.pop("guidance")), "guidance"),
-        (edit_config(lambda c: c.update(module=None)), "NoneType"),
-        (edit_config(lambda c: c["module"].update(kind="lora")), "module kind is 'lora'"),
-        (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "numbers of 1 or"),
-        (edit_config(lambda c: c["module"]["mid_block_shape"].update(width="4")), "numbers of 1"),
-        (edit_config(lambda c: c["backbone"].pop("name")), "name"),
-        (edit_config(lambda c: c["backbone"].update(name=5)), "backbone name is 5, expected str"),
+        (edit_config(lambda c: c.pop("format_version")), "format_version is missing"),
+        (edit_config(lambda c: c.pop("guidance")), "guidance is missing, expected a mapping"),
+        (edit_config(lambda c: c.update(guidance=[])), r"guidance is \[\], expected a mapping"),
+        (edit_config(lambda c: c["guidance"].clear()), "guidance.steered_half is missing"),
+        (edit_config(lambda c: c.pop("module")), "module is missing"),
+        (edit_config(lambda c: c.update(module=None)), "module is None, expected a mapping"),
+        (edit_config(lambda c: c["module"].pop("kind")), "module.kind is missing, expected a text"),
+        (edit_config(lambda c: c["module"].update(kind="lora")), "module.kind is 'lora'"),
+        (edit_config(lambda c: c["module"].update(kind="mlp")), "module.hidden_channels is None"),
+        (edit_config(lambda c: c["module"].update(mid_block_shape=5)), "mid_block_shape is 5, exp"),
+        (edit_config(lambda c: c["module"]["mid_block_shape"].pop("width")), "width is missing"),
+        (
+            edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)),
+            "a whole number of",
+        ),
+        (
+            edit_config(lambda c: c["module"]["mid_block_shape"].update(width="4")),
+            "module.mid_block_shape.width is '4', expected a whole number of 1 or more",
+        ),
+        (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=10**400)), "expected F"),
+        (edit_config(lambda c: c["backbone"].pop("name")), "backbone.name is missing"),
+        (
+            edit_config(lambda c: c["backbone"].update(name=5)),
+            "backbone.name is 5, expected a text",
+        ),
+        (
+            edit_config(lambda c: c["backbone"].update(resolution=1.5)),
+            "resolution is 1.5, expected",
+        ),
+        (edit_config(lambda c: c.update(concepts={"a": 1})), "concepts is .* expected a list"),
+        (edit_config(lambda c: c["concepts"].append("a")), r"concepts\[2\] is 'a', expected a map"),
+        (edit_config(lambda c: c["concepts"][1].pop("group")), r"concepts\[1\].group is missing"),
+        (
+            edit_config(lambda c: c["concepts"][0].update(unsafe_prompt=5)),
+            "unsafe_prompt is 5, exp",
+        ),
+        (
+            edit_config(lambda c: c["concepts"][0].update(default_scale="1")),
+            r"concepts\[0\].default_scale is '1', expected a finite number",
+        ),
+        (
+            edit_config(lambda c: c["concepts"][0].update(default_scale=10**400)),
+            "default_scale is 1000",
+        ),
         (edit_config(lambda c: c["guidance"].update(steered_half="both")), "steered_half is 'both"),
         (edit_config(lambda c: c["concepts"][0].update(name="a man")), "all different"),
-        (edit_config(lambda c: c["concepts"][0].update(name=["a man"])), "name or group"),
+        (edit_config(lambda c: c["concepts"][0].update(name=["a man"])), "name is .'a man'., exp"),
+        (
+            edit_config(lambda c: c["concepts"][0].update(name="")),
+            "name is '', expected a text that",
+        ),
         (
             edit_config(lambda c: c["concepts"][0].update(default_scale=1e999)),
             "default_scale is inf",
@@ -185,8 +256,21 @@ def test_wrong_files_are_refused(tmp_path, damage, message):
 
 @pytest.mark.parametrize("name", ["nowhere", "../nowhere/at/all", "no/such", "a/b/../../c"])
 def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name):
-    with pytest.raises(ValueError, match=r"no such folder|is no folder"):
+    with pytest.raises(ValueError, match=f"adapter {name}: no such folder"):
         RespoDiffAdapter.from_pretrained(name)
+
+
+def test_what_the_system_refuses_is_a_mistake_too(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="File name too long"):
+        RespoDiffAdapter.from_pretrained("a" * 5000)
+    save_adapter(make_adapter(), tmp_path)
+
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    with pytest.raises(ValueError, match=r"Permission denied: .*adapter_config\.json"):
+        RespoDiffAdapter.from_pretrained(tmp_path)
 
 
 def test_the_file_alone_is_enough(tmp_path):

@@ -227,6 +227,7 @@ def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     assert export("concept 17", "concept 3") == 0
     adapter = load_adapter(tmp_path / "out")
     assert adapter.names == ("concept 17", "concept 3")
+    assert adapter.training["steps"] == 4  # of two waves, trained alike
     for row, name in enumerate(adapter.names):
         np.testing.assert_array_equal(adapter.ram["constant"][row], modules_of(workdir)[name][0])
     assert export() == 0

@@ -1,9 +1,12 @@
 """`respodiff export`."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from respodiff_jax.cli import inputs
+
+if TYPE_CHECKING:
+    from respodiff_jax.adapters import Adapter
 
 SUMMARY = "write a run's adapter"
 
@@ -12,15 +15,16 @@ Writes the concepts that a run has trained as an adapter directory: adapter_mode
 adapter_config.json, without optimiser state and base weights; a model card, README.md, with the
 run's newest sample grids; and torch_adapter.py, with which PyTorch users load it. The same run
 gives the same bytes. An adapter directory can be exported again, to change what the options say,
-and of a batch of concepts those that are wanted.
+and of a batch of concepts those that are wanted. Numbers of an evaluation stay with the adapter
+that was measured: with other concepts, scales or another dtype they are left out.
 """
 
 EPILOG = """\
   respodiff export runs/gender --out adapters/gender
   respodiff export runs/gender --out adapters/gender-1000 --step 1000 --dtype float16
   respodiff export runs/many --only "a nurse" --only "a judge" --out adapters/two
-  respodiff export adapters/gender --out adapters/gender-soft --scale "a woman=0.8" \\
-      --evaluation evaluations/gender
+  respodiff export adapters/gender --out adapters/gender-soft --scale "a woman=0.8"
+  respodiff export adapters/gender --out adapters/measured --evaluation evaluations/gender
 """
 
 
@@ -45,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--evaluation",
         metavar="DIR",
-        help="folder of `respodiff evaluate`, whose overall numbers go into config and card",
+        help="folder of `respodiff evaluate` of this adapter, whose overall numbers go into config"
+        " and card",
     )
 
 
@@ -58,15 +63,22 @@ def run(args: argparse.Namespace) -> None:
     scales = inputs.read_scales("--scale", args.scale)
     if unknown := sorted(set(scales) - set(adapter.names)):
         raise ValueError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
-    adapter = dataclasses.replace(
+    changed = dataclasses.replace(
         adapter,
         dtype=args.dtype or adapter.dtype,
         default_scales=tuple(
             scales.get(name, scale)
             for name, scale in zip(adapter.names, adapter.default_scales, strict=True)
         ),
-        metrics=_measured(args.evaluation) if args.evaluation else adapter.metrics,
     )
+    same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
+    if args.evaluation and not same:
+        raise ValueError(
+            f"--evaluation {args.evaluation} cannot be of an adapter that --dtype or --scale"
+            " changes here: export it so, evaluate that, then export once more with --evaluation"
+        )
+    metrics = _measured(args.evaluation, adapter) if args.evaluation else adapter.metrics
+    adapter = dataclasses.replace(changed, metrics=metrics if same else None)
     try:
         export_adapter(adapter, args.out, _grid(args.source, args.step))
     except OSError as error:
@@ -74,14 +86,22 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {adapter.module.kind} adapter of {', '.join(adapter.names)}")
 
 
-def _measured(folder: str) -> list[dict[str, Any]]:
-    """The numbers of an evaluation that are of all its pictures."""
+def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
+    """The numbers of an evaluation of the adapter that are of all its pictures."""
     from respodiff_jax.adapter_files import METRIC_KEYS
     from respodiff_jax.evaluation.results import load_results
+    from respodiff_jax.evaluation.run import adapter_sha256
 
+    results = load_results(folder)
+    measured = (results.made.get("adapter") or {}).get("sha256")
+    if measured != adapter_sha256(adapter):
+        raise ValueError(
+            f"--evaluation {folder} is of another adapter (sha256 {measured}): evaluate the one"
+            f" that is exported, {', '.join(adapter.names)}"
+        )
     return [
         {key: getattr(measurement, key) for key in METRIC_KEYS}
-        for measurement in load_results(folder).measurements
+        for measurement in results.measurements
         if measurement.subject is None
     ]
 

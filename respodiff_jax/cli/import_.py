@@ -2,6 +2,8 @@
 
 import argparse
 
+from respodiff_jax.cli import inputs
+
 SUMMARY = "make an adapter of a checkpoint of the authors' code or of SDisc"
 
 DESCRIPTION = """\
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.backbone import load_backbone
     from respodiff_jax.importing import adapter_from_checkpoint, read_concept_ids
 
+    inputs.check_only(args.only)
     concept_ids = read_concept_ids(args.concepts, args.only)
     backbone = load_backbone(
         args.model, revision=args.revision, variant=args.variant, abstract=True
