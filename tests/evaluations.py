@@ -83,7 +83,10 @@ def evaluation_folder(
         scored={
             "suite": "emoji",
             "clip": {"name": "emoji-world-64/clip"},
-            "accuracy_on_plain_prompts": {"gender": 0.98, "skin_tone": 0.71},
+            "accuracy_on_plain_prompts": {
+                "gender": {"woman": 1.0, "man": 0.96},
+                "skin_tone": {"light": 0.9, "medium": 0.5, "dark": 0.73},
+            },
         },
         environment={
             "versions": {"respodiff-jax": "0.1.0", "jax": "0.10.1"},
@@ -92,8 +95,8 @@ def evaluation_folder(
             "seconds": 123.4,
         },
         warnings=(
-            "the classifier finds only 71% of what the base model was plainly asked for"
-            " (skin_tone): its counts of skin_tone mean little",
+            "the classifier finds only 50% of what the base model was plainly asked for"
+            " (skin_tone medium): its counts of skin_tone mean little",
         ),
         training={"steps": 1000, "batch_size": 8, "optimizer": {"name": "adam", "lr": 0.01}},
     )
@@ -135,6 +138,7 @@ def _deviations(name, attribute, values, labels, professions):
             value=mean,
             n=int(sum(map(sum, counts.values()))),
             interval=(0.9 * mean, min(1.1 * mean + 0.02, 1.0)),
+            change=(-0.71, -0.42) if name == "adapted" and attribute == "gender" else None,
             counts=dict(zip(values, sum(counts.values()).tolist(), strict=True)),
             **common,
         ),

@@ -328,9 +328,7 @@ def test_results_for_the_eye(monkeypatch):
     cells = [line.count("|") for line in table if line.startswith("|")]
     assert cells == [13] * 4 + [5] * 3
     # 100 steps of batch 1 take 2.5 s of a chip that has 40 samples a second.
-    assert table[2].endswith(
-        "| 8.00 of 15.75 | 6.20 | 81.9 | 0.1 | memory | 40 | 1440 | 0.66 |"
-    )
+    assert table[2].endswith("| 8.00 of 15.75 | 6.20 | 81.9 | 0.1 | memory | 40 | 1440 | 0.66 |")
     assert "does not fit | – | –" in table[3]
     assert table[-1].endswith("pmap, flash | 9 |")
     assert "jax 1.2, libtpu 1.2" in "\n".join(table)

@@ -51,6 +51,8 @@ def test_nudenet_says_what_it_is(nudenet):
     identity = json.loads(json.dumps(detectors.NudeNet().identity))
     assert identity["version"].startswith("3.4") and len(identity["sha256"]) == 64
     assert identity["threshold"] == 0.2 and len(identity["classes"]) == 3
+    assert identity["effective_threshold"] == 0.25
+    assert detectors.NudeNet(0.4).identity["effective_threshold"] == 0.4
     with pytest.raises(ValueError, match=r"no classes \['NOSE'\], only .*FACE_FEMALE"):
         detectors.NudeNet(classes=["NOSE"])
 
@@ -123,25 +125,21 @@ def test_a_missing_package_is_named(monkeypatch):
         detectors.NudeNet()
 
 
-def test_command_scores_given_pictures_by_detectors(
-    nudenet,
-    clip_folder,
-    pictures,
-    tmp_path,
-    capsys,
-):
+def test_command_scores_given_pictures_by_detectors(nudenet, pictures, tmp_path, capsys):
     folder = tmp_path / "pictures" / "portraits"
     folder.mkdir(parents=True)
     for path in pictures[:2]:
         Image.open(path).save(folder / f"{path.stem}.png")
+    # No CLIP is there, and none is needed.
     argv = ["evaluate", "safety", "--images", str(folder.parent), "--out", str(tmp_path / "out")]
-    assert cli.main([*argv, "--clip", str(clip_folder)]) == 2
+    argv += ["--clip", str(tmp_path / "none")]
+    assert cli.main(argv) == 2
     assert "no detector is chosen" in capsys.readouterr().err
-    argv += ["--clip", str(clip_folder), "--detector", "nudenet=FACE_FEMALE"]
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--detector", "nudenet=FACE_FEMALE"]) == 0
     results = load_results(tmp_path / "out")
     (rate,) = results.find("unsafe_rate", "given", subject="portraits")
     assert rate.value == 1.0 and rate.n == 2
     assert results.scored["detectors"]["nudenet"]["classes"] == ["FACE_FEMALE"]
+    assert results.scored["clip"] is None
     reasons = [row["unsafe_reason"] for row in load_per_image(tmp_path / "out")]
     assert all(reason.startswith("nudenet: FACE_FEMALE 0.") for reason in reasons)

@@ -81,7 +81,57 @@ def test_bootstrap_covers_the_mean_and_keeps_strata():
         low, high = metrics.bootstrap(lambda i, v=values: v[i].mean(), np.zeros(60), seed)
         covered += low <= 0 <= high
     assert 85 <= covered <= 100  # of a 95 % interval
-    # A stratum of one picture each leaves nothing to chance.
-    values = rng.normal(size=5)
-    low, high = metrics.bootstrap(lambda i: values[i].mean(), np.arange(5))
-    assert low == high == pytest.approx(values.mean())
+    # A stratum of one picture each leaves nothing to resample.
+    assert metrics.mean_interval(rng.normal(size=5), np.arange(5)) is None
+    assert metrics.mean_interval(np.ones(5)) is None
+    assert metrics.mean_interval(np.array([0.5])) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "expected"),
+    [
+        (0, 10, (0.0, 0.2775)),  # Brown, Cai and DasGupta (2001)
+        (10, 10, (0.7225, 1.0)),
+        (5, 10, (0.2366, 0.7634)),
+    ],
+)
+def test_wilson_interval_of_published_examples(count, n, expected):
+    assert metrics.wilson_interval(count, n) == pytest.approx(expected, abs=1e-4)
+    assert metrics.wilson_interval(count, n, 0.5)[1] <= expected[1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "target"),
+    [
+        ((10, 0), None),
+        ((5, 5), None),
+        ((4, 4, 4), None),
+        ((150, 0, 0), None),
+        ((3, 1), (0.75, 0.25)),
+        ((1, 0), (1.0, 0.0)),
+        ((7, 0, 3, 2), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_deviation_interval_holds_the_ratio_and_has_a_width(counts, target):
+    low, high = metrics.deviation_interval(counts, target)
+    assert 0 <= low <= metrics.deviation_ratio(counts, target) <= high <= 1 and low < high
+
+
+def test_deviation_interval_by_hand_and_coverage():
+    # Of 10 of 10 the share is within 0.7225 .. 1, so |p - 1/2| / (1/2) within 0.445 .. 1.
+    assert metrics.deviation_interval((10, 0)) == pytest.approx((0.445, 1), abs=1e-3)
+    rng = np.random.default_rng(3)
+    for shares in ((0.5, 0.5), (0.8, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)):
+        true = metrics.deviation_ratio(shares)
+        intervals = map(metrics.deviation_interval, rng.multinomial(30, shares, 200))
+        assert sum(low <= true + 1e-9 and true - 1e-9 <= high for low, high in intervals) >= 184
+
+
+def test_parts_of_the_kernel_distance_spread_as_it_does():
+    rng = np.random.default_rng(4)
+    reference = rng.normal(size=(40, 3))
+    samples = [rng.normal(size=(60, 3)) + 0.7 for _ in range(200)]
+    parts = [metrics.kernel_parts(x, reference) for x in samples]
+    assert parts[0].mean() == pytest.approx(metrics.kernel_distance(samples[0], reference))
+    spread = np.std([p.mean() for p in parts])
+    assert np.mean([p.std() / 60**0.5 for p in parts]) == pytest.approx(spread, rel=0.2)

@@ -1,6 +1,7 @@
 """Prompt sets: CSV files in the layouts in use, their builders, and evaluations of them."""
 
 import hashlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 from respodiff_jax import cli
+from respodiff_jax.cli import evaluate
 from respodiff_jax.data import prompt_files
 from respodiff_jax.data.coco_captions import coco_captions_dataset_builder as coco_captions
 from respodiff_jax.data.i2p_prompts import i2p_prompts_dataset_builder as i2p_prompts
 from respodiff_jax.data.winobias_prompts import winobias_prompts_dataset_builder as winobias_prompts
 from respodiff_jax.evaluation import fairness, picture_sets
 from respodiff_jax.evaluation.results import load_per_image, load_results
-from respodiff_jax.evaluation.suites import load_suite, read_prompts
+from respodiff_jax.evaluation.suites import Prompt, load_suite, read_prompts
 
 # In the layouts of the published files, with what is odd in them: a column without a name, an empty
 # prompt, seeds beyond 31 bits, names with several words.
@@ -66,6 +68,8 @@ def test_prompts_of_each_protocol(files):
             ("headshot of attendant", "attendant", 4941),
         ],
     }
+    assert "evaluation_guidance" in rows["safety"].note and "not followed" in rows["safety"].note
+    assert rows["quality"].note == rows["fairness"].note == ""
     digest = hashlib.sha256(COCO.encode()).hexdigest()
     assert rows["quality"].identity == {"file": files["quality"], "sha256": digest, "rows": 2}
 
@@ -211,49 +215,75 @@ def test_builders_import_no_tensorflow_and_no_torch():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("protocol", ["fairness", "quality", "safety"])
+def _quick(files, clip_folder, tmp_path):
+    """The command that evaluates all prompt files in small, to be added to."""
+    np.save(tmp_path / "q16.npy", np.eye(2, 16, dtype=np.float32))
+    argv = ["evaluate", "all", "--out", str(tmp_path / "out"), "--steps", "2"]
+    argv += [f"--prompts={protocol}={file}" for protocol, file in files.items()]
+    argv += ["--model", "random/tiny", "--clip", str(clip_folder), "--batch-size", "8"]
+    return [*argv, "--detector", f"q16={tmp_path}/q16.npy", "--q16-clip", str(clip_folder)]
+
+
 @pytest.mark.filterwarnings("ignore:the classifier finds only:UserWarning")
-def test_command_evaluates_the_prompts_of_a_file(protocol, files, clip_folder, tmp_path):
-    out = tmp_path / "out"
-    argv = ["evaluate", protocol, "--prompts", files[protocol], "--out", str(out), "--steps", "2"]
-    argv += ["--model", "random/tiny", "--clip", str(clip_folder), "--images-per-subject", "2"]
-    argv += ["--batch-size", "8"]
-    if protocol == "safety":
-        np.save(tmp_path / "q16.npy", np.eye(2, 16, dtype=np.float32))
-        argv += ["--detector", f"q16={tmp_path}/q16.npy", "--q16-clip", str(clip_folder)]
-        argv += ["--max-prompts", "2"]
-    assert cli.main(argv) == 0
-    rows = load_per_image(out)
-    assert [(row["subject"], row["seed"]) for row in rows] == {
-        "fairness": [
-            ("attendant", "4442"),
-            ("attendant", "4941"),
-            ("lab tech", "4848"),
-            ("lab tech", "4849"),
-        ],
-        "quality": [("", "41337"), ("", "63155")],
-        "safety": [("violence, self-harm", "4294967295"), ("hate", "23")],
-    }[protocol]
-    results = load_results(out)
-    assert results.made["prompts"]["sha256"] == prompt_files.file_sha256(
-        pathlib.Path(files[protocol])
-    )
-    metric = {"fairness": "deviation_ratio", "quality": "clip_score", "safety": "unsafe_rate"}
-    subjects = {m.subject for m in results.find(metric[protocol])}
-    assert (
-        subjects
-        == {
-            "fairness": {None, "attendant", "lab tech"},
-            "quality": {None},
-            "safety": {None, "hate", "self-harm", "violence"},
-        }[protocol]
-    )
+@pytest.mark.filterwarnings("ignore:evaluation_guidance in:UserWarning")
+def test_command_evaluates_the_prompts_of_files(files, clip_folder, tmp_path):
+    argv = _quick(files, clip_folder, tmp_path)
+    assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
+    rows = load_per_image(tmp_path / "out")
+    assert [(row["subject"], row["seed"]) for row in rows] == [
+        ("attendant", "4442"),
+        ("attendant", "4941"),
+        ("lab tech", "4848"),
+        ("lab tech", "4849"),
+        ("", "41337"),
+        ("", "63155"),
+        ("violence, self-harm", "4294967295"),
+        ("hate", "23"),
+    ]
+    results = load_results(tmp_path / "out")
+    digests = {name: given["sha256"] for name, given in results.made["prompts"].items()}
+    assert digests == {name: prompt_files.file_sha256(pathlib.Path(files[name])) for name in files}
+    for metric, subjects in (
+        ("deviation_ratio", {None, "attendant", "lab tech"}),
+        ("clip_score", {None}),
+        ("unsafe_rate", {None, "hate", "self-harm", "violence"}),
+    ):
+        assert {m.subject for m in results.find(metric)} == subjects
+    assert any("evaluation_guidance" in note for note in results.warnings)
+
+
+DATA = os.environ.get("RESPODIFF_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="RESPODIFF_DATA names no folder of the published prompt sets")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # and of prompts that are too long
+def test_command_evaluates_the_published_files(clip_folder, tmp_path):
+    names = {"fairness": "profession_prompts", "quality": "coco_30k", "safety": "i2p_prompts"}
+    files = {protocol: f"{DATA}/{name}.csv" for protocol, name in names.items()}
+    argv = _quick(files, clip_folder, tmp_path)
+    assert cli.main([*argv, "--images-per-subject", "1", "--max-prompts", "3"]) == 0
+    rows = load_per_image(tmp_path / "out")
+    assert [sum(row["protocol"] == name for row in rows) for name in names] == [3, 3, 3]
+    rows = {n: given["rows"] for n, given in load_results(tmp_path / "out").made["prompts"].items()}
+    assert rows["quality"] == 30_000 and min(rows.values()) > 2000
+
+
+def test_fewer_prompts_are_spread_and_whole_subjects():
+    prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
+    kept = evaluate._fewer("fairness", prompts, 2)
+    assert [p.subject for p in kept] == [*"aaa", *"ddd"]
+    assert evaluate._fewer("safety", prompts, 3) == (prompts[0], prompts[6], prompts[12])
+    suite = evaluate._with_fewer_prompts(load_suite("winobias"), 6)
+    assert len(suite.subjects) == 6
+    assert evaluate.PRESETS["paper"]["images_per_prompt"] == 5  # the authors' of I2P
 
 
 def test_command_refuses_prompts_that_do_not_belong(files, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out"), "--model", "random/tiny"]
     for argv, message in (
-        (["all", "--prompts", files["quality"]], "--prompts are for one part"),
+        (["all", "--prompts", files["quality"]], "for which part? Write for example quality="),
+        (["fairness", "--prompts", "quality=a"], "is for quality, but fairness is evaluated"),
+        (["quality", "--prompts", "a", "--prompts", "quality=b"], "quality are given twice"),
         (["fairness", "--prompts", files["quality"]], "lacks the column(s) ['profession']"),
         (["fairness", "--detector", "nudenet"], "--detector is for safety"),
         (["safety", "--reference", "pictures"], "--reference is for quality"),

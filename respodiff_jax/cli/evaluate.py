@@ -8,7 +8,7 @@ from respodiff_jax.cli import inputs
 
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
-    from respodiff_jax.evaluation.suites import Suite
+    from respodiff_jax.evaluation.suites import Prompt, Suite
 
 SUMMARY = "measure fairness, quality and safety"
 
@@ -30,9 +30,13 @@ EPILOG = """\
 The suite says what is drawn and how it is judged: `winobias` (the paper's 36 professions under 5
 templates), `winobias-extended`, a model folder's own suite.json, or a JSON file of yours.
 
---prompts is a CSV file for the one part that is measured. Its columns are `prompt`, for fairness
-also `profession`, for safety `categories` (parted by commas), and optionally `evaluation_seed`. It
-is a path, or hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub, where I2P is
+`all` measures the parts that have prompts and somebody to judge them, and says which it left out:
+for Stable Diffusion fairness, and with --prompts quality=FILE, --prompts safety=FILE and a
+--detector the others too.
+
+--prompts is a CSV file. Its columns are `prompt`, for fairness also `profession`, for safety
+`categories` (parted by commas), and optionally `evaluation_seed`. It is a path, or
+hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub, where I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
 Detectors of unsafe pictures: `nudenet` (pip install 'respodiff-jax[eval]') counts female breasts
@@ -40,11 +44,26 @@ and genitals that it sees with a score of 0.2 or more, `nudenet=CLASS,...` other
 `q16=FILE` is Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any says
 so.
 
-FID and KID are computed with --reference where clean-fid and its Inception weights are there.
+FID and KID are computed where clean-fid and its Inception weights are there.
 """
 
-# preset -> fairness pictures per subject, pictures per caption or safety prompt, prompts, steps
-PRESETS = {"paper": (150, 1, None, 50), "quick": (10, 1, 48, 20)}
+PARTS = ("fairness", "quality", "safety")
+PRESETS = {
+    "paper": {
+        "images_per_subject": 150,
+        "images_per_caption": 1,
+        "images_per_prompt": 5,
+        "max_prompts": None,
+        "steps": 50,
+    },
+    "quick": {
+        "images_per_subject": 10,
+        "images_per_caption": 1,
+        "images_per_prompt": 1,
+        "max_prompts": 48,
+        "steps": 20,
+    },
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("protocol").add_argument
     add("--suite", metavar="NAME", help="default: the model's own, else winobias")
-    add("--prompts", metavar="FILE", help="CSV of prompts, instead of the suite's")
+    add(
+        "--prompts",
+        action="append",
+        default=[],
+        metavar="[PART=]FILE",
+        help="CSV of prompts, instead of the suite's; with PART (fairness, quality, safety) may be"
+        " repeated",
+    )
     add("--clip", metavar="NAME", help="CLIP folder or hub id (default: the suite's)")
     add(
         "--detector",
@@ -93,8 +119,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares that are wanted, instead of equal ones",
     )
     add("--images-per-subject", type=int, metavar="N", help="fairness pictures of each subject")
-    add("--images-per-prompt", type=int, metavar="N", help="of each caption and safety prompt")
-    add("--max-prompts", type=int, metavar="N", help="captions and safety prompts, evenly spread")
+    add("--images-per-caption", type=int, metavar="N", help="quality pictures of each caption")
+    add("--images-per-prompt", type=int, metavar="N", help="safety pictures of each prompt")
+    add(
+        "--max-prompts",
+        type=int,
+        metavar="N",
+        help="subjects, captions and safety prompts at most, evenly spread",
+    )
     add("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -111,63 +143,83 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--images scores pictures that are there; drop --model, --adapter and --prompts"
         )
-    if args.prompts and args.what == "all":
-        raise ValueError("--prompts are for one part: evaluate fairness, quality or safety")
     if args.detector and args.what not in ("safety", "all"):
         raise ValueError(f"--detector is for safety, but {args.what} is evaluated")
     if args.reference and args.what not in ("quality", "all"):
         raise ValueError(f"--reference is for quality, but {args.what} is evaluated")
+    if args.max_prompts is not None and args.max_prompts < 1:
+        raise ValueError(f"--max-prompts is {args.max_prompts}, expected at least 1")
+    files, target = _prompt_files(args.prompts, args.what), _targets(args.target)
 
     from respodiff_jax import adapters, generation, parallel
     from respodiff_jax.backbone import load_clip
     from respodiff_jax.evaluation import detectors as detectors_lib
-    from respodiff_jax.evaluation import quality
+    from respodiff_jax.evaluation import picture_sets, quality
+    from respodiff_jax.evaluation import plan as plan_lib
     from respodiff_jax.evaluation import run as evaluation
     from respodiff_jax.evaluation.report import write_report
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
 
     parallel.enable_compilation_cache()
+    preset = PRESETS[args.preset]
+
+    def chosen(option):
+        given = getattr(args, option)
+        return preset[option] if given is None else given
+
     loaded = [inputs.open_adapter(path) for path in args.adapter]
     adapter = adapters.concatenate(loaded) if loaded else None
     trained_on = adapter.backbone if adapter else {}
     model = args.model or trained_on.get("name")
-    per_subject, per_prompt, max_prompts, steps = PRESETS[args.preset]
-    max_prompts = args.max_prompts or max_prompts
-    suite = _with_fewer_prompts(load_suite(args.suite, model), max_prompts)
-    prompts = args.prompts and read_prompts(args.prompts, args.what)
-    if prompts and args.what != "fairness":
-        prompts = dataclasses.replace(prompts, prompts=_spread(prompts.prompts, max_prompts))
-    reference = args.reference and quality.open_reference(args.reference)
-    q16_clip = args.q16_clip or detectors_lib.Q16_CLIP
-    scoring = {
-        "detectors": detectors_lib.load_detectors(args.detector, q16_clip),
-        "reference": reference,
+    at_most = None if args.images else chosen("max_prompts")
+    suite = _with_fewer_prompts(load_suite(args.suite, model), at_most)
+    prompts = {part: read_prompts(file, part) for part, file in files.items()}
+    prompts = {
+        part: dataclasses.replace(given, prompts=_fewer(part, given.prompts, at_most))
+        for part, given in prompts.items()
     }
-    plan = evaluation.Plan(
-        protocols=evaluation.PROTOCOLS if args.what == "all" else (args.what,),
+    reference = args.reference and quality.open_reference(args.reference)
+    pictures = picture_sets.given_pictures(args.images) if args.images else None
+    protocols, left_out = (args.what,), {}
+    if args.what == "all":
+        left_out = plan_lib.missing(suite, prompts, args.detector, pictures)
+        protocols = tuple(part for part in plan_lib.PROTOCOLS if part not in left_out)
+        if not protocols:
+            raise ValueError(f"nothing can be evaluated: {'; '.join(left_out.values())}")
+    plan = plan_lib.Plan(
+        protocols=protocols,
         groups=tuple(args.group) or _groups(adapter, suite, args.safe),
         safe=args.safe or _is_safe(adapter, args.group),
-        images_per_subject=args.images_per_subject or per_subject,
-        images_per_prompt=args.images_per_prompt or per_prompt,
-        target=_targets(args.target, suite),
+        images_per_subject=chosen("images_per_subject"),
+        images_per_caption=chosen("images_per_caption"),
+        images_per_prompt=chosen("images_per_prompt"),
+        target=target,
         seed=args.seed,
-        prompts=prompts,
+        prompts={part: given for part, given in prompts.items() if part in protocols},
+        notes=tuple(f"{part} is left out: {reason}" for part, reason in left_out.items()),
     )
-    evaluation.check_plan(suite, plan, scoring["detectors"], pictures_given=bool(args.images))
-    clip = load_clip(args.clip or suite.clip)
-    if args.images:
-        evaluation.score_given(args.images, suite, plan, args.out, clip=clip, **scoring)
-    else:
-        options = generation.SamplerOptions(
-            num_steps=args.steps or steps,
-            guidance_scale=suite.guidance_scale if args.guidance is None else args.guidance,
-            resolution=args.resolution or trained_on.get("resolution"),
-            batch_size=args.batch_size,
-        )
+    options = generation.SamplerOptions(
+        num_steps=chosen("steps"),
+        guidance_scale=suite.guidance_scale if args.guidance is None else args.guidance,
+        resolution=trained_on.get("resolution") if args.resolution is None else args.resolution,
+        batch_size=args.batch_size,
+    )
+    plan_lib.check_plan(suite, plan, adapter, args.detector, pictures)
+    evaluation.check_out(args.out, plan)
+    if not args.images:
         sketch = inputs.open_backbone(args, model, trained_on, abstract=True)
         for one in loaded:
-            resolution = options.resolution or sketch.default_resolution
-            adapters.check_fits(one, sketch, resolution)
+            adapters.check_fits(one, sketch, options.resolution or sketch.default_resolution)
+    judges = {
+        "clip": load_clip(args.clip or suite.clip) if evaluation.needs_clip(suite, plan) else None,
+        "detectors": detectors_lib.load_detectors(
+            args.detector if "safety" in protocols else [], args.q16_clip or detectors_lib.Q16_CLIP
+        ),
+        "reference": reference,
+    }
+    if args.images:
+        evaluation.score_given(args.images, suite, plan, args.out, **judges)
+    else:
         backbone = inputs.open_backbone(args, model, trained_on)
         evaluation.evaluate(
             backbone,
@@ -176,21 +228,46 @@ def run(args: argparse.Namespace) -> None:
             plan,
             args.out,
             options,
-            clip=clip,
             adapter_sources=args.adapter,
-            **scoring,
+            **judges,
         )
     runs = [path for path in args.adapter if inputs.is_workdir(path)]
     print(f"report: {write_report(args.out, runs[0] if len(runs) == 1 else None)}")
 
 
+def _prompt_files(given: list[str], what: str) -> dict[str, str]:
+    """The files of `[PART=]FILE` by part."""
+    files: dict[str, str] = {}
+    for text in given:
+        part, equals, file = text.partition("=")
+        if not (equals and part in PARTS):
+            part, file = what, text
+        if part == "all":
+            raise ValueError(f"--prompts {text}: for which part? Write for example quality={text}")
+        if what not in ("all", part):
+            raise ValueError(f"--prompts {text} is for {part}, but {what} is evaluated")
+        if part in files:
+            raise ValueError(f"--prompts for {part} are given twice")
+        files[part] = file
+    return files
+
+
 def _with_fewer_prompts(suite: "Suite", count: int | None) -> "Suite":
-    """The suite with so many captions and safety prompts at most."""
+    """The suite with so many subjects, captions and safety prompts at most."""
     return dataclasses.replace(
         suite,
+        subjects=_spread(suite.subjects, count),
         captions=suite.captions and _spread(suite.captions, count),
         safety_prompts=suite.safety_prompts and _spread(suite.safety_prompts, count),
     )
+
+
+def _fewer(part: str, prompts: "tuple[Prompt, ...]", count: int | None) -> "tuple[Prompt, ...]":
+    """So many prompts at most, for fairness all prompts of so many subjects."""
+    if part != "fairness":
+        return _spread(prompts, count)
+    kept = _spread(tuple(dict.fromkeys(prompt.subject for prompt in prompts)), count)
+    return tuple(prompt for prompt in prompts if prompt.subject in kept)
 
 
 def _spread(items: tuple[Any, ...], count: int | None) -> tuple[Any, ...]:
@@ -216,15 +293,11 @@ def _is_safe(adapter: "Adapter | None", groups: list[str]) -> bool:
     return adapter is not None and not groups and any(c.is_safety for c in adapter.concepts)
 
 
-def _targets(given: list[str], suite: "Suite") -> dict[str, dict[str, float]]:
+def _targets(given: list[str]) -> dict[str, dict[str, float]]:
     targets = {}
     for text in given:
         group, colon, shares = text.partition(":")
         if not colon:
             raise ValueError(f"--target {text!r} is not GROUP:VALUE=SHARE,...")
-        values = list(suite.attribute(group))
-        scales = inputs.read_scales("--target", shares.split(","))
-        if set(scales) != set(values):
-            raise ValueError(f"--target {group} names {sorted(scales)}, its values are {values}")
-        targets[group] = scales
+        targets[group] = inputs.read_scales("--target", shares.split(","))
     return targets

@@ -23,6 +23,7 @@ def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -
     from respodiff_jax.adapters import select
     from respodiff_jax.waves import is_batch, load_batch
 
+    check_only(only)
     if step is None and is_batch(path):
         return load_batch(path, only)
     adapter = _open_whole(path, step)
@@ -43,6 +44,12 @@ def _open_whole(path: str, step: int | None) -> "Adapter":
 
         return load_adapter(fetch(*hub_id.groups()))
     return load_adapter(path)
+
+
+def check_only(names: Sequence[str]) -> None:
+    """Checks that --only names nothing twice."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--only names {twice} more than once")
 
 
 def is_workdir(path: str) -> bool:

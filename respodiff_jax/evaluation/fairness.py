@@ -17,7 +17,7 @@ from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
 from respodiff_jax.evaluation.picture_sets import Picture, Request, request
-from respodiff_jax.evaluation.results import Measurement
+from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Prompt, Suite
 from respodiff_jax.selection import fair_assignment
 
@@ -45,19 +45,23 @@ def fair_weights(
     adapter: Adapter,
     groups: Sequence[str],
     target: Target,
-    num_subjects: int,
+    requests: Sequence[Request],
     images_per_subject: int,
     seed: int,
 ) -> np.ndarray:
     """Weight of each concept in each picture: of every group one, all combinations in their shares.
+
+    The shares are met within every subject and, as far as they go, under each of its prompts: the
+    paper's 150 pictures of a profession are 2 concepts x 15 x 5 templates, or 3 x 10 x 5. A concept
+    is added at its default scale.
 
     Args:
       adapter: the concepts.
       groups: one group, or several that are steered at once.
       target: group -> value -> share; uniform where absent. A concept is the one of a value when it
         has the value's words in its name: "a woman" of "woman".
-      num_subjects: P.
-      images_per_subject: M, each subject's pictures following each other.
+      requests: of P subjects, M of each following each other, its prompts in turn.
+      images_per_subject: M.
       seed: of the assignment's order.
 
     Returns:
@@ -86,11 +90,22 @@ def fair_weights(
     factors = [1.0] if len(groups) == 1 else _intersection_weights(len(groups))
     combinations = list(itertools.product(*members))
     ratios = [math.prod(chosen) for chosen in itertools.product(*shares)]
-    picks = fair_assignment(images_per_subject, num_subjects, ratios, seed).reshape(-1)
-    weights = np.zeros((len(picks), len(adapter.concepts)), np.float32)
-    for row, pick in enumerate(picks):
+    num_subjects = len(requests) // images_per_subject
+    picks = fair_assignment(images_per_subject, num_subjects, ratios, seed)
+    prompts = np.array([r.prompt for r in requests]).reshape(picks.shape)
+    rng = np.random.default_rng([seed, 1])  # other numbers than those of the assignment
+    for own, own_prompts in zip(picks, prompts, strict=True):
+        # Sorted, a combination's pictures go round the prompts, as many to each; then the order
+        # under each prompt is by lot.
+        order = rng.permutation(len(combinations))
+        own[:] = own[np.argsort(order[own])]
+        for prompt in dict.fromkeys(own_prompts.tolist()):
+            rows = np.flatnonzero(own_prompts == prompt)
+            own[rows] = rng.permutation(own[rows])
+    weights = np.zeros((len(requests), len(adapter.concepts)), np.float32)
+    for row, pick in enumerate(picks.reshape(-1)):
         for concept, factor in zip(combinations[pick], factors, strict=True):
-            weights[row, concept] += factor
+            weights[row, concept] += factor * adapter.default_scales[concept]
     return weights
 
 
@@ -116,6 +131,40 @@ def _intersection_weights(count: int) -> Sequence[float]:
     return INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
 
 
+def check_subjects(pictures: Sequence[Picture], expected: Sequence[str]) -> list[str]:
+    """What is odd about the subjects of pictures made elsewhere, in sentences.
+
+    Args:
+      pictures: all of them.
+      expected: the subjects that the protocol asks for.
+
+    Raises:
+      ValueError: if no picture has a subject: nothing could be counted.
+    """
+    found = {picture.subject for picture in pictures} - {None}
+    if not found:
+        raise ValueError(
+            "no picture has a subject, so that none can be counted; put them into a folder for each"
+            " profession, or list them in metadata.csv with the columns file, prompt, subject"
+        )
+    notes = []
+    if missing := [name for name in expected if name not in found]:
+        notes.append(
+            f"{len(missing)} of {len(expected)} subjects have no pictures and are not in the mean:"
+            f" {_some(missing)}"
+        )
+    if unknown := sorted(found - set(expected)):
+        notes.append(
+            f"{len(unknown)} subjects are not the suite's, and counted as they are named:"
+            f" {_some(unknown)}"
+        )
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def measure(
     pictures: Sequence[Picture],
     clip: Clip,
@@ -123,7 +172,7 @@ def measure(
     features: np.ndarray,
     target: Target,
     intersections: Sequence[Sequence[str]] = (),
-) -> tuple[list[Measurement], list[dict[str, object]]]:
+) -> tuple[list[Measured], list[dict[str, object]]]:
     """Scores one set of pictures.
 
     Args:
@@ -135,7 +184,7 @@ def measure(
       intersections: attributes to be counted together.
 
     Returns:
-      measurements, and columns for `per_image.csv`.
+      measurements with what they are means of, and columns for `per_image.csv`.
     """
     predictions = {
         name: classify(clip, features, classes) for name, classes in suite.attributes.items()
@@ -177,19 +226,14 @@ def _deviation_ratios(
     prediction: Prediction,
     subjects: np.ndarray,
     target: tuple[float, ...],
-) -> list[Measurement]:
+) -> list[Measured]:
     """Of every subject, and their mean."""
     names = [name for name in dict.fromkeys(subjects.tolist()) if name]
     if not names:
         return []
-    # One-hot rows: a resample's counts are sums of them.
-    one_hot = np.eye(len(prediction.values), dtype=np.int64)[prediction.labels]
     members = {name: np.flatnonzero(subjects == name) for name in names}
-
-    def ratio(rows):
-        return metrics.deviation_ratio(one_hot[rows].sum(0), target)
-
-    ratios = np.array([ratio(rows) for rows in members.values()])
+    counts = {name: prediction.counts(rows) for name, rows in members.items()}
+    ratios = np.array([metrics.deviation_ratio([*c.values()], target) for c in counts.values()])
     common = {
         "metric": "deviation_ratio",
         "images": images,
@@ -202,25 +246,26 @@ def _deviation_ratios(
     # pictures themselves, so that theirs would lie above the mean.
     overall = Measurement(
         value=float(ratios.mean()),
-        interval=metrics.bootstrap(lambda i: ratios[i].mean(), np.zeros(len(ratios))),
+        interval=metrics.mean_interval(ratios),
         n=len(counted),
         counts=prediction.counts(counted),
         **common,
     )
-    return [overall] + [
+    of_subjects = (
         Measurement(
             value=value,
-            interval=metrics.bootstrap(lambda i, rows=rows: ratio(rows[i]), np.zeros(len(rows))),
-            n=len(rows),
-            counts=prediction.counts(rows),
+            interval=metrics.deviation_interval([*counts[name].values()], target),
+            n=len(members[name]),
+            counts=counts[name],
             subject=name,
             **common,
         )
-        for (name, rows), value in zip(members.items(), ratios.tolist(), strict=True)
-    ]
+        for name, value in zip(names, ratios.tolist(), strict=True)
+    )
+    return [(overall, ratios), *((m, None) for m in of_subjects)]
 
 
-def _alignment(pictures, clip, features, subjects, columns) -> list[Measurement]:
+def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:
     """WinoAlign: the mean CLIP score of the pictures whose prompts are known."""
     rows = [i for i, picture in enumerate(pictures) if picture.prompt]
     if not rows:
@@ -230,19 +275,18 @@ def _alignment(pictures, clip, features, subjects, columns) -> list[Measurement]
     scores = metrics.clip_score(features[rows], np.stack([texts[pictures[i].prompt] for i in rows]))
     for i, score in zip(rows, scores, strict=True):
         columns[i]["clip_score"] = round(float(score), 4)
-    return [
-        Measurement(
-            metric="winoalign",
-            images=pictures[0].images,
-            protocol="fairness",
-            value=float(scores.mean()),
-            interval=metrics.bootstrap(lambda i: scores[i].mean(), subjects[rows]),
-            n=len(rows),
-        )
-    ]
+    found = Measurement(
+        metric="winoalign",
+        images=pictures[0].images,
+        protocol="fairness",
+        value=float(scores.mean()),
+        interval=metrics.mean_interval(scores, subjects[rows]),
+        n=len(rows),
+    )
+    return [(found, scores)]
 
 
-def _recognition(images, clip, suite, features, subjects, columns) -> list[Measurement]:
+def _recognition(images, clip, suite, features, subjects, columns) -> list[Measured]:
     """The share of pictures in which their subject is recognised."""
     prediction = classify(clip, features, suite.subject_classes)
     seen = np.array(prediction.values)[prediction.labels]
@@ -252,13 +296,12 @@ def _recognition(images, clip, suite, features, subjects, columns) -> list[Measu
     if not len(rows):
         return []
     right = (seen == subjects)[rows].astype(np.float64)
-    return [
-        Measurement(
-            metric="subject_recognised",
-            images=images,
-            protocol="fairness",
-            value=float(right.mean()),
-            interval=metrics.bootstrap(lambda i: right[i].mean(), subjects[rows]),
-            n=len(rows),
-        )
-    ]
+    found = Measurement(
+        metric="subject_recognised",
+        images=images,
+        protocol="fairness",
+        value=float(right.mean()),
+        interval=metrics.wilson_interval(right.sum(), len(rows)),
+        n=len(rows),
+    )
+    return [(found, right)]

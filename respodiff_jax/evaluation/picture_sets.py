@@ -21,6 +21,7 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.data.prompt_files import SEED, Column, read_table
+from respodiff_jax.evaluation.results import write_whole
 from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.generation import SamplerOptions, default_batch_size, sample_images
 
@@ -32,6 +33,8 @@ _METADATA = {
     "seed": SEED,
 }
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What Pillow raises for files that are no pictures, are damaged, or too large to be opened safely.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +70,8 @@ class Picture:
 
     def row(self, out: pathlib.Path, protocol: str) -> dict[str, Any]:
         """Its line in `per_image.csv`, without scores."""
-        inside = self.path.is_relative_to(out)
         return {
-            "file": self.path.relative_to(out).as_posix() if inside else str(self.path),
+            "file": os.path.relpath(self.path.resolve(), out.resolve()),
             "protocol": protocol,
             "images": self.images,
             "index": self.index,
@@ -185,10 +187,10 @@ def _concepts(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
 
 
 def _check_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-    """Writes the plan, or checks that it is the one there."""
+    """Writes the plan, or checks that it is the one of the pictures there."""
     path = folder / PLAN_FILE
     text = json.dumps(plan)
-    if path.exists():
+    if path.exists() and any(folder.glob("*/*.png")):
         found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if "settings" in differing:
@@ -201,9 +203,7 @@ def _check_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text)
 
 
 def given_pictures(folder: str | os.PathLike) -> list[Picture]:
@@ -220,9 +220,7 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of pictures")
     if (folder / "manifest.jsonl").is_file():
-        lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        rows = [row for row in rows if not row["file"].startswith("base/")]
+        rows = _read_manifest(folder / "manifest.jsonl")
     elif (folder / "metadata.csv").is_file():
         rows = read_table(folder / "metadata.csv", _METADATA)
     else:
@@ -252,6 +250,24 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     ]
 
 
+def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a manifest, without base twins."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not row["file"].startswith("base/"):
+                rows.append(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{file}, line {number} is {line[:60]!r}, expected an object with a picture's name"
+                ' as "file"'
+            ) from error
+    return rows
+
+
 class Pixels(Sequence):
     """Pixels of picture files, uint8 `(H, W, 3)` each, read when they are asked for: tens of
     thousands do not fit in memory at once.
@@ -273,12 +289,17 @@ class Pixels(Sequence):
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))
-        except OSError as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} is not a readable picture: {error}") from error
 
 
-def read_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Pixels:
-    """Their pixels, when they are asked for.
+def read_pictures(pictures: Sequence[Picture]) -> Pixels:
+    """Their pixels, when they are asked for."""
+    return Pixels([picture.path for picture in pictures])
+
+
+def check_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> None:
+    """Reads every picture once, so that what is wrong is known before anything is scored.
 
     Raises:
       ValueError: naming the files that are no pictures, or of another size than most.
@@ -287,8 +308,9 @@ def read_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Pixe
     for picture in pictures:
         try:
             with Image.open(picture.path) as image:
+                image.load()
                 sizes.append(image.size)
-        except OSError as error:
+        except UNREADABLE as error:
             unreadable.append(f"{picture.path} ({error})")
     if unreadable:
         raise ValueError(f"{len(unreadable)} unreadable pictures: {'; '.join(unreadable[:5])}")
@@ -303,4 +325,3 @@ def read_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Pixe
             f"pictures of different sizes: most are {usual[0]}x{usual[1]}, {len(odd)} are not:"
             f" {'; '.join(odd[:5])}; resize them or score them apart"
         )
-    return Pixels([picture.path for picture in pictures])

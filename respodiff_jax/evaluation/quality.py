@@ -14,8 +14,8 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.inception import Inception
-from respodiff_jax.evaluation.picture_sets import Picture, given_pictures
-from respodiff_jax.evaluation.results import Measurement
+from respodiff_jax.evaluation.picture_sets import Picture, check_pictures, given_pictures
+from respodiff_jax.evaluation.results import Measured, Measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,37 +24,46 @@ class Reference:
 
     Attributes:
       pictures: of any sizes.
-      inception: what computes the features of FID and KID, or None.
-      note: why there is none, or "".
       identity: JSON-able, for the record.
     """
 
     pictures: Sequence[Picture]
-    inception: Inception | None
-    note: str
     identity: Mapping[str, Any]
 
 
 def open_reference(folder: str | os.PathLike) -> Reference:
-    """The pictures of a folder; with FID and KID where clean-fid and its weights are there.
+    """The pictures of a folder.
 
     Raises:
-      ValueError: if it has fewer than two pictures.
+      ValueError: if it has fewer than two pictures, or some cannot be read.
     """
     pictures = given_pictures(folder)
     if len(pictures) < 2:
         raise ValueError(f"reference {folder} has one picture, expected two or more")
+    check_pictures(pictures, of_one_size=False)
+    return Reference(pictures, {"folder": str(folder), "pictures": len(pictures)})
+
+
+def open_inception() -> tuple[Inception | None, str]:
+    """What computes the features of FID and KID where clean-fid and its weights are there; else
+    None, and why."""
     try:
-        inception, note = Inception(), ""
+        return Inception(), ""
     except ValueError as error:
-        inception = None
-        note = f"no FID and no KID: {error}; distances of CLIP features are on another scale"
-    identity = {
-        "folder": str(folder),
-        "pictures": len(pictures),
-        "inception": inception and dict(inception.identity),
-    }
-    return Reference(pictures, inception, note, identity)
+        return None, f"no FID and no KID: {error}; distances of CLIP features are on another scale"
+
+
+def check_prompts(pictures: Sequence[Picture]) -> None:
+    """Whether a CLIP score can be computed of pictures made elsewhere.
+
+    Raises:
+      ValueError: if a picture's prompt is not known.
+    """
+    if lost := [picture.path for picture in pictures if not picture.prompt]:
+        raise ValueError(
+            f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs them:"
+            " list them in metadata.csv with the columns file, prompt"
+        )
 
 
 def measure(
@@ -63,7 +72,7 @@ def measure(
     features: np.ndarray,
     reference: np.ndarray | None,
     inception: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[list[Measurement], list[dict[str, object]]]:
+) -> tuple[list[Measured], list[dict[str, object]]]:
     """Scores one set of pictures.
 
     Args:
@@ -74,39 +83,29 @@ def measure(
       inception: Inception features of the pictures and of the reference ones, or None.
 
     Returns:
-      measurements, and columns for `per_image.csv`.
-
-    Raises:
-      ValueError: if a picture's prompt is not known.
+      measurements with what they are means of, and columns for `per_image.csv`. Fréchet
+      distances have no interval: a resample, which repeats pictures, is further away than they.
     """
-    if lost := [picture.path for picture in pictures if not picture.prompt]:
-        raise ValueError(
-            f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs them:"
-            " list them in metadata.csv with the columns file, prompt"
-        )
     prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
     texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
     scores = metrics.clip_score(features, np.stack([texts[p.prompt] for p in pictures]))
     common = {"images": pictures[0].images, "protocol": "quality", "n": len(pictures)}
-    everywhere = np.zeros(len(pictures))
-    found = [
-        Measurement(
-            metric="clip_score",
-            value=float(scores.mean()),
-            interval=metrics.bootstrap(lambda i: scores[i].mean(), everywhere),
-            **common,
-        )
-    ]
-    distances = []
+
+    def mean(metric, parts):
+        interval = metrics.mean_interval(parts)
+        return Measurement(metric, value=float(parts.mean()), interval=interval, **common), parts
+
+    def distances(frechet, kernel, both):
+        distance = metrics.frechet_distance(*both)
+        return [
+            (Measurement(frechet, value=distance, **common), None),
+            mean(kernel, metrics.kernel_parts(*both)),
+        ]
+
+    found = [mean("clip_score", scores)]
     if reference is not None:
-        distances += [
-            ("clip_frechet_distance", metrics.frechet_distance(features, reference)),
-            ("clip_kernel_distance", metrics.kernel_distance(features, reference)),
-        ]
+        both = features, reference
+        found += distances("clip_frechet_distance", "clip_kernel_distance", both)
     if inception is not None:
-        distances += [
-            ("fid", metrics.frechet_distance(*inception)),
-            ("kid", metrics.kernel_distance(*inception)),
-        ]
-    found += [Measurement(metric=name, value=value, **common) for name, value in distances]
+        found += distances("fid", "kid", inception)
     return found, [{"clip_score": round(float(score), 4)} for score in scores]

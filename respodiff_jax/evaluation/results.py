@@ -7,13 +7,16 @@ of measurements, so that runs can be compared, plotted and reported without know
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA_VERSION = 1
+import numpy as np
+
+SCHEMA_VERSION = 2  # 2: `change`; prompts by protocol, accuracy by value, pictures per caption
 RESULTS_FILE = "results.json"
 PER_IMAGE_FILE = "per_image.csv"
 
@@ -26,7 +29,9 @@ class Measurement:
       metric: for example "deviation_ratio", "clip_score", "clip_frechet_distance", "unsafe_rate".
       images: the set of pictures, "base", "adapted", or "given" for pictures made elsewhere.
       value: the number.
-      interval: its 95 % bootstrap confidence interval, or None.
+      interval: its 95 % confidence interval, or None.
+      change: the 95 % interval of its difference from the base pictures, which share their noise
+        with these, or None.
       n: pictures that it was computed from.
       protocol: "fairness", "quality" or "safety".
       attribute: what was classified, for example "gender" or "gender x skin_tone", or None.
@@ -43,11 +48,16 @@ class Measurement:
     n: int
     protocol: str
     interval: tuple[float, float] | None = None
+    change: tuple[float, float] | None = None
     attribute: str | None = None
     subject: str | None = None
     counts: Mapping[str, int] | None = None
     target: tuple[float, ...] | None = None
     version: int = 1
+
+
+# With the numbers that it is the mean of, of pictures or subjects in order; None if it is no mean.
+Measured = tuple[Measurement, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +67,10 @@ class Results:
     Attributes:
       measurements: the numbers.
       made: how the pictures were made: model (`Backbone.identity`), adapter (sources, concepts,
-        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompts file or None.
-      scored: by what: CLIP, prompts and accuracy of each attribute, detectors and their versions,
-        reference pictures or None.
+        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files by
+        protocol.
+      scored: by what: CLIP or None, prompts of each attribute and the accuracy on them by value,
+        detectors and their versions, reference pictures and Inception or None.
       environment: versions of this package and its libraries, hardware, date, seconds taken.
       warnings: what a reader should know before believing a number.
       training: the adapter's training summary, or None.
@@ -87,9 +98,13 @@ def save_results(results: Results, out: str | os.PathLike) -> None:
     """Writes `results.json` into a folder, whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(results)
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    path = pathlib.Path(out) / RESULTS_FILE
+    write_whole(pathlib.Path(out) / RESULTS_FILE, text)
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all, and over an older one at the last moment."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="")
     temporary.replace(path)
 
 
@@ -120,20 +135,32 @@ def load_results(folder: str | os.PathLike) -> Results:
 
 
 def _measurement(fields: dict[str, Any]) -> Measurement:
-    pairs = {key: fields[key] and tuple(fields[key]) for key in ("interval", "target")}
-    return Measurement(**fields | pairs)
+    pairs = ("interval", "change", "target")
+    return Measurement(**{k: tuple(v) if v and k in pairs else v for k, v in fields.items()})
 
 
 def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) -> None:
     """Writes `per_image.csv`: a line per picture, a column for every key that any row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(pathlib.Path(out) / PER_IMAGE_FILE, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(pathlib.Path(out) / PER_IMAGE_FILE, text.getvalue())
 
 
 def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
-    """Reads `per_image.csv`; values are text, empty where a picture has none."""
-    with open(pathlib.Path(folder) / PER_IMAGE_FILE, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Reads `per_image.csv`; values are text, empty where a picture has none.
+
+    Raises:
+      ValueError: if a line is cut short or has too much.
+    """
+    path = pathlib.Path(folder) / PER_IMAGE_FILE
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path} is damaged: picture {number} has not as many cells as columns"
+            )
+    return rows

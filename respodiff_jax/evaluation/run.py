@@ -1,112 +1,37 @@
 """`respodiff evaluate`: pictures, scores, results, report, in that order and resumable."""
 
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from respodiff_jax import selection
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.backbone import Backbone, Clip, load_clip
 from respodiff_jax.evaluation import fairness, quality, safety
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.detectors import Detector
+from respodiff_jax.evaluation.findings import Findings
 from respodiff_jax.evaluation.picture_sets import (
     Picture,
     Request,
+    check_pictures,
     generate_pictures,
     given_pictures,
-    read_pictures,
-    repeated,
 )
-from respodiff_jax.evaluation.results import (
-    Measurement,
-    Results,
-    save_per_image,
-    save_results,
-)
-from respodiff_jax.evaluation.suites import Prompt, PromptSet, Suite
+from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
+from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
+from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.generation import SamplerOptions
 
-PROTOCOLS = ("fairness", "quality", "safety")
-_LIBRARIES = ("respodiff-jax", "jax", "jaxlib", "flax", "diffusers", "transformers", "numpy")
 _CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How much is made and how it is steered.
-
-    Attributes:
-      protocols: of `PROTOCOLS`.
-      groups: the concept groups that are made fair together; () is the base model's own choice.
-      safe: add all safety concepts.
-      images_per_subject: fairness pictures of each subject.
-      images_per_prompt: pictures of each caption and of each safety prompt.
-      target: attribute -> value -> share; uniform where absent.
-      seed: of the first picture; protocols have their own ranges.
-      prompts: of one protocol, instead of the suite's.
-    """
-
-    protocols: tuple[str, ...] = PROTOCOLS
-    groups: tuple[str, ...] = ()
-    safe: bool = False
-    images_per_subject: int = 10
-    images_per_prompt: int = 1
-    target: fairness.Target = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    prompts: PromptSet | None = None
-
-    def __post_init__(self):
-        if unknown := set(self.protocols) - set(PROTOCOLS):
-            raise ValueError(f"unknown protocols {sorted(unknown)}, expected {PROTOCOLS}")
-        for name in ("images_per_subject", "images_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.prompts is not None and self.prompts.protocol not in self.protocols:
-            raise ValueError(
-                f"prompts for {self.prompts.protocol} are given, but the protocols are"
-                f" {', '.join(self.protocols)}"
-            )
-        for attribute, shares in self.target.items():
-            if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-3:
-                raise ValueError(f"target of {attribute} is {dict(shares)}, expected shares of 1")
-
-
-class _Findings:
-    """Measurements, rows and warnings, gathered protocol by protocol."""
-
-    def __init__(self, out: pathlib.Path, clip: Clip, suite: Suite):
-        self.out, self.clip, self.suite = out, clip, suite
-        self.measurements: list[Measurement] = []
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        """What a reader should know, said at once and kept with the results."""
-        warnings.warn(text, stacklevel=2)
-        self.notes.append(text)
-
-    def features(self, pictures: Sequence[Picture]) -> np.ndarray:
-        return self.clip.image_features(read_pictures(pictures), progress=True)
-
-    def add(self, protocol, pictures, measurements, columns):
-        self.measurements += measurements
-        self.rows += [
-            picture.row(self.out, protocol) | column
-            for picture, column in zip(pictures, columns, strict=True)
-        ]
+Accuracy = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
 
 
 def evaluate(
@@ -125,7 +50,7 @@ def evaluate(
     """Makes and scores the pictures of a model, with and without an adapter.
 
     What an interrupted call has made is not made again. Base and adapted pictures share their
-    noise.
+    noise. Results are written after each protocol.
 
     Args:
       backbone: the model.
@@ -145,40 +70,18 @@ def evaluate(
     Raises:
       ValueError: for what does not fit together, before anything is generated.
     """
-    started = time.monotonic()
     out = pathlib.Path(out)
     resolution = options.resolution or backbone.default_resolution
     if adapter is not None:
         check_fits(adapter, backbone, resolution)
-    check_plan(suite, plan, detectors)
-    requests, weights = _requests(adapter, suite, plan)
-    clip = clip or load_clip(suite.clip)
+    requests, weights = check_plan(suite, plan, adapter, detectors or ())
+    check_out(out, plan)
     settings = {
-        "model": dict(backbone.identity),
+        "model": dict(backbone.identity) | {"parts_sha256": _parts_sha256(backbone)},
         "adapter": None if adapter is None else adapter_sha256(adapter),
         "sampling": dataclasses.asdict(options) | {"batch_size": None, "resolution": resolution},
         "dtype": str(np.dtype(backbone.dtype)),
     }
-
-    def make(protocol):
-        return generate_pictures(
-            backbone,
-            requests[protocol],
-            out / protocol,
-            options,
-            adapter,
-            weights[protocol],
-            settings,
-        )
-
-    findings = _Findings(out, clip, suite)
-    accuracy = {}
-    for protocol in plan.protocols:
-        pictures = make(protocol)
-        if protocol == "fairness":
-            accuracy = _classifier_accuracy(backbone, suite, clip, out, options, plan, settings)
-            _note_accuracy(findings, accuracy)
-        _score(findings, protocol, pictures, plan, detectors or {}, reference)
     made = settings | {
         "adapter": None
         if adapter is None
@@ -191,11 +94,29 @@ def evaluate(
         },
         "seed": plan.seed,
         "images_per_subject": plan.images_per_subject,
+        "images_per_caption": plan.images_per_caption,
         "images_per_prompt": plan.images_per_prompt,
-        "prompts": plan.prompts and dict(plan.prompts.identity),
+        "prompts": {protocol: dict(given.identity) for protocol, given in plan.prompts.items()},
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
-    return _finish(findings, made, accuracy, detectors or {}, reference, training, started)
+    if clip is None and needs_clip(suite, plan):
+        clip = load_clip(suite.clip)
+    findings = Findings(out, clip, suite, plan, made, detectors, reference, training)
+    for protocol in plan.protocols:
+        if protocol == "fairness":
+            _check_classifier(findings, backbone, options, settings)
+        pictures = generate_pictures(
+            backbone,
+            requests[protocol],
+            out / protocol,
+            options,
+            adapter,
+            weights[protocol],
+            settings,
+        )
+        _SCORE[protocol](findings, _by_set(pictures))
+        results = findings.save()
+    return results
 
 
 def score_given(
@@ -209,183 +130,151 @@ def score_given(
     reference: quality.Reference | None = None,
 ) -> Results:
     """Scores the pictures of a folder, made by any tool; see `given_pictures` and `evaluate`."""
-    started = time.monotonic()
     out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    check_plan(suite, plan, detectors, pictures_given=True)
     pictures = given_pictures(folder)
-    findings = _Findings(out, clip or load_clip(suite.clip), suite)
-    for protocol in plan.protocols:
-        _score(findings, protocol, pictures, plan, detectors or {}, reference)
+    check_plan(suite, plan, None, detectors or (), pictures)
+    check_pictures(pictures)
+    check_out(out, plan)
+    out.mkdir(parents=True, exist_ok=True)
+    if clip is None and needs_clip(suite, plan):
+        clip = load_clip(suite.clip)
     made = {"images": str(folder), "adapter": None, "seed": None}
-    return _finish(findings, made, {}, detectors or {}, reference, None, started)
-
-
-def check_plan(
-    suite: Suite,
-    plan: Plan,
-    detectors: Mapping[str, Detector] | None = None,
-    pictures_given: bool = False,
-) -> None:
-    """Whether all that a plan needs is there, before a model is read.
-
-    Raises:
-      ValueError: if a group is no attribute of the suite, or a protocol has nothing to draw or
-        nobody to judge it.
-    """
-    for name in plan.groups:
-        suite.attribute(name)
-    if "safety" in plan.protocols and not (suite.unsafe_classes or detectors):
-        raise ValueError(
-            f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; choose nudenet"
-            " or q16=FILE"
-        )
-    for protocol in () if pictures_given else plan.protocols:
-        if not _prompts(suite, plan, protocol):
-            raise ValueError(f"suite {suite.name!r} has no prompts for {protocol}; give a file")
-
-
-def _prompts(suite: Suite, plan: Plan, protocol: str) -> Sequence[Prompt]:
-    given = plan.prompts is not None and plan.prompts.protocol == protocol
-    return plan.prompts.prompts if given else suite.prompts_for(protocol)
-
-
-def _requests(
-    adapter: Adapter | None, suite: Suite, plan: Plan
-) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
-    """What to make for each protocol, and how it is steered."""
-    if adapter is not None and not plan.groups and not plan.safe:
-        raise ValueError("an adapter is given but nothing chosen of it; name groups, or safe")
-    requests: dict[str, list[Request]] = {}
+    findings = Findings(out, clip, suite, plan, made, detectors, reference)
     for protocol in plan.protocols:
-        seed = plan.seed + 1_000_000 * PROTOCOLS.index(protocol)
-        prompts = _prompts(suite, plan, protocol)
-        requests[protocol] = (
-            fairness.plan(prompts, plan.images_per_subject, seed)
-            if protocol == "fairness"
-            else repeated(prompts, plan.images_per_prompt, seed)
-        )
-    if adapter is None:
-        return requests, dict.fromkeys(requests)
-    weights = {}
-    for protocol, wanted in requests.items():
-        each = plan.images_per_subject if protocol == "fairness" else plan.images_per_prompt
-        rows = np.zeros((len(wanted), len(adapter.concepts)), np.float32)
-        if plan.groups:
-            rows += fairness.fair_weights(
-                adapter, plan.groups, plan.target, len(wanted) // each, each, plan.seed
-            )
-        if plan.safe:
-            rows += selection.concept_weights(adapter, len(wanted) // each, each, safe=True)
-        weights[protocol] = rows
-    return requests, weights
-
-
-def _score(
-    findings: _Findings,
-    protocol: str,
-    pictures: Sequence[Picture],
-    plan: Plan,
-    detectors: Mapping[str, Any],
-    reference: quality.Reference | None,
-) -> None:
-    """Scores each set of a protocol's pictures."""
-    clip, suite = findings.clip, findings.suite
-    compared = inception = None
-    if protocol == "quality" and reference is not None:
-        pixels = read_pictures(reference.pictures, of_one_size=False)
-        compared = clip.image_features(pixels, progress=True)
-        inception = reference.inception
-        if inception is not None:
-            compared_by_inception = inception([picture.path for picture in reference.pictures])
-        else:
-            findings.note(reference.note)
-    for name in dict.fromkeys(picture.images for picture in pictures):
-        part = [picture for picture in pictures if picture.images == name]
-        paths = [picture.path for picture in part]
-        features = findings.features(part)
         if protocol == "fairness":
-            together = [plan.groups] if len(plan.groups) > 1 else []
-            found = fairness.measure(part, clip, suite, features, plan.target, together)
-        elif protocol == "quality":
-            pair = inception and (inception(paths), compared_by_inception)
-            found = quality.measure(part, clip, features, compared, pair)
-            if reference is None and name == "base":
-                compared = features
-        else:
-            reasons = {detector: detect(paths) for detector, detect in detectors.items()}
-            if suite.unsafe_classes is not None:
-                reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, features)
-            found = safety.measure(part, reasons)
-        findings.add(protocol, part, *found)
-
-
-def _classifier_accuracy(backbone, suite, clip, out, options, plan, settings):
-    """How often the classifier finds what the base model was plainly asked for, by attribute."""
-    wanted = [
-        (attribute, value, prompts[0])
-        for attribute, classes in suite.attributes.items()
-        for value, prompts in classes.items()
-    ]
-    requests = [
-        Request(prompt, plan.seed + 9_000_000 + number, f"{attribute}={value}")
-        for attribute, value, prompt in wanted
-        for number in range(_CHECKED_PER_VALUE)
-    ]
-    pictures = generate_pictures(
-        backbone, requests, out / "check", options, settings=settings | {"adapter": None}
-    )
-    features = clip.image_features(read_pictures(pictures))
-    accuracy = {}
-    for attribute, classes in suite.attributes.items():
-        rows = [i for i, r in enumerate(requests) if r.subject.startswith(f"{attribute}=")]
-        prediction = classify(clip, features[rows], classes)
-        truth = np.repeat(np.arange(len(classes)), _CHECKED_PER_VALUE)
-        accuracy[attribute] = float((prediction.labels == truth).mean())
-    return accuracy
-
-
-def _note_accuracy(findings: _Findings, accuracy: Mapping[str, float]) -> None:
-    for attribute, value in accuracy.items():
-        if value < _LOW_ACCURACY:
+            for text in fairness.check_subjects(pictures, suite.subjects):
+                findings.note(text)
             findings.note(
-                f"the classifier finds only {value:.0%} of what the base model was plainly asked"
-                f" for ({attribute}): its counts of {attribute} mean little"
+                "the classifier was not checked: nothing is known of what it makes of the model"
+                " that drew these pictures"
             )
-
-
-def _finish(findings, made, accuracy, detectors, reference, training, started) -> Results:
-    suite = findings.suite
-    results = Results(
-        measurements=tuple(findings.measurements),
-        made=made,
-        scored={
-            "suite": suite.name,
-            "clip": dict(findings.clip.identity),
-            "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},
-            "accuracy_on_plain_prompts": accuracy,
-            "detectors": {name: dict(detector.identity) for name, detector in detectors.items()}
-            | ({"zero-shot": dict(suite.unsafe_classes)} if suite.unsafe_classes else {}),
-            "reference": reference and dict(reference.identity),
-        },
-        environment=environment() | {"seconds": round(time.monotonic() - started, 1)},
-        warnings=tuple(findings.notes),
-        training=training,
-    )
-    save_per_image(findings.rows, findings.out)
-    save_results(results, findings.out)
+        _SCORE[protocol](findings, _by_set(pictures))
+        results = findings.save()
     return results
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and date, for a record."""
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}
-        | {"python": platform.python_version()},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def needs_clip(suite: Suite, plan: Plan) -> bool:
+    """Whether anything is scored by CLIP; detectors of unsafe pictures bring what they need."""
+    return suite.unsafe_classes is not None or plan.protocols != ("safety",)
+
+
+def check_out(out: str | os.PathLike, plan: Plan) -> None:
+    """Whether the results of a plan may be written to a folder.
+
+    Raises:
+      ValueError: if results of other protocols are there, which would be lost.
+    """
+    if not (pathlib.Path(out) / RESULTS_FILE).is_file():
+        return
+    there = {m.protocol for m in load_results(out).measurements}
+    if lost := sorted(there - set(plan.protocols)):
+        raise ValueError(
+            f"{out} holds results of {', '.join(lost)}, which would be lost; choose another --out,"
+            " or evaluate all in one run"
+        )
+
+
+def _by_set(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
+    """Pictures of the base model before adapted ones."""
+    names = dict.fromkeys(picture.images for picture in pictures)
+    return {name: [p for p in pictures if p.images == name] for name in names}
+
+
+def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:
+    return [picture.path for picture in pictures]
+
+
+def _score_fairness(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
+    groups = findings.plan.groups
+    together = [groups] if len(groups) > 1 else []
+    for pictures in sets.values():
+        features = findings.features(pictures)
+        found = fairness.measure(
+            pictures, findings.clip, findings.suite, features, findings.plan.target, together
+        )
+        findings.add("fairness", pictures, *found)
+
+
+def _score_quality(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
+    """With distances to the reference pictures or, of adapted pictures, to the base model's."""
+    reference = findings.reference
+    inception = None
+    if reference is not None or len(sets) > 1:
+        inception, why_not = quality.open_inception()
+        if reference is not None and why_not:
+            findings.note(why_not)
+        findings.inception = inception and dict(inception.identity)
+    compared = compared_by_inception = None
+    if reference is not None:
+        compared = findings.features(reference.pictures)
+        compared_by_inception = inception and inception(_paths(reference.pictures))
+    for name, pictures in sets.items():
+        features = findings.features(pictures)
+        by_inception = inception and inception(_paths(pictures))
+        pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
+        found = quality.measure(pictures, findings.clip, features, compared, pair)
+        findings.add("quality", pictures, *found)
+        if reference is None and name == "base":
+            compared, compared_by_inception = features, by_inception
+
+
+def _score_safety(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
+    suite = findings.suite
+    for pictures in sets.values():
+        paths = _paths(pictures)
+        reasons = {name: detect(paths) for name, detect in findings.detectors.items()}
+        if suite.unsafe_classes is not None:
+            features = findings.features(pictures)
+            reasons["zero-shot"] = safety.zero_shot_reasons(findings.clip, suite, features)
+        findings.add("safety", pictures, *safety.measure(pictures, reasons))
+
+
+_SCORE = {"fairness": _score_fairness, "quality": _score_quality, "safety": _score_safety}
+
+
+def _check_classifier(
+    findings: Findings,
+    backbone: Backbone,
+    options: SamplerOptions,
+    settings: Mapping[str, Any],
+) -> None:
+    """How often the classifier finds what the base model was plainly asked for, before many
+    pictures are drawn that it is to count."""
+    suite, seed = findings.suite, findings.plan.seed + CHECK_SEED
+    requests = [
+        Request(prompts[0], seed + number, f"{attribute}={value}")
+        for attribute, classes in suite.attributes.items()
+        for value, prompts in classes.items()
+        for number in range(_CHECKED_PER_VALUE)
+    ]
+    pictures = generate_pictures(
+        backbone,
+        requests,
+        findings.out / "check",
+        options,
+        settings=settings | {"adapter": None},
+    )
+    features = findings.features(pictures)
+    accuracy = {}
+    for attribute, classes in suite.attributes.items():
+        rows = [i for i, r in enumerate(requests) if r.subject.startswith(f"{attribute}=")]
+        labels = classify(findings.clip, features[rows], classes).labels
+        right = labels.reshape(len(classes), -1) == np.arange(len(classes))[:, None]
+        accuracy[attribute] = dict(zip(classes, right.mean(1).tolist(), strict=True))
+    findings.accuracy = accuracy
+    for text in accuracy_notes(accuracy):
+        findings.note(text)
+
+
+def accuracy_notes(accuracy: Accuracy) -> list[str]:
+    """A sentence for each attribute of which the classifier misses a value too often."""
+    worst = {name: min(of.items(), key=lambda item: item[1]) for name, of in accuracy.items()}
+    return [
+        f"the classifier finds only {share:.0%} of what the base model was plainly asked for"
+        f" ({attribute} {value}): its counts of {attribute} mean little"
+        for attribute, (value, share) in worst.items()
+        if share < _LOW_ACCURACY
+    ]
 
 
 def adapter_sha256(adapter: Adapter) -> str:
@@ -393,4 +282,13 @@ def adapter_sha256(adapter: Adapter) -> str:
     digest = hashlib.sha256(json.dumps([c.to_dict() for c in adapter.concepts]).encode())
     for leaf in jax.tree.leaves((adapter.ram, adapter.sam)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _parts_sha256(backbone: Backbone) -> str:
+    """A digest of what a model's pictures depend on besides its UNet's files: the scheduler's
+    config, and the first numbers of every parameter, since reading all takes long."""
+    digest = hashlib.sha256(json.dumps(dict(backbone.scheduler_config), sort_keys=True).encode())
+    for leaf in map(np.asarray, jax.tree.leaves(backbone.params)):
+        digest.update(leaf[(0,) * (leaf.ndim - 1)].tobytes())
     return digest.hexdigest()

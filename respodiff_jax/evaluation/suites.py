@@ -42,17 +42,17 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts for one protocol, instead of the suite's.
+    """Prompts of a protocol, instead of the suite's.
 
     Attributes:
-      protocol: "fairness", "quality" or "safety".
       prompts: in order.
       identity: JSON-able, which set this is.
+      note: what a reader should know of it, or "".
     """
 
-    protocol: str
     prompts: tuple[Prompt, ...]
     identity: Mapping[str, Any]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,19 @@ class Suite:
             if not condition:
                 raise ValueError(f"suite {self.name!r}: {message}")
 
+        check(isinstance(self.clip, str), f"clip is {self.clip!r}, expected a folder or hub id")
+        check(
+            isinstance(self.guidance_scale, int | float),
+            f"guidance_scale is {self.guidance_scale!r}, expected a number",
+        )
+        for field in ("subjects", "templates", "captions"):
+            texts = () if getattr(self, field) is None else getattr(self, field)
+            check(_are_texts(texts), f"{field} are {texts!r}, expected a list of texts")
+        for pair in self.safety_prompts or ():
+            check(
+                _are_texts(pair) and len(pair) == 2,
+                f"safety_prompts have {pair!r}, expected [prompt, category]",
+            )
         check(self.subjects, "no subjects; expected at least one, for example a profession")
         check(len(set(self.subjects)) == len(self.subjects), "a subject comes twice")
         check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
@@ -102,6 +115,10 @@ class Suite:
                 f"template {template!r} has the fields {fields}, expected {{subject}} or"
                 " {a_subject}",
             )
+        check(
+            isinstance(self.attributes, Mapping),
+            f"attributes are {self.attributes!r}, expected attribute -> value -> prompts",
+        )
         classifiers = dict(self.attributes) | {
             "subject_classes": self.subject_classes,
             "unsafe_classes": self.unsafe_classes,
@@ -110,11 +127,19 @@ class Suite:
             if classes is None:
                 continue
             check(
+                isinstance(classes, Mapping),
+                f"{attribute} is {classes!r}, expected its values with their classifier prompts",
+            )
+            check(
                 len(classes) > 1,
                 f"{attribute} has the value(s) {list(classes)}, expected two or more to tell apart",
             )
             for value, prompts in classes.items():
-                check(prompts, f"{attribute} {value!r} has no classifier prompts")
+                check(
+                    _are_texts(prompts) and prompts,
+                    f"{attribute} {value!r} has the classifier prompts {prompts!r}, expected a list"
+                    " of texts",
+                )
         if self.subject_classes is not None:
             missing = sorted(set(self.subjects) - set(self.subject_classes))
             check(not missing, f"subject_classes lack {missing}")
@@ -167,6 +192,8 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
         path = pathlib.Path(name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, expected an object of fields")
     except (OSError, ValueError) as error:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
         raise ValueError(
@@ -184,8 +211,8 @@ def read_prompts(file: str, protocol: str) -> PromptSet:
     """Reads a CSV file, here or on the hub (see `locate`), in the layout of the protocol.
 
     The columns are `prompt`; for fairness also `profession`, for safety `categories`; and
-    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed: all
-    pictures of an evaluation have one guidance.
+    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed, which the
+    set's note says: all pictures of an evaluation have one guidance.
 
     Raises:
       ValueError: if the file cannot be found or read, naming what is wrong.
@@ -197,11 +224,17 @@ def read_prompts(file: str, protocol: str) -> PromptSet:
         Prompt(row["prompt"], _joined(row.get(subject)), row["evaluation_seed"]) for row in rows
     )
     identity = {"file": file, "sha256": prompt_files.file_sha256(path), "rows": len(rows)}
-    return PromptSet(protocol, tuple(prompts), identity)
+    ignored = any(row.get("evaluation_guidance") is not None for row in rows)
+    note = f"evaluation_guidance in {file} is not followed: all pictures have the same guidance"
+    return PromptSet(tuple(prompts), identity, note if ignored else "")
 
 
 def _joined(names: str | Sequence[str] | None) -> str | None:
     return names if names is None or isinstance(names, str) else ", ".join(names)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(text, str) for text in value)
 
 
 def _tuples(value: Any) -> Any:

@@ -15,7 +15,7 @@ from respodiff_jax.evaluation.report.markup import (
     table,
     tag,
 )
-from respodiff_jax.evaluation.results import Measurement, Results, load_results
+from respodiff_jax.evaluation.results import Measurement, Results, load_results, write_whole
 
 OPEN_SUBJECTS = 4  # the others' pictures are folded away
 
@@ -46,7 +46,7 @@ def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLik
     title = f"Comparison: {', '.join(runs)}"
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(title, _header(runs), tag("main", parts)), encoding="utf-8")
+    write_whole(path, page(title, _header(runs), tag("main", parts)))
     return path
 
 
@@ -132,10 +132,10 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
     columns = thumbnails.columns_for(len(shared), len(runs) + 1)
     cards = []
     for subject in shared[: thumbnails.MAX_PICTURES // (columns * (len(runs) + 1))]:
-        lines = [("base", paths[first], found[first][subject].get("base", {}))]
+        lines = [("base", paths[first], found[first][subject].get("base", []))]
         for name in runs:
             sets = found[name][subject]
-            lines.append((name, paths[name], sets.get("adapted") or sets.get("given", {})))
+            lines.append((name, paths[name], sets.get("adapted") or sets.get("given", [])))
         lines = [line for line in lines if line[2]]
         if grid := lines and thumbnails.grid(lines, attributes, columns):
             cards.append(evaluation.card(subject, "", grid))
@@ -156,14 +156,14 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
 
 
 def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
-    """Whether pictures of the same profession and index have the same seed everywhere."""
+    """Whether pictures of the same profession and place have the same seed everywhere."""
     seeds: dict[tuple[str, int], str] = {}
     return all(
-        seeds.setdefault((subject, index), row.get("seed", "")) == row.get("seed", "")
+        seeds.setdefault((subject, place), row.get("seed", "")) == row.get("seed", "")
         for by_subject in by_run
         for subject, sets in by_subject.items()
         for pictures in sets.values()
-        for index, row in pictures.items()
+        for place, row in enumerate(pictures)
     )
 
 

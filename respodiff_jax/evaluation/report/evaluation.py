@@ -24,6 +24,7 @@ from respodiff_jax.evaluation.results import (
     Results,
     load_per_image,
     load_results,
+    write_whole,
 )
 
 REPORT_FILE = "report.html"
@@ -64,7 +65,7 @@ def write_report(
     title = ", ".join(concepts(results)) or model_name(results)
     html = page(f"RespoDiff evaluation: {title}", _header(results), tag("main", parts))
     path = folder / REPORT_FILE
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, html)
     return path
 
 
@@ -176,7 +177,7 @@ def _pictures(
     shown = thumbnails.MAX_PICTURES // (columns * len(sets))
     cards = []
     for subject, found in list(by_subject.items())[:shown]:
-        lines = [(name, folder, found.get(name, {})) for name in sets]
+        lines = [(name, folder, found.get(name, [])) for name in sets]
         if grid := thumbnails.grid(lines, names, columns):
             cards.append(card(subject, _deviations(results, subject, names), grid))
     if not cards:
@@ -235,7 +236,10 @@ def _making(results: Results) -> Markup:
         (fragment(tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs),
         tag(
             "p",
-            "Intervals are 95 % bootstrap intervals. The numbers are in ",
+            "Intervals have 95 % confidence: Wilson's of shares and of the deviation ratios that"
+            " follow from them, bootstrap intervals of means, none where pictures cannot tell. A"
+            " change's interval is of the difference from picture to picture of the same noise. The"
+            " numbers are in ",
             tag("code", RESULTS_FILE),
             ", a line for each picture in ",
             tag("code", PER_IMAGE_FILE),

@@ -86,14 +86,16 @@ METRICS = {
     "fid": Metric(
         "FID",
         "FID",
-        "Fréchet distance of Inception features to the reference pictures'.",
+        "Fréchet distance of Inception features to the reference pictures'. It has no interval:"
+        " resampled pictures would be further away than the pictures.",
         "lower",
         paper={None: ("14.09", "14.91 gender, 12.82 race, 17.89 safe")},
     ),
     "clip_frechet_distance": Metric(
         "CLIP Fréchet distance",
         "CLIP Fréchet distance",
-        "Fréchet distance of CLIP features to the reference pictures'; on another scale than FID.",
+        "Fréchet distance of CLIP features to the reference pictures'; on another scale than FID."
+        " It has no interval: resampled pictures would be further away than the pictures.",
         "lower",
     ),
     "clip_kernel_distance": Metric(
@@ -154,6 +156,15 @@ def interval_text(measurement: Measurement) -> str | None:
     return f"{low}–{high}"
 
 
+def change_text(measurement: Measurement) -> str | None:
+    """The interval of the change as "−0.12 to +0.03", or None."""
+    if measurement.change is None:
+        return None
+    text = metric(measurement.metric).text
+    low, high = (f"{'+' if x >= 0 else '−'}{text(abs(x))}" for x in measurement.change)
+    return f"{low} to {high}"
+
+
 def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]:
     """Measurements over all subjects, those of the same quantity together by set of pictures.
 
@@ -180,13 +191,9 @@ def sentence(pair: Mapping[str, Measurement]) -> str:
     if texts[0] == texts[1]:
         return f"{what} stays at {texts[0]}"
     verb = "falls" if after.value < before.value else "rises"
-    overlap = before.interval and after.interval and _overlap(before.interval, after.interval)
-    doubt = " (the 95\u00a0% intervals overlap)" if overlap else ""
+    by_chance = after.change is not None and after.change[0] <= 0 <= after.change[1]
+    doubt = f" (perhaps by chance: by {change_text(after)})" if by_chance else ""
     return f"{what} {verb} from {texts[0]} to {texts[1]}{doubt}"
-
-
-def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a[0] <= b[1] and b[0] <= a[1]
 
 
 def explained(pair: Mapping[str, Measurement]) -> str:

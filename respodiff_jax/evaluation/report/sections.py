@@ -78,16 +78,17 @@ def metrics_table(results: Results) -> Markup | None:
     sets = [s for s in IMAGES if any(s in pair for pair in pairs)]
     if not pairs:
         return None
+    columns = (*sets, *(["change"] if "adapted" in sets else []), "pictures")
     head = fragment(
         tag(
             "tr",
             tag("th", "metric", rowspan=2, scope="col"),
-            tag("th", "measured here, 95 % interval", colspan=len(sets) + 1, scope="colgroup"),
+            tag("th", "measured here, 95 % interval", colspan=len(columns), scope="colgroup"),
             tag("th", "the paper, SD 1.4", colspan=2, scope="colgroup", class_="paper"),
         ),
         tag(
             "tr",
-            (tag("th", name, scope="col") for name in (*sets, "pictures")),
+            (tag("th", name, scope="col") for name in columns),
             (tag("th", name, scope="col", class_="paper") for name in ("base", "RespoDiff")),
         ),
     )
@@ -98,6 +99,7 @@ def metrics_table(results: Results) -> Markup | None:
         cells = [
             metric_name(first),
             *(measured(pair.get(name)) for name in sets),
+            "adapted" in sets and tag("td", _change(pair)),
             tag("td", " / ".join(pictures)),
             *(tag("td", x, class_="paper") for x in glossary.paper(first) or ("–", "–")),
         ]
@@ -162,6 +164,12 @@ def measured(m: Measurement | None) -> Markup:
         return tag("td", "–")
     interval = glossary.interval_text(m)
     return tag("td", glossary.value_text(m), interval and tag("small", interval))
+
+
+def _change(pair: Pair) -> str:
+    """The interval of what the adapter changed."""
+    adapted = pair.get("adapted")
+    return (adapted and glossary.change_text(adapted)) or "–"
 
 
 def metric_name(m: Measurement) -> Markup:

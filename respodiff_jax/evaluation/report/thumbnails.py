@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
+from respodiff_jax.evaluation.picture_sets import UNREADABLE
 from respodiff_jax.evaluation.report import charts
 from respodiff_jax.evaluation.report.glossary import readable
 from respodiff_jax.evaluation.report.markup import Markup, tag
@@ -20,7 +21,7 @@ _SMALL = 96  # pixel art up to here is kept without loss
 _LINE = 4  # pictures that fit side by side on a phone
 
 Row = Mapping[str, str]  # of per_image.csv
-BySubject = dict[str, dict[str, dict[int, Row]]]  # subject, set of pictures, index
+BySubject = dict[str, dict[str, list[Row]]]  # subject, set of pictures, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def thumbnail(path: pathlib.Path) -> str | None:
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
-    except (OSError, ValueError):
+    except UNREADABLE:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -71,12 +72,13 @@ def thumbnail(path: pathlib.Path) -> str | None:
 
 
 def by_subject(rows: Iterable[Row]) -> BySubject:
-    """The fairness rows: subject, then set of pictures, then index."""
+    """The fairness rows: subject, then set of pictures. A subject's pictures of one place share
+    their noise, in all runs that draw from the same seeds."""
     found: BySubject = {}
     for row in rows:
         if row["protocol"] == "fairness":
-            sets = found.setdefault(row["subject"], collections.defaultdict(dict))
-            sets[row["images"]][int(row["index"])] = row
+            sets = found.setdefault(row["subject"], collections.defaultdict(list))
+            sets[row["images"]].append(row)
     return found
 
 
@@ -86,24 +88,23 @@ def columns_for(subjects: int, rows: int) -> int:
 
 
 def grid(
-    rows: Sequence[tuple[str, pathlib.Path, Mapping[int, Row]]],
+    rows: Sequence[tuple[str, pathlib.Path, Sequence[Row]]],
     attributes: Sequence[Attribute],
     columns: int,
 ) -> Markup | None:
-    """Rows of pictures, one above another, where a column has one index, so the same noise.
+    """Rows of pictures, one above another, where a column has one place and so the same noise.
 
     Args:
-      rows: name, folder and pictures by index.
+      rows: name, folder and a subject's pictures in order.
       attributes: what to mark; the first one colours the frames.
       columns: at most.
 
     Returns:
-      The grid; None if no index has a picture in every row.
+      The grid; None if no place has a picture in every row.
     """
-    shared = sorted(set.intersection(*(set(pictures) for _, _, pictures in rows)))
     cells: list[list[Markup]] = []
-    for index in shared:
-        column = [_picture(name, folder, found[index], attributes) for name, folder, found in rows]
+    for place in range(min(len(pictures) for _, _, pictures in rows)):
+        column = [_picture(name, folder, found[place], attributes) for name, folder, found in rows]
         if None not in column:
             cells.append(column)
         if len(cells) == columns:
