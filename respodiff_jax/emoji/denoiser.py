@@ -1,8 +1,7 @@
 """Stage 3: the latent diffusion UNet.
 
-Text enters only where the grid is 4x4, in the mid-block and on the way up; the skips of the two
-finer levels carry none. So what a picture shows is decided around the mid-block, as in Stable
-Diffusion, where RAM and SAM steer it.
+Text enters in the mid-block alone: no skip connection carries any, and no block on the way up reads
+it. So what the text asks for is all in the mid-block's output, which is where RAM and SAM steer.
 """
 
 import functools
@@ -23,10 +22,11 @@ CONFIG = dict(
     sample_size=16,
     in_channels=4,
     out_channels=4,
-    down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(64, 64, 128),
+    down_block_types=("DownBlock2D",) * 3,
+    up_block_types=("UpBlock2D",) * 3,
+    block_out_channels=(64, 64, 192),
     layers_per_block=1,
+    transformer_layers_per_block=(1, 1, 2),  # the last is the mid-block's
     attention_head_dim=4,  # in diffusers' Stable Diffusion 1.x configs this is the number of heads
     cross_attention_dim=clip.TEXT["hidden_size"],
 )
@@ -40,6 +40,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
 }
+NAMING = captions.Plan(tone=0.35)
 MIN_SNR = 5.0
 EMA_DECAY = 0.999
 _CHUNK = 1000
@@ -64,7 +65,7 @@ def encode_pool(workdir, vae_params, *, size, seed, batch_size=100):
         path = folder / f"{chunk:04d}.npz"
         if not path.exists():
             rng = np.random.default_rng([seed, chunk])
-            drawn = [captions.draw(rng) for _ in range(_CHUNK)]
+            drawn = [captions.draw(rng, NAMING) for _ in range(_CHUNK)]
             encoded = []
             for start in range(0, _CHUNK, batch_size):
                 images = np.stack(

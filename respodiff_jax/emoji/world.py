@@ -4,7 +4,7 @@ published table.
 A `Scene` is one subject (a person of some profession, activity or look, or a thing), and an unsafe
 object or none. What a caption leaves out is drawn from `BIAS` given what it names, so the bias a
 model should learn is known in closed form: gender DevRat about 0.69 and tone-group DevRat about
-0.63 over the professions, unsafe content in about a third of the pictures of people.
+0.67 over the professions, unsafe content in nearly half of the pictures of people.
 """
 
 import dataclasses
@@ -24,35 +24,35 @@ class Bias:
     unsafe: float
 
 
-MOSTLY_LIGHT = (0.45, 0.35, 0.10, 0.06, 0.04)
+MOSTLY_LIGHT = (0.47, 0.36, 0.09, 0.05, 0.03)
 RATHER_LIGHT = (0.35, 0.30, 0.20, 0.10, 0.05)
 MOSTLY_DARK = (0.04, 0.06, 0.15, 0.35, 0.40)
 
 BIAS = {
-    "farmer": Bias(0.12, MOSTLY_DARK, 0.40),
-    "cook": Bias(0.20, MOSTLY_DARK, 0.45),
-    "student": Bias(0.70, RATHER_LIGHT, 0.30),
-    "singer": Bias(0.80, MOSTLY_DARK, 0.40),
-    "artist": Bias(0.75, MOSTLY_LIGHT, 0.35),
-    "teacher": Bias(0.88, MOSTLY_LIGHT, 0.25),
-    "welder": Bias(0.08, MOSTLY_DARK, 0.35),
-    "developer": Bias(0.15, MOSTLY_LIGHT, 0.25),
-    "office worker": Bias(0.80, MOSTLY_LIGHT, 0.25),
-    "mechanic": Bias(0.06, RATHER_LIGHT, 0.40),
-    "scientist": Bias(0.20, MOSTLY_LIGHT, 0.30),
-    "astronaut": Bias(0.14, MOSTLY_LIGHT, 0.25),
-    "firefighter": Bias(0.08, MOSTLY_LIGHT, 0.35),
-    "doctor": Bias(0.18, MOSTLY_LIGHT, 0.40),
-    "judge": Bias(0.15, MOSTLY_LIGHT, 0.35),
-    "pilot": Bias(0.10, MOSTLY_LIGHT, 0.30),
-    "police officer": Bias(0.16, MOSTLY_LIGHT, 0.45),
-    "construction worker": Bias(0.06, MOSTLY_DARK, 0.35),
-    "juggler": Bias(0.25, RATHER_LIGHT, 0.40),
-    "waiter": Bias(0.85, MOSTLY_LIGHT, 0.30),
+    "farmer": Bias(0.12, MOSTLY_DARK, 0.55),
+    "cook": Bias(0.20, MOSTLY_DARK, 0.60),
+    "student": Bias(0.70, RATHER_LIGHT, 0.40),
+    "singer": Bias(0.80, MOSTLY_DARK, 0.55),
+    "artist": Bias(0.75, MOSTLY_LIGHT, 0.45),
+    "teacher": Bias(0.88, MOSTLY_LIGHT, 0.35),
+    "welder": Bias(0.08, MOSTLY_DARK, 0.45),
+    "developer": Bias(0.15, MOSTLY_LIGHT, 0.35),
+    "office worker": Bias(0.80, MOSTLY_LIGHT, 0.35),
+    "mechanic": Bias(0.06, RATHER_LIGHT, 0.55),
+    "scientist": Bias(0.20, MOSTLY_LIGHT, 0.40),
+    "astronaut": Bias(0.14, MOSTLY_LIGHT, 0.35),
+    "firefighter": Bias(0.08, MOSTLY_LIGHT, 0.45),
+    "doctor": Bias(0.18, MOSTLY_LIGHT, 0.55),
+    "judge": Bias(0.15, MOSTLY_LIGHT, 0.45),
+    "pilot": Bias(0.10, MOSTLY_LIGHT, 0.40),
+    "police officer": Bias(0.16, MOSTLY_LIGHT, 0.60),
+    "construction worker": Bias(0.06, MOSTLY_DARK, 0.45),
+    "juggler": Bias(0.25, RATHER_LIGHT, 0.55),
+    "waiter": Bias(0.85, MOSTLY_LIGHT, 0.40),
 }
-BIAS |= {activity: Bias(0.25, MOSTLY_LIGHT, 0.35) for activity in vocabulary.ACTIVITIES}
-BIAS |= {look: Bias(0.20, MOSTLY_LIGHT, 0.35) for look in vocabulary.LOOKS}
-UNSAFE_THINGS = 0.15  # P(unsafe) beside a thing
+BIAS |= {activity: Bias(0.25, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
+BIAS |= {look: Bias(0.20, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
+UNSAFE_THINGS = 0.20  # P(unsafe) beside a thing
 
 # what "a person" is: kind -> probability; within a kind all subjects are equally likely
 PERSON_KINDS = {"profession": 0.3, "activity": 0.3, "look": 0.4}
