@@ -256,17 +256,22 @@ def with_attention(implementation: str) -> Callable:
 
     def intercept(next_function, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__":
-            return next_function(*args, **kwargs)
-        if isinstance(module, FlaxAttention):
-            x, tokens = args[0], args[-1]  # the prompt's tokens or, in self-attention, x
-            return module.proj_attn(attend(module, x, tokens, module.heads))
-        if isinstance(module, FlaxAttentionBlock):
-            image = args[0]
-            x = module.group_norm(image).reshape(len(image), -1, module.channels)
-            x = module.proj_attn(attend(module, x, x, module.num_heads))
-            return x.reshape(image.shape) + image
+        if context.method_name == "__call__" and isinstance(module, FlaxAttention):
+            return of_unet(module, *args, **kwargs)
+        if context.method_name == "__call__" and isinstance(module, FlaxAttentionBlock):
+            return of_vae(module, *args, **kwargs)
         return next_function(*args, **kwargs)
+
+    def of_unet(module, hidden_states, context=None, deterministic=True):
+        del deterministic  # there is no dropout
+        tokens = hidden_states if context is None else context
+        return module.proj_attn(attend(module, hidden_states, tokens, module.heads))
+
+    def of_vae(module, hidden_states):
+        x = module.group_norm(hidden_states)
+        x = x.reshape(len(x), -1, module.channels)
+        x = module.proj_attn(attend(module, x, x, module.num_heads))
+        return x.reshape(hidden_states.shape) + hidden_states
 
     def attend(module, x, tokens, heads):
         def split(projected):

@@ -26,6 +26,11 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     Raises:
       ValueError: for what the user can mend.
     """
+    if config.log.grid_guidance_scale <= 1:
+        raise ValueError(
+            f"config.log.grid_guidance_scale is {config.log.grid_guidance_scale}: without guidance"
+            " diffusers skips the unconditional half; give more than 1"
+        )
     torch_side = model_lib.torch_side(against_torch)
     batch_size = config.train.batch_size
     options = SamplerOptions(
@@ -103,7 +108,6 @@ def _flops_per_image(backbone, resolution, options) -> float:
     """Of the UNet, twice a step, and of the autoencoder."""
     latents = jax.ShapeDtypeStruct((1, *backbone.latent_shape(resolution)), jnp.float32)
     prompt = jax.tree.map(lambda x: x[0], backbone.encode_prompts([""], resolution))
-    guided = 2 if options.guidance_scale > 1 else 1
     forward = model_lib.forward_flops(backbone, backbone.params, latents, prompt)
     decoding = measure.flops(backbone.decode_latents, backbone.params, latents)
-    return guided * options.num_steps * forward + decoding
+    return 2 * options.num_steps * forward + decoding

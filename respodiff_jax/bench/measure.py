@@ -30,6 +30,7 @@ _GPU_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -180,7 +181,7 @@ class Peak:
         # A CPU's simulated devices share its cores, all of which a product on one of them uses.
         self._devices = 1 if device.platform == "cpu" else jax.device_count()
         published = _GPU_PEAKS | {kind: CHIPS[name].flops for kind, name in _TPU_KINDS.items()}
-        known = next((kind for kind in published if kind in device.device_kind), None)
+        known = next((k for k in published if re.search(rf"\b{k}\b", device.device_kind)), None)
         self.sides: dict[str, Callable[[int], None]] = {}
         if known and dtype == "bfloat16":
             self._flops, self._of = published[known], f"{known}, published, bfloat16"

@@ -58,11 +58,12 @@ class Job:
         Raises:
           ValueError: for what the user can mend in config or model.
         """
-        count = concepts_at_a_time(config, jax.device_count())
-        concepts = concepts_from(config)[:count]
+        all_concepts = concepts_from(config)
+        concepts = all_concepts[: concepts_at_a_time(config, jax.device_count())]
         backbone, resolution = open_model(config)
-        recipe = Recipe.from_config(config, concepts, backbone, resolution)
-        arrays = concept_arrays(backbone, concepts, resolution)
+        recipe = Recipe.from_config(config, all_concepts, backbone, resolution)
+        most_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
+        arrays = concept_arrays(backbone, concepts, resolution, most_neutral)
         state = init_state(recipe, arrays, config.seed, config.train.batch_size)
         return cls(config, concepts, backbone, resolution, recipe, arrays, state)
 
@@ -89,7 +90,11 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
         raise ValueError(
             f'the comparison needs PyTorch ({error}); install it: pip install -e ".[torch]"'
         ) from error
-    module.device_for(jax.default_backend())
+    if module.device_for(jax.default_backend()) != "cpu" and jax.device_count() > 1:
+        raise ValueError(
+            f"PyTorch is measured on one GPU, and JAX has {jax.device_count()}; compare with one:"
+            " CUDA_VISIBLE_DEVICES=0"
+        )
     return module
 
 

@@ -14,6 +14,8 @@ from respodiff_jax.adapter_card import export_adapter
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
+from respodiff_jax.compiling.programs import concepts_at_a_time
+from respodiff_jax.config import concepts_from
 
 if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
@@ -101,6 +103,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             )
     if config.train.init_adapter is not None:
         raise ValueError("config.train.init_adapter is given, but the procedure starts afresh")
+    count = concepts_at_a_time(config, jax.device_count())
+    if count < len(concepts_from(config)):
+        raise ValueError(
+            f"the procedure trains all {len(concepts_from(config))} concepts together, and"
+            f" config.train.concepts_per_device leaves {count} at a time; set it to None"
+        )
     out = pathlib.Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):

@@ -333,6 +333,13 @@ def load_sampler(
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
     pipe = pipe.to(device)
+    if device == "cuda":  # as diffusers' own page on speed has it
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        for part in ("unet", "vae"):
+            setattr(pipe, part, getattr(pipe, part).to(memory_format=torch.channels_last))
+        pipe.unet = torch.compile(pipe.unet)
+        pipe.vae.decode = torch.compile(pipe.vae.decode)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
 

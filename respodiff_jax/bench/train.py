@@ -1,5 +1,6 @@
 """`respodiff bench train`: a config's training step, and the published procedure beside it."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
@@ -169,7 +170,8 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     prompt = jax.tree.map(lambda x: x[0], job.arrays.empty)
     latents = jax.ShapeDtypeStruct((1, *job.recipe.latent_shape), jnp.float32)
     plain = model_lib.with_plain_attention(job.backbone)
-    recipe = Recipe.from_config(config, job.concepts, plain, job.resolution)
+    # As the model is, without what fused attention hides and what `train.remat` repeats.
+    recipe = dataclasses.replace(job.recipe, encode=plain.encode, decode=plain.decode)
     forward = model_lib.forward_flops(recipe, job.frozen, latents, prompt)
 
     def side(name, pairs, evaluations, **others):

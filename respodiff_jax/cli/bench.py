@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="Python file with get_config()"
     )
+    parser.add_argument(
+        "--concepts", metavar="FILE", help="concepts instead of the config's, as for train"
+    )
     parser.add_argument("--against", choices=("torch",), help="measure this too, in turns")
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="of each side (default: %(default)s)"
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from respodiff_jax.bench.train import bench_train
     from respodiff_jax.config import load_config
 
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, overrides, args.concepts)
     if args.workdir:
         print(f"adapter written to {published.train(config, args.workdir)}")
         return
