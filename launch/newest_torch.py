@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
+import tempfile
 
 NUM_STEPS, GUIDANCE_SCALE, TOLERANCE = 50, 7.5, 1e-3
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -98,8 +100,12 @@ def check(model: str, stored: pathlib.Path) -> None:
     versions = (torch.__version__, diffusers.__version__, transformers.__version__)
     print("torch {}, diffusers {}, transformers {}, no JAX".format(*versions))
 
-    os.chdir(stored / "adapter")
-    sys.path[:0] = [os.getcwd(), str(ROOT)]
+    # What is stored has no copy of the code, which would age.
+    folder = tempfile.mkdtemp()
+    shutil.copytree(stored / "adapter", folder, dirs_exist_ok=True)
+    shutil.copy(ROOT / "respodiff_jax" / "torch_adapter.py", folder)
+    os.chdir(folder)
+    sys.path[:0] = [folder, str(ROOT)]
     card = pathlib.Path("README.md").read_text(encoding="utf-8")
     example = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)[1]
     names = {}
@@ -109,7 +115,7 @@ def check(model: str, stored: pathlib.Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     print(f"the card's example: {len(names['images'])} images of {names['images'][0].size}")
 
-    with safe_open("../latents.safetensors", framework="pt") as file:
+    with safe_open(stored / "latents.safetensors", framework="pt") as file:
         noise, stored_latents = file.get_tensor("noise"), file.get_tensor("latents")
         prompt = file.metadata()["prompt"]
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)

@@ -3,10 +3,13 @@
 import pathlib
 import re
 import runpy
+import shutil
 import sys
 
+import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
+from safetensors.numpy import load_file
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
 from respodiff_jax.adapter_card import export_adapter
@@ -109,3 +112,15 @@ def test_the_card_under_the_newest_diffusers_and_the_latents_of_jax(
     monkeypatch.setitem(check.__globals__, "TOLERANCE", 0.0)
     with pytest.raises(SystemExit, match="expected at most 0"):
         check(str(sd_folder), stored)
+
+
+def test_the_stored_latents_are_those_of_the_shipped_model(tmp_path):
+    """What launch/newest_torch.sh compares with: JAX gives it still."""
+    stored = ROOT / "tests" / "data" / "emoji_gender"
+    shutil.copytree(stored / "adapter", tmp_path / "adapter")
+    store = runpy.run_path(str(ROOT / "launch" / "newest_torch.py"))["store"]
+    store(str(ROOT / "respodiff_jax" / "emoji" / "model"), tmp_path)
+    ours, theirs = (load_file(path / "latents.safetensors") for path in (tmp_path, stored))
+    np.testing.assert_array_equal(ours["noise"], theirs["noise"])
+    difference = np.linalg.norm(ours["latents"] - theirs["latents"])
+    assert difference <= 1e-3 * np.linalg.norm(theirs["latents"])
