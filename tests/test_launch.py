@@ -16,11 +16,10 @@ import kubernetes_validate
 import numpy as np
 import pytest
 import yaml
+from test_waves import modules_of
 
-from respodiff_jax.adapters import load_adapter
 from respodiff_jax.config import load_config
 from respodiff_jax.training import train
-from respodiff_jax.waves import read_outcomes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -221,21 +220,11 @@ def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
     told = launch("local_pod.sh", "2", "2", *arguments).stdout
     assert f"step {saved}" in told
     train(load_config("configs/smoke.py", few, str(file)), str(tmp_path / "one"))
-    ours, theirs = (_modules(path) for path in (workdir, tmp_path / "one"))
+    ours, theirs = (modules_of(path) for path in (workdir, tmp_path / "one"))
     assert list(ours) == [row["name"] for row in rows] == list(theirs)
     for name, parts in ours.items():
         for a, b in zip(parts, theirs[name], strict=True):
             assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b), (name, saved)
-
-
-def _modules(workdir):
-    """Concept name -> its (RAM, SAM), of a batch of concepts."""
-    found = {}
-    for outcome in read_outcomes(workdir):
-        adapter = load_adapter(workdir / outcome["adapter"])
-        row = adapter.names.index(outcome["name"])
-        found[outcome["name"]] = [part["constant"][row] for part in (adapter.ram, adapter.sam)]
-    return found
 
 
 LEAVING = """
