@@ -21,6 +21,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # its threads and those of the simulated devices wait for each other
 
 
+def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        jax.config.update("jax_platforms", "cuda,cpu")
+
+
 def _saved(pipeline, folder):
     pipeline.save_pretrained(folder / "model", safe_serialization=True)
     return folder / "model"

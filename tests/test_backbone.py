@@ -111,6 +111,17 @@ def test_decode_of_encode_is_the_stock_unet_bit_for_bit(pair):
     np.testing.assert_array_equal(eps, _stock(backbone, backbone.params, *inputs))
 
 
+def test_the_gradient_scatters_nothing(tiny_backbone):
+    """The stock upsampling's does, position by position."""
+    h, skips = jax.jit(tiny_backbone.encode)(tiny_backbone.params, *_inputs(tiny_backbone))
+
+    def loss(h):
+        return jnp.mean(tiny_backbone.decode(tiny_backbone.params, h, skips) ** 2)
+
+    lowered = jax.jit(jax.grad(loss)).lower(h).as_text()
+    assert "stablehlo.convolution" in lowered and "stablehlo.scatter" not in lowered
+
+
 @pytest.mark.parametrize("pair", ["sdxl_folder"], indirect=True)
 def test_bfloat16_is_close_to_float32(pair):
     exact = pair[0]

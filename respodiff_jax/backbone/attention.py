@@ -84,8 +84,7 @@ def attention(
       (B, T, H, D), in the arguments' dtype.
     """
     tokens, keys, head_dim = query.shape[1], key.shape[1], key.shape[3]
-    # Restrictions of cuDNN versions that JAX may be installed with.
-    fits = keys % 64 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    fits = head_dim % 8 == 0 and head_dim <= 128  # on Hopper also up to 256
     if implementation == "cudnn" and not fits:
         implementation = "plain"
     if implementation == "plain" or tokens * keys < _FUSED_FROM_SCORES:

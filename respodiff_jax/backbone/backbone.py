@@ -12,7 +12,7 @@ import numpy as np
 
 from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
-from respodiff_jax.backbone.flax_models import with_attention
+from respodiff_jax.backbone.flax_models import by_repeating, with_attention
 from respodiff_jax.backbone.unet import Conditioning, Skips
 
 
@@ -154,6 +154,9 @@ class Backbone:
             return vae.decoder(vae.post_quant_conv(z))
 
         z = z / self.vae.config.scaling_factor
-        with nn.intercept_methods(with_attention(self.attention)):
+        with (
+            nn.intercept_methods(by_repeating),
+            nn.intercept_methods(with_attention(self.attention)),
+        ):
             images = self.vae.apply({"params": params["vae"]}, z, method=decoder)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -12,7 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from respodiff_jax.backbone.flax_models import LAYER, as_trained, name_layers, with_attention
+from respodiff_jax.backbone.flax_models import (
+    LAYER,
+    as_trained,
+    by_repeating,
+    name_layers,
+    with_attention,
+)
 
 
 class Conditioning(NamedTuple):
@@ -149,6 +155,7 @@ def decode(
         with (
             nn.intercept_methods(name_layers),
             nn.intercept_methods(as_trained),
+            nn.intercept_methods(by_repeating),
             nn.intercept_methods(with_attention(attention)),
         ):
             return unet.apply({"params": params}, h, skips, method=_decode)

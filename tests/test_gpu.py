@@ -1,0 +1,138 @@
+"""On an NVIDIA GPU, `pytest -m gpu`: cuDNN's attention, and what bfloat16 does to training.
+
+The other tests have JAX use the CPU; with this marker it uses the GPU.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import assert_close, inputs, value_and_gradients
+from test_train_step import relative_error
+
+from respodiff_jax.backbone import architectures
+from respodiff_jax.backbone.attention import attention, choose_attention
+from respodiff_jax.bench.model import Job, open_model
+from respodiff_jax.config import default
+from respodiff_jax.generation import Sampler, SamplerOptions
+from respodiff_jax.paper_concepts import add_gender
+from respodiff_jax.parallel import make_placement
+from respodiff_jax.train_step import train_step
+
+pytestmark = pytest.mark.gpu
+
+# Latents of 64 × 64 as of SD 1.4, attended to at two levels, in a UNet of 6.6 M parameters.
+_SMALL = architectures._TINY | {
+    "unet": architectures._TINY["unet"]
+    | {
+        "sample_size": 64,
+        "block_out_channels": (64, 128, 128),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def gpu():
+    """Fails, rather than skips, where there is none: these tests were asked for."""
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError as error:
+        pytest.fail(
+            "pytest -m gpu needs an NVIDIA GPU and a JAX that can use it, pip install -e"
+            f' ".[cuda]": {error}'
+        )
+
+
+def test_bfloat16_attends_with_cudnn():
+    assert choose_attention("auto", jnp.dtype("bfloat16")) == "cudnn"
+    assert choose_attention("auto", jnp.dtype("float32")) == "plain"
+
+
+@pytest.mark.parametrize("concepts", [None, 2])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "head_dim"),
+    [
+        (4096, 4096, 40),  # SD 1.4, self-attention and attention to the prompt
+        (4096, 77, 40),
+        (1024, 1024, 80),
+        (4096, 4096, 64),  # SDXL
+        (4096, 77, 64),
+    ],
+)
+def test_cudnn_equals_plain(tokens, keys, head_dim, concepts):
+    """Forward and backward, alone and with the leading axis of the training step's `vmap`."""
+    args = inputs(tokens, keys, 8, head_dim, batch=2 * (concepts or 1), dtype=jnp.bfloat16)
+    with jax.default_matmul_precision("highest"):
+        exact = value_and_gradients("plain", *(x.astype(jnp.float32) for x in args))
+    core = partial(value_and_gradients, "cudnn")
+    if concepts:
+        args = [x.reshape(concepts, 2, *x.shape[1:]) for x in args]
+        core = jax.vmap(core)
+    program = jax.jit(core).lower(*args).compile()
+    assert program.as_text().count('custom_call_target="__cudnn$fmha') == 2
+    for found, expected in zip(program(*args), exact, strict=True):
+        assert_close(found.reshape(expected.shape), expected, 0.02)
+
+
+def test_the_autoencoder_attends_without_cudnn():
+    """Its one head is too wide."""
+    query, key, value, _ = inputs(256, 256, 1, 512, dtype=jnp.bfloat16)
+    attend = partial(attention, scale=512**-0.5)
+    plain = attend(query, key, value)
+    np.testing.assert_array_equal(attend(query, key, value, implementation="cudnn"), plain)
+
+
+def config_of(dtype, monkeypatch):
+    monkeypatch.setitem(architectures._ARCHITECTURES, "small", _SMALL)
+    config = default()
+    config.model.name, config.model.dtype = "random/small", dtype
+    config.rollout.kind, config.rollout.slots = "streaming", 2
+    config.train.batch_size = 4
+    add_gender(config)
+    return config
+
+
+def trained(config, steps):
+    """RAM and SAM of both concepts, on the host."""
+    job = Job.of(config)
+    placement = make_placement(
+        config.parallel.strategy, len(job.concepts), config.train.batch_size, False
+    )
+    step = placement.compile(partial(train_step, placement.prepare(job.recipe)))
+    frozen = placement.place_frozen(job.frozen)
+    arrays = placement.place_concepts(job.arrays)
+    state = placement.place_state(placement.to_canonical_devices(job.state))
+    for _ in range(steps):
+        state, _ = step(state, frozen, arrays)
+    concepts = jax.device_get(placement.canonical(state)).concepts
+    return concepts.ram, concepts.sam
+
+
+def test_adapters_of_bfloat16_agree_with_those_of_float32(monkeypatch):
+    """From the same weights, prompts and noise; what differs is rounding, and the attention.
+
+    Adam's first steps go by the gradient's sign, so that elements with almost none differ at first.
+    """
+    with jax.default_matmul_precision("highest"):
+        exact = trained(config_of("float32", monkeypatch), steps=30)
+    found = trained(config_of("bfloat16", monkeypatch), steps=30)
+    errors = [relative_error(*pair) for pair in zip(found, exact, strict=True)]
+    print("relative difference of RAM, SAM:", *errors)
+    assert max(errors) < 0.2
+
+
+def test_pictures_of_bfloat16_are_those_of_float32(monkeypatch):
+    def pictures(dtype):
+        config = config_of(dtype, monkeypatch)
+        options = SamplerOptions(num_steps=10, guidance_scale=4.0, batch_size=2)
+        sampler = Sampler(open_model(config)[0], options)
+        return np.asarray(sampler(sampler.begin(["a person"] * 2, [0, 1])), np.float32)
+
+    exact, found = pictures("float32"), pictures("bfloat16")
+    difference = np.abs(found - exact).mean()
+    print("mean difference:", difference, "of 255; spread of the pictures:", exact.std())
+    assert difference < 0.05 * exact.std()
