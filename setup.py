@@ -42,7 +42,7 @@ setup(
         "respodiff_jax.evaluation": ["suites/*", "report/*.css"],
     },
     install_requires=[
-        "jax>=0.10,<0.11",
+        "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -67,8 +67,8 @@ setup(
         "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
         "gcs": GCS,
         "torch": ["torch>=2.4"],
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
-        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
     },
     entry_points={"console_scripts": ["respodiff=respodiff_jax.cli:main"]},
     classifiers=[

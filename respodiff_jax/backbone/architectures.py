@@ -1,5 +1,6 @@
 """Backbones with random weights: real architectures to measure, tiny ones to test and try."""
 
+import concurrent.futures
 import hashlib
 import json
 
@@ -159,9 +160,12 @@ _ARCHITECTURES = {
 
 
 def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) -> dict:
-    """Flax's default initialisation, drawn tensor by tensor: no fp32 copy of everything exists."""
+    """Flax's default initialisation, drawn tensor by tensor: no fp32 copy of everything exists.
 
-    def draw(path, leaf):
+    Large tensors have a generator each, so that all cores draw them.
+    """
+
+    def draw(path, leaf, rng):
         if path[-1] == "bias":
             return np.zeros(leaf.shape, dtype)
         if path[-1] == "scale":
@@ -170,9 +174,14 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
         return (deviation * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
     flat = flax.traverse_util.flatten_dict(abstract)
-    return flax.traverse_util.unflatten_dict(
-        {path: draw(path, leaf) for path, leaf in flat.items()}
-    )
+    large = [path for path, leaf in flat.items() if leaf.size > 2**20]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        jobs = [
+            (path, flat[path], own) for path, own in zip(large, rng.spawn(len(large)), strict=True)
+        ]
+        drawn = dict(zip(large, pool.map(lambda job: draw(*job), jobs), strict=True))
+    drawn |= {path: draw(path, leaf, rng) for path, leaf in flat.items() if path not in drawn}
+    return flax.traverse_util.unflatten_dict(drawn)
 
 
 def random_backbone(
