@@ -212,7 +212,9 @@ def _score_quality(findings: Findings, sets: Mapping[str, Sequence[Picture]]) ->
         features = findings.features(pictures)
         by_inception = inception and inception(_paths(pictures))
         pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
-        found = quality.measure(pictures, findings.clip, features, compared, pair)
+        found = quality.measure(
+            pictures, findings.clip, features, compared, pair, paired=reference is None
+        )
         findings.add("quality", pictures, *found)
         if reference is None and name == "base":
             compared, compared_by_inception = features, by_inception

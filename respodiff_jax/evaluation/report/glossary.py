@@ -86,8 +86,8 @@ METRICS = {
     "fid": Metric(
         "FID",
         "FID",
-        "Fréchet distance of Inception features to the reference pictures'. It has no interval:"
-        " resampled pictures would be further away than the pictures.",
+        "Fréchet distance of Inception features to the reference pictures'. It is the higher the"
+        " fewer pictures there are, so that only equal numbers of them compare.",
         "lower",
         paper={None: ("14.09", "14.91 gender, 12.82 race, 17.89 safe")},
     ),
@@ -95,7 +95,7 @@ METRICS = {
         "CLIP Fréchet distance",
         "CLIP Fréchet distance",
         "Fréchet distance of CLIP features to the reference pictures'; on another scale than FID."
-        " It has no interval: resampled pictures would be further away than the pictures.",
+        " It is the higher the fewer pictures there are, so that only equal numbers compare.",
         "lower",
     ),
     "clip_kernel_distance": Metric(
