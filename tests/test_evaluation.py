@@ -348,9 +348,9 @@ def test_a_classifier_that_cannot_tell_one_value_is_told_of():
     seven, six = 7 / 8, 6 / 8
     assert run.accuracy_notes({"gender": {"woman": 1.0, "man": seven}}) == []
     (note,) = run.accuracy_notes(
-        {"gender": {"woman": seven, "man": seven}, "tone": {"a": 1.0, "b": six, "c": 1.0}}
+        {"gender": {"woman": seven, "man": seven}, "skin_tone": {"a": 1.0, "b": six, "c": 1.0}}
     )
-    assert "only 75% " in note and "(tone b)" in note and "counts of tone mean little" in note
+    assert "only 75% " in note and "(skin tone b): its counts of skin tone mean little" in note
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, suite, tmp_path):

@@ -1,6 +1,7 @@
 """Reports and comparisons: their numbers, their pictures, and how they look in a browser."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -107,10 +108,10 @@ def test_all_overall_numbers_stand_in_the_page(evaluation, run):
 def test_the_papers_numbers_stand_apart(evaluation):
     page = write_report(evaluation[0]).read_text(encoding="utf-8")
     row = re.search(r"<tr><th[^>]*>Deviation ratio, gender.*?</tr>", page).group()
-    assert re.findall(r'<td class="paper">(.*?)</td>', row) == ["0.68", "0.14"]
+    assert re.findall(r'<td class="paper"[^>]*>(.*?)</td>', row) == ["0.68", "0.14"]
     row = re.search(r"<tr><th[^>]*>CLIP Fréchet distance.*?</tr>", page).group()
-    assert re.findall(r'<td class="paper">(.*?)</td>', row) == ["–", "–"]
-    assert re.findall(r"<td>(.*?)</td>", row)[:3] == ["–", "4.25", "–"]
+    assert re.findall(r'<td class="paper absent"[^>]*>(.*?)</td>', row) == ["–", "–"]
+    assert re.findall(r"<td data-label[^>]*>(.*?)</td>", row)[:3] == ["–", "0.0425", "–"]
     assert page.count("−0.71 to −0.42") == 1
     assert "the paper, SD 1.4" in page
 
@@ -248,6 +249,13 @@ def test_a_number_of_another_version_or_attribute_is_another_number():
     assert glossary.label(found[1]) == "Deviation ratio, gender, version 2"
 
 
+def test_negative_numbers_are_written_as_such():
+    m = Measurement("clip_kernel_distance", "adapted", -0.0005, 48, "quality", (-0.0008, 0.00001))
+    assert glossary.value_text(m) == "−0.0005"
+    assert glossary.interval_text(m) == "−0.0008 to 0.0000"
+    assert glossary.value_text(dataclasses.replace(m, value=-0.00001)) == "0.0000"
+
+
 def test_shares_bar_has_the_counts_and_the_target():
     bar = charts.shares_bar({"woman": 30, "man": 10}, (0.5, 0.5))
     parts = re.findall(r'<rect[^>]* x="(.*?)" width="(.*?)"', bar)
@@ -305,6 +313,9 @@ def test_a_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp
     # the one run has more pictures than the other.
     assert len(page.all("img")) == 2 * 3 * 8
     assert "sampling: guidance scale 7.5 5" in page.text
+    # What is to be said of both is said once.
+    assert page.text.count("mean little") == 1
+    assert f"{evaluation[0].name}, {weaker.name}: the classifier finds only 50%" in page.text
     assert evaluation[1].made["adapter"]["sha256"] not in page.text
     for m in evaluation[1].measurements:
         if m.subject is None:
@@ -323,13 +334,17 @@ def test_compare_on_the_command_line(evaluation, weaker, tmp_path, capsys):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (390, 1280)
-# Everything that sticks out of a frame, but for what scrolls within it.
+# Everything that sticks out of a frame, but for what scrolls within it; and numbers out of place.
 MEASURE = """
 for (const frame of document.querySelectorAll('iframe')) frame.addEventListener('load', () => {
   const page = frame.contentDocument, width = frame.clientWidth;
   for (const details of page.querySelectorAll('details')) details.open = true;
   const out = [...page.body.querySelectorAll('*')].filter(e => !e.closest('.scroll table')
     && e.getClientRects().length && e.getBoundingClientRect().right > width + 1);
+  for (const e of page.querySelectorAll('.number'))
+    if (e.scrollWidth > e.clientWidth) out.push(e);
+  if (width < 700) for (const e of page.querySelectorAll('.scroll:has(.blocks)'))
+    if (e.scrollWidth > e.clientWidth) out.push(e);
   const report = document.createElement('output');
   report.textContent = JSON.stringify({
     width, scroll: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight,

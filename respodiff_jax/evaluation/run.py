@@ -273,8 +273,8 @@ def accuracy_notes(accuracy: Accuracy) -> list[str]:
     worst = {name: min(of.items(), key=lambda item: item[1]) for name, of in accuracy.items()}
     return [
         f"the classifier finds only {share:.0%} of what the base model was plainly asked for"
-        f" ({attribute} {value}): its counts of {attribute} mean little"
-        for attribute, (value, share) in worst.items()
+        f" ({words} {value}): its counts of {words} mean little"
+        for words, (value, share) in ((name.replace("_", " "), w) for name, w in worst.items())
         if share < _LOW_ACCURACY
     ]
 

@@ -17,6 +17,7 @@ SYMBOLS, COLOURS = "●◆▲■★▼✚", 6
 LANE = 22  # height in pixels
 _WORTH_A_LABEL = 0.22  # narrower parts of a bar have no room for text
 _LINES, _DASHES = 6, ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4")
+_FIRST_COLOUR = 3  # of lines: those before are the values' of most attributes
 _POINTS = 120  # of a line; more are averaged
 
 
@@ -166,7 +167,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
         tag(
             "path",
             d="M" + "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points),
-            class_=f"curve {colour(i)}",
+            class_=f"curve {colour(_FIRST_COLOUR + i)}",
             stroke_dasharray=_DASHES[i] or None,
         )
         for i, s in enumerate(series)
@@ -195,7 +196,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
                 tag(
                     "path",
                     d="M0 5H28",
-                    class_=f"curve {colour(i)}",
+                    class_=f"curve {colour(_FIRST_COLOUR + i)}",
                     stroke_dasharray=_DASHES[i] or None,
                 ),
                 width=28,

@@ -126,7 +126,7 @@ def _header(results: Results) -> Markup:
         tag(
             "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items()), class_="facts"
         ),
-        warnings(results.warnings),
+        warnings([text[:1].upper() + text[1:] for text in results.warnings]),
     )
 
 
@@ -200,7 +200,7 @@ def _pictures(
 
 def warnings(texts: Sequence[str]) -> Markup | None:
     """What a reader should know first, or None where there is nothing."""
-    items = (tag("li", text[:1].upper() + text[1:]) for text in texts)
+    items = (tag("li", text) for text in texts)
     title = tag("h2", "Before you believe the numbers")
     return tag("aside", title, tag("ul", items), class_="warnings") if texts else None
 

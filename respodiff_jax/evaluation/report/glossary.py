@@ -8,12 +8,13 @@ from respodiff_jax.evaluation.results import Measurement
 IMAGES = ("base", "adapted", "given")
 
 
-def _decimals(x: float) -> str:
-    return f"{x:.2f}"
+def _decimals(x: float, places: int = 2) -> str:
+    """With the sign of minus, and none where all decimals are 0."""
+    return f"{x:z.{places}f}".replace("-", "−")
 
 
 def _small(x: float) -> str:
-    return f"{x:.4f}"
+    return _decimals(x, 4)
 
 
 def percent(x: float) -> str:
@@ -48,8 +49,8 @@ METRICS = {
     "deviation_ratio": Metric(
         "Deviation ratio",
         "deviation ratio",
-        "how far the pictures of a profession are from the target shares: 0 is as targeted, 1 is as"
-        " far as can be; the mean over professions.",
+        "how far the pictures of a profession are from the target shares, on average over the"
+        " professions: 0 is as targeted, 1 is as far as can be.",
         "lower",
         best="fairer",
         paper={"gender": ("0.68", "0.14"), "race": ("0.56", "0.16")},
@@ -57,21 +58,21 @@ METRICS = {
     "winoalign": Metric(
         "WinoAlign",
         "WinoAlign score",
-        "CLIP score of the professions' pictures with their prompts.",
+        "the CLIP score of the professions' pictures and their prompts.",
         "higher",
         paper={None: ("27.51", "27.30 gender, 27.53 race")},
     ),
     "subject_recognised": Metric(
         "Profession recognised",
         "share of pictures recognised as their profession",
-        "share of pictures that the classifier takes for the profession that was asked for.",
+        "the share of pictures that the classifier takes for the profession that was asked for.",
         "higher",
         percent,
     ),
     "unsafe_rate": Metric(
         "Unsafe pictures",
         "share of unsafe pictures",
-        "share of pictures in which a detector finds unsafe content.",
+        "the share of pictures in which a detector finds unsafe content.",
         "lower",
         percent,
         paper={None: ("27 %", "16 %")},
@@ -86,30 +87,33 @@ METRICS = {
     "fid": Metric(
         "FID",
         "FID",
-        "Fréchet distance of Inception features to the reference pictures'. It is the higher the"
-        " fewer pictures there are, so that only equal numbers of them compare.",
+        "the Fréchet distance of Inception features to the reference pictures'. Fewer pictures are"
+        " further away: only equal numbers of them compare.",
         "lower",
         paper={None: ("14.09", "14.91 gender, 12.82 race, 17.89 safe")},
     ),
     "clip_frechet_distance": Metric(
         "CLIP Fréchet distance",
         "CLIP Fréchet distance",
-        "Fréchet distance of CLIP features to the reference pictures'; on another scale than FID."
-        " It is the higher the fewer pictures there are, so that only equal numbers compare.",
+        "the Fréchet distance of CLIP features to the reference pictures', by default the base"
+        " model's; on another scale than FID. Fewer pictures are further away: only equal numbers"
+        " of them compare.",
         "lower",
+        _small,
     ),
     "clip_kernel_distance": Metric(
         "CLIP kernel distance",
         "CLIP kernel distance",
-        "kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on another"
-        " scale than KID.",
+        "the kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on"
+        " another scale than KID. Around 0 no difference is to be seen.",
         "lower",
         _small,
     ),
     "kid": Metric(
         "KID",
         "KID",
-        "kernel distance (polynomial MMD) of Inception features to the reference pictures'.",
+        "the kernel distance (polynomial MMD) of Inception features to the reference pictures'."
+        " Around 0 no difference is to be seen.",
         "lower",
         _small,
     ),
@@ -148,12 +152,12 @@ def value_text(measurement: Measurement) -> str:
 
 
 def interval_text(measurement: Measurement) -> str | None:
-    """The interval as "0.05–0.12", or None."""
+    """The interval as "0.05–0.12", or "−0.12 to 0.05", or None."""
     if measurement.interval is None:
         return None
     low, high = map(metric(measurement.metric).text, measurement.interval)
     low = low.removesuffix("\u00a0%")
-    return f"{low}–{high}"
+    return f"{low} to {high}" if "−" in low else f"{low}–{high}"
 
 
 def change_text(measurement: Measurement) -> str | None:
@@ -200,7 +204,7 @@ def explained(pair: Mapping[str, Measurement]) -> str:
     """What a number means and which is better."""
     info = metric(next(iter(pair.values())).metric)
     parts = [
-        info.definition and f"{info.label}: {info.definition}",
+        info.definition and f"The {info.phrase} is {info.definition}",
         info.better and f"{info.better.capitalize()} is {info.best}.",
     ]
     return " ".join(filter(None, parts))

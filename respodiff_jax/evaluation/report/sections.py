@@ -96,20 +96,23 @@ def metrics_table(results: Results) -> Markup | None:
     for pair in pairs:
         first = next(iter(pair.values()))
         pictures = dict.fromkeys(f"{m.n:,}" for m in pair.values())
+        known = glossary.paper(first)
+        paper = zip(("base", "RespoDiff"), known or ("–", "–"), strict=True)
+        class_ = "paper" if known else "paper absent"
         cells = [
             metric_name(first),
-            *(measured(pair.get(name)) for name in sets),
-            "adapted" in sets and tag("td", _change(pair)),
-            tag("td", " / ".join(pictures)),
-            *(tag("td", x, class_="paper") for x in glossary.paper(first) or ("–", "–")),
+            *(measured(pair.get(name), name) for name in sets),
+            "adapted" in sets and tag("td", _change(pair), data_label="change"),
+            tag("td", " / ".join(pictures), data_label="pictures"),
+            *(tag("td", x, class_=class_, data_label=f"paper, {name}") for name, x in paper),
         ]
         rows.append(tag("tr", cells))
     return section(
         "The numbers",
-        table("The numbers", head, rows),
-        note="The columns on the right are not measured here: they are what the paper (arXiv"
-        " 2509.15257) reports of Stable Diffusion 1.4 by its own protocol. They are for"
-        " orientation, and comparable only where model, prompts and classifiers are the same.",
+        table("The numbers", head, rows, columns=1 + len(columns) // 2),
+        note="The paper's numbers are not measured here: they are what it (arXiv 2509.15257)"
+        " reports of Stable Diffusion 1.4 by its own protocol. They are for orientation, and"
+        " comparable only where model, prompts and classifiers are the same.",
     )
 
 
@@ -158,12 +161,13 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
     return section("Training", curves and tag("div", curves, class_="curves"), summary)
 
 
-def measured(m: Measurement | None) -> Markup:
-    """A table cell of a number and its interval."""
+def measured(m: Measurement | None, name: str) -> Markup:
+    """A table cell of a number and its interval; `name` is its column's."""
     if m is None:
-        return tag("td", "–")
+        return tag("td", "–", data_label=name)
     interval = glossary.interval_text(m)
-    return tag("td", glossary.value_text(m), interval and tag("small", interval))
+    number = glossary.value_text(m)
+    return tag("td", number, interval and tag("small", interval), data_label=name)
 
 
 def _change(pair: Pair) -> str:
@@ -172,10 +176,11 @@ def _change(pair: Pair) -> str:
     return (adapted and glossary.change_text(adapted)) or "–"
 
 
-def metric_name(m: Measurement) -> Markup:
-    """A table's row heading of a metric and which of its values are better."""
+def metric_name(m: Measurement, images: str = "") -> Markup:
+    """A table's row heading: a metric, which pictures it is of, which of its values are better."""
     better = glossary.metric(m.metric).better
-    return tag("th", glossary.label(m), better and tag("small", f"{better} is better"), scope="row")
+    facts = ", ".join(filter(None, (images, better and f"{better} is better")))
+    return tag("th", glossary.label(m), facts and tag("small", facts), scope="row")
 
 
 def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = False) -> Markup:
@@ -190,14 +195,15 @@ def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = Fals
 
 
 def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
-    """Rows of one metric below a scale that just holds them, or a number that stands alone.
+    """Rows of one metric below a scale that just holds them, or a number that stands alone and has
+    no interval.
 
     Args:
       pairs: by the name of their row.
       title: beside the scale.
     """
     found = [m for pair in pairs.values() for m in pair.values()]
-    if len(found) == 1:
+    if len(found) == 1 and found[0].interval is None:
         alone = charts.lane(found[0].images, tag("span"), _number(found[0]))
         return charts.row(": ".join(filter(None, (title, *pairs))), alone)
     text = glossary.metric(found[0].metric).text
