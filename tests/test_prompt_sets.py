@@ -225,7 +225,7 @@ def _quick(files, clip_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the classifier finds only:UserWarning")
-@pytest.mark.filterwarnings("ignore:evaluation_guidance in:UserWarning")
+@pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
 def test_command_evaluates_the_prompts_of_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
     assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0

@@ -18,10 +18,12 @@ from respodiff_jax import cli
 from respodiff_jax.evaluation.report import (
     charts,
     glossary,
+    sections,
     thumbnails,
     write_comparison,
     write_report,
 )
+from respodiff_jax.evaluation.report.evaluation import attributes
 from respodiff_jax.evaluation.report.markup import Markup, flat, fragment, tag
 from respodiff_jax.evaluation.results import Measurement, load_per_image, save_per_image
 from respodiff_jax.images import save_png
@@ -225,9 +227,9 @@ def test_a_change_that_may_be_chance_is_said():
     # That the intervals overlap says nothing: pictures of the same noise vary together.
     assert glossary.sentence(pair((0.4, 1.6))) == "The CLIP score rises from 30.00 to 31.00"
     assert glossary.sentence(pair(None)) == "The CLIP score rises from 30.00 to 31.00"
-    assert glossary.sentence(pair((-0.2, 2.2))) == (
-        "The CLIP score rises from 30.00 to 31.00 (perhaps by chance: by −0.20 to +2.20)"
-    )
+    doubt = "The CLIP score rises from 30.00 to 31.00, which may be chance"
+    assert glossary.sentence(pair((-0.2, 2.2))) == doubt
+    assert glossary.sentence(pair((-0.2, 2.2)), interval=True) == f"{doubt} (−0.20 to +2.20)"
 
 
 def test_a_number_of_another_version_or_attribute_is_another_number():
@@ -251,9 +253,25 @@ def test_a_number_of_another_version_or_attribute_is_another_number():
 
 def test_negative_numbers_are_written_as_such():
     m = Measurement("clip_kernel_distance", "adapted", -0.0005, 48, "quality", (-0.0008, 0.00001))
-    assert glossary.value_text(m) == "−0.0005"
-    assert glossary.interval_text(m) == "−0.0008 to 0.0000"
-    assert glossary.value_text(dataclasses.replace(m, value=-0.00001)) == "0.0000"
+    assert glossary.value_text(m) == "−0.50"
+    assert glossary.interval_text(m) == "−0.80 to 0.01"
+    assert glossary.value_text(dataclasses.replace(m, value=-0.000001)) == "0.00"
+
+
+def test_a_target_of_unequal_shares_is_written_out(evaluation):
+    _, results = evaluation
+    shares = {"gender": (0.25, 0.75)}
+    found = tuple(
+        dataclasses.replace(m, target=shares.get(m.attribute, m.target))
+        for m in results.measurements
+    )
+    results = dataclasses.replace(results, measurements=found)
+    keys = {
+        name: Page(sections.fairness(results, name, values, opened=True)).text
+        for name, values in attributes(results).items()
+    }
+    assert "target: 25\u00a0%, 75\u00a0%" in keys["gender"]
+    assert "target" in keys["skin_tone"] and "target:" not in keys["skin_tone"]
 
 
 def test_shares_bar_has_the_counts_and_the_target():

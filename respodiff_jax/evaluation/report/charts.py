@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from respodiff_jax.evaluation.report.glossary import percent
+from respodiff_jax.evaluation.report.glossary import percent, readable
 from respodiff_jax.evaluation.report.markup import Markup, fragment, tag
 
 # Values differ by shape and by colour; of six colours and seven shapes, 42 pairs are distinct.
@@ -59,7 +59,8 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Mar
     """
     total = sum(counts.values()) or 1
     shares = [count / total for count in counts.values()]
-    described = ", ".join(f"{v} {percent(s)}" for v, s in zip(counts, shares, strict=True))
+    names = [readable(value) for value in counts]
+    described = ", ".join(f"{v} {percent(s)}" for v, s in zip(names, shares, strict=True))
     starts = [0.0, *itertools.accumulate(shares)]
     parts = []
     for i, (start, share) in enumerate(zip(starts, shares, strict=False)):
@@ -72,7 +73,7 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Mar
         if share >= _WORTH_A_LABEL:
             parts.append(_share_text(i, start, share, i == len(shares) - 1))
     if target:
-        aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(counts, target, strict=True))
+        aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(names, target, strict=True))
         described += f"; target {aims}"
     return _svg(described, parts)
 

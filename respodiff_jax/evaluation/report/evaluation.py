@@ -108,15 +108,14 @@ def _adapter(results: Results) -> Mapping:
 
 def _header(results: Results) -> Markup:
     pairs = _by_importance(results)
-    facts = {
-        "model": model_name(results),
-        "adapter": ", ".join(concepts(results)) or "none",
-        "pictures": f"{_count(results):,}",
-        "date": _day(results),
-    }
+    if results.made.get("model"):
+        of = {"model": model_name(results), "adapter": ", ".join(concepts(results)) or "none"}
+    else:
+        of = {"folder": model_name(results)}
+    facts = of | {"pictures": f"{_count(results):,}", "date": _day(results)}
     dek = " ".join(
         [glossary.explained(p) for p in pairs[:1]]
-        + [f"{glossary.sentence(p)}." for p in pairs[1:4]]
+        + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
     )
     return tag(
         "header",
@@ -131,10 +130,10 @@ def _header(results: Results) -> Markup:
 
 
 def _count(results: Results) -> int:
-    """Pictures of all sets; one picture may count for several metrics."""
+    """Pictures of all sets; given ones are the same for all protocols."""
     largest: dict[tuple[str, str], int] = {}
     for m in results.measurements:
-        key = (m.protocol, m.images)
+        key = ("" if m.images == "given" else m.protocol, m.images)
         largest[key] = max(largest.get(key, 0), m.n)
     return sum(largest.values())
 

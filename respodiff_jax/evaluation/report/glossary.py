@@ -17,6 +17,10 @@ def _small(x: float) -> str:
     return _decimals(x, 4)
 
 
+def _thousandths(x: float) -> str:
+    return _decimals(1000 * x)
+
+
 def percent(x: float) -> str:
     """A share as "12 %", with a decimal below 10 % and a space that does not break."""
     return f"{100 * x:.{0 if x == 0 or x >= 0.0995 else 1}f}\u00a0%"
@@ -102,20 +106,20 @@ METRICS = {
         _small,
     ),
     "clip_kernel_distance": Metric(
-        "CLIP kernel distance",
-        "CLIP kernel distance",
+        "CLIP kernel distance × 1000",
+        "CLIP kernel distance × 1000",
         "the kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on"
         " another scale than KID. Around 0 no difference is to be seen.",
         "lower",
-        _small,
+        _thousandths,
     ),
     "kid": Metric(
-        "KID",
-        "KID",
+        "KID × 1000",
+        "KID × 1000",
         "the kernel distance (polynomial MMD) of Inception features to the reference pictures'."
         " Around 0 no difference is to be seen.",
         "lower",
-        _small,
+        _thousandths,
     ),
 }
 
@@ -182,8 +186,13 @@ def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]
     return list(together.values())
 
 
-def sentence(pair: Mapping[str, Measurement]) -> str:
-    """What happened to a number: "The gender deviation ratio falls from 0.66 to 0.08"."""
+def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
+    """What happened to a number: "The gender deviation ratio falls from 0.66 to 0.08".
+
+    Args:
+      pair: the number by set of pictures.
+      interval: whether to tell the change's, where it may be chance.
+    """
     first = next(iter(pair.values()))
     attribute = f"{readable(first.attribute)} " if first.attribute else ""
     what = f"The {attribute}{metric(first.metric).phrase}"
@@ -196,7 +205,9 @@ def sentence(pair: Mapping[str, Measurement]) -> str:
         return f"{what} stays at {texts[0]}"
     verb = "falls" if after.value < before.value else "rises"
     by_chance = after.change is not None and after.change[0] <= 0 <= after.change[1]
-    doubt = f" (perhaps by chance: by {change_text(after)})" if by_chance else ""
+    doubt = ", which may be chance" if by_chance else ""
+    if by_chance and interval:
+        doubt += f" ({change_text(after)})"
     return f"{what} {verb} from {texts[0]} to {texts[1]}{doubt}"
 
 

@@ -46,14 +46,15 @@ def fairness(
             found.setdefault(m.subject, {})[m.images] = m
     if not found:
         return None
+    names = [glossary.readable(value) for value in values]
     by_share = sorted(found.items(), key=lambda item: -_first_share(item[1]))
     rows = [_shares_row(subject, pair) for subject, pair in by_share]
     scale = charts.axis([(0, "0"), (0.5, "deviation ratio"), (1, "1")])
     shares = charts.axis([(0, "0 %"), (0.5, "share of pictures"), (1, "100 %")])
     keys = tag(
         "div",
-        charts.legend(values),
-        tag("p", tag("span", class_="target-key"), "target", class_="key"),
+        charts.legend(names),
+        tag("p", tag("span", class_="target-key"), _aim(by_share[0][1]), class_="key"),
         class_="legends",
     )
     overall = glossary.overall(results.find("deviation_ratio", attribute=attribute))
@@ -68,7 +69,7 @@ def fairness(
         tag("div", mean, class_="chart") if overall else None,
         professions if opened else folded(f"{len(found)} professions", professions),
         note="Shares as the classifier counted them, and the deviation ratio with its 95 %"
-        f" interval: 0 is as targeted. Professions with most “{values[0]}” come first.",
+        f" interval: 0 is as targeted. Professions with most “{names[0]}” come first.",
     )
 
 
@@ -226,6 +227,13 @@ def _edges(pair: Pair) -> list[float]:
 def _first_share(pair: Pair) -> float:
     counts = tuple(_first(pair).counts.values())
     return counts[0] / (sum(counts) or 1)
+
+
+def _aim(pair: Pair) -> str:
+    """The target in words, with its shares where they are not all the same."""
+    target = _first(pair).target or ()
+    same = len({f"{share:.3f}" for share in target}) < 2
+    return "target" if same else f"target: {', '.join(map(glossary.percent, target))}"
 
 
 def _shares_row(subject: str, pair: Pair) -> Markup:
