@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, sui
             run.evaluate(tiny_backbone, adapter, changed, plan, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
     for woman, man in ((0.5, 0.6), (-0.5, 1.5), (float("nan"), 0.5)):
-        with pytest.raises(ValueError, match="expected shares of 1"):
+        with pytest.raises(ValueError, match="expected shares of 1, none"):
             run.Plan(target={"gender": {"woman": woman, "man": man}})
     for change, message in (
         ({"seed": 2**32 - 1}, "seed is 4294967295, expected within 0"),
@@ -633,7 +633,10 @@ def test_mistakes_are_known_before_anything_is_loaded(tiny_backbone, monkeypatch
         (["--group", "age", "--images-per-caption", "0"], "images_per_caption is 0"),
         (["--group", "age", "--max-prompts", "0"], "--max-prompts is 0"),
         (["--group", "age", "--seed", "4294000000"], "seed is 4294000000"),
-        (["--group", "gender", "--target", "gender:woman=0.5,man=0.4"], "expected shares of 1"),
+        (
+            ["--group", "gender", "--target", "gender:woman=0.5,man=0.4"],
+            "expected shares of 1, none",
+        ),
         (["--group", "gender", "--target", "gender:woman=1"], "its values are"),
         (["--group", "age"], "has no attribute 'age'"),
     ):

@@ -23,7 +23,7 @@ from respodiff_jax.evaluation.report import (
     write_comparison,
     write_report,
 )
-from respodiff_jax.evaluation.report.evaluation import attributes
+from respodiff_jax.evaluation.report.evaluation import attributes as attributes_of
 from respodiff_jax.evaluation.report.markup import Markup, flat, fragment, tag
 from respodiff_jax.evaluation.results import Measurement, load_per_image, save_per_image
 from respodiff_jax.images import save_png
@@ -268,7 +268,7 @@ def test_a_target_of_unequal_shares_is_written_out(evaluation):
     results = dataclasses.replace(results, measurements=found)
     keys = {
         name: Page(sections.fairness(results, name, values, opened=True)).text
-        for name, values in attributes(results).items()
+        for name, values in attributes_of(results).items()
     }
     assert "target: 25\u00a0%, 75\u00a0%" in keys["gender"]
     assert "target" in keys["skin_tone"] and "target:" not in keys["skin_tone"]
