@@ -289,6 +289,12 @@ def test_dots_stay_within_their_chart():
     assert 'x1="0.00%" x2="100.00%"' in dot
 
 
+def test_scales_end_where_there_is_nothing_more():
+    assert charts.domain([0.5, 1.0], glossary.percent, (0.0, 1.0)) == pytest.approx((0.46, 1.0))
+    assert charts.domain([-1.0, 1.0], str, (-np.inf, np.inf)) == pytest.approx((-1.16, 1.16))
+    assert charts.domain([0.0, 0.0], str, (-np.inf, np.inf)) == pytest.approx((-0.1, 0.1))
+
+
 def test_curves_are_logarithmic_and_skip_what_is_not_positive():
     line = charts.Line("a", [(0, 1.0), (50, 0.1), (75, 0.0), (100, 0.01)])
     chart = charts.lines("loss", [line], "steps")

@@ -121,11 +121,14 @@ def axis(labels: Sequence[tuple[float, str]]) -> Markup:
     return _svg(None, texts, height=16)
 
 
-def domain(values: Sequence[float], text: Callable[[float], str]) -> tuple[float, float]:
-    """Edges around values, a little wider than they are; `text` decides what counts as equal."""
+def domain(
+    values: Sequence[float], text: Callable[[float], str], within: tuple[float, float]
+) -> tuple[float, float]:
+    """Edges around values, a little wider than they are but `within` what there can be; `text`
+    decides what counts as equal."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) if text(low) != text(high) else 0.1 * (abs(high) or 1)
-    return low - margin, high + margin
+    return max(low - margin, within[0]), min(high + margin, within[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,10 +77,7 @@ def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
 
 
 def _header(runs: Runs) -> Markup:
-    rows = {
-        name: f"{', '.join(evaluation.concepts(r)) or 'no adapter'} on {evaluation.model_name(r)}"
-        for name, r in runs.items()
-    }
+    rows = {name: _whose(r) for name, r in runs.items()}
     notes: dict[str, list[str]] = {}
     for name, r in runs.items():
         for text in r.warnings:
@@ -94,6 +91,14 @@ def _header(runs: Runs) -> Markup:
         ),
         evaluation.warnings([f"{', '.join(names)}: {text}" for text, names in notes.items()]),
     )
+
+
+def _whose(results: Results) -> str:
+    """What was evaluated, in words."""
+    name = evaluation.model_name(results)
+    if not results.made.get("model"):
+        return f"pictures in {name}"
+    return f"{', '.join(evaluation.concepts(results)) or 'no adapter'} on {name}"
 
 
 def _metrics(runs: Runs) -> Markup:

@@ -1,6 +1,7 @@
 """What the metrics mean, how their numbers are written, and what the paper found."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from respodiff_jax.evaluation.results import Measurement
@@ -37,6 +38,7 @@ class Metric:
       better: "lower", "higher" or None.
       text: writes a value.
       best: in a word, what lower or higher is.
+      within: the least and the greatest value there can be.
       paper: attribute, or None for any, -> the paper's base and RespoDiff, as text.
     """
 
@@ -46,6 +48,7 @@ class Metric:
     better: str | None = None
     text: Callable[[float], str] = _decimals
     best: str = "better"
+    within: tuple[float, float] = (-math.inf, math.inf)
     paper: Mapping[str | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
@@ -57,6 +60,7 @@ METRICS = {
         " professions: 0 is as targeted, 1 is as far as can be.",
         "lower",
         best="fairer",
+        within=(0.0, 1.0),
         paper={"gender": ("0.68", "0.14"), "race": ("0.56", "0.16")},
     ),
     "winoalign": Metric(
@@ -72,6 +76,7 @@ METRICS = {
         "the share of pictures that the classifier takes for the profession that was asked for.",
         "higher",
         percent,
+        within=(0.0, 1.0),
     ),
     "unsafe_rate": Metric(
         "Unsafe pictures",
@@ -79,6 +84,7 @@ METRICS = {
         "the share of pictures in which a detector finds unsafe content.",
         "lower",
         percent,
+        within=(0.0, 1.0),
         paper={None: ("27 %", "16 %")},
     ),
     "clip_score": Metric(

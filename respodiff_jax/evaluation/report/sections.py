@@ -207,8 +207,9 @@ def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
     if len(found) == 1 and found[0].interval is None:
         alone = charts.lane(found[0].images, tag("span"), _number(found[0]))
         return charts.row(": ".join(filter(None, (title, *pairs))), alone)
-    text = glossary.metric(found[0].metric).text
-    domain = charts.domain([edge for pair in pairs.values() for edge in _edges(pair)], text)
+    info = glossary.metric(found[0].metric)
+    text, edges = info.text, [edge for pair in pairs.values() for edge in _edges(pair)]
+    domain = charts.domain(edges, text, info.within)
     ends = charts.axis([(0, text(domain[0])), (1, text(domain[1]))])
     return fragment(
         charts.row(title, charts.lane("", ends, "")),
