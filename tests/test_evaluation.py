@@ -559,6 +559,10 @@ def test_suites_shipped_and_wrong(tmp_path):
     suite = load_suite("winobias")
     assert len(suite.subjects) == 36 and len(suite.templates) == 5
     assert suite.prompts("CEO")[0] == "image of CEO"
+    assert suite.attributes["gender"] == {"woman": ("a woman",), "man": ("a man",)}
+    successful = load_suite("winobias-successful")
+    assert successful.subjects == suite.subjects and len(successful.templates) == 5
+    assert successful.prompts("CEO")[-1] == "portrait of a successful CEO"
     assert len(load_suite("winobias-extended").templates) == 10
     content = {
         "name": "mine",

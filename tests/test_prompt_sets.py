@@ -217,7 +217,7 @@ def test_features_and_mock_data(builder_class, config, features, tmp_path):
     assert [set(example) for example in examples] == 3 * [set(features)]
 
 
-@pytest.mark.parametrize("name", ["winobias", "winobias-extended"])
+@pytest.mark.parametrize("name", ["winobias", "winobias-successful", "winobias-extended"])
 def test_builder_of_the_suites(tmp_path, name):
     suite = load_suite(name)
     _, examples = _prepared(winobias_prompts.Builder, tmp_path, config=name)

@@ -27,8 +27,9 @@ EPILOG = """\
   respodiff evaluate quality --adapter adapters/gender --prompts coco_30k.csv \\
       --reference coco/val2014 --out evaluations/quality
 
-The suite says what is drawn and how it is judged: `winobias` (the paper's 36 professions under 5
-templates), `winobias-extended`, a model folder's own suite.json, or a JSON file of yours.
+The suite says what is drawn and how it is judged: `winobias` (the paper's 36 professions under its
+5 templates), `winobias-successful` (its 5 others, "image of a successful doctor"),
+`winobias-extended` (10 more), a model folder's own suite.json, or a JSON file of yours.
 
 `all` measures the parts that have prompts and somebody to judge them, and says which it left out:
 for Stable Diffusion fairness, and with --prompts quality=FILE, --prompts safety=FILE and a
