@@ -237,8 +237,8 @@ def _making(results: Results) -> Markup:
             "p",
             "Intervals have 95 % confidence: Wilson's of shares and of the deviation ratios that"
             " follow from them, bootstrap intervals of means and of the pictures' parts in a"
-            " distance, none where pictures cannot tell. A change's interval is of the difference from picture to picture of the same noise. The"
-            " numbers are in ",
+            " distance, none where pictures cannot tell. A change's interval is of the difference"
+            " from picture to picture of the same noise. The numbers are in ",
             tag("code", RESULTS_FILE),
             ", a line for each picture in ",
             tag("code", PER_IMAGE_FILE),
