@@ -304,6 +304,20 @@ def test_curves_are_logarithmic_and_skip_what_is_not_positive():
     assert "mean of 7 concepts" in charts.lines("loss", many, "steps")
 
 
+def test_losses_of_all_waves_are_drawn(evaluation, tmp_path):
+    for wave, name in enumerate(("a woman", "a man")):
+        (tmp_path / f"waves/000{wave}").mkdir(parents=True)
+        losses = {"step": 5, "concepts": {name: {"loss_resp": 0.5, "loss_sem": 0.25}}}
+        (tmp_path / f"waves/000{wave}/metrics.jsonl").write_text(json.dumps(losses) + "\n")
+    plots = [
+        a["aria-label"] for a in read(write_report(evaluation[0], tmp_path)).all("svg", "plot")
+    ]
+    assert plots == [
+        "Responsibility loss (RAM): a woman from 0.5 to 0.5; a man from 0.5 to 0.5",
+        "Semantic loss (SAM): a woman from 0.25 to 0.25; a man from 0.25 to 0.25",
+    ]
+
+
 def test_markup_escapes_what_is_not_markup():
     inner = tag("b", "<", title='"')
     assert inner == '<b title="&quot;">&lt;</b>'

@@ -160,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.evaluation import run as evaluation
     from respodiff_jax.evaluation.report import write_report
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
+    from respodiff_jax.waves import is_batch
 
     parallel.enable_compilation_cache()
     preset = PRESETS[args.preset]
@@ -232,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
             adapter_sources=args.adapter,
             **judges,
         )
-    runs = [path for path in args.adapter if inputs.is_workdir(path)]
+    runs = [path for path in args.adapter if inputs.is_workdir(path) or is_batch(path)]
     print(f"report: {write_report(args.out, runs[0] if len(runs) == 1 else None)}")
 
 

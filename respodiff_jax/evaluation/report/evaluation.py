@@ -39,7 +39,7 @@ def write_report(
     Args:
       folder: with `results.json`, and `per_image.csv` and the pictures that it names where they
         are to be shown.
-      workdir: of the run that trained the adapter, for its loss curves, or None.
+      workdir: of the run or the batch that trained the adapter, for its loss curves, or None.
 
     Returns:
       The page's path.

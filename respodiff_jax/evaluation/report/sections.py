@@ -153,11 +153,11 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
     """Loss curves of a run, and the adapter's training summary.
 
     Raises:
-      ValueError: if the run's losses cannot be read.
+      ValueError: if the losses cannot be read.
     """
     if workdir is None and not results.training:
         return None
-    curves = None if workdir is None else _loss_curves(open_path(workdir) / TRAINING_FILE)
+    curves = None if workdir is None else _loss_curves(_loss_files(open_path(workdir)))
     summary = results.training and folded("How it was trained", definitions(flat(results.training)))
     return section("Training", curves and tag("div", curves, class_="curves"), summary)
 
@@ -259,15 +259,23 @@ def _described(m: Measurement) -> str:
     return f"{m.images}: {glossary.value_text(m)}" + (f", interval {interval}" if interval else "")
 
 
-def _loss_curves(path: epath.Path) -> list[Markup]:
-    try:
-        # The last line of a run that goes on may be half written.
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a training workdir's losses"
-        ) from error
+def _loss_files(workdir: epath.Path) -> list[epath.Path]:
+    """Of a run, or of all waves of a batch."""
+    waves = sorted(workdir.glob(f"waves/*/{TRAINING_FILE}"))
+    return waves or [workdir / TRAINING_FILE]
+
+
+def _loss_curves(files: Sequence[epath.Path]) -> list[Markup]:
+    entries = []
+    for path in files:
+        try:
+            # The last line of a run that goes on may be half written.
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            entries += [json.loads(line) for line in lines if line.endswith("\n")]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}; expected a training workdir's losses"
+            ) from error
     found = []
     for loss, title in _LOSSES.items():
         points: dict[str, list[tuple[float, float]]] = {}
