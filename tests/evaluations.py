@@ -96,7 +96,7 @@ def evaluation_folder(
         },
         warnings=(
             "the classifier finds only 50% of what the base model was plainly asked for"
-            " (skin_tone medium): its counts of skin_tone mean little",
+            " (skin tone medium): its counts of skin tone mean little",
         ),
         training={"steps": 1000, "batch_size": 8, "optimizer": {"name": "adam", "lr": 0.01}},
     )
@@ -173,5 +173,5 @@ def _others(name, effect):
         *(unsafe(rates, category) for category, rates in CATEGORIES.items()),
     ]
     if name != "base":
-        found.append(one("clip_frechet_distance", "quality", 4.25, None))
+        found.append(one("clip_frechet_distance", "quality", 0.0425, None))
     return found

@@ -348,9 +348,9 @@ def test_a_classifier_that_cannot_tell_one_value_is_told_of():
     seven, six = 7 / 8, 6 / 8
     assert run.accuracy_notes({"gender": {"woman": 1.0, "man": seven}}) == []
     (note,) = run.accuracy_notes(
-        {"gender": {"woman": seven, "man": seven}, "tone": {"a": 1.0, "b": six, "c": 1.0}}
+        {"gender": {"woman": seven, "man": seven}, "skin_tone": {"a": 1.0, "b": six, "c": 1.0}}
     )
-    assert "only 75% " in note and "(tone b)" in note and "counts of tone mean little" in note
+    assert "only 75% " in note and "(skin tone b): its counts of skin tone mean little" in note
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, suite, tmp_path):
@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, sui
             run.evaluate(tiny_backbone, adapter, changed, plan, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
     for woman, man in ((0.5, 0.6), (-0.5, 1.5), (float("nan"), 0.5)):
-        with pytest.raises(ValueError, match="expected shares of 1"):
+        with pytest.raises(ValueError, match="expected shares of 1, none"):
             run.Plan(target={"gender": {"woman": woman, "man": man}})
     for change, message in (
         ({"seed": 2**32 - 1}, "seed is 4294967295, expected within 0"),
@@ -507,7 +507,8 @@ def test_quality_is_compared_with_the_base_models_pictures(suite, tmp_path, monk
     pair = [colours([p.path for p in sets[name]]) for name in ("adapted", "base")]
     assert results.value("fid", "adapted") == pytest.approx(metrics.frechet_distance(*pair))
     (kid,) = results.find("kid")
-    assert kid.images == "adapted" and kid.value == pytest.approx(metrics.kernel_distance(*pair))
+    expected = metrics.kernel_parts(*pair, paired=True).mean()
+    assert kid.images == "adapted" and kid.value == pytest.approx(expected)
     assert kid.interval[0] <= kid.value <= kid.interval[1]
     assert results.scored["inception"] == {"package": "colours"}
 
@@ -558,6 +559,10 @@ def test_suites_shipped_and_wrong(tmp_path):
     suite = load_suite("winobias")
     assert len(suite.subjects) == 36 and len(suite.templates) == 5
     assert suite.prompts("CEO")[0] == "image of CEO"
+    assert suite.attributes["gender"] == {"woman": ("a woman",), "man": ("a man",)}
+    successful = load_suite("winobias-successful")
+    assert successful.subjects == suite.subjects and len(successful.templates) == 5
+    assert successful.prompts("CEO")[-1] == "portrait of a successful CEO"
     assert len(load_suite("winobias-extended").templates) == 10
     content = {
         "name": "mine",
@@ -632,7 +637,10 @@ def test_mistakes_are_known_before_anything_is_loaded(tiny_backbone, monkeypatch
         (["--group", "age", "--images-per-caption", "0"], "images_per_caption is 0"),
         (["--group", "age", "--max-prompts", "0"], "--max-prompts is 0"),
         (["--group", "age", "--seed", "4294000000"], "seed is 4294000000"),
-        (["--group", "gender", "--target", "gender:woman=0.5,man=0.4"], "expected shares of 1"),
+        (
+            ["--group", "gender", "--target", "gender:woman=0.5,man=0.4"],
+            "expected shares of 1, none",
+        ),
         (["--group", "gender", "--target", "gender:woman=1"], "its values are"),
         (["--group", "age"], "has no attribute 'age'"),
     ):

@@ -135,3 +135,48 @@ def test_parts_of_the_kernel_distance_spread_as_it_does():
     assert parts[0].mean() == pytest.approx(metrics.kernel_distance(samples[0], reference))
     spread = np.std([p.mean() for p in parts])
     assert np.mean([p.std() / 60**0.5 for p in parts]) == pytest.approx(spread, rel=0.2)
+
+
+@pytest.mark.parametrize("parts_of", [metrics.frechet_parts, metrics.kernel_parts])
+def test_distances_of_pairs(parts_of):
+    rng = np.random.default_rng(7)
+
+    def pairs(change):
+        x = rng.normal(size=(60, 4))
+        other = (x + 0.3 * rng.normal(size=x.shape)) / 1.09**0.5  # distributed as x
+        return other + change * np.array([1, 0, 0, 0]), x
+
+    found = [parts_of(*pairs(1.0), paired=True) for _ in range(300)]
+    spread = np.std([parts.mean() for parts in found])
+    assert np.mean([parts.std() / 60**0.5 for parts in found]) == pytest.approx(spread, rel=0.2)
+    if parts_of is metrics.kernel_parts:
+        # Pairs of one distribution are at no distance, on average.
+        means = [parts_of(*pairs(0.0), paired=True).mean() for _ in range(300)]
+        assert abs(np.mean(means)) < 3 * np.std(means) / 300**0.5
+    else:
+        x, y = pairs(1.0)
+        assert parts_of(x, y, True).mean() == pytest.approx(metrics.frechet_distance(x, y))
+
+
+@pytest.mark.parametrize(("count", "width"), [(60, 3), (200, 16), (48, 64)])
+def test_parts_of_the_frechet_distance_spread_as_it_does(count, width):
+    rng = np.random.default_rng(5)
+    reference = rng.normal(size=(200, width))
+    mixing = np.eye(width) + 0.3 * rng.normal(size=(width, width))
+    samples = [rng.normal(size=(count, width)) @ mixing + 0.3 for _ in range(200)]
+    parts = [metrics.frechet_parts(x, reference) for x in samples]
+    assert parts[0].mean() == pytest.approx(metrics.frechet_distance(samples[0], reference))
+    spread = np.std([p.mean() for p in parts])
+    assert np.mean([p.std() / count**0.5 for p in parts]) == pytest.approx(spread, rel=0.25)
+
+
+@pytest.mark.parametrize("width", [3, 12])
+def test_parts_of_the_frechet_distance_are_what_one_more_picture_changes(width):
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(10, width)), rng.normal(size=(30, width)) @ rng.normal(size=2 * [width])
+    many = np.tile(x, (1000, 1))
+    parts = metrics.frechet_parts(many, y)[:10]
+    more = np.array([metrics.frechet_distance(np.vstack([many, one]), y) for one in x])
+    np.testing.assert_allclose(
+        len(many) * (more - more.mean()), parts - parts.mean(), rtol=1e-3, atol=1e-2
+    )

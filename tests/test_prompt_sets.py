@@ -152,7 +152,7 @@ def _prepared(builder_class, folder, **kwargs):
 
 def test_builders_of_files(files, tmp_path):
     """By hand what `tfds.testing.DatasetBuilderTestCase` does, which imports TensorFlow: builds
-    from small files, reads back every example, and compares the features' specification."""
+    from small files and reads back every example."""
     digest = hashlib.sha256(I2P.encode()).hexdigest()
     builder, examples = _prepared(
         i2p_prompts.Builder, tmp_path, file=files["safety"], sha256=digest.upper()
@@ -183,7 +183,41 @@ def test_builders_of_files(files, tmp_path):
     assert [e["profession"] for e in examples] == [b"attendant", b"lab tech", b"attendant"]
 
 
-@pytest.mark.parametrize("name", ["winobias", "winobias-extended"])
+_SEED, _TEXT = tfds.features.Scalar(np.int64), tfds.features.Text()
+
+
+@pytest.mark.parametrize(
+    ("builder_class", "config", "features"),
+    [
+        (winobias_prompts.Builder, "winobias", {"prompt": _TEXT, "profession": _TEXT}),
+        (winobias_prompts.Builder, "custom", {"prompt": _TEXT, "profession": _TEXT}),
+        (
+            i2p_prompts.Builder,
+            None,
+            {
+                "prompt": _TEXT,
+                "categories": tfds.features.Sequence(_TEXT),
+                "evaluation_guidance": tfds.features.Scalar(np.float32),
+            },
+        ),
+        (
+            coco_captions.Builder,
+            None,
+            {"prompt": _TEXT, "image_id": tfds.features.Scalar(np.int64)},
+        ),
+    ],
+)
+def test_features_and_mock_data(builder_class, config, features, tmp_path):
+    features = features | {"evaluation_seed": _SEED}
+    builder = builder_class(config=config, data_dir=tmp_path, file_format="array_record")
+    assert repr(builder.info.features) == repr(tfds.features.FeaturesDict(features))
+    # Whoever reads the set can test without its file.
+    with tfds.testing.mock_data(num_examples=3):
+        examples = list(builder.as_data_source("test"))
+    assert [set(example) for example in examples] == 3 * [set(features)]
+
+
+@pytest.mark.parametrize("name", ["winobias", "winobias-successful", "winobias-extended"])
 def test_builder_of_the_suites(tmp_path, name):
     suite = load_suite(name)
     _, examples = _prepared(winobias_prompts.Builder, tmp_path, config=name)
@@ -225,7 +259,7 @@ def _quick(files, clip_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the classifier finds only:UserWarning")
-@pytest.mark.filterwarnings("ignore:evaluation_guidance in:UserWarning")
+@pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
 def test_command_evaluates_the_prompts_of_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
     assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0

@@ -6,6 +6,8 @@ import types
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
 from PIL import Image
 
 from respodiff_jax import cli
@@ -61,17 +63,83 @@ def _clean_fid(monkeypatch, tmp_path):
     return calls
 
 
-def test_frechet_distance_against_clean_fid():
-    try:
-        from cleanfid import fid
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"needs clean-fid with a torchvision that fits torch: {error}")
+@pytest.fixture
+def fid(monkeypatch):
+    """clean-fid itself. What it takes of torchvision, which must fit the installed torch to be
+    imported at all, is one function that moves the colours to the front, and the bases of an
+    Inception that is not used here."""
+
+    class ToTensor:
+        def __call__(self, pixels):
+            assert pixels.dtype == np.float32
+            return torch.from_numpy(pixels.transpose(2, 0, 1))
+
+    torchvision = types.ModuleType("torchvision")
+    torchvision.transforms = types.SimpleNamespace(ToTensor=ToTensor)
+    bases = dict.fromkeys(("InceptionA", "InceptionC", "InceptionE"), object)
+    torchvision.models = types.SimpleNamespace(inception=types.SimpleNamespace(**bases))
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    yield pytest.importorskip("cleanfid.fid", reason="needs pip install --no-deps clean-fid")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cleanfid"]:
+        del sys.modules[name]
+
+
+def test_distances_against_clean_fid(fid, monkeypatch):
+    # The argument `disp` that clean-fid gives is deprecated in scipy.
+    root = types.SimpleNamespace(sqrtm=lambda matrix, disp: (scipy.linalg.sqrtm(matrix), None))
+    monkeypatch.setattr(fid, "linalg", root)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
     y = rng.normal(size=(300, 12)) + 0.5
-    with pytest.warns(DeprecationWarning, match="disp"):
-        theirs = fid.fid_from_feats(x, y)
-    assert metrics.frechet_distance(x, y) == pytest.approx(theirs, rel=1e-8)
+    assert metrics.frechet_distance(x, y) == pytest.approx(fid.fid_from_feats(x, y), rel=1e-8)
+    # Theirs is a mean over subsets, of which there is only one where both sets are as large.
+    theirs = fid.kernel_distance(x, y[:200], num_subsets=1)
+    assert metrics.kernel_distance(x, y[:200]) == pytest.approx(theirs, rel=1e-8)
+
+
+class _Features(torch.nn.Module):
+    """2048 features of pictures of 299 x 299, as TorchScript."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(3 * 16 * 16, 2048)
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x, (16, 16))
+        return self.project(x.flatten(1)).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fid_and_kid_of_files_by_clean_fids_features(
+    fid, folders, clip_folder, tmp_path, monkeypatch
+):
+    """All but the published weights, in whose place is a small network with random ones."""
+    torch.manual_seed(0)
+    network = torch.nn.Module()
+    network.layers = _Features()
+    weights = tmp_path / "weights" / "inception-2015-12-05.pt"
+    weights.parent.mkdir()
+    torch.jit.script(network).save(weights)
+    monkeypatch.setattr(inception, "WEIGHTS", weights)
+    made, real = folders
+    argv = ["evaluate", "quality", "--images", str(made), "--reference", str(real)]
+    assert cli.main([*argv, "--clip", str(clip_folder), "--out", str(tmp_path / "out")]) == 0
+    results = load_results(tmp_path / "out")
+    layers = network.layers.eval()
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return layers((x - 128) / 128)
+
+    theirs = [
+        fid.get_folder_features(
+            str(folder), Model(), num_workers=0, device=torch.device("cpu"), verbose=False
+        )
+        for folder in folders
+    ]
+    assert results.value("fid", "given") == pytest.approx(metrics.frechet_distance(*theirs))
+    assert results.value("kid", "given") == pytest.approx(metrics.kernel_distance(*theirs))
+    assert results.scored["inception"]["version"] == importlib.metadata.version("clean-fid")
 
 
 def test_command_without_clean_fid_says_so_and_names_no_fid(

@@ -1,6 +1,7 @@
 """Reports and comparisons: their numbers, their pictures, and how they look in a browser."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -17,10 +18,12 @@ from respodiff_jax import cli
 from respodiff_jax.evaluation.report import (
     charts,
     glossary,
+    sections,
     thumbnails,
     write_comparison,
     write_report,
 )
+from respodiff_jax.evaluation.report.evaluation import attributes as attributes_of
 from respodiff_jax.evaluation.report.markup import Markup, flat, fragment, tag
 from respodiff_jax.evaluation.results import Measurement, load_per_image, save_per_image
 from respodiff_jax.images import save_png
@@ -107,10 +110,10 @@ def test_all_overall_numbers_stand_in_the_page(evaluation, run):
 def test_the_papers_numbers_stand_apart(evaluation):
     page = write_report(evaluation[0]).read_text(encoding="utf-8")
     row = re.search(r"<tr><th[^>]*>Deviation ratio, gender.*?</tr>", page).group()
-    assert re.findall(r'<td class="paper">(.*?)</td>', row) == ["0.68", "0.14"]
+    assert re.findall(r'<td class="paper"[^>]*>(.*?)</td>', row) == ["0.68", "0.14"]
     row = re.search(r"<tr><th[^>]*>CLIP Fréchet distance.*?</tr>", page).group()
-    assert re.findall(r'<td class="paper">(.*?)</td>', row) == ["–", "–"]
-    assert re.findall(r"<td>(.*?)</td>", row)[:3] == ["–", "4.25", "–"]
+    assert re.findall(r'<td class="paper absent"[^>]*>(.*?)</td>', row) == ["–", "–"]
+    assert re.findall(r"<td data-label[^>]*>(.*?)</td>", row)[:3] == ["–", "0.0425", "–"]
     assert page.count("−0.71 to −0.42") == 1
     assert "the paper, SD 1.4" in page
 
@@ -224,9 +227,9 @@ def test_a_change_that_may_be_chance_is_said():
     # That the intervals overlap says nothing: pictures of the same noise vary together.
     assert glossary.sentence(pair((0.4, 1.6))) == "The CLIP score rises from 30.00 to 31.00"
     assert glossary.sentence(pair(None)) == "The CLIP score rises from 30.00 to 31.00"
-    assert glossary.sentence(pair((-0.2, 2.2))) == (
-        "The CLIP score rises from 30.00 to 31.00 (perhaps by chance: by −0.20 to +2.20)"
-    )
+    doubt = "The CLIP score rises from 30.00 to 31.00, which may be chance"
+    assert glossary.sentence(pair((-0.2, 2.2))) == doubt
+    assert glossary.sentence(pair((-0.2, 2.2)), interval=True) == f"{doubt} (−0.20 to +2.20)"
 
 
 def test_a_number_of_another_version_or_attribute_is_another_number():
@@ -248,6 +251,29 @@ def test_a_number_of_another_version_or_attribute_is_another_number():
     assert glossary.label(found[1]) == "Deviation ratio, gender, version 2"
 
 
+def test_negative_numbers_are_written_as_such():
+    m = Measurement("clip_kernel_distance", "adapted", -0.0005, 48, "quality", (-0.0008, 0.00001))
+    assert glossary.value_text(m) == "−0.50"
+    assert glossary.interval_text(m) == "−0.80 to 0.01"
+    assert glossary.value_text(dataclasses.replace(m, value=-0.000001)) == "0.00"
+
+
+def test_a_target_of_unequal_shares_is_written_out(evaluation):
+    _, results = evaluation
+    shares = {"gender": (0.25, 0.75)}
+    found = tuple(
+        dataclasses.replace(m, target=shares.get(m.attribute, m.target))
+        for m in results.measurements
+    )
+    results = dataclasses.replace(results, measurements=found)
+    keys = {
+        name: Page(sections.fairness(results, name, values, opened=True)).text
+        for name, values in attributes_of(results).items()
+    }
+    assert "target: 25\u00a0%, 75\u00a0%" in keys["gender"]
+    assert "target" in keys["skin_tone"] and "target:" not in keys["skin_tone"]
+
+
 def test_shares_bar_has_the_counts_and_the_target():
     bar = charts.shares_bar({"woman": 30, "man": 10}, (0.5, 0.5))
     parts = re.findall(r'<rect[^>]* x="(.*?)" width="(.*?)"', bar)
@@ -263,6 +289,12 @@ def test_dots_stay_within_their_chart():
     assert 'x1="0.00%" x2="100.00%"' in dot
 
 
+def test_scales_end_where_there_is_nothing_more():
+    assert charts.domain([0.5, 1.0], glossary.percent, (0.0, 1.0)) == pytest.approx((0.46, 1.0))
+    assert charts.domain([-1.0, 1.0], str, (-np.inf, np.inf)) == pytest.approx((-1.16, 1.16))
+    assert charts.domain([0.0, 0.0], str, (-np.inf, np.inf)) == pytest.approx((-0.1, 0.1))
+
+
 def test_curves_are_logarithmic_and_skip_what_is_not_positive():
     line = charts.Line("a", [(0, 1.0), (50, 0.1), (75, 0.0), (100, 0.01)])
     chart = charts.lines("loss", [line], "steps")
@@ -270,6 +302,20 @@ def test_curves_are_logarithmic_and_skip_what_is_not_positive():
     assert charts.lines("loss", [charts.Line("a", [])], "steps") == ""
     many = [charts.Line(f"c{i}", [(0, 1.0), (1, 10.0**i)]) for i in range(7)]
     assert "mean of 7 concepts" in charts.lines("loss", many, "steps")
+
+
+def test_losses_of_all_waves_are_drawn(evaluation, tmp_path):
+    for wave, name in enumerate(("a woman", "a man")):
+        (tmp_path / f"waves/000{wave}").mkdir(parents=True)
+        losses = {"step": 5, "concepts": {name: {"loss_resp": 0.5, "loss_sem": 0.25}}}
+        (tmp_path / f"waves/000{wave}/metrics.jsonl").write_text(json.dumps(losses) + "\n")
+    plots = [
+        a["aria-label"] for a in read(write_report(evaluation[0], tmp_path)).all("svg", "plot")
+    ]
+    assert plots == [
+        "Responsibility loss (RAM): a woman from 0.5 to 0.5; a man from 0.5 to 0.5",
+        "Semantic loss (SAM): a woman from 0.25 to 0.25; a man from 0.25 to 0.25",
+    ]
 
 
 def test_markup_escapes_what_is_not_markup():
@@ -305,6 +351,9 @@ def test_a_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp
     # the one run has more pictures than the other.
     assert len(page.all("img")) == 2 * 3 * 8
     assert "sampling: guidance scale 7.5 5" in page.text
+    # What is to be said of both is said once.
+    assert page.text.count("mean little") == 1
+    assert f"{evaluation[0].name}, {weaker.name}: the classifier finds only 50%" in page.text
     assert evaluation[1].made["adapter"]["sha256"] not in page.text
     for m in evaluation[1].measurements:
         if m.subject is None:
@@ -323,13 +372,17 @@ def test_compare_on_the_command_line(evaluation, weaker, tmp_path, capsys):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (390, 1280)
-# Everything that sticks out of a frame, but for what scrolls within it.
+# Everything that sticks out of a frame, but for what scrolls within it; and numbers out of place.
 MEASURE = """
 for (const frame of document.querySelectorAll('iframe')) frame.addEventListener('load', () => {
   const page = frame.contentDocument, width = frame.clientWidth;
   for (const details of page.querySelectorAll('details')) details.open = true;
   const out = [...page.body.querySelectorAll('*')].filter(e => !e.closest('.scroll table')
     && e.getClientRects().length && e.getBoundingClientRect().right > width + 1);
+  for (const e of page.querySelectorAll('.number'))
+    if (e.scrollWidth > e.clientWidth) out.push(e);
+  if (width < 700) for (const e of page.querySelectorAll('.scroll:has(.blocks)'))
+    if (e.scrollWidth > e.clientWidth) out.push(e);
   const report = document.createElement('output');
   report.textContent = JSON.stringify({
     width, scroll: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight,

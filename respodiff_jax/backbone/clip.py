@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,6 +84,14 @@ class Clip:
             padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
             features.append(np.asarray(self._encode_texts(self.params, padded))[: len(part)])
         return np.concatenate(features)
+
+
+def _is_not_deprecation(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("TensorFlow and JAX classes are deprecated")
+
+
+# transformers logs this of every model; setup.py bounds the version instead.
+logging.getLogger("transformers.modeling_flax_utils").addFilter(_is_not_deprecation)
 
 
 def build_clip(config: transformers.CLIPConfig) -> nn.Module:

@@ -5,6 +5,7 @@ JAX and the models are imported when a verb runs, so that `--help` answers at on
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from respodiff_jax.cli import (
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [arg for arg in rest if arg not in overrides or not takes_overrides]:
         hint = "; write overrides as --config.SECTION.OPTION=VALUE" if overrides else ""
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if argv is None:
+        warnings.formatwarning = _warning_line
     try:
         verb.run(args, overrides) if takes_overrides else verb.run(args)
     except ValueError as error:
@@ -86,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("respodiff: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as its user sees it, without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

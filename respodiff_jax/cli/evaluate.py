@@ -27,8 +27,9 @@ EPILOG = """\
   respodiff evaluate quality --adapter adapters/gender --prompts coco_30k.csv \\
       --reference coco/val2014 --out evaluations/quality
 
-The suite says what is drawn and how it is judged: `winobias` (the paper's 36 professions under 5
-templates), `winobias-extended`, a model folder's own suite.json, or a JSON file of yours.
+The suite says what is drawn and how it is judged: `winobias` (the paper's 36 professions under its
+5 templates), `winobias-successful` (its 5 others, "image of a successful doctor"),
+`winobias-extended` (10 more), a model folder's own suite.json, or a JSON file of yours.
 
 `all` measures the parts that have prompts and somebody to judge them, and says which it left out:
 for Stable Diffusion fairness, and with --prompts quality=FILE, --prompts safety=FILE and a
@@ -159,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.evaluation import run as evaluation
     from respodiff_jax.evaluation.report import write_report
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
+    from respodiff_jax.waves import is_batch
 
     parallel.enable_compilation_cache()
     preset = PRESETS[args.preset]
@@ -231,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
             adapter_sources=args.adapter,
             **judges,
         )
-    runs = [path for path in args.adapter if inputs.is_workdir(path)]
+    runs = [path for path in args.adapter if inputs.is_workdir(path) or is_batch(path)]
     print(f"report: {write_report(args.out, runs[0] if len(runs) == 1 else None)}")
 
 

@@ -3,6 +3,9 @@
 The WinoBias protocol (paper, section 5.1): pictures of every profession under every template,
 counted by zero-shot classification; the deviation ratio per profession and its mean. WinoAlign is
 the CLIP score of the same pictures and their prompts.
+
+Deviation: the classifier's prompts are the authors' but for "an Asian-race person", which is "a
+Asian-race person" with them.
 """
 
 import itertools

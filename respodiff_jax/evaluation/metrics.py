@@ -74,21 +74,41 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> np.ndar
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     """Fréchet distance of two sets of features, `(N, D)` and `(M, D)`, taken as Gaussians.
 
-    `|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))` (Heusel et al., 2017). The trace of the root is the
-    sum of the roots of the eigenvalues of `S^(1/2) S' S^(1/2)`, which is symmetric.
+    `|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))` (Heusel et al., 2017).
     """
-    (mean, cov), (mean_ref, cov_ref) = map(_moments, (features, reference))
-    values, vectors = np.linalg.eigh(cov)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_ref @ root), 0)).sum()
-    return float(((mean - mean_ref) ** 2).sum() + np.trace(cov) + np.trace(cov_ref) - 2 * cross)
+    return float(frechet_parts(features, reference).mean())
 
 
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features = np.asarray(features, np.float64)
-    if len(features) < 2:
-        raise ValueError(f"Fréchet distance of {len(features)} picture(s), expected 2 or more")
-    return features.mean(0), np.cov(features, rowvar=False)
+def frechet_parts(features: np.ndarray, reference: np.ndarray, paired: bool = False) -> np.ndarray:
+    """Each picture's part in the `frechet_distance`, `(N,)`: their mean is the distance, and they
+    spread as it does between sets of N pictures (its linearization in `mu` and `S`). That few
+    pictures are further away than many is not in this spread.
+
+    Args:
+      features: `(N, D)`.
+      reference: `(M, D)`, which is fixed.
+      paired: the reference is not fixed: its pictures, N, are of the same noise as these.
+    """
+    if paired:
+        parts = frechet_parts(features, reference)
+        return parts + frechet_parts(reference, features) - parts.mean()
+    x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"Fréchet distance of {len(x)} and {len(y)} pictures, expected 2 or more")
+    mean, mean_ref = x.mean(0), y.mean(0)
+    x, y = x - mean, y - mean_ref
+    # With S = A A', the trace of (S S')^(1/2) is the sum of the singular values of S'^(1/2) A. Of
+    # fewer pictures than dimensions, S is singular, and A is over its range.
+    _, scales, axes = np.linalg.svd(x / (len(x) - 1) ** 0.5, full_matrices=False)
+    within = scales > scales[0] * max(x.shape) * np.finfo(np.float64).eps
+    scales, axes = scales[within], axes[within]
+    _, roots, turn = np.linalg.svd(y @ (axes.T * scales) / (len(y) - 1) ** 0.5, full_matrices=False)
+    variances = (scales**2).sum() + (y**2).sum() / (len(y) - 1)
+    distance = ((mean - mean_ref) ** 2).sum() + variances - 2 * roots.sum()
+    # The derivative of the trace of the root by S is half the matrix of optimal transport.
+    transported = (x @ (axes.T / scales) @ turn.T) ** 2 @ roots
+    slope = 2 * x @ (mean - mean_ref) + (x**2).sum(1) - transported
+    return distance + slope - slope.mean()
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
@@ -97,9 +117,17 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
     return float(kernel_parts(features, reference).mean())
 
 
-def kernel_parts(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def kernel_parts(features: np.ndarray, reference: np.ndarray, paired: bool = False) -> np.ndarray:
     """Each picture's part in the `kernel_distance`, `(N,)`: their mean is the distance, and they
-    spread as it does (its Hájek projection, the reference being fixed)."""
+    spread as it does (its Hájek projection).
+
+    Args:
+      features: `(N, D)`.
+      reference: `(M, D)`, which is fixed.
+      paired: the reference is not fixed: its pictures, N, are of the same noise as these. Two of
+        the same noise are not independent and left out of the distance (Gretton et al., 2012,
+        Lemma 6), which is otherwise too small.
+    """
     x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"kernel distance of {len(x)} and {len(y)} pictures, expected 2 or more")
@@ -109,13 +137,16 @@ def kernel_parts(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
         blocks = (a[i : i + 1024] @ b.T for i in range(0, len(a), 1024))
         return np.concatenate([((block / a.shape[1] + 1) ** 3).sum(1) for block in blocks])
 
-    def within(a):
-        with_itself = ((a * a).sum(1) / a.shape[1] + 1) ** 3
-        return (kernel_sums(a, a) - with_itself) / (len(a) - 1)
+    def with_others(a, b):
+        same = ((a * b).sum(1) / a.shape[1] + 1) ** 3
+        return (kernel_sums(a, b) - same) / (len(a) - 1)
 
-    own, between = within(x), kernel_sums(x, y) / len(y)
-    distance = own.mean() + within(y).mean() - 2 * between.mean()
+    own, own_ref = with_others(x, x), with_others(y, y)
+    between = with_others(x, y) if paired else kernel_sums(x, y) / len(y)
+    distance = own.mean() + own_ref.mean() - 2 * between.mean()
     projected = 2 * (own - between)
+    if paired:
+        projected += 2 * (own_ref - with_others(y, x))
     return distance + projected - projected.mean()
 
 

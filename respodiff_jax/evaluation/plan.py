@@ -62,9 +62,12 @@ class Plan:
             )
         for attribute, shares in self.target.items():
             # Written so that NaN does not pass.
-            whole = abs(sum(shares.values()) - 1) <= 1e-3
-            if not (whole and all(share >= 0 for share in shares.values())):
-                raise ValueError(f"target of {attribute} is {dict(shares)}, expected shares of 1")
+            total = sum(shares.values())
+            if not (abs(total - 1) <= 1e-3 and all(share >= 0 for share in shares.values())):
+                raise ValueError(
+                    f"target of {attribute} is {dict(shares)}, together {total:g}; expected shares"
+                    " of 1, none below 0"
+                )
 
     def images_each(self, protocol: str) -> int:
         """Pictures of each subject, caption or safety prompt."""

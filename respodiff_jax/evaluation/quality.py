@@ -72,6 +72,7 @@ def measure(
     features: np.ndarray,
     reference: np.ndarray | None,
     inception: tuple[np.ndarray, np.ndarray] | None = None,
+    paired: bool = False,
 ) -> tuple[list[Measured], list[dict[str, object]]]:
     """Scores one set of pictures.
 
@@ -81,10 +82,10 @@ def measure(
       features: the pictures' CLIP features, `(N, D)`.
       reference: features of the reference pictures, `(M, D)`, or None.
       inception: Inception features of the pictures and of the reference ones, or None.
+      paired: whether picture i and reference picture i are of the same noise.
 
     Returns:
-      measurements with what they are means of, and columns for `per_image.csv`. Fréchet
-      distances have no interval: a resample, which repeats pictures, is further away than they.
+      measurements with what they are means of, and columns for `per_image.csv`.
     """
     prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
     texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
@@ -96,10 +97,9 @@ def measure(
         return Measurement(metric, value=float(parts.mean()), interval=interval, **common), parts
 
     def distances(frechet, kernel, both):
-        distance = metrics.frechet_distance(*both)
         return [
-            (Measurement(frechet, value=distance, **common), None),
-            mean(kernel, metrics.kernel_parts(*both)),
+            mean(frechet, metrics.frechet_parts(*both, paired)),
+            mean(kernel, metrics.kernel_parts(*both, paired)),
         ]
 
     found = [mean("clip_score", scores)]

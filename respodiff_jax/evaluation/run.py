@@ -212,7 +212,9 @@ def _score_quality(findings: Findings, sets: Mapping[str, Sequence[Picture]]) ->
         features = findings.features(pictures)
         by_inception = inception and inception(_paths(pictures))
         pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
-        found = quality.measure(pictures, findings.clip, features, compared, pair)
+        found = quality.measure(
+            pictures, findings.clip, features, compared, pair, paired=reference is None
+        )
         findings.add("quality", pictures, *found)
         if reference is None and name == "base":
             compared, compared_by_inception = features, by_inception
@@ -271,8 +273,8 @@ def accuracy_notes(accuracy: Accuracy) -> list[str]:
     worst = {name: min(of.items(), key=lambda item: item[1]) for name, of in accuracy.items()}
     return [
         f"the classifier finds only {share:.0%} of what the base model was plainly asked for"
-        f" ({attribute} {value}): its counts of {attribute} mean little"
-        for attribute, (value, share) in worst.items()
+        f" ({words} {value}): its counts of {words} mean little"
+        for words, (value, share) in ((name.replace("_", " "), w) for name, w in worst.items())
         if share < _LOW_ACCURACY
     ]
 

@@ -225,7 +225,10 @@ def read_prompts(file: str, protocol: str) -> PromptSet:
     )
     identity = {"file": file, "sha256": prompt_files.file_sha256(path), "rows": len(rows)}
     ignored = any(row.get("evaluation_guidance") is not None for row in rows)
-    note = f"evaluation_guidance in {file} is not followed: all pictures have the same guidance"
+    note = (
+        f"the column evaluation_guidance of {file} is not followed: all pictures have the same"
+        " guidance"
+    )
     return PromptSet(tuple(prompts), identity, note if ignored else "")
 
 

@@ -4,8 +4,9 @@
     builder.download_and_prepare()
     examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
 
-`winobias` and `winobias-extended` are the evaluation suites of these names: every profession under
-every template. `custom` is a CSV file of yours, `Builder(config="custom", file=...)`.
+`winobias`, `winobias-successful` and `winobias-extended` are the evaluation suites of these names:
+every profession under every template. `custom` is a CSV file of yours,
+`Builder(config="custom", file=...)`.
 """
 
 from typing import ClassVar
@@ -17,7 +18,7 @@ from respodiff_jax.data.prompt_builder import PromptBuilder
 from respodiff_jax.data.prompt_files import PROFESSIONS, complete
 from respodiff_jax.evaluation.suites import load_suite
 
-_SUITES = ("winobias", "winobias-extended")
+_SUITES = ("winobias", "winobias-successful", "winobias-extended")
 
 
 class Builder(PromptBuilder):

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from respodiff_jax.evaluation.report.glossary import percent
+from respodiff_jax.evaluation.report.glossary import percent, readable
 from respodiff_jax.evaluation.report.markup import Markup, fragment, tag
 
 # Values differ by shape and by colour; of six colours and seven shapes, 42 pairs are distinct.
@@ -17,6 +17,7 @@ SYMBOLS, COLOURS = "●◆▲■★▼✚", 6
 LANE = 22  # height in pixels
 _WORTH_A_LABEL = 0.22  # narrower parts of a bar have no room for text
 _LINES, _DASHES = 6, ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4")
+_FIRST_COLOUR = 3  # of lines: those before are the values' of most attributes
 _POINTS = 120  # of a line; more are averaged
 
 
@@ -58,7 +59,8 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Mar
     """
     total = sum(counts.values()) or 1
     shares = [count / total for count in counts.values()]
-    described = ", ".join(f"{v} {percent(s)}" for v, s in zip(counts, shares, strict=True))
+    names = [readable(value) for value in counts]
+    described = ", ".join(f"{v} {percent(s)}" for v, s in zip(names, shares, strict=True))
     starts = [0.0, *itertools.accumulate(shares)]
     parts = []
     for i, (start, share) in enumerate(zip(starts, shares, strict=False)):
@@ -71,7 +73,7 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Mar
         if share >= _WORTH_A_LABEL:
             parts.append(_share_text(i, start, share, i == len(shares) - 1))
     if target:
-        aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(counts, target, strict=True))
+        aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(names, target, strict=True))
         described += f"; target {aims}"
     return _svg(described, parts)
 
@@ -119,11 +121,14 @@ def axis(labels: Sequence[tuple[float, str]]) -> Markup:
     return _svg(None, texts, height=16)
 
 
-def domain(values: Sequence[float], text: Callable[[float], str]) -> tuple[float, float]:
-    """Edges around values, a little wider than they are; `text` decides what counts as equal."""
+def domain(
+    values: Sequence[float], text: Callable[[float], str], within: tuple[float, float]
+) -> tuple[float, float]:
+    """Edges around values, a little wider than they are but `within` what there can be; `text`
+    decides what counts as equal."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) if text(low) != text(high) else 0.1 * (abs(high) or 1)
-    return low - margin, high + margin
+    return max(low - margin, within[0]), min(high + margin, within[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +171,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
         tag(
             "path",
             d="M" + "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points),
-            class_=f"curve {colour(i)}",
+            class_=f"curve {colour(_FIRST_COLOUR + i)}",
             stroke_dasharray=_DASHES[i] or None,
         )
         for i, s in enumerate(series)
@@ -195,7 +200,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
                 tag(
                     "path",
                     d="M0 5H28",
-                    class_=f"curve {colour(i)}",
+                    class_=f"curve {colour(_FIRST_COLOUR + i)}",
                     stroke_dasharray=_DASHES[i] or None,
                 ),
                 width=28,

@@ -18,6 +18,7 @@ from respodiff_jax.evaluation.report.markup import (
 from respodiff_jax.evaluation.results import Measurement, Results, load_results, write_whole
 
 OPEN_SUBJECTS = 4  # the others' pictures are folded away
+PHONE_COLUMNS = 3  # cells of a row of numbers side by side
 
 # What tells runs apart without making their numbers incomparable.
 _EXPECTED_TO_DIFFER = ("adapter:", "date", "seconds")
@@ -76,11 +77,11 @@ def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
 
 
 def _header(runs: Runs) -> Markup:
-    rows = {
-        name: f"{', '.join(evaluation.concepts(r)) or 'no adapter'} on {evaluation.model_name(r)}"
-        for name, r in runs.items()
-    }
-    notes = [f"{name}: {text}" for name, r in runs.items() for text in r.warnings]
+    rows = {name: _whose(r) for name, r in runs.items()}
+    notes: dict[str, list[str]] = {}
+    for name, r in runs.items():
+        for text in r.warnings:
+            notes.setdefault(text, []).append(name)
     return tag(
         "header",
         tag("p", "RespoDiff evaluation", class_="kicker"),
@@ -88,8 +89,16 @@ def _header(runs: Runs) -> Markup:
         tag(
             "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows.items()), class_="facts"
         ),
-        evaluation.warnings(notes),
+        evaluation.warnings([f"{', '.join(names)}: {text}" for text, names in notes.items()]),
     )
+
+
+def _whose(results: Results) -> str:
+    """What was evaluated, in words."""
+    name = evaluation.model_name(results)
+    if not results.made.get("model"):
+        return f"pictures in {name}"
+    return f"{', '.join(evaluation.concepts(results)) or 'no adapter'} on {name}"
 
 
 def _metrics(runs: Runs) -> Markup:
@@ -112,13 +121,12 @@ def _table(runs: Runs) -> Markup:
         for s in sets:
             found = [quantity.get(name, {}).get(s) for name in runs]
             cells = [
-                sections.metric_name(_first(quantity)),
-                tag("td", s),
-                map(sections.measured, found),
+                sections.metric_name(_first(quantity), s),
+                map(sections.measured, found, runs),
             ]
             rows.append(tag("tr", cells))
-    head = tag("tr", (tag("th", name, scope="col") for name in ("metric", "pictures", *runs)))
-    return section("The numbers", table("The numbers", head, rows))
+    head = tag("tr", (tag("th", name, scope="col") for name in ("metric", *runs)))
+    return section("The numbers", table("The numbers", head, rows, columns=PHONE_COLUMNS))
 
 
 def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:

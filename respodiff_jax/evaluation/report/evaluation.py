@@ -39,7 +39,7 @@ def write_report(
     Args:
       folder: with `results.json`, and `per_image.csv` and the pictures that it names where they
         are to be shown.
-      workdir: of the run that trained the adapter, for its loss curves, or None.
+      workdir: of the run or the batch that trained the adapter, for its loss curves, or None.
 
     Returns:
       The page's path.
@@ -108,15 +108,14 @@ def _adapter(results: Results) -> Mapping:
 
 def _header(results: Results) -> Markup:
     pairs = _by_importance(results)
-    facts = {
-        "model": model_name(results),
-        "adapter": ", ".join(concepts(results)) or "none",
-        "pictures": f"{_count(results):,}",
-        "date": _day(results),
-    }
+    if results.made.get("model"):
+        of = {"model": model_name(results), "adapter": ", ".join(concepts(results)) or "none"}
+    else:
+        of = {"folder": model_name(results)}
+    facts = of | {"pictures": f"{_count(results):,}", "date": _day(results)}
     dek = " ".join(
         [glossary.explained(p) for p in pairs[:1]]
-        + [f"{glossary.sentence(p)}." for p in pairs[1:4]]
+        + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
     )
     return tag(
         "header",
@@ -126,15 +125,15 @@ def _header(results: Results) -> Markup:
         tag(
             "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items()), class_="facts"
         ),
-        warnings(results.warnings),
+        warnings([text[:1].upper() + text[1:] for text in results.warnings]),
     )
 
 
 def _count(results: Results) -> int:
-    """Pictures of all sets; one picture may count for several metrics."""
+    """Pictures of all sets; given ones are the same for all protocols."""
     largest: dict[tuple[str, str], int] = {}
     for m in results.measurements:
-        key = (m.protocol, m.images)
+        key = ("" if m.images == "given" else m.protocol, m.images)
         largest[key] = max(largest.get(key, 0), m.n)
     return sum(largest.values())
 
@@ -200,7 +199,7 @@ def _pictures(
 
 def warnings(texts: Sequence[str]) -> Markup | None:
     """What a reader should know first, or None where there is nothing."""
-    items = (tag("li", text[:1].upper() + text[1:]) for text in texts)
+    items = (tag("li", text) for text in texts)
     title = tag("h2", "Before you believe the numbers")
     return tag("aside", title, tag("ul", items), class_="warnings") if texts else None
 
@@ -237,9 +236,9 @@ def _making(results: Results) -> Markup:
         tag(
             "p",
             "Intervals have 95 % confidence: Wilson's of shares and of the deviation ratios that"
-            " follow from them, bootstrap intervals of means, none where pictures cannot tell. A"
-            " change's interval is of the difference from picture to picture of the same noise. The"
-            " numbers are in ",
+            " follow from them, bootstrap intervals of means and of the pictures' parts in a"
+            " distance, none where pictures cannot tell. A change's interval is of the difference"
+            " from picture to picture of the same noise. The numbers are in ",
             tag("code", RESULTS_FILE),
             ", a line for each picture in ",
             tag("code", PER_IMAGE_FILE),

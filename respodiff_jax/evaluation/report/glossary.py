@@ -1,6 +1,7 @@
 """What the metrics mean, how their numbers are written, and what the paper found."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from respodiff_jax.evaluation.results import Measurement
@@ -8,12 +9,17 @@ from respodiff_jax.evaluation.results import Measurement
 IMAGES = ("base", "adapted", "given")
 
 
-def _decimals(x: float) -> str:
-    return f"{x:.2f}"
+def _decimals(x: float, places: int = 2) -> str:
+    """With the sign of minus, and none where all decimals are 0."""
+    return f"{x:z.{places}f}".replace("-", "−")
 
 
 def _small(x: float) -> str:
-    return f"{x:.4f}"
+    return _decimals(x, 4)
+
+
+def _thousandths(x: float) -> str:
+    return _decimals(1000 * x)
 
 
 def percent(x: float) -> str:
@@ -32,6 +38,7 @@ class Metric:
       better: "lower", "higher" or None.
       text: writes a value.
       best: in a word, what lower or higher is.
+      within: the least and the greatest value there can be.
       paper: attribute, or None for any, -> the paper's base and RespoDiff, as text.
     """
 
@@ -41,6 +48,7 @@ class Metric:
     better: str | None = None
     text: Callable[[float], str] = _decimals
     best: str = "better"
+    within: tuple[float, float] = (-math.inf, math.inf)
     paper: Mapping[str | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
@@ -48,32 +56,35 @@ METRICS = {
     "deviation_ratio": Metric(
         "Deviation ratio",
         "deviation ratio",
-        "how far the pictures of a profession are from the target shares: 0 is as targeted, 1 is as"
-        " far as can be; the mean over professions.",
+        "how far the pictures of a profession are from the target shares, on average over the"
+        " professions: 0 is as targeted, 1 is as far as can be.",
         "lower",
         best="fairer",
+        within=(0.0, 1.0),
         paper={"gender": ("0.68", "0.14"), "race": ("0.56", "0.16")},
     ),
     "winoalign": Metric(
         "WinoAlign",
         "WinoAlign score",
-        "CLIP score of the professions' pictures with their prompts.",
+        "the CLIP score of the professions' pictures and their prompts.",
         "higher",
         paper={None: ("27.51", "27.30 gender, 27.53 race")},
     ),
     "subject_recognised": Metric(
         "Profession recognised",
         "share of pictures recognised as their profession",
-        "share of pictures that the classifier takes for the profession that was asked for.",
+        "the share of pictures that the classifier takes for the profession that was asked for.",
         "higher",
         percent,
+        within=(0.0, 1.0),
     ),
     "unsafe_rate": Metric(
         "Unsafe pictures",
         "share of unsafe pictures",
-        "share of pictures in which a detector finds unsafe content.",
+        "the share of pictures in which a detector finds unsafe content.",
         "lower",
         percent,
+        within=(0.0, 1.0),
         paper={None: ("27 %", "16 %")},
     ),
     "clip_score": Metric(
@@ -86,32 +97,35 @@ METRICS = {
     "fid": Metric(
         "FID",
         "FID",
-        "Fréchet distance of Inception features to the reference pictures'. It has no interval:"
-        " resampled pictures would be further away than the pictures.",
+        "the Fréchet distance of Inception features to the reference pictures'. Fewer pictures are"
+        " further away: only equal numbers of them compare.",
         "lower",
         paper={None: ("14.09", "14.91 gender, 12.82 race, 17.89 safe")},
     ),
     "clip_frechet_distance": Metric(
         "CLIP Fréchet distance",
         "CLIP Fréchet distance",
-        "Fréchet distance of CLIP features to the reference pictures'; on another scale than FID."
-        " It has no interval: resampled pictures would be further away than the pictures.",
+        "the Fréchet distance of CLIP features to the reference pictures', by default the base"
+        " model's; on another scale than FID. Fewer pictures are further away: only equal numbers"
+        " of them compare.",
         "lower",
+        _small,
     ),
     "clip_kernel_distance": Metric(
-        "CLIP kernel distance",
-        "CLIP kernel distance",
-        "kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on another"
-        " scale than KID.",
+        "CLIP kernel distance × 1000",
+        "CLIP kernel distance × 1000",
+        "the kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on"
+        " another scale than KID. Around 0 no difference is to be seen.",
         "lower",
-        _small,
+        _thousandths,
     ),
     "kid": Metric(
-        "KID",
-        "KID",
-        "kernel distance (polynomial MMD) of Inception features to the reference pictures'.",
+        "KID × 1000",
+        "KID × 1000",
+        "the kernel distance (polynomial MMD) of Inception features to the reference pictures'."
+        " Around 0 no difference is to be seen.",
         "lower",
-        _small,
+        _thousandths,
     ),
 }
 
@@ -148,12 +162,12 @@ def value_text(measurement: Measurement) -> str:
 
 
 def interval_text(measurement: Measurement) -> str | None:
-    """The interval as "0.05–0.12", or None."""
+    """The interval as "0.05–0.12", or "−0.12 to 0.05", or None."""
     if measurement.interval is None:
         return None
     low, high = map(metric(measurement.metric).text, measurement.interval)
     low = low.removesuffix("\u00a0%")
-    return f"{low}–{high}"
+    return f"{low} to {high}" if "−" in low else f"{low}–{high}"
 
 
 def change_text(measurement: Measurement) -> str | None:
@@ -178,8 +192,13 @@ def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]
     return list(together.values())
 
 
-def sentence(pair: Mapping[str, Measurement]) -> str:
-    """What happened to a number: "The gender deviation ratio falls from 0.66 to 0.08"."""
+def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
+    """What happened to a number: "The gender deviation ratio falls from 0.66 to 0.08".
+
+    Args:
+      pair: the number by set of pictures.
+      interval: whether to tell the change's, where it may be chance.
+    """
     first = next(iter(pair.values()))
     attribute = f"{readable(first.attribute)} " if first.attribute else ""
     what = f"The {attribute}{metric(first.metric).phrase}"
@@ -192,7 +211,9 @@ def sentence(pair: Mapping[str, Measurement]) -> str:
         return f"{what} stays at {texts[0]}"
     verb = "falls" if after.value < before.value else "rises"
     by_chance = after.change is not None and after.change[0] <= 0 <= after.change[1]
-    doubt = f" (perhaps by chance: by {change_text(after)})" if by_chance else ""
+    doubt = ", which may be chance" if by_chance else ""
+    if by_chance and interval:
+        doubt += f" ({change_text(after)})"
     return f"{what} {verb} from {texts[0]} to {texts[1]}{doubt}"
 
 
@@ -200,7 +221,7 @@ def explained(pair: Mapping[str, Measurement]) -> str:
     """What a number means and which is better."""
     info = metric(next(iter(pair.values())).metric)
     parts = [
-        info.definition and f"{info.label}: {info.definition}",
+        info.definition and f"The {info.phrase} is {info.definition}",
         info.better and f"{info.better.capitalize()} is {info.best}.",
     ]
     return " ".join(filter(None, parts))

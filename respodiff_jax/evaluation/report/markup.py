@@ -75,9 +75,18 @@ def folded(summary: str, *content: Any) -> Markup:
     return tag("details", tag("summary", summary), content)
 
 
-def table(name: str, head: Markup, rows: Iterable[Markup]) -> Markup:
-    """A table that scrolls sideways where it is wider than the page."""
-    body = tag("table", tag("thead", head), tag("tbody", rows))
+def table(name: str, head: Markup, rows: Iterable[Markup], columns: int | None = None) -> Markup:
+    """A table that scrolls sideways where it is wider than the page.
+
+    Args:
+      name: what it holds.
+      head: its heading rows.
+      rows: its rows.
+      columns: on a phone each row is a block with so many cells side by side, which are named by
+        their `data-label`; None where it scrolls there too.
+    """
+    phone = {} if columns is None else {"class_": "blocks", "style": f"--columns:{columns}"}
+    body = tag("table", tag("thead", head), tag("tbody", rows), **phone)
     return tag("div", body, class_="scroll", tabindex=0, role="region", aria_label=name)
 
 

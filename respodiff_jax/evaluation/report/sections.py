@@ -46,14 +46,15 @@ def fairness(
             found.setdefault(m.subject, {})[m.images] = m
     if not found:
         return None
+    names = [glossary.readable(value) for value in values]
     by_share = sorted(found.items(), key=lambda item: -_first_share(item[1]))
     rows = [_shares_row(subject, pair) for subject, pair in by_share]
     scale = charts.axis([(0, "0"), (0.5, "deviation ratio"), (1, "1")])
     shares = charts.axis([(0, "0 %"), (0.5, "share of pictures"), (1, "100 %")])
     keys = tag(
         "div",
-        charts.legend(values),
-        tag("p", tag("span", class_="target-key"), "target", class_="key"),
+        charts.legend(names),
+        tag("p", tag("span", class_="target-key"), _aim(by_share[0][1]), class_="key"),
         class_="legends",
     )
     overall = glossary.overall(results.find("deviation_ratio", attribute=attribute))
@@ -68,7 +69,7 @@ def fairness(
         tag("div", mean, class_="chart") if overall else None,
         professions if opened else folded(f"{len(found)} professions", professions),
         note="Shares as the classifier counted them, and the deviation ratio with its 95 %"
-        f" interval: 0 is as targeted. Professions with most “{values[0]}” come first.",
+        f" interval: 0 is as targeted. Professions with most “{names[0]}” come first.",
     )
 
 
@@ -96,20 +97,23 @@ def metrics_table(results: Results) -> Markup | None:
     for pair in pairs:
         first = next(iter(pair.values()))
         pictures = dict.fromkeys(f"{m.n:,}" for m in pair.values())
+        known = glossary.paper(first)
+        paper = zip(("base", "RespoDiff"), known or ("–", "–"), strict=True)
+        class_ = "paper" if known else "paper absent"
         cells = [
             metric_name(first),
-            *(measured(pair.get(name)) for name in sets),
-            "adapted" in sets and tag("td", _change(pair)),
-            tag("td", " / ".join(pictures)),
-            *(tag("td", x, class_="paper") for x in glossary.paper(first) or ("–", "–")),
+            *(measured(pair.get(name), name) for name in sets),
+            "adapted" in sets and tag("td", _change(pair), data_label="change"),
+            tag("td", " / ".join(pictures), data_label="pictures"),
+            *(tag("td", x, class_=class_, data_label=f"paper, {name}") for name, x in paper),
         ]
         rows.append(tag("tr", cells))
     return section(
         "The numbers",
-        table("The numbers", head, rows),
-        note="The columns on the right are not measured here: they are what the paper (arXiv"
-        " 2509.15257) reports of Stable Diffusion 1.4 by its own protocol. They are for"
-        " orientation, and comparable only where model, prompts and classifiers are the same.",
+        table("The numbers", head, rows, columns=1 + len(columns) // 2),
+        note="The paper's numbers are not measured here: they are what it (arXiv 2509.15257)"
+        " reports of Stable Diffusion 1.4 by its own protocol. They are for orientation, and"
+        " comparable only where model, prompts and classifiers are the same.",
     )
 
 
@@ -149,21 +153,22 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
     """Loss curves of a run, and the adapter's training summary.
 
     Raises:
-      ValueError: if the run's losses cannot be read.
+      ValueError: if the losses cannot be read.
     """
     if workdir is None and not results.training:
         return None
-    curves = None if workdir is None else _loss_curves(open_path(workdir) / TRAINING_FILE)
+    curves = None if workdir is None else _loss_curves(_loss_files(open_path(workdir)))
     summary = results.training and folded("How it was trained", definitions(flat(results.training)))
     return section("Training", curves and tag("div", curves, class_="curves"), summary)
 
 
-def measured(m: Measurement | None) -> Markup:
-    """A table cell of a number and its interval."""
+def measured(m: Measurement | None, name: str) -> Markup:
+    """A table cell of a number and its interval; `name` is its column's."""
     if m is None:
-        return tag("td", "–")
+        return tag("td", "–", data_label=name)
     interval = glossary.interval_text(m)
-    return tag("td", glossary.value_text(m), interval and tag("small", interval))
+    number = glossary.value_text(m)
+    return tag("td", number, interval and tag("small", interval), data_label=name)
 
 
 def _change(pair: Pair) -> str:
@@ -172,10 +177,11 @@ def _change(pair: Pair) -> str:
     return (adapted and glossary.change_text(adapted)) or "–"
 
 
-def metric_name(m: Measurement) -> Markup:
-    """A table's row heading of a metric and which of its values are better."""
+def metric_name(m: Measurement, images: str = "") -> Markup:
+    """A table's row heading: a metric, which pictures it is of, which of its values are better."""
     better = glossary.metric(m.metric).better
-    return tag("th", glossary.label(m), better and tag("small", f"{better} is better"), scope="row")
+    facts = ", ".join(filter(None, (images, better and f"{better} is better")))
+    return tag("th", glossary.label(m), facts and tag("small", facts), scope="row")
 
 
 def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = False) -> Markup:
@@ -190,18 +196,20 @@ def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = Fals
 
 
 def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
-    """Rows of one metric below a scale that just holds them, or a number that stands alone.
+    """Rows of one metric below a scale that just holds them, or a number that stands alone and has
+    no interval.
 
     Args:
       pairs: by the name of their row.
       title: beside the scale.
     """
     found = [m for pair in pairs.values() for m in pair.values()]
-    if len(found) == 1:
+    if len(found) == 1 and found[0].interval is None:
         alone = charts.lane(found[0].images, tag("span"), _number(found[0]))
         return charts.row(": ".join(filter(None, (title, *pairs))), alone)
-    text = glossary.metric(found[0].metric).text
-    domain = charts.domain([edge for pair in pairs.values() for edge in _edges(pair)], text)
+    info = glossary.metric(found[0].metric)
+    text, edges = info.text, [edge for pair in pairs.values() for edge in _edges(pair)]
+    domain = charts.domain(edges, text, info.within)
     ends = charts.axis([(0, text(domain[0])), (1, text(domain[1]))])
     return fragment(
         charts.row(title, charts.lane("", ends, "")),
@@ -220,6 +228,13 @@ def _edges(pair: Pair) -> list[float]:
 def _first_share(pair: Pair) -> float:
     counts = tuple(_first(pair).counts.values())
     return counts[0] / (sum(counts) or 1)
+
+
+def _aim(pair: Pair) -> str:
+    """The target in words, with its shares where they are not all the same."""
+    target = _first(pair).target or ()
+    same = len({f"{share:.3f}" for share in target}) < 2
+    return "target" if same else f"target: {', '.join(map(glossary.percent, target))}"
 
 
 def _shares_row(subject: str, pair: Pair) -> Markup:
@@ -244,15 +259,23 @@ def _described(m: Measurement) -> str:
     return f"{m.images}: {glossary.value_text(m)}" + (f", interval {interval}" if interval else "")
 
 
-def _loss_curves(path: epath.Path) -> list[Markup]:
-    try:
-        # The last line of a run that goes on may be half written.
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a training workdir's losses"
-        ) from error
+def _loss_files(workdir: epath.Path) -> list[epath.Path]:
+    """Of a run, or of all waves of a batch."""
+    waves = sorted(workdir.glob(f"waves/*/{TRAINING_FILE}"))
+    return waves or [workdir / TRAINING_FILE]
+
+
+def _loss_curves(files: Sequence[epath.Path]) -> list[Markup]:
+    entries = []
+    for path in files:
+        try:
+            # The last line of a run that goes on may be half written.
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            entries += [json.loads(line) for line in lines if line.endswith("\n")]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}; expected a training workdir's losses"
+            ) from error
     found = []
     for loss, title in _LOSSES.items():
         points: dict[str, list[tuple[float, float]]] = {}
