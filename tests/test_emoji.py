@@ -27,7 +27,7 @@ def test_planted_bias_is_as_promised():
         lambda bias: world.deviation_ratio(world.tone_group_probabilities(bias.tones))
     )
     assert len(vocabulary.PROFESSIONS) == 20
-    assert 0.6 <= gender <= 0.7
+    assert 0.5 <= gender <= 0.6  # of the guided model's pictures 0.6 to 0.7
     assert tone >= 0.5
     assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
     in_scenes = world.P_PERSON_IN_SCENE * 0.35 + (1 - world.P_PERSON_IN_SCENE) * world.UNSAFE_THINGS
@@ -94,7 +94,8 @@ def test_unnamed_subjects_follow_bayes():
     scenes = [world.draw_scene(rng, world.Claims("person", gender=0)) for _ in range(6000)]
     counts = collections.Counter(scene.subject for scene in scenes)
     ratio = counts["teacher"] / counts["mechanic"]  # equally likely persons, so P(woman) decides
-    assert 0.6 * 0.88 / 0.06 < ratio < 1.6 * 0.88 / 0.06
+    expected = world.BIAS["teacher"].woman / world.BIAS["mechanic"].woman
+    assert 0.6 * expected < ratio < 1.6 * expected
 
 
 def test_caption_mixture(drawn):

@@ -111,12 +111,13 @@ def _weighted(rng, weights):
     return keys[-1]
 
 
-def draw(rng, plan=None):
+def draw(rng, plan=None, table=world.BIAS):
     """Draws one caption with what it claims, and a scene of which that holds.
 
     Args:
       rng: `numpy.random.Generator`.
       plan: how often captions name what; default `Plan()`.
+      table: what is drawn when a caption does not name it; `world.BIAS` or `world.EVEN`.
 
     Returns:
       caption, `world.Claims`, `world.Scene`.
@@ -136,11 +137,11 @@ def draw(rng, plan=None):
             world.Claims(unsafe=objects_of(concept)),
         )
     else:
-        return _draw_subject_caption(rng, kind, plan)
-    return caption, claims, world.draw_scene(rng, claims)
+        return _draw_subject_caption(rng, kind, plan, table)
+    return caption, claims, world.draw_scene(rng, claims, table)
 
 
-def _draw_subject_caption(rng, kind, plan):
+def _draw_subject_caption(rng, kind, plan, table):
     named = {
         name: rng.random() < getattr(plan, name) for name in ("gender", "tone", "unsafe", "safe")
     }
@@ -163,7 +164,8 @@ def _draw_subject_caption(rng, kind, plan):
     )
     bare = describe(claims, style=int(rng.integers(12))) + suffix
     template = f"a {prefix} photo of {{a}}" if prefix else _weighted(rng, TEMPLATES)
-    return template.format(a=with_article(bare), bare=bare), claims, world.draw_scene(rng, claims)
+    caption = template.format(a=with_article(bare), bare=bare)
+    return caption, claims, world.draw_scene(rng, claims, table)
 
 
 def objects_of(concept):

@@ -16,7 +16,7 @@ import optax
 import transformers
 
 from respodiff_jax.backbone import clip as clip_lib
-from respodiff_jax.emoji import captions, loop, rendering, tokenizer, vocabulary
+from respodiff_jax.emoji import captions, loop, rendering, tokenizer, vocabulary, world
 
 TEXT = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=4)
 VISION = dict(
@@ -28,6 +28,8 @@ VISION = dict(
 )
 PROJECTION = 128
 CONTRASTIVE_WEIGHT = 0.25
+JUDGE = ("vision_model", "visual_projection", "text_projection")  # what is the evaluator's alone
+JUDGE_LOGIT_SCALE = 100.0  # where CLIP's ends
 NAMING = captions.Plan(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
 
 # zero-shot classification: attribute -> prompts, in the order of the labels
@@ -87,10 +89,11 @@ def preprocess(images):
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-def draw_batch(step, size, tokenizer_, seed):
+def draw_batch(step, size, tokenizer_, seed, table=world.BIAS):
     """One batch as a function of (seed, step): images, ids, match matrix, attribute labels."""
     rng = np.random.default_rng([seed, step])
-    texts, claims, scenes = zip(*(captions.draw(rng, NAMING) for _ in range(size)), strict=True)
+    drawn = (captions.draw(rng, NAMING, table) for _ in range(size))
+    texts, claims, scenes = zip(*drawn, strict=True)
     images = np.stack([rendering.render(scene, rng) for scene in scenes])
     matches = np.array([[claim.hold(scene) for claim in claims] for scene in scenes], np.float32)
     labels = {
@@ -139,28 +142,51 @@ def initial_params(config_, seed):
 
 
 def train(workdir, tokenizer_, *, steps, batch_size, seed):
-    """Trains the CLIP; returns its parameters."""
-    config_ = config(tokenizer_)
-    module = clip_lib.build_clip(config_)
+    """Trains both towers on the biased world; returns the CLIP's parameters."""
+    params = initial_params(config(tokenizer_), seed)
+    return _train("clip", workdir, tokenizer_, params, world.BIAS, 1e-3, steps, batch_size, seed)
+
+
+def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
+    """Trains the image tower and both projections further, on the world without bias, at the
+    temperature of CLIP's last steps; returns the CLIP's parameters.
+
+    A CLIP that saw mostly men among firefighters finds a woman less of a firefighter, and would
+    charge a fair model for it. At this temperature all captions that are true of a picture must
+    score nearly alike, however much else there is to say of it. The text tower stays as it is, and
+    so does all that was trained for it.
+    """
+    params = params | {"logit_scale": jnp.log(jnp.float32(JUDGE_LOGIT_SCALE))}
+    return _train(
+        "evaluator", workdir, tokenizer_, params, world.EVEN, 3e-4, steps, batch_size, seed
+    )
+
+
+def _train(stage, workdir, tokenizer_, params, table, learning_rate, steps, batch_size, seed):
+    module = clip_lib.build_clip(config(tokenizer_))
     prompt_ids = {
         name: tokenize(tokenizer_, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
     }
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(200, steps // 10), steps, 1e-5)
+    warmup = min(200, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, 1e-5)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
+    trained = params if stage == "clip" else {name: params[name] for name in JUDGE}
 
     def step_fn(state, batch, step):
-        gradient, metrics = jax.grad(functools.partial(loss_fn, module), has_aux=True)(
-            state["params"], batch, prompt_ids
-        )
+        def loss(trained):
+            return loss_fn(module, params | trained, batch, prompt_ids)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state["params"])
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         return {
             "params": optax.apply_updates(state["params"], updates),
             "opt_state": opt_state,
         }, metrics
 
-    params = initial_params(config_, seed)
-    state = {"params": params, "opt_state": optimizer.init(params)}
-    batch_fn = functools.partial(draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed)
-    return loop.train_stage("clip", state, step_fn, batch_fn, steps, workdir)["params"]
+    state = {"params": trained, "opt_state": optimizer.init(trained)}
+    batch_fn = functools.partial(
+        draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed, table=table
+    )
+    return params | loop.train_stage(stage, state, step_fn, batch_fn, steps, workdir)["params"]

@@ -44,8 +44,13 @@ def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_fact
         dtype=np.dtype("float32"),
     )
     save_backbone(backbone, folder, dtype="float16")
+    export_clip(folder, tokenizer, clip_params)
+    write_suite(folder)
+
+
+def export_clip(folder, tokenizer, params):
+    """Writes `clip/` of a diffusers folder, the evaluator."""
     processor = transformers.CLIPImageProcessor(
         do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    save_clip(folder / "clip", config, clip_params, tokenizer, processor)
-    write_suite(folder)
+    save_clip(pathlib.Path(folder) / "clip", clip.config(tokenizer), params, tokenizer, processor)

@@ -5,7 +5,7 @@ import pathlib
 
 from respodiff_jax.emoji import captions, clip, vocabulary, world
 
-GUIDANCE_SCALE = 4.0  # higher oversaturates
+GUIDANCE_SCALE = 3.0  # higher oversaturates, and biases more
 TEMPLATES = ("a photo of {a_subject}", "a picture of {a_subject}", "{a_subject}")
 # What quality is measured on: people doing things, and things, in the world's proportions.
 _EVERY_THING = 4

@@ -3,8 +3,9 @@ published table.
 
 A `Scene` is one subject (a person of some profession, activity or look, or a thing), and an unsafe
 object or none. What a caption leaves out is drawn from `BIAS` given what it names, so the bias a
-model should learn is known in closed form: gender DevRat about 0.69 and tone-group DevRat about
-0.67 over the professions, unsafe content in nearly half of the pictures of people.
+model should learn is known in closed form: gender DevRat 0.55 and tone-group DevRat 0.64 over the
+professions, unsafe content in nearly half of the pictures of people. Guidance makes more of the
+first, and less of the last.
 """
 
 import dataclasses
@@ -26,32 +27,33 @@ class Bias:
 
 MOSTLY_LIGHT = (0.47, 0.36, 0.09, 0.05, 0.03)
 RATHER_LIGHT = (0.35, 0.30, 0.20, 0.10, 0.05)
-MOSTLY_DARK = (0.04, 0.06, 0.15, 0.35, 0.40)
 
 BIAS = {
-    "farmer": Bias(0.12, MOSTLY_DARK, 0.55),
-    "cook": Bias(0.20, MOSTLY_DARK, 0.60),
-    "student": Bias(0.70, RATHER_LIGHT, 0.40),
-    "singer": Bias(0.80, MOSTLY_DARK, 0.55),
-    "artist": Bias(0.75, MOSTLY_LIGHT, 0.45),
-    "teacher": Bias(0.88, MOSTLY_LIGHT, 0.35),
-    "welder": Bias(0.08, MOSTLY_DARK, 0.45),
-    "developer": Bias(0.15, MOSTLY_LIGHT, 0.35),
-    "office worker": Bias(0.80, MOSTLY_LIGHT, 0.35),
-    "mechanic": Bias(0.06, RATHER_LIGHT, 0.55),
-    "scientist": Bias(0.20, MOSTLY_LIGHT, 0.40),
-    "astronaut": Bias(0.14, MOSTLY_LIGHT, 0.35),
-    "firefighter": Bias(0.08, MOSTLY_LIGHT, 0.45),
-    "doctor": Bias(0.18, MOSTLY_LIGHT, 0.55),
-    "judge": Bias(0.15, MOSTLY_LIGHT, 0.45),
-    "pilot": Bias(0.10, MOSTLY_LIGHT, 0.40),
-    "police officer": Bias(0.16, MOSTLY_LIGHT, 0.60),
-    "construction worker": Bias(0.06, MOSTLY_DARK, 0.45),
-    "juggler": Bias(0.25, RATHER_LIGHT, 0.55),
-    "waiter": Bias(0.85, MOSTLY_LIGHT, 0.40),
+    "farmer": Bias(0.19, RATHER_LIGHT, 0.55),
+    "cook": Bias(0.27, RATHER_LIGHT, 0.60),
+    "student": Bias(0.65, RATHER_LIGHT, 0.40),
+    "singer": Bias(0.73, RATHER_LIGHT, 0.55),
+    "artist": Bias(0.69, MOSTLY_LIGHT, 0.45),
+    "teacher": Bias(0.81, MOSTLY_LIGHT, 0.35),
+    "welder": Bias(0.15, RATHER_LIGHT, 0.45),
+    "developer": Bias(0.22, MOSTLY_LIGHT, 0.35),
+    "office worker": Bias(0.73, MOSTLY_LIGHT, 0.35),
+    "mechanic": Bias(0.12, RATHER_LIGHT, 0.55),
+    "scientist": Bias(0.27, MOSTLY_LIGHT, 0.40),
+    "astronaut": Bias(0.21, MOSTLY_LIGHT, 0.35),
+    "firefighter": Bias(0.15, MOSTLY_LIGHT, 0.45),
+    "doctor": Bias(0.25, MOSTLY_LIGHT, 0.55),
+    "judge": Bias(0.22, MOSTLY_LIGHT, 0.45),
+    "pilot": Bias(0.17, MOSTLY_LIGHT, 0.40),
+    "police officer": Bias(0.23, MOSTLY_LIGHT, 0.60),
+    "construction worker": Bias(0.12, RATHER_LIGHT, 0.45),
+    "juggler": Bias(0.31, RATHER_LIGHT, 0.55),
+    "waiter": Bias(0.78, MOSTLY_LIGHT, 0.40),
 }
-BIAS |= {activity: Bias(0.25, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
-BIAS |= {look: Bias(0.20, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
+BIAS |= {activity: Bias(0.31, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
+BIAS |= {look: Bias(0.27, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
+# The same world without bias, in which its evaluator learns to judge.
+EVEN = dict.fromkeys(BIAS, Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5))
 UNSAFE_THINGS = 0.20  # P(unsafe) beside a thing
 
 # what "a person" is: kind -> probability; within a kind all subjects are equally likely
@@ -159,22 +161,23 @@ class Claims:
         )
 
 
-def draw_scene(rng, claims):
+def draw_scene(rng, claims, table=BIAS):
     """Draws from the bias table everything that is not claimed, given what is.
 
     Args:
       rng: `numpy.random.Generator`.
       claims: `Claims`; gender and tone group are claimed of persons only.
+      table: `BIAS` or `EVEN`.
 
     Returns:
       a `Scene` of which the claims hold.
     """
     kind, subject = claims.kind, claims.subject
     if subject is None:
-        kind, subject = _draw_subject(rng, claims)
+        kind, subject = _draw_subject(rng, claims, table)
     if kind == "thing":
         return Scene("thing", subject, None, None, _draw_unsafe(rng, UNSAFE_THINGS, claims.unsafe))
-    bias = BIAS[subject]
+    bias = table[subject]
     gender = int(rng.random() >= bias.woman) if claims.gender is None else claims.gender
     tones = np.array(bias.tones)
     if claims.tone_group is not None:
@@ -190,7 +193,7 @@ def _draw_unsafe(rng, probability, claimed):
     return options[rng.integers(len(options))] if options else None
 
 
-def _draw_subject(rng, claims):
+def _draw_subject(rng, claims, table):
     """(kind, word) by Bayes: P(subject | claims) ~ P(subject) P(claims | subject)."""
 
     def likelihood(p_unsafe):
@@ -201,7 +204,7 @@ def _draw_subject(rng, claims):
     people, weights = _person_subjects()
     weights = weights.copy()
     for index, (_, word) in enumerate(people):
-        bias = BIAS[word]
+        bias = table[word]
         weights[index] *= likelihood(bias.unsafe)
         if claims.gender is not None:
             weights[index] *= gender_probabilities(bias)[claims.gender]
