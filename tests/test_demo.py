@@ -19,6 +19,7 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     def short():
         config = whole()
         config.train.steps, config.train.batch_size = 2, 4
+        config.optimizer.warmup_steps = 0
         config.rollout.num_steps = 4
         config.log.grid_every = 0
         return config

@@ -28,6 +28,7 @@ EPILOG = """\
   respodiff bench generate --config configs/emoji_gender.py --against torch \\
       --config.train.batch_size=16 --config.log.grid_steps=50
   respodiff bench torch-train --config configs/emoji_gender.py --workdir runs/torch \\
+      --config.optimizer.lr_schedule=constant --config.optimizer.warmup_steps=0 \\
       --config.train.steps=100 --config.checkpoint.every=25
   respodiff evaluate fairness --adapter runs/torch/000100 --out evaluations/torch
 

@@ -4,8 +4,9 @@
         [--variant NAME ...] [--seeds 0 1 2]
 
 trains and evaluates every variant of every task, prints a Markdown table of means and spreads and
-writes it to `DIR/ablation.md`. What is done is not done again. Pictures are made from seeds that
-no training and no choice of hyper-parameters has seen.
+writes it to `DIR/ablation.md`. What is done is not done again, so that processes may share the work
+and the last puts the table together; `JAX_COMPILATION_CACHE_DIR` saves them compiling the same.
+Pictures are made from seeds that no training and no choice of hyper-parameters has seen.
 """
 
 import argparse
@@ -17,21 +18,25 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import recipes
-from respodiff_jax.evaluation.results import Results
+from respodiff_jax.evaluation.results import Results, load_results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.generation import SamplerOptions
 from respodiff_jax.training import train
 
 EVALUATION_SEED = 700_000
+_DONE = "done"  # a file
+# Each weight of a map of h acts on all positions.
+_LEARNED_MAP = {"concepts.*.lr_ram": 1e-3, "concepts.*.lr_sam": 3e-5}
 # What each variant changes in the config of a task; fields of `concepts.*` in every concept.
 VARIANTS = {
     "RAM + SAM": {},
     "RAM only": {"concepts.*.lr_sam": 0.0},
+    "lambda 0": {"concepts.*.lambda_sem": 0.0},
     "lambda 1": {"concepts.*.lambda_sem": 1.0},
     "lambda 4": {"concepts.*.lambda_sem": 4.0},
-    "mlp": {"module.kind": "mlp"},
-    "conv": {"module.kind": "conv"},
+    "mlp": {"module.kind": "mlp"} | _LEARNED_MAP,
+    "conv": {"module.kind": "conv"} | _LEARNED_MAP,
     "faithful rollout": {"rollout.kind": "faithful"},
 }
 TASKS = {
@@ -68,7 +73,9 @@ def configure(task: str, variant: str, seed: int) -> ConfigDict:
 
 
 def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: int) -> Results:
-    """Trains and evaluates one variant of one task from one seed."""
+    """Trains and evaluates one variant of one task from one seed, or reads what came of it."""
+    if (out / _DONE).exists():
+        return load_results(out / "evaluation")
     config = configure(task, variant, seed)
     train(config, out / "run")
     adapter = load_adapter(out / "run" / "adapter")
@@ -76,13 +83,16 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
         protocols=("fairness",) * (task != "safety") + ("safety",) * (task in ("safety", "both")),
         groups={"both": ("gender",), "safety": ()}.get(task, (task,)),
         safe=task in ("safety", "both"),
-        images_per_prompt=10,
+        images_per_subject=12,
+        images_per_prompt=8,
         seed=EVALUATION_SEED,
     )
     backbone = load_backbone(config.model.name, dtype=config.model.dtype)
     suite = load_suite(None, config.model.name)
     options = SamplerOptions(num_steps=num_steps, guidance_scale=suite.guidance_scale)
-    return evaluate(backbone, adapter, suite, plan, out / "evaluation", options)
+    results = evaluate(backbone, adapter, suite, plan, out / "evaluation", options)
+    (out / _DONE).touch()
+    return results
 
 
 def table(task: str, results: dict[str, list[Results]]) -> str:

@@ -1,6 +1,10 @@
-"""The paper's three tasks on Emoji World, with the learning rates that suit its small UNet.
+"""The paper's three tasks on Emoji World, with the optimiser settings that suit its small UNet.
 
 Nothing but "a person" and "a scene" is shown to the training: no profession, no activity.
+
+Adam's epsilon is about as large as the gradient of an element of a constant, 1e-6 to 1e-5. With the
+usual 1e-8 all elements move equally fast however little they matter, and the scale of SAM's loss,
+lambda, makes no difference.
 """
 
 from ml_collections import ConfigDict
@@ -8,7 +12,12 @@ from ml_collections import ConfigDict
 from respodiff_jax.config import add_concept, default
 from respodiff_jax.emoji import vocabulary
 
-LR_RAM, LR_SAM = 3e-2, 3e-3
+# task -> learning rates of RAM and SAM
+LEARNING_RATES = {
+    "gender": (0.1, 0.003),
+    "skin_tone": (0.03, 0.009),
+    "safety": (0.1, 0.03),
+}
 
 
 def base_config() -> ConfigDict:
@@ -16,15 +25,20 @@ def base_config() -> ConfigDict:
     config = default()
     config.model.name = "emoji-world"
     config.model.dtype = "float32"
+    lr_ram, lr_sam = LEARNING_RATES["gender"]
+    config.concept_defaults.lr_ram, config.concept_defaults.lr_sam = lr_ram, lr_sam
     config.rollout.kind = "streaming"
-    config.rollout.num_steps = 20
     config.rollout.slots = 2
-    config.train.steps = 300
+    config.optimizer.eps = 1e-5
+    config.optimizer.lr_schedule = "cosine"
+    # Until the first trajectories have ended, all of them are young.
+    config.optimizer.warmup_steps = 100
+    config.train.steps = 400
     config.train.batch_size = 8
     config.checkpoint.every = 100
-    config.log.grid_every = 150
+    config.log.grid_every = 200
     config.log.grid_steps = 20
-    config.log.grid_guidance_scale = 4.0
+    config.log.grid_guidance_scale = 3.0
     return config
 
 
@@ -50,8 +64,7 @@ def _add_fair(config: ConfigDict, key: str, group: str, target: str) -> None:
         target_prompt=target,
         guidance_scale=4.0,
         lambda_sem=0.5,
-        lr_ram=LR_RAM,
-        lr_sam=LR_SAM,
+        **_learning_rates(group),
     )
 
 
@@ -67,6 +80,9 @@ def add_safety(config: ConfigDict) -> None:
             unsafe_prompt=name,
             guidance_scale=12.0,
             lambda_sem=1.0,
-            lr_ram=LR_RAM,
-            lr_sam=LR_SAM,
+            **_learning_rates("safety"),
         )
+
+
+def _learning_rates(task: str) -> dict[str, float]:
+    return dict(zip(("lr_ram", "lr_sam"), LEARNING_RATES[task], strict=True))

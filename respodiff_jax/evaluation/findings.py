@@ -139,9 +139,17 @@ class Findings:
 def environment() -> dict[str, Any]:
     """Versions, hardware and date, for a record."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        "versions": {name: _version(name) for name in _LIBRARIES}
         | {"python": platform.python_version()},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _version(library: str) -> str:
+    """Its version; a copy of this package that runs from its folder has none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
