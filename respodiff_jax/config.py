@@ -17,7 +17,7 @@ from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.modules import INITS, KINDS
 from respodiff_jax.rollout import KINDS as ROLLOUT_KINDS
 
-ATTENTION = ("auto", "plain", "flash", "cudnn")
+ATTENTION = ("auto", "plain", "flash", "cudnn", "stock")
 STRATEGIES = ("pmap", "mesh")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -32,7 +32,8 @@ def default() -> ConfigDict:
     config.model.revision = placeholder(str)  # hub branch, tag or commit
     config.model.variant = placeholder(str)  # "fp16" reads *.fp16.safetensors
     config.model.dtype = "bfloat16"  # of the frozen parts: "bfloat16" or "float32"
-    config.model.attention = "auto"  # "plain", "flash" (TPU) or "cudnn" (NVIDIA, bfloat16)
+    # "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), or diffusers' own: "stock".
+    config.model.attention = "auto"
     config.model.resolution = placeholder(int)  # pixels; None is the model's own
 
     config.module = ConfigDict()

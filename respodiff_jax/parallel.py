@@ -209,6 +209,13 @@ class Placement(abc.ABC):
         """The recipe as this placement runs it."""
         return recipe
 
+    def init_state(self, init: Callable[..., TrainState], *args: Any) -> TrainState:
+        """The canonical state that `init(*args)` gives, of host arrays that are the same on all
+        processes; each device makes its own part, so that none has to hold the whole."""
+        shapes = jax.eval_shape(init, *args)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract(shapes))
+        return jax.jit(init, out_shardings=shardings)(*args)
+
     def to_canonical_devices(self, state: TrainState) -> TrainState:
         """Puts a host state, the same on all processes, on the mesh in canonical form."""
         return jax.tree.map(self._put, state, _state_specs(state))

@@ -20,7 +20,6 @@ import optax
 from ml_collections import ConfigDict
 
 from respodiff_jax import diffusion, objective
-from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params, add_delta
@@ -181,19 +180,21 @@ def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: i
     )
 
 
-def start_from(state: TrainState, concepts: Sequence[Concept], adapter: Adapter) -> TrainState:
-    """A fresh state with an adapter's RAM and SAM for the concepts that it has, by name."""
-    columns = {
-        n: adapter.names.index(concept.name)
-        for n, concept in enumerate(concepts)
-        if concept.name in adapter.names
-    }
+def start_from(state: TrainState, places: Sequence[int], ram: Params, sam: Params) -> TrainState:
+    """A fresh state in which some concepts start from trained modules.
+
+    Args:
+      state: of N concepts.
+      places: which of them; M.
+      ram, sam: their parameters, leaves `(M, ...)`.
+    """
+    places = np.array(places, np.int32)
 
     def replace(fresh, trained):
-        return fresh.at[np.array([*columns])].set(trained[[*columns.values()]])
+        return fresh.at[places].set(trained)
 
-    ram = jax.tree.map(replace, state.concepts.ram, adapter.ram)
-    sam = jax.tree.map(replace, state.concepts.sam, adapter.sam)
+    ram = jax.tree.map(replace, state.concepts.ram, ram)
+    sam = jax.tree.map(replace, state.concepts.sam, sam)
     return state.replace(concepts=state.concepts.replace(ram=ram, sam=sam))
 
 

@@ -150,11 +150,19 @@ class _Job:
         self, wave: Wave, arrays: ConceptArrays, checkpoints: Checkpoints
     ) -> TrainState:
         """The wave's last checkpoint, or its state before the first step; canonical."""
-        fresh = init_state(self.recipe, arrays, self.config.seed, self.config.train.batch_size)
-        if self.start is not None:
-            fresh = start_from(fresh, wave.concepts, self.start)
-        restored = checkpoints.restore_latest(self.placement.abstract(fresh))
-        return self.placement.to_canonical_devices(fresh) if restored is None else restored
+        names = self.start.names if self.start else ()
+        rows = {n: names.index(c.name) for n, c in enumerate(wave.concepts) if c.name in names}
+
+        def init(arrays, *trained):
+            fresh = init_state(self.recipe, arrays, self.config.seed, self.config.train.batch_size)
+            return start_from(fresh, [*rows], *trained) if trained else fresh
+
+        args = (arrays,)
+        if rows:
+            chosen = [*rows.values()]
+            args += jax.tree.map(lambda x: x[chosen], (self.start.ram, self.start.sam))
+        restored = checkpoints.restore_latest(self.placement.abstract(jax.eval_shape(init, *args)))
+        return self.placement.init_state(init, *args) if restored is None else restored
 
     def _grids(self, wave: Wave, arrays: ConceptArrays) -> ValidationGrids | None:
         if self.sample is None:

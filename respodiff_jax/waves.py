@@ -122,10 +122,11 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     if size == len(concepts):
         return [Wave(workdir, config, concepts, size)]
     parts = [concepts[start : start + size] for start in range(0, len(concepts), size)]
+    bare = with_concepts(config, ())  # thousands of concepts need not be copied for each wave
     return [
         Wave(
             folder=workdir / "waves" / f"{number:04d}",
-            config=with_concepts(config, part),
+            config=with_concepts(bare, part),
             concepts=part,
             size=size,
             first_step=number * config.train.steps,

@@ -162,6 +162,9 @@ def test_a_transformer_block_with_flash(interpreted):
             return out, *vjp(jnp.cos(out))
 
     expected = jax.jit(partial(run, []))(params, x)
+    stock = jax.jit(partial(run, [with_attention("stock")]))(params, x)
+    for theirs, same in zip(expected, stock, strict=True):
+        np.testing.assert_array_equal(same, theirs)
     plain = jax.jit(partial(run, [with_attention("plain")]))(params, x)
     flash = jax.jit(partial(run, [with_attention("flash")]))(params, x)
     for theirs, same, ours in zip(expected, plain, flash, strict=True):

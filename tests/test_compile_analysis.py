@@ -114,7 +114,44 @@ def test_attention_kernels_are_counted():
     assert backward.nbytes == read + 2 * 16 * 128 * 40
     found = analysis.describe(make_program(), FakeCompiled(SPLASH_TEXT), V5E)
     assert found["flops"] == 3e12 + 7 * product and found["kernels_without_flops"] == 0
-    assert found["bytes"] == 8.19e9 + forward.nbytes + backward.nbytes
+    on_chip = 2 * 16 * 4096 * 40 + 2 * 16 * 128 * 40  # the results
+    assert found["bytes"] == forward.nbytes + backward.nbytes - on_chip
+    assert found["xla_bytes"] == 8.19e9 + forward.nbytes + backward.nbytes
+
+
+TRAFFIC_TEXT = """\
+%branch (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0:T(128)} parameter(0)
+  ROOT %negate.1 = f32[8]{0:T(128)S(1)} negate(%x)
+}
+
+ENTRY %main (p: f32[8,4], q: f32[2,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %q = f32[2,4]{1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %copy-start = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %copy-start.1 = (f32[8,4]{1,0}, f32[8,4]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) \
+copy-start(%copy-done)
+  %slice-start = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%p), slice={[0:2], [0:4]}
+  %slice-done = f32[2,4]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %slice.1 = f32[1,4]{1,0:T(8,128)} slice(%p), slice={[0:1], [0:4]}
+  %slice.2 = f32[1,4]{1,0:T(8,128)} slice(%slice-done), slice={[0:1], [0:4]}
+  %conditional.1 = f32[8]{0:T(128)S(1)} conditional(%i, %p), branch_computations={%branch, %branch}
+  ROOT %dynamic-update-slice.1 = f32[8,4]{1,0:T(8,128)} dynamic-update-slice(%p, %q, %i)
+}
+"""
+
+
+def test_traffic_is_what_leaves_or_enters_the_chip():
+    whole, part, row = 8 * 4 * 4, 2 * 4 * 4, 4 * 4
+    copied = whole + whole  # in, and back
+    sliced = part + 2 * row + row  # copied ahead; read and written; written
+    branch = 8 * 4  # one of the two is run, and reads
+    updated = part + part
+    assert hlo.traffic(TRAFFIC_TEXT) == copied + sliced + branch + updated
+    assert hlo.traffic("") == 0
 
 
 def make_program(**fields):
@@ -144,18 +181,27 @@ def test_numbers_of_a_program():
     chip = dataclasses.replace(V5E, hbm=133)
     program = make_program(unused=11, gradients=4096, repeats=3.0)
     found = analysis.describe(
-        program, FakeCompiled(TPU_TEXT), chip, {"flops": 1e12, "bytes": 1.638e12}
+        program,
+        FakeCompiled(TPU_TEXT),
+        chip,
+        {"flops": 1e12, "bytes": 1.638e12, "xla_bytes": 2e12},
     )
     assert found["memory"]["total"] == 100 + 30 - 20 + 7 + 5 + 11 == chip.hbm
     assert found["fits"] and found["memory"]["peak"] == 90
-    assert (found["flops"], found["bytes"]) == (5e12, 8.19e9 + 64 + 2 * 1.638e12)
+    exchanges, kernels, in_the_loop = 32 + 32 + 10, 64, 128 + 32
+    assert found["flops"] == 5e12
+    assert found["bytes"] == exchanges + kernels + in_the_loop + 2 * 1.638e12
+    assert found["xla_bytes"] == 8.19e9 + 64 + 2 * 2e12
     assert found["kernels_without_flops"] == 2
     assert found["roofline"] == analysis.roofline(5e12, found["bytes"], chip)
     by_op = found["exchange"]["by_op"]
     assert by_op["reduce-scatter"] == {"count": 3, "bytes": 3 * 128}
     assert found["exchange"]["bytes"] == 4096 + 3 * 128 + 4112 + 16 + 5
     smaller = analysis.describe(
-        program, FakeCompiled(""), dataclasses.replace(V5E, hbm=132), {"flops": 0, "bytes": 0}
+        program,
+        FakeCompiled(""),
+        dataclasses.replace(V5E, hbm=132),
+        dict.fromkeys(found["counted"], 0),
     )
     assert not smaller["fits"]
 

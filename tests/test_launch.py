@@ -211,14 +211,23 @@ def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["--config.train.batch_size=1", "--config.train.concepts_per_device=1"]
     concepts = ["--concepts", str(file)]
+
+    def saved_steps():  # without one that is being written, which the kill may cut off
+        names = [path.name for path in workdir.glob("waves/0000/checkpoints/*")]
+        return [int(name) for name in names if name.isdigit()]
+
     with in_training(tmp_path, 4, *few, *concepts, checkpoint_every=2) as (process, numbers):
+        deadline = time.monotonic() + 300
+        while not saved_steps():
+            assert process.poll() is None and time.monotonic() < deadline, told(tmp_path)
+            time.sleep(0.1)
         os.kill(numbers[3], signal.SIGKILL)
         assert process.wait(timeout=300) != 0
-    saved = max(int(path.name) for path in workdir.glob("waves/0000/checkpoints/[0-9]*"))
+    saved = max(saved_steps())
     few += [f"--config.train.steps={saved + 2}", "--config.log.grid_every=0"]
     arguments = ["--config", "configs/smoke.py", "--workdir", str(workdir), *concepts, *few]
-    told = launch("local_pod.sh", "2", "2", *arguments).stdout
-    assert f"step {saved}" in told
+    output = launch("local_pod.sh", "2", "2", *arguments).stdout
+    assert f"step {saved}" in output
     train(load_config("configs/smoke.py", few, str(file)), str(tmp_path / "one"))
     ours, theirs = (modules_of(path) for path in (workdir, tmp_path / "one"))
     assert list(ours) == [row["name"] for row in rows] == list(theirs)

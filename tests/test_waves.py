@@ -350,3 +350,35 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
             worst = max(worst, np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     print(f"largest relative difference of a module: {worst:.1e}")
     assert worst < 1e-3
+
+
+@pytest.mark.slow
+def test_throughput_grows_with_the_concepts_of_a_batch():
+    """One step of 1 to 64 concepts on one device, by turns; run with `-s` to see the curve.
+
+    In CPU time, which other programs on the machine do not take away.
+    """
+    overrides = ["--config.train.batch_size=1"]
+    config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
+    concepts = concepts_from(config)
+    backbone = load_backbone("emoji-world", dtype="float32")
+    recipe = Recipe.from_config(config, concepts, backbone, backbone.default_resolution)
+    step = jax.jit(functools.partial(train_step, recipe))
+    all_arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
+    frozen = jax.device_put({"unet": backbone.params["unet"]})
+    ids = np.arange(1)
+    seconds = {count: [] for count in (1, 4, 16, 64)}
+    arrays = {n: jax.tree.map(lambda x, n=n: x[:n], all_arrays) for n in seconds}
+    states = {n: init_state(recipe, arrays[n], config.seed, 1) for n in seconds}
+    for turn in range(6):
+        for count, found in seconds.items():
+            steps = max(16 // count, 1)
+            start = time.process_time()
+            for _ in range(steps):
+                states[count], _ = step(states[count], frozen, arrays[count], ids)
+            jax.block_until_ready(states[count])
+            if turn:  # the first compiles
+                found.append((time.process_time() - start) / steps)
+    rates = {count: count / np.median(found) for count, found in seconds.items()}
+    print({count: f"{rate:.2f} concept-steps per CPU second" for count, rate in rates.items()})
+    assert rates[1] < rates[4] < rates[16] and rates[64] > 0.9 * rates[16]

@@ -7,7 +7,8 @@ traffic of a training step. The fused kernels keep them on the chip:
 * `flash`, on TPU: Pallas' Splash attention, forward and backward.
 * `cudnn`, on NVIDIA: cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
-Small attentions, as in the UNet's lower levels, are `plain` everywhere.
+Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock` is none of these:
+diffusers' module as it stands, scores and softmax in the model's dtype, to compare with.
 """
 
 import re
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, PartitionSpec
 
-IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn")
+IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn", "stock")
 
 # Fewer scores, 1 MiB a head in float32, need not leave the chip. 64 × 64 positions attending to the
 # 77 tokens of a prompt have more, 32 × 32 positions fewer.
@@ -36,7 +37,7 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
       dtype: of the model's computation.
 
     Returns:
-      "plain", "flash" or "cudnn".
+      "plain", "flash", "cudnn" or "stock".
 
     Raises:
       ValueError: for an unknown name, or one that this backend or dtype does not have.
@@ -46,7 +47,12 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
             f"attention={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}."
         )
     backend = jax.default_backend()
-    available = {"plain": True, "flash": backend == "tpu", "cudnn": _has_cudnn(dtype)}
+    available = {
+        "plain": True,
+        "flash": backend == "tpu",
+        "cudnn": _has_cudnn(dtype),
+        "stock": True,
+    }
     if implementation == "auto":
         return next((name for name in ("flash", "cudnn") if available[name]), "plain")
     if not available[implementation]:

@@ -36,8 +36,8 @@ class Backbone:
       params: `{"unet", "vae", "text_encoder"[, "text_encoder_2"]}`, parameter trees in `dtype`.
       dtype: float32 or bfloat16, of parameters and computation.
       zeros_for_empty_prompt: SDXL's `force_zeros_for_empty_prompt`; see `encode_prompts`.
-      attention: implementation in UNet and VAE, "plain", "flash" or "cudnn"; see
-        `attention.attention`.
+      attention: implementation in UNet and VAE, "plain", "flash", "cudnn" or "stock"; see
+        `flax_models.with_attention`.
     """
 
     identity: Mapping[str, str | None]

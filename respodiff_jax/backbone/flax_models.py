@@ -269,11 +269,13 @@ def with_attention(implementation: str) -> Callable:
     stock UNet moves them to the batch and back.
 
     Args:
-      implementation: see `attention.attention`.
+      implementation: see `attention.attention`; "stock" leaves the modules as they are.
     """
 
     def intercept(next_function, args, kwargs, context):
         module = context.module
+        if implementation == "stock":
+            return next_function(*args, **kwargs)
         if context.method_name == "__call__" and isinstance(module, FlaxAttention):
             return of_unet(module, *args, **kwargs)
         if context.method_name == "__call__" and isinstance(module, FlaxAttentionBlock):

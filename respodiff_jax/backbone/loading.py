@@ -32,7 +32,8 @@ def load_backbone(
       variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, where there are
         none, fp16.
       dtype: "float32" or "bfloat16", of all parameters and computation.
-      attention: of UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16) or "auto".
+      attention: of UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), "auto", or
+        "stock", diffusers' own.
       cache_dir: instead of the default Hugging Face cache, or the cache of copies from gs://.
       abstract: read configs and tokenizers only; `params` are `ShapeDtypeStruct`s. For checking
         whether all fits together before the weights are read.

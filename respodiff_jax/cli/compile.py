@@ -80,9 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.batch_per_device is not None and args.batch_per_device < 1:
         raise ValueError(f"--batch-per-device is {args.batch_per_device}, expected at least 1")
-    # Before JAX is imported: it shall look neither for a TPU nor for its metadata server. And no
-    # weights shall be fetched for the sake of their shapes.
+    # Before JAX is imported: it shall look neither for a TPU nor for its metadata server; libtpu
+    # shall not complain that nothing tells it of a host and its chips, for which any kind will do;
+    # and no weights shall be fetched for the sake of their shapes.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 
     import pathlib
 

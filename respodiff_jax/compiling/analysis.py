@@ -82,8 +82,8 @@ def describe(
       program: that was compiled.
       compiled: for devices of any kind.
       chip: to compare with.
-      body: `flops` and `bytes` of one pass of the program's loop, if it has one. XLA counts a
-        loop's body once; what is returned counts it as often as it runs.
+      body: `flops`, `bytes` and `xla_bytes` of one pass of the program's loop, if it has one.
+        Counts have a loop's body once; what is returned has it as often as it runs.
     """
     memory = _memory(program, compiled, chip)
     counted = _cost(compiled)
@@ -138,11 +138,14 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 
 
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """XLA's counts and, of the kernels, which it counts as nothing, our own."""
-    cost, kernels = compiled.cost_analysis(), hlo.kernels(compiled.as_text())
+    """XLA's FLOPs and, of the kernels, which it counts as nothing, our own; bytes from and to
+    HBM; and XLA's bytes, which count what is kept on the chip as well."""
+    cost, text = compiled.cost_analysis(), compiled.as_text()
+    kernels = hlo.kernels(text)
     return {
         "flops": float(cost["flops"]) + sum(kernel.flops or 0 for kernel in kernels),
-        "bytes": float(cost["bytes accessed"]) + sum(kernel.nbytes for kernel in kernels),
+        "bytes": float(hlo.traffic(text)),
+        "xla_bytes": float(cost["bytes accessed"]) + sum(kernel.nbytes for kernel in kernels),
     }
 
 

@@ -75,8 +75,9 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"Compiled ahead of time with {'; '.join(versions)}, run on no TPU. All figures are of one"
         " chip and one step (of one batch, for sampling). *HBM*: needed, of what there is."
-        " *TFLOP* and *traffic*: XLA's, and for attention kernels their matrix products, and each"
-        " operand and result once. *At best*: the longer of FLOPs at peak and traffic at full"
+        " *TFLOP*: XLA's, and of attention kernels their matrix products. *Traffic*: between HBM"
+        " and chip, each instruction's operands and results once, but for those that the compiler"
+        " keeps on the chip. *At best*: the longer of FLOPs at peak and traffic at full"
         " bandwidth, exchanges not counted. *Concepts an hour*: of the config's steps and batch"
         " size. *Exchanged*: in collectives, as large as what they are of when whole.",
     ]
