@@ -18,6 +18,7 @@ from PIL import Image
 from respodiff_jax import images as images_lib
 from respodiff_jax.backbone import load_backbone, load_clip, local_folder
 from respodiff_jax.emoji import captions, clip, rendering, vocabulary, world
+from respodiff_jax.emoji.suite import GUIDANCE_SCALE
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.metrics import deviation_ratio
 from respodiff_jax.generation import SamplerOptions, sample_images
@@ -102,7 +103,7 @@ def main():
     parser.add_argument("--per-prompt", type=int, default=16)
     parser.add_argument("--real", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--seed", type=int, default=20_000)
     args = parser.parse_args()
     options = SamplerOptions(num_steps=args.steps, guidance_scale=args.guidance)

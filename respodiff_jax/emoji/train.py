@@ -26,7 +26,7 @@ from respodiff_jax.emoji import autoencoder, clip, denoiser, export, loop, token
 STAGES = {  # stage -> steps, batch size
     "clip": (4000, 64),
     "vae": (4000, 8),
-    "evaluator": (2000, 64),
+    "evaluator": (3000, 64),
     "unet": (14000, 256),
 }
 POOL_SIZE = 60_000
