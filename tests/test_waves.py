@@ -239,6 +239,23 @@ def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     assert "has no concept 'concept 99' yet" in capsys.readouterr().err
 
 
+def test_waves_start_from_an_adapter_that_has_few_of_the_concepts(twenty, tmp_path):
+    """At a learning rate of 0: one concept of the first wave is the adapter's, all else is new."""
+    _, workdir = twenty
+    out = str(tmp_path / "start")
+    assert cli.main(["export", str(workdir), "--only", "concept 2", "--out", out]) == 0
+    concepts = write_concepts(tmp_path / "nine.jsonl", 9)
+    changes = {"train.steps": 1, "train.init_adapter": out}
+    changes |= {f"concept_defaults.lr_{role}": 0.0 for role in ("ram", "sam")}
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    assert cli.main(train_command(concepts, tmp_path / "run", *overrides)) == 0
+    found, trained = modules_of(tmp_path / "run"), modules_of(workdir)
+    assert len(found) == 9 and len(list((tmp_path / "run" / "waves").iterdir())) == 2
+    for name, modules in found.items():
+        for ours, theirs in zip(modules, trained["concept 2"], strict=True):
+            np.testing.assert_array_equal(ours, theirs if name == "concept 2" else 0 * theirs)
+
+
 def test_a_concept_of_a_batch_is_the_one_trained_alone(twenty, tmp_path):
     concepts, workdir = twenty
     lines = pathlib.Path(concepts).read_text().splitlines()
