@@ -239,6 +239,23 @@ def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     assert "has no concept 'concept 99' yet" in capsys.readouterr().err
 
 
+def test_waves_start_from_an_adapter_that_has_few_of_the_concepts(twenty, tmp_path):
+    """At a learning rate of 0: one concept of the first wave is the adapter's, all else is new."""
+    _, workdir = twenty
+    out = str(tmp_path / "start")
+    assert cli.main(["export", str(workdir), "--only", "concept 2", "--out", out]) == 0
+    concepts = write_concepts(tmp_path / "nine.jsonl", 9)
+    changes = {"train.steps": 1, "train.init_adapter": out}
+    changes |= {f"concept_defaults.lr_{role}": 0.0 for role in ("ram", "sam")}
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    assert cli.main(train_command(concepts, tmp_path / "run", *overrides)) == 0
+    found, trained = modules_of(tmp_path / "run"), modules_of(workdir)
+    assert len(found) == 9 and len(list((tmp_path / "run" / "waves").iterdir())) == 2
+    for name, modules in found.items():
+        for ours, theirs in zip(modules, trained["concept 2"], strict=True):
+            np.testing.assert_array_equal(ours, theirs if name == "concept 2" else 0 * theirs)
+
+
 def test_a_concept_of_a_batch_is_the_one_trained_alone(twenty, tmp_path):
     concepts, workdir = twenty
     lines = pathlib.Path(concepts).read_text().splitlines()
@@ -356,7 +373,7 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
 def test_throughput_grows_with_the_concepts_of_a_batch():
     """One step of 1 to 64 concepts on one device, by turns; run with `-s` to see the curve.
 
-    In CPU time, which other programs on the machine do not take away.
+    It is judged by processor time, which other programs on the machine do not take away.
     """
     overrides = ["--config.train.batch_size=1"]
     config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
@@ -367,18 +384,22 @@ def test_throughput_grows_with_the_concepts_of_a_batch():
     all_arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
     frozen = jax.device_put({"unet": backbone.params["unet"]})
     ids = np.arange(1)
-    seconds = {count: [] for count in (1, 4, 16, 64)}
+    seconds = {count: [] for count in (1, 2, 4, 8, 16, 32, 64)}
     arrays = {n: jax.tree.map(lambda x, n=n: x[:n], all_arrays) for n in seconds}
     states = {n: init_state(recipe, arrays[n], config.seed, 1) for n in seconds}
-    for turn in range(6):
+    for turn in range(8):
         for count, found in seconds.items():
-            steps = max(16 // count, 1)
-            start = time.process_time()
+            steps = max(32 // count, 1)
+            start = np.array([time.process_time(), time.perf_counter()])
             for _ in range(steps):
                 states[count], _ = step(states[count], frozen, arrays[count], ids)
             jax.block_until_ready(states[count])
             if turn:  # the first compiles
-                found.append((time.process_time() - start) / steps)
-    rates = {count: count / np.median(found) for count, found in seconds.items()}
-    print({count: f"{rate:.2f} concept-steps per CPU second" for count, rate in rates.items()})
-    assert rates[1] < rates[4] < rates[16] and rates[64] > 0.9 * rates[16]
+                now = np.array([time.process_time(), time.perf_counter()])
+                found.append((now - start) / steps)
+    rates = {count: count / np.median(found, axis=0) for count, found in seconds.items()}
+    print("concepts, concept-steps per second of processor time, and by the clock:")
+    for count, (processor, clock) in rates.items():
+        print(f"{count:4d} {processor:8.1f} {clock:8.1f}")
+    rates = {count: processor for count, (processor, _) in rates.items()}
+    assert rates[1] < rates[4] < rates[16] and rates[64] > 0.8 * rates[16]
