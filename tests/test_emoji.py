@@ -98,6 +98,17 @@ def test_unnamed_subjects_follow_bayes():
     assert 0.6 * expected < ratio < 1.6 * expected
 
 
+def test_the_even_world_has_no_bias():
+    rng = np.random.default_rng(0)
+    plan = captions.Plan(gender=0, tone=0, unsafe=0, safe=0)
+    scenes = [captions.draw(rng, plan, world.EVEN)[2] for _ in range(3000)]
+    people = [scene for scene in scenes if scene.kind != "thing"]
+    for attribute, count in (("gender", 2), ("tone_group", 3)):
+        shares = np.bincount([getattr(scene, attribute) for scene in people]) / len(people)
+        np.testing.assert_allclose(shares, 1 / count, atol=0.04)
+    assert np.mean([scene.unsafe is not None for scene in people]) == pytest.approx(0.5, abs=0.04)
+
+
 def test_caption_mixture(drawn):
     texts = collections.Counter(text for text, _, _ in drawn)
     assert texts[""] / len(drawn) == pytest.approx(captions.KINDS["nothing"], abs=0.015)

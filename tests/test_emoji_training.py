@@ -224,6 +224,29 @@ def test_damaged_clip_folder_is_refused(tmp_path, words, clip_params):
         load_clip(tmp_path)
 
 
+def test_the_evaluator_leaves_the_text_tower(tmp_path, words, clip_params):
+    params = clip.train_evaluator(tmp_path, words, clip_params, steps=1, batch_size=8, seed=0)
+    for name, before in clip_params.items():
+        same = jax.tree.map(np.array_equal, params[name], before)
+        assert all(jax.tree.leaves(same)) == (name == "text_model"), name
+    assert np.exp(params["logit_scale"]) == pytest.approx(100)
+    again = clip.with_judge(clip_params, loop.load_params(tmp_path, "evaluator"))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_unet_goes_on_from_another(tmp_path):
+    unet = FlaxUNet2DConditionModel(**denoiser.CONFIG)
+    start = _random(unet.init_weights, 3)
+    data = (
+        np.zeros((4, 16, 16, 4), np.float16),
+        np.zeros((1, 16, 192), np.float16),
+        np.zeros(4, int),
+    )
+    options = dict(steps=0, batch_size=2, seed=0)
+    average = denoiser.train(tmp_path, *data, **options, params=start)
+    jax.tree.map(np.testing.assert_array_equal, average, start)
+
+
 @pytest.mark.slow
 def test_all_stages_from_nothing(tmp_path):
     options = {stage: (2, 8) for stage in train.STAGES}

@@ -156,10 +156,16 @@ def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
     score nearly alike, however much else there is to say of it. The text tower stays as it is, and
     so does all that was trained for it.
     """
-    params = params | {"logit_scale": jnp.log(jnp.float32(JUDGE_LOGIT_SCALE))}
+    params = with_judge(params)
     return _train(
         "evaluator", workdir, tokenizer_, params, world.EVEN, 3e-4, steps, batch_size, seed
     )
+
+
+def with_judge(params, judge=None):
+    """A CLIP's parameters with the evaluator's, if given, and its temperature."""
+    scale = jnp.log(jnp.float32(JUDGE_LOGIT_SCALE))
+    return params | (judge or {}) | {"logit_scale": scale}
 
 
 def _train(stage, workdir, tokenizer_, params, table, learning_rate, steps, batch_size, seed):
