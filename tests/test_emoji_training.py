@@ -230,7 +230,7 @@ def test_the_evaluator_leaves_the_text_tower(tmp_path, words, clip_params):
         same = jax.tree.map(np.array_equal, params[name], before)
         assert all(jax.tree.leaves(same)) == (name == "text_model"), name
     assert np.exp(params["logit_scale"]) == pytest.approx(100)
-    again = clip.with_judge(clip_params, loop.load_params(tmp_path, "evaluator"))
+    again = clip.with_evaluator(clip_params, loop.load_params(tmp_path, "evaluator"))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

@@ -150,7 +150,7 @@ def traffic(text: str) -> int:
 
     Every instruction reads its operands and writes its results once. What the compiler keeps on the
     chip, where it also copies ahead what is read next, is not counted; XLA's own "bytes accessed"
-    does count it, on v5e three times as much in all as from HBM. A fusion that needs but a part of
+    does count it. A fusion that needs but a part of
     an operand is counted with all of it.
     """
     moved: dict[str, int] = {}

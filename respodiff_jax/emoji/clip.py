@@ -28,8 +28,9 @@ VISION = dict(
 )
 PROJECTION = 128
 CONTRASTIVE_WEIGHT = 0.25
-JUDGE = ("vision_model", "visual_projection", "text_projection")  # what is the evaluator's alone
-JUDGE_LOGIT_SCALE = 100.0  # where CLIP's ends
+# What the evaluator alone uses.
+EVALUATOR = ("vision_model", "visual_projection", "text_projection")
+EVALUATOR_LOGIT_SCALE = 100.0  # where CLIP's ends
 NAMING = captions.Plan(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
 
 # zero-shot classification: attribute -> prompts, in the order of the labels
@@ -144,7 +145,8 @@ def initial_params(config_, seed):
 def train(workdir, tokenizer_, *, steps, batch_size, seed):
     """Trains both towers on the biased world; returns the CLIP's parameters."""
     params = initial_params(config(tokenizer_), seed)
-    return _train("clip", workdir, tokenizer_, params, world.BIAS, 1e-3, steps, batch_size, seed)
+    options = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    return _train("clip", workdir, tokenizer_, {}, params, world.BIAS, 1e-3, **options)
 
 
 def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
@@ -156,19 +158,21 @@ def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
     score nearly alike, however much else there is to say of it. The text tower stays as it is, and
     so does all that was trained for it.
     """
-    params = with_judge(params)
-    return _train(
-        "evaluator", workdir, tokenizer_, params, world.EVEN, 3e-4, steps, batch_size, seed
-    )
+    params = with_evaluator(params)
+    trained = {name: params[name] for name in EVALUATOR}
+    options = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    return _train("evaluator", workdir, tokenizer_, params, trained, world.EVEN, 3e-4, **options)
 
 
-def with_judge(params, judge=None):
+def with_evaluator(params, evaluator=None):
     """A CLIP's parameters with the evaluator's, if given, and its temperature."""
-    scale = jnp.log(jnp.float32(JUDGE_LOGIT_SCALE))
-    return params | (judge or {}) | {"logit_scale": scale}
+    scale = jnp.log(jnp.float32(EVALUATOR_LOGIT_SCALE))
+    return params | (evaluator or {}) | {"logit_scale": scale}
 
 
-def _train(stage, workdir, tokenizer_, params, table, learning_rate, steps, batch_size, seed):
+def _train(
+    stage, workdir, tokenizer_, frozen, trained, table, learning_rate, *, steps, batch_size, seed
+):
     module = clip_lib.build_clip(config(tokenizer_))
     prompt_ids = {
         name: tokenize(tokenizer_, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
@@ -178,11 +182,10 @@ def _train(stage, workdir, tokenizer_, params, table, learning_rate, steps, batc
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
-    trained = params if stage == "clip" else {name: params[name] for name in JUDGE}
 
     def step_fn(state, batch, step):
         def loss(trained):
-            return loss_fn(module, params | trained, batch, prompt_ids)
+            return loss_fn(module, frozen | trained, batch, prompt_ids)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state["params"])
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
@@ -195,4 +198,4 @@ def _train(stage, workdir, tokenizer_, params, table, learning_rate, steps, batc
     batch_fn = functools.partial(
         draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed, table=table
     )
-    return params | loop.train_stage(stage, state, step_fn, batch_fn, steps, workdir)["params"]
+    return frozen | loop.train_stage(stage, state, step_fn, batch_fn, steps, workdir)["params"]

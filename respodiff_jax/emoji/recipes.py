@@ -25,8 +25,7 @@ def base_config() -> ConfigDict:
     config = default()
     config.model.name = "emoji-world"
     config.model.dtype = "float32"
-    lr_ram, lr_sam = LEARNING_RATES["gender"]
-    config.concept_defaults.lr_ram, config.concept_defaults.lr_sam = lr_ram, lr_sam
+    config.concept_defaults.update(_learning_rates("gender"))
     config.rollout.kind = "streaming"
     config.rollout.slots = 2
     config.optimizer.eps = 1e-5

@@ -120,7 +120,9 @@ def train_unet(
 
 def _trained_clip(workdir):
     """The CLIP of a working directory, its image tower the evaluator's."""
-    return clip.with_judge(*(loop.load_params(workdir, stage) for stage in ("clip", "evaluator")))
+    return clip.with_evaluator(
+        *(loop.load_params(workdir, stage) for stage in ("clip", "evaluator"))
+    )
 
 
 def _finished(model):
