@@ -38,7 +38,7 @@ from respodiff_jax.adapter_files import (
 )
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept, validate_concepts
-from respodiff_jax.modules import MidBlockModule, Params, Steering
+from respodiff_jax.modules import SUM, MidBlockModule, Params, Steering
 from respodiff_jax.storage import open_path
 
 
@@ -140,8 +140,13 @@ def save_adapter(
       training: a JSON-able training summary, instead of the adapter's own.
 
     Raises:
-      ValueError: for parameters beyond the range of the dtype.
+      ValueError: for parameters beyond the range of the dtype, and concepts of several kinds.
     """
+    if len(adapter.module.kinds) > 1:
+        raise ValueError(
+            f"adapter ({_label(adapter)}) has modules of several kinds, {adapter.module.kind}; save"
+            " those of each kind apart, they can be used together"
+        )
     tensors = {}
     for role in ROLES:
         for key, stacked in flatten_dict(getattr(adapter, role), sep=".").items():
@@ -231,37 +236,60 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter with the concepts of several; the first one's backbone stands for all.
 
-    It has the training summary that all agree on, if they do, and no metrics.
+    Of several kinds it is their sum, to steer with and not to save. It has the training summary
+    that all agree on, if they do, and no metrics.
 
     Raises:
-      ValueError: when kinds or shapes differ, or a concept name comes twice.
+      ValueError: when shapes differ, or a concept name comes twice.
     """
     first = adapters[0]
-    for other in adapters[1:]:
-        for what, a, b in (
-            ("module kinds", first.module.kind, other.module.kind),
-            ("mid-block shapes", first.module.mid_block_shape, other.module.mid_block_shape),
-            ("hidden channels", _hidden_channels(first.module), _hidden_channels(other.module)),
-        ):
-            if a != b:
-                raise ValueError(
-                    f"adapters cannot be used together: their {what} are {a!r} ({_label(first)})"
-                    f" and {b!r} ({_label(other)}); use adapters trained alike"
-                )
     if len(adapters) == 1:
         return first
+    # A constant has no hidden channels, which go with any.
+    widest = max(adapters, key=lambda adapter: _hidden_channels(adapter.module) or 0)
+    for other in adapters:
+        for what, a, b in (
+            ("mid-block shapes", first.module.mid_block_shape, other.module.mid_block_shape),
+            ("hidden channels", *map(_hidden_channels, (widest.module, other.module))),
+        ):
+            if None not in (a, b) and a != b:
+                one = widest if what == "hidden channels" else first
+                raise ValueError(
+                    f"adapters cannot be used together: their {what} are {a!r} ({_label(one)})"
+                    f" and {b!r} ({_label(other)}); use adapters trained alike"
+                )
+    kinds = dict.fromkeys(kind for adapter in adapters for kind in adapter.module.kinds)
+    module = widest.module.clone(kind=SUM.join(kinds))
     ram, sam = (
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(getattr(a, role) for a in adapters))
+        jax.tree.map(
+            lambda *leaves: np.concatenate(leaves),
+            *(_params_of(module, adapter, role) for adapter in adapters),
+        )
         for role in ROLES
     )
     return Adapter(
         concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
-        module=first.module,
+        module=module,
         ram=ram,
         sam=sam,
         backbone=first.backbone,
         training=first.training if all(a.training == first.training for a in adapters) else None,
         default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
+    )
+
+
+def _params_of(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
+    """An adapter's parameters as those of a module that sums its kind with others."""
+    ours, own = adapter.module.kinds, getattr(adapter, role)
+    if ours == module.kinds:
+        return own
+    if len(ours) == 1:
+        own = {adapter.module.kind: own}
+    own = flatten_dict(own, sep=".")
+    count = len(adapter.concepts)
+    shapes = param_shapes(module).items()
+    return unflatten_dict(
+        {key: own.get(key, np.zeros((count, *shape), np.float32)) for key, shape in shapes}, sep="."
     )
 
 
@@ -300,7 +328,7 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     trained, label = adapter.backbone, _label(adapter)
     ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
     alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
-    if not alike or (adapter.module.kind == "constant" and ours != theirs):
+    if not alike or ("constant" in adapter.module.kinds and ours != theirs):
         fix = (
             f"generate at resolution {trained['resolution']}"
             if alike
@@ -328,9 +356,8 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
 
 def _hidden_channels(module: MidBlockModule) -> int | None:
     """The inner width that is in effect, None for `constant`."""
-    if module.kind == "constant":
-        return None
-    return param_shapes(module)["hidden.bias"][0]
+    shapes = param_shapes(module)
+    return next((shape[0] for key, shape in shapes.items() if key.endswith("hidden.bias")), None)
 
 
 def _label(adapter: Adapter) -> str:

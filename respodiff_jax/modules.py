@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 KINDS = ("constant", "mlp", "conv")
+SUM = "+"
 INITS = ("zeros", "uniform")
 
 # One concept's or, with a leading concept axis on each leaf, several concepts' parameters.
@@ -25,9 +26,11 @@ class MidBlockModule(nn.Module):
     * `constant`: a learned tensor of `h`'s shape, independent of `h`, timestep and prompt.
     * `mlp`: dense, SiLU, dense over the channels of each position.
     * `conv`: 3×3 convolution, SiLU, 3×3 convolution.
+    * several of them joined by `SUM`, as in `constant+mlp`: their sum, so that concepts of several
+      kinds go into one batch, each with zeros for the other kinds (`adapters.concatenate`).
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: of `KINDS`, one or several joined by `SUM`.
       mid_block_shape: `(H, W, C)` of `h`.
       hidden_channels: inner width of `mlp` and `conv`; None is a quarter of `C`.
       init_scheme: of what is added. "zeros": the untrained module changes nothing. "uniform":
@@ -44,7 +47,7 @@ class MidBlockModule(nn.Module):
     init_scheme: str = "zeros"
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if not set(self.kinds) <= set(KINDS):
             raise ValueError(f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.init_scheme not in INITS:
             raise ValueError(
@@ -56,9 +59,17 @@ class MidBlockModule(nn.Module):
             )
         super().__post_init__()
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What `kind` sums."""
+        return tuple(self.kind.split(SUM))
+
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """`T(h)` for mid-block outputs `(B, H, W, C)`; float32, broadcastable to `h`'s shape."""
+        if len(self.kinds) > 1:
+            parts = (self.clone(parent=self, kind=kind, name=kind) for kind in self.kinds)
+            return sum(part(h) for part in parts)
         channels = self.mid_block_shape[-1]
         hidden = self.hidden_channels or max(channels // 4, 1)
         if self.kind == "constant":

@@ -15,11 +15,12 @@ import torch
 from respodiff_jax.adapters import Adapter, check_fits, concatenate, load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.concepts import Concept
-from respodiff_jax.modules import KINDS, MidBlockModule
+from respodiff_jax.modules import KINDS, MidBlockModule, steer
 
 SHAPE = (3, 4, 8)
 WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
 MAN = Concept("a man", "gender", ("a person", "someone"), target_prompt="a man", lr_sam=1e-4)
+OLD = Concept("old", "age", ("a person",), target_prompt="an old person")
 VIOLENCE = Concept("anti-violence", "safety", ("a scene",), unsafe_prompt="violence")
 TRAINED_ON = {
     "name": "some/model",
@@ -264,10 +265,31 @@ def test_concatenate_puts_concepts_after_each_other(tmp_path):
     assert concatenate([gender, load_adapter(tmp_path)]).names == both.names
 
 
+def test_concepts_of_several_kinds_steer_together(tmp_path):
+    parts = [make_adapter(), make_adapter("mlp", (VIOLENCE,), 1), make_adapter("conv", (OLD,), 2)]
+    h = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+    weights = np.array([[1.0, 0.5, 2.0, 0.7], [0.3, 1.0, 0.0, 1.5]])
+
+    def deltas(adapter, columns):
+        steering = adapter.steering(weights[:, columns])
+        return steer(adapter.module, steering, h) - h
+
+    expected = deltas(parts[0], [0, 1]) + deltas(parts[1], [2]) + deltas(parts[2], [3])
+    for order in ((0, 1, 2), (2, 0, 1)):
+        columns = [column for part in order for column in ([0, 1], [2], [3])[part]]
+        together = concatenate([parts[part] for part in order])
+        np.testing.assert_allclose(deltas(together, columns), expected, atol=1e-5)
+    # One after the other too.
+    pair = concatenate(parts[:2])
+    nested = concatenate([pair, parts[2]])
+    np.testing.assert_allclose(deltas(nested, [0, 1, 2, 3]), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"several kinds, constant\+mlp; save those of each kind"):
+        save_adapter(pair, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (make_adapter("mlp", (VIOLENCE,)), "module kinds are 'constant' .* and 'mlp'"),
         (make_adapter(concepts=(VIOLENCE,), shape=(4, 4, 8)), "mid-block shapes"),
         (make_adapter(concepts=(MAN,)), "'a man' and 'a man' are duplicates"),
     ],
