@@ -249,8 +249,8 @@ def test_a_unet_goes_on_from_another(tmp_path):
 
 @pytest.mark.slow
 def test_all_stages_from_nothing(tmp_path):
-    options = {stage: (2, 8) for stage in train.STAGES}
-    train.run(tmp_path, tmp_path / "model", train.STAGES, options, pool_size=1000)
+    job = train.Job(tmp_path, tmp_path / "model", pool_size=1000)
+    train.run(job, {stage: (2, 8) for stage in train.STAGES})
     backbone = load_backbone(str(tmp_path / "model"))
     assert backbone.scheduler_config["beta_schedule"] == "squaredcos_cap_v2"
     latents, texts = denoiser.encode_pool(

@@ -14,6 +14,7 @@ number of cores) trains data-parallel, which is faster than several threads per 
 """
 
 import argparse
+import dataclasses
 import pathlib
 
 import jax
@@ -33,67 +34,85 @@ POOL_SIZE = 60_000
 TUNING_RATE = 5e-4  # of a UNet that goes on
 
 
-def run(
-    workdir, model_folder, stages, options, seed=0, pool_size=POOL_SIZE, parts=None, tune=False
-):
-    """Runs the named stages in order; those before them must be done.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the stages share.
 
-    Args:
+    Attributes:
       workdir: folder of checkpoints and intermediate data.
       model_folder: the diffusers folder to write.
-      stages: of `STAGES`.
-      options: stage -> (steps, batch size), for every stage.
       seed: of everything.
       pool_size: pictures that the UNet sees.
       parts: a model to take tokenizer, CLIP and autoencoder from; None takes those of `workdir`.
       tune: start the UNet from that of `parts`.
     """
-    words = workdir / "tokenizer" if parts is None else local_folder(parts) / "tokenizer"
-    if parts is None and not (words / "vocab.json").exists():
-        tokenizer.write_tokenizer(words, seed)
-    words = CLIPTokenizer.from_pretrained(words)
-    for stage in stages:
-        steps, batch_size = options[stage]
-        if stage == "clip":
-            clip.train(workdir, words, steps=steps, batch_size=batch_size, seed=seed)
-        elif stage == "vae":
-            autoencoder.train(workdir, steps=steps, batch_size=batch_size, seed=seed)
-        elif stage == "evaluator":
-            train_evaluator(workdir, model_folder, words, steps, batch_size, seed, parts)
-        else:
-            train_unet(
-                workdir, model_folder, words, steps, batch_size, seed, pool_size, parts, tune
-            )
 
+    workdir: pathlib.Path
+    model_folder: pathlib.Path
+    seed: int = 0
+    pool_size: int = POOL_SIZE
+    parts: str | None = None
+    tune: bool = False
 
-def train_evaluator(workdir, model_folder, words, steps, batch_size, seed, parts=None):
-    """Trains the CLIP's image tower to judge without bias, and writes the model's `clip/`."""
-    params = loop.load_params(workdir, "clip") if parts is None else _finished(parts)[0]
-    params = clip.train_evaluator(
-        workdir, words, params, steps=steps, batch_size=batch_size, seed=seed + 7
-    )
-    export.export_clip(model_folder, words, params)
+    def tokenizer(self) -> CLIPTokenizer:
+        """That of `parts`, or the working directory's, made first if it is not there."""
+        if self.parts is not None:
+            return CLIPTokenizer.from_pretrained(local_folder(self.parts) / "tokenizer")
+        folder = self.workdir / "tokenizer"
+        if not (folder / "vocab.json").exists():
+            tokenizer.write_tokenizer(folder, self.seed)
+        return CLIPTokenizer.from_pretrained(folder)
 
+    def clip(self):
+        """The CLIP's parameters before its evaluator is trained."""
+        return loop.load_params(self.workdir, "clip") if self.parts is None else self._part_clip()
 
-def train_unet(
-    workdir, model_folder, words, steps, batch_size, seed, pool_size, parts=None, tune=False
-):
-    """Encodes the pool with autoencoder and text tower, trains the UNet, exports the folder.
-
-    The two are rounded as they ship, so that `parts`, a model to take them from, makes no
-    difference to the UNet.
-    """
-    if parts is None:
-        trained = _trained_clip(workdir), loop.load_params(workdir, "vae")
-        clip_params, vae_params = jax.tree.map(
-            lambda x: x.astype(np.float16).astype(np.float32), trained
+    def clip_and_autoencoder(self):
+        """Their parameters, rounded as they ship: `parts` makes no difference to the UNet."""
+        if self.parts is not None:
+            return self._part_clip(), load_backbone(self.parts).params["vae"]
+        evaluator = loop.load_params(self.workdir, "evaluator")
+        trained = (
+            clip.with_evaluator(self.clip(), evaluator),
+            loop.load_params(self.workdir, "vae"),
         )
-    else:
-        clip_params, vae_params = _finished(parts)
-    start = {}
-    if tune:
-        start = {"params": load_backbone(parts).params["unet"], "learning_rate": TUNING_RATE}
-    latents, texts = denoiser.encode_pool(workdir, vae_params, size=pool_size, seed=seed + 1)
+        return jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), trained)
+
+    def _part_clip(self):
+        return load_clip(local_folder(self.parts) / "clip").params
+
+
+def run(job, stages):
+    """Runs stages in order; those before them must be done.
+
+    Args:
+      job: `Job`.
+      stages: stage -> (steps, batch size), of those in `STAGES`.
+    """
+    words = job.tokenizer()
+    for stage, (steps, batch_size) in stages.items():
+        options = {"steps": steps, "batch_size": batch_size, "seed": job.seed}
+        if stage == "clip":
+            clip.train(job.workdir, words, **options)
+        elif stage == "vae":
+            autoencoder.train(job.workdir, **options)
+        elif stage == "evaluator":
+            options["seed"] += 7
+            params = clip.train_evaluator(job.workdir, words, job.clip(), **options)
+            export.export_clip(job.model_folder, words, params)
+        else:
+            train_unet(job, words, **options)
+
+
+def train_unet(job, words, **options):
+    """Encodes the pool with autoencoder and text tower, trains the UNet, exports the folder."""
+    clip_params, vae_params = job.clip_and_autoencoder()
+    if job.tune:
+        options["params"] = load_backbone(job.parts).params["unet"]
+        options["learning_rate"] = TUNING_RATE
+    latents, texts = denoiser.encode_pool(
+        job.workdir, vae_params, size=job.pool_size, seed=job.seed + 1
+    )
     contexts, rows = denoiser.encode_captions(clip_params, words, texts)
     scaling_factor = float(1 / np.std(latents[:5000].astype(np.float32)))
     print(
@@ -101,33 +120,11 @@ def train_unet(
     )
 
     def write(average, step):
-        export.export(model_folder, words, clip_params, vae_params, average, scaling_factor)
+        export.export(job.model_folder, words, clip_params, vae_params, average, scaling_factor)
 
     scaled = (latents * scaling_factor).astype(np.float16)
-    average = denoiser.train(
-        workdir,
-        scaled,
-        contexts,
-        rows,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        on_save=write,
-        **start,
-    )
-    write(average, steps)
-
-
-def _trained_clip(workdir):
-    """The CLIP of a working directory, its image tower the evaluator's."""
-    return clip.with_evaluator(
-        *(loop.load_params(workdir, stage) for stage in ("clip", "evaluator"))
-    )
-
-
-def _finished(model):
-    """A finished model's CLIP and autoencoder."""
-    return load_clip(local_folder(model) / "clip").params, load_backbone(model).params["vae"]
+    average = denoiser.train(job.workdir, scaled, contexts, rows, on_save=write, **options)
+    write(average, options["steps"])
 
 
 def main():
@@ -144,27 +141,21 @@ def main():
     parser.add_argument("--parts", metavar="MODEL", help="take CLIP and autoencoder from it")
     parser.add_argument("--tune", action="store_true", help="go on from its UNet")
     args = parser.parse_args()
-    if args.tune and args.parts is None:
-        parser.error("--tune goes on from the UNet of --parts; name that model")
-    if args.parts is not None and args.stage != "evaluator":
+    if args.parts is not None and args.stage is None:
         args.stage = "unet"
+    if args.parts is not None and args.stage not in ("evaluator", "unet"):
+        parser.error(f"--parts has what --stage {args.stage} makes; drop one of them")
+    if args.tune and (args.parts is None or args.stage != "unet"):
+        parser.error("--tune goes on from the UNet of --parts; name that model, and no other stage")
     if args.stage is None and (args.steps or args.batch_size):
         parser.error("--steps and --batch-size belong to one stage; name it with --stage")
-    options = dict(STAGES)
+    stages = dict(STAGES)
     if args.stage is not None:
         steps, batch_size = STAGES[args.stage]
-        options[args.stage] = (args.steps or steps, args.batch_size or batch_size)
-    stages = STAGES if args.stage is None else (args.stage,)
-    run(
-        args.workdir,
-        args.model or args.workdir / "model",
-        stages,
-        options,
-        args.seed,
-        args.pool_size,
-        args.parts,
-        args.tune,
-    )
+        stages = {args.stage: (args.steps or steps, args.batch_size or batch_size)}
+    model_folder = args.model or args.workdir / "model"
+    job = Job(args.workdir, model_folder, args.seed, args.pool_size, args.parts, args.tune)
+    run(job, stages)
 
 
 if __name__ == "__main__":
