@@ -38,7 +38,7 @@ from respodiff_jax.adapter_files import (
 )
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept, validate_concepts
-from respodiff_jax.modules import SUM, MidBlockModule, Params, Steering
+from respodiff_jax.modules import KINDS, SUM, MidBlockModule, Params, Steering
 from respodiff_jax.storage import open_path
 
 
@@ -204,9 +204,11 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             )
     try:
         config = read_config(directory / CONFIG_FILE)
-        shape = config["module"]["mid_block_shape"]
+        shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
+        if kind not in KINDS:
+            raise ValueError(f"module kind is {kind!r}, expected one of {', '.join(KINDS)}")
         module = MidBlockModule(
-            kind=config["module"]["kind"],
+            kind=kind,
             mid_block_shape=(shape["height"], shape["width"], shape["channels"]),
             hidden_channels=config["module"]["hidden_channels"],
         )
@@ -236,34 +238,32 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter with the concepts of several; the first one's backbone stands for all.
 
-    Of several kinds it is their sum, to steer with and not to save. It has the training summary
-    that all agree on, if they do, and no metrics.
+    Its module is the sum of their kinds, as wide as the widest: every concept has zeros for what it
+    has not, which take memory and time. One of several kinds steers but cannot be saved. It has
+    the training summary that all agree on, if they do, and no metrics.
 
     Raises:
-      ValueError: when shapes differ, or a concept name comes twice.
+      ValueError: when mid-block shapes differ, or a concept name comes twice.
     """
     first = adapters[0]
     if len(adapters) == 1:
         return first
-    # A constant has no hidden channels, which go with any.
-    widest = max(adapters, key=lambda adapter: _hidden_channels(adapter.module) or 0)
-    for other in adapters:
-        for what, a, b in (
-            ("mid-block shapes", first.module.mid_block_shape, other.module.mid_block_shape),
-            ("hidden channels", *map(_hidden_channels, (widest.module, other.module))),
-        ):
-            if None not in (a, b) and a != b:
-                one = widest if what == "hidden channels" else first
-                raise ValueError(
-                    f"adapters cannot be used together: their {what} are {a!r} ({_label(one)})"
-                    f" and {b!r} ({_label(other)}); use adapters trained alike"
-                )
+    for other in adapters[1:]:
+        shapes = first.module.mid_block_shape, other.module.mid_block_shape
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"adapters cannot be used together: their mid-block shapes are {shapes[0]}"
+                f" ({_label(first)}) and {shapes[1]} ({_label(other)}); use adapters trained alike"
+            )
     kinds = dict.fromkeys(kind for adapter in adapters for kind in adapter.module.kinds)
-    module = widest.module.clone(kind=SUM.join(kinds))
+    module = first.module.clone(
+        kind=SUM.join(kinds),
+        hidden_channels=max(_hidden_channels(adapter.module) or 0 for adapter in adapters) or None,
+    )
     ram, sam = (
         jax.tree.map(
             lambda *leaves: np.concatenate(leaves),
-            *(_params_of(module, adapter, role) for adapter in adapters),
+            *(_fill(module, adapter, role) for adapter in adapters),
         )
         for role in ROLES
     )
@@ -278,19 +278,19 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     )
 
 
-def _params_of(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
-    """An adapter's parameters as those of a module that sums its kind with others."""
-    ours, own = adapter.module.kinds, getattr(adapter, role)
-    if ours == module.kinds:
-        return own
-    if len(ours) == 1:
-        own = {adapter.module.kind: own}
-    own = flatten_dict(own, sep=".")
-    count = len(adapter.concepts)
-    shapes = param_shapes(module).items()
-    return unflatten_dict(
-        {key: own.get(key, np.zeros((count, *shape), np.float32)) for key, shape in shapes}, sep="."
-    )
+def _fill(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
+    """An adapter's parameters, filled up with zeros to those of a module of more kinds and hidden
+    channels: it does the same with them, as SiLU(0) = 0."""
+    params = getattr(adapter, role)
+    if len(adapter.module.kinds) < len(module.kinds) and len(adapter.module.kinds) == 1:
+        params = {adapter.module.kind: params}
+    params, filled = flatten_dict(params, sep="."), {}
+    for key, shape in param_shapes(module).items():
+        shape = (len(adapter.concepts), *shape)
+        filled[key] = np.zeros(shape, np.float32)
+        if key in params:
+            filled[key][tuple(map(slice, params[key].shape))] = params[key]
+    return unflatten_dict(filled, sep=".")
 
 
 def select(adapter: Adapter, names: Sequence[str]) -> Adapter:

@@ -3,7 +3,7 @@
 RAM (Responsible Alignment Module, `T_resp`) steers the mid-block output `h` towards the concept,
 SAM (Semantic Alignment Module, `T_sem`) keeps the picture faithful to the neutral prompt. Both are
 additive: `eps(z_t, y; delta) = g(h + delta)` with `delta = T_resp(h) + T_sem(h)`. They share one
-architecture, `MidBlockModule`, in three kinds.
+architecture, `MidBlockModule`, in three kinds and their sums.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class MidBlockModule(nn.Module):
     * `mlp`: dense, SiLU, dense over the channels of each position.
     * `conv`: 3×3 convolution, SiLU, 3×3 convolution.
     * several of them joined by `SUM`, as in `constant+mlp`: their sum, so that concepts of several
-      kinds go into one batch, each with zeros for the other kinds (`adapters.concatenate`).
+      kinds steer in one batch, each with zeros for the other kinds (`adapters.concatenate`).
 
     Attributes:
       kind: of `KINDS`, one or several joined by `SUM`.
@@ -47,8 +47,12 @@ class MidBlockModule(nn.Module):
     init_scheme: str = "zeros"
 
     def __post_init__(self):
-        if not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+        kinds = self.kinds if isinstance(self.kind, str) else ()
+        if not set(kinds) <= set(KINDS) or len(set(kinds)) != max(len(kinds), 1):
+            raise ValueError(
+                f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}, or different"
+                f" ones joined by {SUM}"
+            )
         if self.init_scheme not in INITS:
             raise ValueError(
                 f"module init is {self.init_scheme!r}, expected one of {', '.join(INITS)}"

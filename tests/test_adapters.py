@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,10 @@ TRAINED_ON = {
 }
 
 
-def make_adapter(kind="constant", concepts=(WOMAN, MAN), seed=0, shape=SHAPE, **backbone):
-    module = MidBlockModule(kind, shape)
+def make_adapter(
+    kind="constant", concepts=(WOMAN, MAN), seed=0, shape=SHAPE, hidden=None, **backbone
+):
+    module = MidBlockModule(kind, shape, hidden)
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -179,6 +182,7 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (edit_config(lambda c: c.update(note=1)), r"extra: \['note'\]"),
         (edit_config(lambda c: c.update(module=None)), "module is None, expected a mapping"),
         (edit_config(lambda c: c["module"].update(kind="lora")), "module kind is 'lora'"),
+        (edit_config(lambda c: c["module"].update(kind="mlp+conv")), "module kind is 'mlp.conv'"),
         (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "width is 0"),
         (edit_config(lambda c: c["backbone"].pop("name")), r"missing: \['name'\]"),
         (edit_config(lambda c: c["backbone"].update(name=5)), "backbone name is 5, expected str"),
@@ -265,8 +269,13 @@ def test_concatenate_puts_concepts_after_each_other(tmp_path):
     assert concatenate([gender, load_adapter(tmp_path)]).names == both.names
 
 
-def test_concepts_of_several_kinds_steer_together(tmp_path):
-    parts = [make_adapter(), make_adapter("mlp", (VIOLENCE,), 1), make_adapter("conv", (OLD,), 2)]
+@pytest.mark.parametrize("kinds", [("constant", "mlp", "conv"), ("mlp", "mlp", "constant")])
+def test_concepts_of_several_kinds_and_widths_steer_together(tmp_path, kinds):
+    parts = [
+        make_adapter(kinds[0]),
+        make_adapter(kinds[1], (VIOLENCE,), 1, hidden=5),
+        make_adapter(kinds[2], (OLD,), 2),
+    ]
     h = jax.random.normal(jax.random.key(0), (2, *SHAPE))
     weights = np.array([[1.0, 0.5, 2.0, 0.7], [0.3, 1.0, 0.0, 1.5]])
 
@@ -283,8 +292,9 @@ def test_concepts_of_several_kinds_steer_together(tmp_path):
     pair = concatenate(parts[:2])
     nested = concatenate([pair, parts[2]])
     np.testing.assert_allclose(deltas(nested, [0, 1, 2, 3]), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"several kinds, constant\+mlp; save those of each kind"):
-        save_adapter(pair, tmp_path)
+    kinds = together.module.kind
+    with pytest.raises(ValueError, match=f"several kinds, {re.escape(kinds)}; save those of each"):
+        save_adapter(together, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +320,11 @@ def test_check_fits(backbone):
     with pytest.raises(ValueError, match=r"\(4, 4, 64\).*\(8, 8, 64\); generate at resolution 16"):
         check_fits(make_adapter(shape=(4, 4, 64), **own), backbone, 32)
     # mlp and conv work on each position's channels, at any resolution.
-    check_fits(make_adapter("conv", shape=(4, 4, 64), **own), backbone, 32)
+    conv = make_adapter("conv", shape=(4, 4, 64), **own)
+    check_fits(conv, backbone, 32)
+    with pytest.raises(ValueError, match="generate at resolution 16"):
+        constant = make_adapter("constant", (VIOLENCE,), shape=(4, 4, 64), **own)
+        check_fits(concatenate([conv, constant]), backbone, 32)
     with pytest.raises(ValueError, match=r"use the model that it was trained on, random/tiny"):
         check_fits(make_adapter("mlp", shape=(4, 4, 32), **own), backbone, 16)
     # As SD 1.4 and SDXL: as many channels, but one halves its latents once more.

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_adapters import make_adapter
+from test_adapters import VIOLENCE, make_adapter
 
 from respodiff_jax import checkpoint, cli, parallel
 from respodiff_jax.adapters import load_adapter, save_adapter
@@ -66,7 +66,11 @@ def test_python_m_is_the_command():
 
 def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
     (tmp_path / "prompts.csv").write_text('id,prompt\n1,"a person, smiling"\n2,\n3,a man\n')
+    identity = random_backbone("tiny", abstract=True).identity
+    safety = make_adapter("mlp", (VIOLENCE,), shape=(4, 4, 64), **identity, resolution=16)
+    save_adapter(safety, tmp_path / "safety")
     argv = ["generate", "--adapter", adapter_folder, "--out", str(tmp_path / "out")]
+    argv += ["--adapter", str(tmp_path / "safety"), "--safe"]
     argv += ["--prompt", "a boat", "--prompts-file", str(tmp_path / "prompts.csv")]
     argv += ["--images-per-prompt", "2", "--fair", "gender", "--ratio", "a woman=0.5,a man=0.5"]
     argv += ["--base", "--seed", "9", "--steps", "1", "--guidance", "3", "--batch-size", "8"]
@@ -82,9 +86,10 @@ def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
     for line in adapted:
         assert line["guidance_scale"] == 3.0 and line["num_steps"] == 1
         assert line["model"]["name"] == "random/tiny"
-        assert line["adapter"] == [adapter_folder]
+        assert line["adapter"] == [adapter_folder, str(tmp_path / "safety")]
+        assert line["concepts"]["anti-violence"] == 1
     for first, second in zip(adapted[::2], adapted[1::2], strict=True):
-        assert {*first["concepts"], *second["concepts"]} == {"a woman", "a man"}
+        assert {*first["concepts"], *second["concepts"]} == {"a woman", "a man", "anti-violence"}
     for file in ("images/00005.png", "base/00005.png", "grid.png"):
         assert (tmp_path / "out" / file).stat().st_size > 0
 

@@ -70,6 +70,9 @@ def test_steering_is_a_weighted_sum_per_sample(kind):
     ("fields", "message"),
     [
         ({"kind": "linear"}, "kind is 'linear', expected one of constant, mlp, conv"),
+        ({"kind": "mlp+mlp"}, "kind is 'mlp.mlp', expected .* different ones joined by"),
+        ({"kind": "mlp+"}, "kind is 'mlp.', expected"),
+        ({"kind": None}, "kind is None, expected"),
         ({"kind": "mlp", "init_scheme": "ones"}, "init is 'ones'"),
         ({"kind": "mlp", "hidden_channels": 0}, "hidden_channels is 0"),
     ],
