@@ -247,6 +247,23 @@ def test_a_unet_goes_on_from_another(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, average, start)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tune"], "--tune goes on from the UNet of --parts"),
+        (["--tune", "--parts", "m", "--stage", "evaluator"], "--tune goes on from the UNet"),
+        (["--parts", "m", "--stage", "vae"], "--parts has what --stage vae makes"),
+        (["--steps", "3"], "name it with --stage"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["train", "--workdir", str(tmp_path / "w"), *arguments])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.slow
 def test_all_stages_from_nothing(tmp_path):
     job = train.Job(tmp_path, tmp_path / "model", pool_size=1000)
