@@ -2,6 +2,8 @@
 
 respodiff train --config configs/emoji_gender.py --workdir runs/emoji_gender
 respodiff evaluate all --adapter runs/emoji_gender --out evaluations/emoji_gender
+
+Another kind of module needs other learning rates: `recipes.task_config("gender", kind)`.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +12,4 @@ from respodiff_jax.emoji import recipes
 
 
 def get_config() -> ConfigDict:
-    config = recipes.base_config()
-    recipes.add_gender(config)
-    return config
+    return recipes.task_config("gender")

@@ -2,6 +2,8 @@
 
 respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
 respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
+
+Another kind of module needs other learning rates: `recipes.task_config("safety", kind)`.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +12,4 @@ from respodiff_jax.emoji import recipes
 
 
 def get_config() -> ConfigDict:
-    config = recipes.base_config()
-    recipes.add_safety(config)
-    return config
+    return recipes.task_config("safety")

@@ -2,6 +2,8 @@
 
 respodiff train --config configs/emoji_skin_tone.py --workdir runs/emoji_skin_tone
 respodiff evaluate all --adapter runs/emoji_skin_tone --out evaluations/emoji_skin_tone
+
+Another kind of module needs other learning rates: `recipes.task_config("skin_tone", kind)`.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +12,4 @@ from respodiff_jax.emoji import recipes
 
 
 def get_config() -> ConfigDict:
-    config = recipes.base_config()
-    recipes.add_skin_tone(config)
-    return config
+    return recipes.task_config("skin_tone")

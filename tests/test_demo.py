@@ -36,7 +36,7 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
 
     adapter = load_adapter(tmp_path / "run" / "adapter")
     assert adapter.names == ("a man", "a woman")
-    assert np.abs(adapter.ram["constant"]).max() > 0
+    assert np.abs(adapter.ram["out"]["kernel"]).max() > 0
     results = load_results(tmp_path / "evaluation")
     assert results.made["adapter"]["sha256"] == adapter_sha256(adapter)
     assert results.made["model"]["name"] == "emoji-world"

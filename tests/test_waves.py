@@ -344,7 +344,7 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
     """On eight simulated devices, eight concepts each; run with `-s` to see the differences."""
     overrides = [f"--config.train.{option}" for option in ("steps=10", "batch_size=2")]
     overrides += ["--config.log.grid_every=0", "--config.optimizer.warmup_steps=0"]
-    config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
+    config = load_config(str(CONFIGS / "emoji_safety.py"), overrides, EMOJI_CONCEPTS)
     train(config, str(tmp_path))
     together = modules_of(tmp_path)
     assert len(together) == 64
@@ -376,7 +376,7 @@ def test_throughput_grows_with_the_concepts_of_a_batch():
     It is judged by processor time, which other programs on the machine do not take away.
     """
     overrides = ["--config.train.batch_size=1"]
-    config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
+    config = load_config(str(CONFIGS / "emoji_safety.py"), overrides, EMOJI_CONCEPTS)
     concepts = concepts_from(config)
     backbone = load_backbone("emoji-world", dtype="float32")
     recipe = Recipe.from_config(config, concepts, backbone, backbone.default_resolution)

@@ -5,52 +5,53 @@
 
 trains and evaluates every variant of every task, prints a Markdown table of means and spreads and
 writes it to `DIR/ablation.md`. What is done is not done again, so that processes may share the work
-and the last puts the table together; `JAX_COMPILATION_CACHE_DIR` saves them compiling the same.
+by variant or seed, and another puts the table together; `JAX_COMPILATION_CACHE_DIR` saves them
+compiling the same. In the task `both`, adapters of gender and safety steer together.
 Pictures are made from seeds that no training and no choice of hyper-parameters has seen.
 """
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import load_adapter
+from respodiff_jax.adapters import concatenate, load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import recipes
-from respodiff_jax.evaluation.results import Results, load_results
+from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.generation import SamplerOptions
 from respodiff_jax.training import train
 
 EVALUATION_SEED = 700_000
-_DONE = "done"  # a file
-# Each weight of a map of h acts on all positions.
-_LEARNED_MAP = {"concepts.*.lr_ram": 1e-3, "concepts.*.lr_sam": 3e-5}
 # What each variant changes in the config of a task; fields of `concepts.*` in every concept.
 VARIANTS = {
-    "RAM + SAM": {},
-    "RAM only": {"concepts.*.lr_sam": 0.0},
-    "lambda 0": {"concepts.*.lambda_sem": 0.0},
+    "RAM + SAM": {},  # the recipe: lambda 0.5, of safety 1
+    # From zero and with lambda 0, SAM stays zero.
+    "RAM only (lambda 0)": {"concepts.*.lambda_sem": 0.0},
     "lambda 1": {"concepts.*.lambda_sem": 1.0},
     "lambda 4": {"concepts.*.lambda_sem": 4.0},
-    "mlp": {"module.kind": "mlp"} | _LEARNED_MAP,
-    "conv": {"module.kind": "conv"} | _LEARNED_MAP,
+    "constant": {"module.kind": "constant"},
+    "mlp": {"module.kind": "mlp"},
+    "conv": {"module.kind": "conv"},
     "faithful rollout": {"rollout.kind": "faithful"},
 }
+# What is evaluated -> the tasks whose trained adapters steer together.
 TASKS = {
-    "gender": (recipes.add_gender,),
-    "skin_tone": (recipes.add_skin_tone,),
-    "safety": (recipes.add_safety,),
-    "both": (recipes.add_gender, recipes.add_safety),
+    "gender": ("gender",),
+    "skin_tone": ("skin_tone",),
+    "safety": ("safety",),
+    "both": ("gender", "safety"),
 }
 # task -> the columns of its table: heading, metric, attribute
 _ALIGNED = (("CLIP score", "winoalign", None), ("recognised", "subject_recognised", None))
 _COLUMNS = {
     "gender": (("DevRat", "deviation_ratio", "gender"), *_ALIGNED),
     "skin_tone": (("DevRat", "deviation_ratio", "skin_tone"), *_ALIGNED),
-    "safety": (("unsafe", "unsafe_rate", None),),
+    "safety": (("unsafe", "unsafe_rate", None), ("CLIP score, captions", "clip_score", None)),
     "both": (
         ("DevRat", "deviation_ratio", "gender"),
         *_ALIGNED,
@@ -61,38 +62,52 @@ _COLUMNS = {
 
 def configure(task: str, variant: str, seed: int) -> ConfigDict:
     """The config of one training."""
-    config = recipes.base_config()
-    for add in TASKS[task]:
-        add(config)
+    changes = VARIANTS[variant]
+    config = recipes.task_config(task, changes.get("module.kind"))
     config.seed = seed
     config.log.grid_every = 0
-    for key, value in VARIANTS[variant].items():
+    for key, value in changes.items():
         keys = [key.replace("*", name) for name in config.concepts] if "*" in key else [key]
         config.update_from_flattened_dict(dict.fromkeys(keys, value))
     return config.lock()
 
 
+def distinct(task: str, variants: Sequence[str]) -> list[str]:
+    """The variants, without those that change nothing of an earlier one of this task."""
+    configs = {}
+    for variant in variants:
+        changed = [configure(part, variant, 0).to_json() for part in TASKS[task]]
+        configs.setdefault(tuple(changed), variant)
+    return list(configs.values())
+
+
 def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: int) -> Results:
-    """Trains and evaluates one variant of one task from one seed, or reads what came of it."""
-    if (out / _DONE).exists():
-        return load_results(out / "evaluation")
-    config = configure(task, variant, seed)
-    train(config, out / "run")
-    adapter = load_adapter(out / "run" / "adapter")
+    """Trains what is not trained and evaluates it, for one variant of one task from one seed."""
+
+    def folder(part):
+        return out / part / variant.replace(" ", "_") / str(seed)
+
+    parts = []
+    for part in TASKS[task]:
+        config = configure(part, variant, seed)
+        train(config, folder(part) / "run")
+        parts.append(load_adapter(folder(part) / "run" / "adapter"))
+    safe = "safety" in TASKS[task]
+    groups = tuple(part for part in TASKS[task] if part != "safety")
     plan = Plan(
-        protocols=("fairness",) * (task != "safety") + ("safety",) * (task in ("safety", "both")),
-        groups={"both": ("gender",), "safety": ()}.get(task, (task,)),
-        safe=task in ("safety", "both"),
+        # What safety does to pictures at large is seen in captions of all kinds.
+        protocols=("fairness" if groups else "quality",) + ("safety",) * safe,
+        groups=groups,
+        safe=safe,
         images_per_subject=12,
+        images_per_caption=2,
         images_per_prompt=8,
         seed=EVALUATION_SEED,
     )
     backbone = load_backbone(config.model.name, dtype=config.model.dtype)
     suite = load_suite(None, config.model.name)
     options = SamplerOptions(num_steps=num_steps, guidance_scale=suite.guidance_scale)
-    results = evaluate(backbone, adapter, suite, plan, out / "evaluation", options)
-    (out / _DONE).touch()
-    return results
+    return evaluate(backbone, concatenate(parts), suite, plan, folder(task) / "evaluation", options)
 
 
 def table(task: str, results: dict[str, list[Results]]) -> str:
@@ -128,17 +143,8 @@ def main():
     tables = []
     for task in args.task:
         results = {
-            variant: [
-                run_one(
-                    task,
-                    variant,
-                    seed,
-                    args.out / task / variant.replace(" ", "_") / str(seed),
-                    args.steps,
-                )
-                for seed in args.seeds
-            ]
-            for variant in args.variant
+            variant: [run_one(task, variant, seed, args.out, args.steps) for seed in args.seeds]
+            for variant in distinct(task, args.variant)
         }
         tables.append(table(task, results))
     text = "\n\n".join(tables) + "\n"

@@ -31,9 +31,7 @@ _TABLE = {
 
 def config() -> ConfigDict:
     """The training of the demo, that of `configs/emoji_gender.py`."""
-    content = recipes.base_config()
-    recipes.add_gender(content)
-    return content
+    return recipes.task_config("gender")
 
 
 def run(out: str | os.PathLike) -> Results:

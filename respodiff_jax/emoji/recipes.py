@@ -2,8 +2,13 @@
 
 Nothing but "a person" and "a scene" is shown to the training: no profession, no activity.
 
-Adam's epsilon is of the size of the gradient of a constant's element, about 5e-6
-(`metrics.jsonl` has its norm, over 3,072 elements). With the usual 1e-8 all elements move equally
+Gender and skin tone are steered by a map of the mid-block's output (`mlp`). A constant, the paper's
+default, moves every picture by the same amount: it takes more of the profession with it, and cannot
+turn both light and dark skin into medium (`ablation` shows how far it gets). Safety is steered by a
+constant: its target is so far off, at guidance 12, that a map learns to distort pictures.
+
+Adam's epsilon is of the size of the gradient of a constant's element, about 5e-6 (of safety,
+`metrics.jsonl` has its norm, over 3,072 elements). With the usual 1e-8 all elements move equally
 fast however little they matter, and the scale of SAM's loss, lambda, makes no difference.
 """
 
@@ -12,20 +17,35 @@ from ml_collections import ConfigDict
 from respodiff_jax.config import add_concept, default
 from respodiff_jax.emoji import vocabulary
 
-# task -> learning rates of RAM and SAM
+# task -> kind of module -> learning rates of RAM and SAM; the first kind is the recipe's. A weight
+# of a map acts on all positions, an element of a constant on one.
 LEARNING_RATES = {
-    "gender": (0.1, 0.003),
-    "skin_tone": (0.03, 0.009),
-    "safety": (0.1, 0.03),
+    "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.003)},
+    "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
+    "safety": {"constant": (0.1, 0.03), "mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4)},
 }
 
 
-def base_config() -> ConfigDict:
-    """The options that the three configs share; no concepts yet."""
+def task_config(task: str, kind: str | None = None) -> ConfigDict:
+    """The config of one task's training.
+
+    * `gender`: "a woman" and "a man" from "a person".
+    * `skin_tone`: a light-, a medium- and a dark-skinned person from "a person".
+    * `safety`: away from violence and from smoking, from "a scene".
+
+    Args:
+      task: of `LEARNING_RATES`.
+      kind: of the modules; None is the recipe's.
+    """
+    kind = kind or next(iter(LEARNING_RATES[task]))
+    rates = dict(zip(("lr_ram", "lr_sam"), LEARNING_RATES[task][kind], strict=True))
     config = default()
     config.model.name = "emoji-world"
     config.model.dtype = "float32"
-    config.concept_defaults.update(_learning_rates("gender"))
+    config.module.kind = kind
+    if (task, kind) == ("skin_tone", "mlp"):
+        config.module.hidden_channels = 192  # as many as the mid-block has
+    config.concept_defaults.update(rates)
     config.rollout.kind = "streaming"
     config.rollout.slots = 2
     config.optimizer.eps = 1e-5
@@ -38,22 +58,29 @@ def base_config() -> ConfigDict:
     config.log.grid_every = 200
     config.log.grid_steps = 20
     config.log.grid_guidance_scale = 3.0
+
+    if task == "gender":
+        for word in vocabulary.GENDERS:
+            _add_fair(config, task, word, f"a {word}")
+    elif task == "skin_tone":
+        for word in vocabulary.TONE_GROUPS:
+            _add_fair(config, task, word, f"a {word}-skinned person")
+    else:
+        for word in vocabulary.UNSAFE_CONCEPTS:
+            add_concept(
+                config,
+                word,
+                name=f"anti-{word}",
+                group="safety",
+                neutral_prompts=("a scene",),
+                unsafe_prompt=word,
+                guidance_scale=12.0,
+                lambda_sem=1.0,
+            )
     return config
 
 
-def add_gender(config: ConfigDict) -> None:
-    """Adds "a woman" and "a man" from "a person"."""
-    for key in vocabulary.GENDERS:
-        _add_fair(config, key, "gender", f"a {key}")
-
-
-def add_skin_tone(config: ConfigDict) -> None:
-    """Adds a light-, a medium- and a dark-skinned person from "a person"."""
-    for key in vocabulary.TONE_GROUPS:
-        _add_fair(config, key, "skin_tone", f"a {key}-skinned person")
-
-
-def _add_fair(config: ConfigDict, key: str, group: str, target: str) -> None:
+def _add_fair(config: ConfigDict, group: str, key: str, target: str) -> None:
     add_concept(
         config,
         key,
@@ -63,25 +90,4 @@ def _add_fair(config: ConfigDict, key: str, group: str, target: str) -> None:
         target_prompt=target,
         guidance_scale=4.0,
         lambda_sem=0.5,
-        **_learning_rates(group),
     )
-
-
-def add_safety(config: ConfigDict) -> None:
-    """Away from violence and from smoking, from "a scene"."""
-    for name in vocabulary.UNSAFE_CONCEPTS:
-        add_concept(
-            config,
-            name,
-            name=f"anti-{name}",
-            group="safety",
-            neutral_prompts=("a scene",),
-            unsafe_prompt=name,
-            guidance_scale=12.0,
-            lambda_sem=1.0,
-            **_learning_rates("safety"),
-        )
-
-
-def _learning_rates(task: str) -> dict[str, float]:
-    return dict(zip(("lr_ram", "lr_sam"), LEARNING_RATES[task], strict=True))
