@@ -282,7 +282,7 @@ def _fill(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
     """An adapter's parameters, filled up with zeros to those of a module of more kinds and hidden
     channels: it does the same with them, as SiLU(0) = 0."""
     params = getattr(adapter, role)
-    if len(adapter.module.kinds) < len(module.kinds) and len(adapter.module.kinds) == 1:
+    if len(adapter.module.kinds) == 1 < len(module.kinds):
         params = {adapter.module.kind: params}
     params, filled = flatten_dict(params, sep="."), {}
     for key, shape in param_shapes(module).items():

@@ -47,8 +47,8 @@ class MidBlockModule(nn.Module):
     init_scheme: str = "zeros"
 
     def __post_init__(self):
-        kinds = self.kinds if isinstance(self.kind, str) else ()
-        if not set(kinds) <= set(KINDS) or len(set(kinds)) != max(len(kinds), 1):
+        kinds = self.kinds if isinstance(self.kind, str) else (self.kind,)
+        if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
             raise ValueError(
                 f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}, or different"
                 f" ones joined by {SUM}"

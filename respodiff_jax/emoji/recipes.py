@@ -2,10 +2,8 @@
 
 Nothing but "a person" and "a scene" is shown to the training: no profession, no activity.
 
-Gender and skin tone are steered by a map of the mid-block's output (`mlp`). A constant, the paper's
-default, moves every picture by the same amount: it takes more of the profession with it, and cannot
-turn both light and dark skin into medium (`ablation` shows how far it gets). Safety is steered by a
-constant: its target is so far off, at guidance 12, that a map learns to distort pictures.
+Gender and skin tone are steered by a map of the mid-block's output (`mlp`), safety by a constant,
+the paper's default. `ablation` measures the other kinds.
 
 Adam's epsilon is of the size of the gradient of a constant's element, about 5e-6 (of safety,
 `metrics.jsonl` has its norm, over 3,072 elements). With the usual 1e-8 all elements move equally

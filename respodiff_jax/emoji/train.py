@@ -54,7 +54,7 @@ class Job:
     parts: str | None = None
     tune: bool = False
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def load_tokenizer(self) -> CLIPTokenizer:
         """That of `parts`, or the working directory's, made first if it is not there."""
         if self.parts is not None:
             return CLIPTokenizer.from_pretrained(local_folder(self.parts) / "tokenizer")
@@ -63,22 +63,26 @@ class Job:
             tokenizer.write_tokenizer(folder, self.seed)
         return CLIPTokenizer.from_pretrained(folder)
 
-    def clip(self):
+    def load_clip(self):
         """The CLIP's parameters before its evaluator is trained."""
-        return loop.load_params(self.workdir, "clip") if self.parts is None else self._part_clip()
+        return (
+            loop.load_params(self.workdir, "clip")
+            if self.parts is None
+            else self._load_clip_of_parts()
+        )
 
-    def clip_and_autoencoder(self):
+    def load_clip_and_autoencoder(self):
         """Their parameters, rounded as they ship: `parts` makes no difference to the UNet."""
         if self.parts is not None:
-            return self._part_clip(), load_backbone(self.parts).params["vae"]
+            return self._load_clip_of_parts(), load_backbone(self.parts).params["vae"]
         evaluator = loop.load_params(self.workdir, "evaluator")
         trained = (
-            clip.with_evaluator(self.clip(), evaluator),
+            clip.with_evaluator(self.load_clip(), evaluator),
             loop.load_params(self.workdir, "vae"),
         )
         return jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), trained)
 
-    def _part_clip(self):
+    def _load_clip_of_parts(self):
         return load_clip(local_folder(self.parts) / "clip").params
 
 
@@ -89,7 +93,7 @@ def run(job, stages):
       job: `Job`.
       stages: stage -> (steps, batch size), of those in `STAGES`.
     """
-    words = job.tokenizer()
+    words = job.load_tokenizer()
     for stage, (steps, batch_size) in stages.items():
         options = {"steps": steps, "batch_size": batch_size, "seed": job.seed}
         if stage == "clip":
@@ -98,7 +102,7 @@ def run(job, stages):
             autoencoder.train(job.workdir, **options)
         elif stage == "evaluator":
             options["seed"] += 7
-            params = clip.train_evaluator(job.workdir, words, job.clip(), **options)
+            params = clip.train_evaluator(job.workdir, words, job.load_clip(), **options)
             export.export_clip(job.model_folder, words, params)
         else:
             train_unet(job, words, **options)
@@ -106,7 +110,7 @@ def run(job, stages):
 
 def train_unet(job, words, **options):
     """Encodes the pool with autoencoder and text tower, trains the UNet, exports the folder."""
-    clip_params, vae_params = job.clip_and_autoencoder()
+    clip_params, vae_params = job.load_clip_and_autoencoder()
     if job.tune:
         options["params"] = load_backbone(job.parts).params["unet"]
         options["learning_rate"] = TUNING_RATE
