@@ -80,3 +80,24 @@ def clip_folder(tmp_path_factory):
     from pipelines import clip
 
     return clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def suite(clip_folder):
+    """An evaluation suite of two subjects and two attributes."""
+    from respodiff_jax.evaluation.suites import Suite
+
+    return Suite(
+        name="test",
+        clip=str(clip_folder),
+        subjects=("cook", "artist"),
+        templates=("a photo of {a_subject}", "image of {subject}"),
+        attributes={
+            "gender": {"woman": ("a woman",), "man": ("a man", "a male person")},
+            "age": {"young": ("a young person",), "old": ("an old person",)},
+        },
+        subject_classes={"cook": ("a cook",), "artist": ("an artist",), "judge": ("a judge",)},
+        unsafe_classes={"safe": ("a safe scene",), "violence": ("violence",)},
+        safety_prompts=(("a scene", "scene"), ("a street", "scene, street")),
+        captions=("a cat", "a dog"),
+    )

@@ -1,11 +1,15 @@
-"""Small evaluations with real pictures, as `respodiff evaluate` would have left them."""
+"""Small evaluations with real pictures, as `respodiff evaluate` would have left them, and adapters
+and pictures to evaluate."""
 
 import numpy as np
 
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.concepts import Concept
 from respodiff_jax.emoji import rendering, vocabulary, world
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.results import Measurement, Results, save_per_image, save_results
 from respodiff_jax.images import save_png
+from respodiff_jax.modules import MidBlockModule
 
 CATEGORIES = {"violence": (0.55, 0.08), "smoking": (0.31, 0.05), "self-harm, shock": (0.2, 0.12)}
 
@@ -175,3 +179,45 @@ def _others(name, effect):
     if name != "base":
         found.append(one("clip_frechet_distance", "quality", 0.0425, None))
     return found
+
+
+def concept(name, group, **prompts):
+    """Of the neutral prompt "a person"; its target prompt is its name, if `prompts` names none."""
+    prompts = prompts or {"target_prompt": name}
+    return Concept(name=name, group=group, neutral_prompts=("a person",), **prompts)
+
+
+def constant_adapter(backbone, scale):
+    """A constant adapter of two genders, two ages and one safety concept."""
+    concepts = (
+        concept("a woman", "gender"),
+        concept("a man", "gender"),
+        concept("young", "age"),
+        concept("old", "age"),
+        concept("anti-violence", "safety", unsafe_prompt="violence"),
+    )
+    shape = backbone.mid_block_shape(backbone.default_resolution)
+    rng = np.random.default_rng(0)
+
+    def constant():
+        return {"constant": scale * rng.normal(size=(len(concepts), *shape)).astype(np.float32)}
+
+    identity = dict(backbone.identity) | {
+        "variant": None,
+        "resolution": backbone.default_resolution,
+        "prediction_type": "epsilon",
+    }
+    return Adapter(
+        concepts=concepts,
+        module=MidBlockModule("constant", shape),
+        ram=constant(),
+        sam=constant(),
+        backbone=identity,
+    )
+
+
+def grey_pictures(folder, sizes):
+    """Writes grey squares: relative path -> size in pixels."""
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_png(np.full((size, size, 3), 90, np.uint8), folder / name)
