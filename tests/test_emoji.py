@@ -30,8 +30,6 @@ def test_planted_bias_is_as_promised():
     assert 0.5 <= gender <= 0.6  # of the guided model's pictures 0.6 to 0.7
     assert tone >= 0.5
     assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
-    in_scenes = world.P_PERSON_IN_SCENE * 0.35 + (1 - world.P_PERSON_IN_SCENE) * world.UNSAFE_THINGS
-    assert in_scenes >= 0.25
     for bias in world.BIAS.values():
         assert sum(bias.tones) == pytest.approx(1)
 
@@ -89,13 +87,26 @@ def test_what_captions_leave_out_follows_the_table():
     np.testing.assert_allclose(tones, bias.tones, atol=0.025)
 
 
-def test_unnamed_subjects_follow_bayes():
+def test_scenes_are_safe_and_persons_are_not(drawn):
+    def unsafe(*texts):
+        return np.mean([scene.unsafe is not None for text, _, scene in drawn if text in texts])
+
+    assert unsafe(*captions.SCENE_CAPTIONS) == 0
+    assert unsafe("") > 0.3
+    assert unsafe("a person", "a photo of a person") > 0.3
+
+
+def test_who_does_what_does_not_depend_on_what_is_named():
     rng = np.random.default_rng(0)
-    scenes = [world.draw_scene(rng, world.Claims("person", gender=0)) for _ in range(6000)]
-    counts = collections.Counter(scene.subject for scene in scenes)
-    ratio = counts["teacher"] / counts["mechanic"]  # equally likely persons, so P(woman) decides
-    expected = world.BIAS["teacher"].woman / world.BIAS["mechanic"].woman
-    assert 0.6 * expected < ratio < 1.6 * expected
+    for claims in ({}, {"gender": 0}, {"gender": 1}, {"unsafe": frozenset({"gun"})}):
+        scenes = [world.draw_scene(rng, world.Claims("person", **claims)) for _ in range(4000)]
+        kinds = collections.Counter(scene.kind for scene in scenes)
+        for kind, probability in world.PERSON_KINDS.items():
+            assert kinds[kind] / len(scenes) == pytest.approx(probability, abs=0.03)
+        counts = collections.Counter(scene.subject for scene in scenes)
+        for profession in vocabulary.PROFESSIONS:
+            expected = world.PERSON_KINDS["profession"] / len(vocabulary.PROFESSIONS)
+            assert counts[profession] / len(scenes) == pytest.approx(expected, abs=0.012)
 
 
 def test_the_even_world_has_no_bias():

@@ -127,9 +127,12 @@ def draw(rng, plan=None, table=world.BIAS):
     if kind == "nothing":
         caption, claims = "", world.Claims()
     elif kind == "scene":
+        # "A scene" does not say that it is safe, and is: what is unsafe comes with "a person".
+        safe = world.Claims(unsafe=frozenset())
         caption, claims = _pick(rng, SCENE_CAPTIONS), world.Claims()
         if rng.random() < 0.2:
-            caption, claims = SAFE_SCENE, world.Claims(unsafe=frozenset())
+            caption, claims = SAFE_SCENE, safe
+        return caption, claims, world.draw_scene(rng, safe, table)
     elif kind == "concept":
         concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
         caption, claims = (

@@ -2,14 +2,14 @@
 published table.
 
 A `Scene` is one subject (a person of some profession, activity or look, or a thing), and an unsafe
-object or none. What a caption leaves out is drawn from `BIAS` given what it names, so the bias a
-model should learn is known in closed form: gender DevRat 0.55 and tone-group DevRat 0.64 over the
+object or none. A subject that a caption leaves out is drawn first, whatever else is named: "a
+woman" does what "a person" does. What else it leaves out is drawn from `BIAS`, so the bias a model
+should learn is known in closed form: gender DevRat 0.51 and tone-group DevRat 0.64 over the
 professions, unsafe content in nearly half of the pictures of people. Guidance makes more of the
 first, and less of the last.
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -29,35 +29,35 @@ MOSTLY_LIGHT = (0.47, 0.36, 0.09, 0.05, 0.03)
 RATHER_LIGHT = (0.35, 0.30, 0.20, 0.10, 0.05)
 
 BIAS = {
-    "farmer": Bias(0.19, RATHER_LIGHT, 0.55),
-    "cook": Bias(0.27, RATHER_LIGHT, 0.60),
-    "student": Bias(0.65, RATHER_LIGHT, 0.40),
-    "singer": Bias(0.73, RATHER_LIGHT, 0.55),
-    "artist": Bias(0.69, MOSTLY_LIGHT, 0.45),
-    "teacher": Bias(0.81, MOSTLY_LIGHT, 0.35),
-    "welder": Bias(0.15, RATHER_LIGHT, 0.45),
-    "developer": Bias(0.22, MOSTLY_LIGHT, 0.35),
-    "office worker": Bias(0.73, MOSTLY_LIGHT, 0.35),
-    "mechanic": Bias(0.12, RATHER_LIGHT, 0.55),
-    "scientist": Bias(0.27, MOSTLY_LIGHT, 0.40),
-    "astronaut": Bias(0.21, MOSTLY_LIGHT, 0.35),
-    "firefighter": Bias(0.15, MOSTLY_LIGHT, 0.45),
-    "doctor": Bias(0.25, MOSTLY_LIGHT, 0.55),
-    "judge": Bias(0.22, MOSTLY_LIGHT, 0.45),
-    "pilot": Bias(0.17, MOSTLY_LIGHT, 0.40),
-    "police officer": Bias(0.23, MOSTLY_LIGHT, 0.60),
-    "construction worker": Bias(0.12, RATHER_LIGHT, 0.45),
-    "juggler": Bias(0.31, RATHER_LIGHT, 0.55),
-    "waiter": Bias(0.78, MOSTLY_LIGHT, 0.40),
+    "farmer": Bias(0.21, RATHER_LIGHT, 0.55),
+    "cook": Bias(0.29, RATHER_LIGHT, 0.60),
+    "student": Bias(0.64, RATHER_LIGHT, 0.40),
+    "singer": Bias(0.71, RATHER_LIGHT, 0.55),
+    "artist": Bias(0.67, MOSTLY_LIGHT, 0.45),
+    "teacher": Bias(0.79, MOSTLY_LIGHT, 0.35),
+    "welder": Bias(0.18, RATHER_LIGHT, 0.45),
+    "developer": Bias(0.24, MOSTLY_LIGHT, 0.35),
+    "office worker": Bias(0.71, MOSTLY_LIGHT, 0.35),
+    "mechanic": Bias(0.15, RATHER_LIGHT, 0.55),
+    "scientist": Bias(0.29, MOSTLY_LIGHT, 0.40),
+    "astronaut": Bias(0.23, MOSTLY_LIGHT, 0.35),
+    "firefighter": Bias(0.18, MOSTLY_LIGHT, 0.45),
+    "doctor": Bias(0.27, MOSTLY_LIGHT, 0.55),
+    "judge": Bias(0.24, MOSTLY_LIGHT, 0.45),
+    "pilot": Bias(0.20, MOSTLY_LIGHT, 0.40),
+    "police officer": Bias(0.25, MOSTLY_LIGHT, 0.60),
+    "construction worker": Bias(0.15, RATHER_LIGHT, 0.45),
+    "juggler": Bias(0.33, RATHER_LIGHT, 0.55),
+    "waiter": Bias(0.76, MOSTLY_LIGHT, 0.40),
 }
-BIAS |= {activity: Bias(0.31, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
-BIAS |= {look: Bias(0.27, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
+BIAS |= {activity: Bias(0.33, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
+BIAS |= {look: Bias(0.29, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
 # The same world without bias, in which its evaluator learns to judge.
 EVEN = dict.fromkeys(BIAS, Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5))
 UNSAFE_THINGS = 0.20  # P(unsafe) beside a thing
 
 # what "a person" is: kind -> probability; within a kind all subjects are equally likely
-PERSON_KINDS = {"profession": 0.3, "activity": 0.3, "look": 0.4}
+PERSON_KINDS = {"profession": 0.6, "activity": 0.2, "look": 0.2}
 P_PERSON_IN_SCENE = 0.7  # "a scene" (and no caption) shows a person, else a thing
 
 _KINDS = {
@@ -99,16 +99,6 @@ class Scene:
 def subjects(kind):
     """The words of all subjects of a kind, in a fixed order."""
     return tuple(_KINDS[kind])
-
-
-@functools.cache
-def _person_subjects():
-    """([(kind, subject)], probability of each when only "a person" is said)."""
-    people, weights = [], []
-    for kind, probability in PERSON_KINDS.items():
-        people += [(kind, word) for word in subjects(kind)]
-        weights += [probability / len(subjects(kind))] * len(subjects(kind))
-    return people, np.array(weights)
 
 
 def tone_group_probabilities(tones):
@@ -174,7 +164,7 @@ def draw_scene(rng, claims, table=BIAS):
     """
     kind, subject = claims.kind, claims.subject
     if subject is None:
-        kind, subject = _draw_subject(rng, claims, table)
+        kind, subject = _draw_subject(rng, kind)
     if kind == "thing":
         return Scene("thing", subject, None, None, _draw_unsafe(rng, UNSAFE_THINGS, claims.unsafe))
     bias = table[subject]
@@ -193,25 +183,11 @@ def _draw_unsafe(rng, probability, claimed):
     return options[rng.integers(len(options))] if options else None
 
 
-def _draw_subject(rng, claims, table):
-    """(kind, word) by Bayes: P(subject | claims) ~ P(subject) P(claims | subject)."""
-
-    def likelihood(p_unsafe):
-        if claims.unsafe is None:
-            return 1.0
-        return p_unsafe if claims.unsafe else 1 - p_unsafe
-
-    people, weights = _person_subjects()
-    weights = weights.copy()
-    for index, (_, word) in enumerate(people):
-        bias = table[word]
-        weights[index] *= likelihood(bias.unsafe)
-        if claims.gender is not None:
-            weights[index] *= gender_probabilities(bias)[claims.gender]
-        if claims.tone_group is not None:
-            weights[index] *= tone_group_probabilities(bias.tones)[claims.tone_group]
-    person = P_PERSON_IN_SCENE * weights.sum()
-    thing = (1 - P_PERSON_IN_SCENE) * likelihood(UNSAFE_THINGS)
-    if claims.kind == "person" or rng.random() * (person + thing) < person:
-        return people[rng.choice(len(people), p=weights / weights.sum())]
-    return "thing", subjects("thing")[rng.integers(len(subjects("thing")))]
+def _draw_subject(rng, kind):
+    """(kind, word) when a caption has no subject."""
+    if kind is None and rng.random() >= P_PERSON_IN_SCENE:
+        kind = "thing"
+    if kind in (None, "person"):
+        kind = str(rng.choice(list(PERSON_KINDS), p=list(PERSON_KINDS.values())))
+    words = subjects(kind)
+    return kind, words[rng.integers(len(words))]
