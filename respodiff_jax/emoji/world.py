@@ -152,7 +152,7 @@ class Claims:
 
 
 def draw_scene(rng, claims, table=BIAS):
-    """Draws from the bias table everything that is not claimed, given what is.
+    """Draws what is not claimed: the subject first, everything else from the bias table.
 
     Args:
       rng: `numpy.random.Generator`.
