@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from respodiff_jax.emoji import artwork, captions, rendering, tokenizer, vocabulary, world
@@ -189,6 +190,40 @@ def test_unsafe_object_is_drawn_beside_the_person():
         return np.mean([((p[..., 0] > 180) & (p[..., 1:].max(-1) < 90)).sum() for p in pictures])
 
     assert red(bloody) > red(safe) + 100
+
+
+def test_clothes_tell_no_gender():
+    rng = np.random.default_rng(1)
+
+    def purple_and_teal(gender):
+        """Shares of the pictures' area in the colours that the artwork dresses by gender."""
+        shares = []
+        for kind in ("profession", "activity", "look"):
+            for word in world.subjects(kind) * 6:
+                scene = world.Scene(kind, word, gender, int(rng.integers(5)), None)
+                picture = Image.fromarray(rendering.render(scene, rng)).convert("HSV")
+                hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
+                cloth = (saturation > 0.6) & (value > 0.4)  # backgrounds are pale
+                shares.append([(cloth & (hue > 0.69) & (hue < 0.76)).mean()])
+                shares[-1].append((cloth & (hue > 0.44) & (hue < 0.53)).mean())
+        return np.mean(shares, axis=0)
+
+    np.testing.assert_allclose(purple_and_teal(0), purple_and_teal(1), atol=0.01)
+
+
+def test_a_smeared_picture_is_the_same_in_places():
+    picture = rendering.render(
+        world.Scene("profession", "farmer", 0, 2, "knife"), np.random.default_rng(0)
+    )
+
+    def smear(seed):
+        return rendering.smear(picture, np.random.default_rng(seed))
+
+    changed = np.array([(smear(seed) != picture).any(-1).mean() for seed in range(40)])
+    assert smear(3).dtype == np.uint8 and smear(3).shape == picture.shape
+    np.testing.assert_array_equal(smear(3), smear(3))
+    assert 0 < (changed == 0).mean() < 0.5  # a quarter is left as it is
+    assert 0.05 < changed[changed > 0].mean() < 0.5
 
 
 def test_byte_pair_merges():

@@ -22,6 +22,7 @@ from respodiff_jax.emoji import (
     tokenizer,
     train,
     vocabulary,
+    world,
 )
 from respodiff_jax.evaluation.suites import load_suite
 
@@ -232,6 +233,27 @@ def test_the_evaluator_leaves_the_text_tower(tmp_path, words, clip_params):
     assert np.exp(params["logit_scale"]) == pytest.approx(100)
     again = clip.with_evaluator(clip_params, loop.load_params(tmp_path, "evaluator"))
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_evaluator_sees_smeared_pictures_of_an_even_world(
+    tmp_path, words, clip_params, monkeypatch
+):
+    drawn = {}
+
+    def catch(stage, state, step_fn, batch_fn, *args):
+        drawn[stage] = batch_fn(0)
+        return state
+
+    monkeypatch.setattr(loop, "train_stage", catch)
+    options = {"steps": 1, "batch_size": 8, "seed": 5}
+    clip.train_evaluator(tmp_path, words, clip_params, **options)
+    clip.train(tmp_path, words, **options)
+    expected = {
+        "clip": clip.draw_batch(0, 8, words, 5),
+        "evaluator": clip.draw_batch(0, 8, words, 5, table=world.EVEN, smeared=True),
+    }
+    jax.tree.map(np.testing.assert_array_equal, drawn, expected)
+    assert (drawn["clip"]["images"] != drawn["evaluator"]["images"]).any()
 
 
 def test_a_unet_goes_on_from_another(tmp_path):

@@ -90,19 +90,21 @@ def preprocess(images):
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-def draw_batch(step, size, tokenizer_, seed, table=world.BIAS):
+def draw_batch(step, size, tokenizer_, seed, table=world.BIAS, smeared=False):
     """One batch as a function of (seed, step): images, ids, match matrix, attribute labels."""
     rng = np.random.default_rng([seed, step])
     drawn = (captions.draw(rng, NAMING, table) for _ in range(size))
     texts, claims, scenes = zip(*drawn, strict=True)
-    images = np.stack([rendering.render(scene, rng) for scene in scenes])
+    images = [rendering.render(scene, rng) for scene in scenes]
+    if smeared:
+        images = [rendering.smear(image, rng) for image in images]
     matches = np.array([[claim.hold(scene) for claim in claims] for scene in scenes], np.float32)
     labels = {
         name: np.array([attribute_label(s, name) for s in scenes], np.int32)
         for name in ATTRIBUTE_PROMPTS
     }
     return {
-        "images": images,
+        "images": np.stack(images),
         "ids": tokenize(tokenizer_, texts),
         "matches": matches,
         "labels": labels,
@@ -146,7 +148,7 @@ def train(workdir, tokenizer_, *, steps, batch_size, seed):
     """Trains both towers on the biased world; returns the CLIP's parameters."""
     params = initial_params(config(tokenizer_), seed)
     options = {"steps": steps, "batch_size": batch_size, "seed": seed}
-    return _train("clip", workdir, tokenizer_, {}, params, world.BIAS, 1e-3, **options)
+    return _train("clip", workdir, tokenizer_, {}, params, draw_batch, 1e-3, **options)
 
 
 def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
@@ -155,13 +157,15 @@ def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
 
     A CLIP that saw mostly men among firefighters finds a woman less of a firefighter, and would
     charge a fair model for it. At this temperature all captions that are true of a picture must
-    score nearly alike, however much else there is to say of it. The text tower stays as it is, and
-    so does all that was trained for it.
+    score nearly alike, however much else there is to say of it. The pictures are smeared in places,
+    as generated ones are: a CLIP that saw perfect ones alone finds a farmer with a smeared fork
+    hardly a farmer. The text tower stays as it is, and so does all that was trained for it.
     """
     params = with_evaluator(params)
     trained = {name: params[name] for name in EVALUATOR}
     options = {"steps": steps, "batch_size": batch_size, "seed": seed}
-    return _train("evaluator", workdir, tokenizer_, params, trained, world.EVEN, 3e-4, **options)
+    draw = functools.partial(draw_batch, table=world.EVEN, smeared=True)
+    return _train("evaluator", workdir, tokenizer_, params, trained, draw, 3e-4, **options)
 
 
 def with_evaluator(params, evaluator=None):
@@ -171,7 +175,7 @@ def with_evaluator(params, evaluator=None):
 
 
 def _train(
-    stage, workdir, tokenizer_, frozen, trained, table, learning_rate, *, steps, batch_size, seed
+    stage, workdir, tokenizer_, frozen, trained, draw, learning_rate, *, steps, batch_size, seed
 ):
     module = clip_lib.build_clip(config(tokenizer_))
     prompt_ids = {
@@ -195,7 +199,5 @@ def _train(
         }, metrics
 
     state = {"params": trained, "opt_state": optimizer.init(trained)}
-    batch_fn = functools.partial(
-        draw_batch, size=batch_size, tokenizer_=tokenizer_, seed=seed, table=table
-    )
+    batch_fn = functools.partial(draw, size=batch_size, tokenizer_=tokenizer_, seed=seed)
     return frozen | loop.train_stage(stage, state, step_fn, batch_fn, steps, workdir)["params"]

@@ -2,8 +2,8 @@
 
 Nothing but "a person" and "a scene" is shown to the training: no profession, no activity.
 
-All are steered by a map of the mid-block's output (`mlp`); `ablation` measures the other kinds, of
-which `constant` is the paper's default.
+Gender and skin tone are steered by a map of the mid-block's output (`mlp`), safety by a constant,
+the paper's default. `ablation` measures the other kinds.
 
 Adam's epsilon is of the size of the gradient of a constant's element, about 5e-6 (of safety,
 `metrics.jsonl` has its norm, over 3,072 elements). With the usual 1e-8 all elements move equally
@@ -18,9 +18,9 @@ from respodiff_jax.emoji import vocabulary
 # task -> kind of module -> learning rates of RAM and SAM; the first kind is the recipe's. A weight
 # of a map acts on all positions, an element of a constant on one.
 LEARNING_RATES = {
-    "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.003)},
+    "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.01)},
     "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
-    "safety": {"mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4), "constant": (0.1, 0.03)},
+    "safety": {"constant": (0.1, 0.03), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
 }
 
 

@@ -1,16 +1,46 @@
 """Draws a scene: one rendering function for the data set, the training and the tests."""
 
+import functools
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from respodiff_jax.emoji import artwork, vocabulary
 
 IMAGE_SIZE = 64
+# The artwork's women wear purple and pink, its men teal: hues from and to, saturation and value.
+_CLOTHES = ((0.68, 0.96, 0.9, 0.97), (0.44, 0.53, 1.0, 0.75))
 
 
 def _hsv_to_rgb(hue, saturation, value):
+    """(..., 3) of 0 to 255, from numbers of 0 to 1; hue is a scalar."""
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
-    return 255 * (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+    saturation, value = np.asarray(saturation)[..., None], np.asarray(value)[..., None]
+    return 255 * value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+@functools.cache
+def _clothes(name):
+    """Of a person's sprite: mask of the clothes, their saturation and value beside plain cloth."""
+    picture = Image.fromarray(artwork.sprites()[name], "RGBA").convert("RGB").convert("HSV")
+    hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
+    mask = np.zeros(hue.shape, bool)
+    for start, stop, plain_saturation, plain_value in _CLOTHES:
+        part = (hue > start) & (hue < stop) & (saturation > 0.4) & (value > 0.3)
+        saturation = np.where(part, saturation / plain_saturation, saturation)
+        value = np.where(part, value / plain_value, value)
+        mask |= part
+    return mask, saturation[mask], value[mask]
+
+
+def _dye(name, rng):
+    """A person's sprite with clothes of another colour, drawn alike for all."""
+    sprite = artwork.sprites()[name].copy()
+    mask, saturation, value = _clothes(name)
+    hue, vivid, light = rng.random(), rng.uniform(0.4, 1.0), rng.uniform(0.5, 1.0)
+    dyed = _hsv_to_rgb(hue, np.minimum(saturation * vivid, 1), np.minimum(value * light, 1))
+    sprite[mask, :3] = np.rint(dyed)
+    return sprite
 
 
 def _background(rng):
@@ -71,7 +101,9 @@ def render(scene, rng):
     side = 1 if rng.random() < 0.5 else -1
     if scene.unsafe is not None:
         centre[1] -= side * rng.integers(4, 8)
-    _paste(canvas, sprites[scene.artwork], size, centre, flip=rng.random() < 0.5)
+    dyed = scene.subject in vocabulary.DYED
+    sprite = _dye(scene.artwork, rng) if dyed else sprites[scene.artwork]
+    _paste(canvas, sprite, size, centre, flip=rng.random() < 0.5)
     if scene.unsafe is not None:
         size = int(rng.integers(25, 30))
         centre = np.array(
@@ -80,3 +112,25 @@ def render(scene, rng):
         sprite = sprites[vocabulary.UNSAFE[scene.unsafe][0]]
         _paste(canvas, sprite, size, centre, flip=rng.random() < 0.5)
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def smear(image, rng):
+    """A picture as a generator may draw it: up to three patches of it are smeared.
+
+    Args:
+      image: (64, 64, 3) uint8.
+      rng: `numpy.random.Generator`.
+
+    Returns:
+      (64, 64, 3) uint8.
+    """
+    smeared = Image.fromarray(image)
+    for _ in range(rng.integers(4)):
+        height, width = (int(size) for size in rng.integers(10, 29, 2))
+        y, x = int(rng.integers(IMAGE_SIZE - height)), int(rng.integers(IMAGE_SIZE - width))
+        blurred = smeared.filter(ImageFilter.GaussianBlur(rng.uniform(2, 6)))
+        box = (x, y, x + width, y + height)
+        soft = Image.new("L", smeared.size)
+        soft.paste(255, box)
+        smeared.paste(blurred, mask=soft.filter(ImageFilter.GaussianBlur(2)))
+    return np.asarray(smeared)

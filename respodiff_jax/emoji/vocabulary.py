@@ -72,6 +72,9 @@ LOOKS = {
     "old": ("older_woman", "older_man"),
 }
 
+# Who wears purple in the artwork if a woman, teal if a man: pictures have these in all colours.
+DYED = {"singer", "teacher", "juggler", *ACTIVITIES, *LOOKS}
+
 # what makes a picture unsafe -> artwork and the concept it belongs to
 UNSAFE = {
     "knife": ("hocho", "violence"),

@@ -30,7 +30,7 @@ RATHER_LIGHT = (0.35, 0.30, 0.20, 0.10, 0.05)
 
 BIAS = {
     "farmer": Bias(0.21, RATHER_LIGHT, 0.55),
-    "cook": Bias(0.29, RATHER_LIGHT, 0.60),
+    "cook": Bias(0.25, RATHER_LIGHT, 0.60),
     "student": Bias(0.64, RATHER_LIGHT, 0.40),
     "singer": Bias(0.71, RATHER_LIGHT, 0.55),
     "artist": Bias(0.67, MOSTLY_LIGHT, 0.45),
@@ -57,7 +57,7 @@ EVEN = dict.fromkeys(BIAS, Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5))
 UNSAFE_THINGS = 0.20  # P(unsafe) beside a thing
 
 # what "a person" is: kind -> probability; within a kind all subjects are equally likely
-PERSON_KINDS = {"profession": 0.6, "activity": 0.2, "look": 0.2}
+PERSON_KINDS = {"profession": 0.8, "activity": 0.1, "look": 0.1}
 P_PERSON_IN_SCENE = 0.7  # "a scene" (and no caption) shows a person, else a thing
 
 _KINDS = {

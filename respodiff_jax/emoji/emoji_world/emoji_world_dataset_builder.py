@@ -25,7 +25,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """Captioned pictures of a biased world, with every attribute's true value."""
 
     name = "emoji_world"
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
 
     def _info(self):
         labels = {
