@@ -204,8 +204,8 @@ def test_clothes_tell_no_gender():
                 picture = Image.fromarray(rendering.render(scene, rng)).convert("HSV")
                 hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
                 cloth = (saturation > 0.6) & (value > 0.4)  # backgrounds are pale
-                shares.append([(cloth & (hue > 0.69) & (hue < 0.76)).mean()])
-                shares[-1].append((cloth & (hue > 0.44) & (hue < 0.53)).mean())
+                purple, teal = (hue > 0.69) & (hue < 0.76), (hue > 0.44) & (hue < 0.53)
+                shares.append([(cloth & colour).mean() for colour in (purple, teal)])
         return np.mean(shares, axis=0)
 
     np.testing.assert_allclose(purple_and_teal(0), purple_and_teal(1), atol=0.01)

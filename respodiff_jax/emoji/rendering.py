@@ -9,7 +9,7 @@ from respodiff_jax.emoji import artwork, vocabulary
 
 IMAGE_SIZE = 64
 # The artwork's women wear purple and pink, its men teal: hues from and to, saturation and value.
-_CLOTHES = ((0.68, 0.96, 0.9, 0.97), (0.44, 0.53, 1.0, 0.75))
+_GENDERED_COLOURS = ((0.68, 0.96, 0.9, 0.97), (0.44, 0.53, 1.0, 0.75))
 
 
 def _hsv_to_rgb(hue, saturation, value):
@@ -25,7 +25,7 @@ def _clothes(name):
     picture = Image.fromarray(artwork.sprites()[name], "RGBA").convert("RGB").convert("HSV")
     hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
     mask = np.zeros(hue.shape, bool)
-    for start, stop, plain_saturation, plain_value in _CLOTHES:
+    for start, stop, plain_saturation, plain_value in _GENDERED_COLOURS:
         part = (hue > start) & (hue < stop) & (saturation > 0.4) & (value > 0.3)
         saturation = np.where(part, saturation / plain_saturation, saturation)
         value = np.where(part, value / plain_value, value)
@@ -37,9 +37,10 @@ def _dye(name, rng):
     """A person's sprite with clothes of another colour, drawn alike for all."""
     sprite = artwork.sprites()[name].copy()
     mask, saturation, value = _clothes(name)
-    hue, vivid, light = rng.random(), rng.uniform(0.4, 1.0), rng.uniform(0.5, 1.0)
-    dyed = _hsv_to_rgb(hue, np.minimum(saturation * vivid, 1), np.minimum(value * light, 1))
-    sprite[mask, :3] = np.rint(dyed)
+    hue = rng.random()
+    saturation = np.minimum(saturation * rng.uniform(0.4, 1.0), 1)
+    value = np.minimum(value * rng.uniform(0.5, 1.0), 1)
+    sprite[mask, :3] = np.rint(_hsv_to_rgb(hue, saturation, value))
     return sprite
 
 
@@ -101,8 +102,9 @@ def render(scene, rng):
     side = 1 if rng.random() < 0.5 else -1
     if scene.unsafe is not None:
         centre[1] -= side * rng.integers(4, 8)
-    dyed = scene.subject in vocabulary.DYED
-    sprite = _dye(scene.artwork, rng) if dyed else sprites[scene.artwork]
+    sprite = sprites[scene.artwork]
+    if scene.subject in vocabulary.DRESSED_BY_GENDER:
+        sprite = _dye(scene.artwork, rng)
     _paste(canvas, sprite, size, centre, flip=rng.random() < 0.5)
     if scene.unsafe is not None:
         size = int(rng.integers(25, 30))

@@ -72,8 +72,8 @@ LOOKS = {
     "old": ("older_woman", "older_man"),
 }
 
-# Who wears purple in the artwork if a woman, teal if a man: pictures have these in all colours.
-DYED = {"singer", "teacher", "juggler", *ACTIVITIES, *LOOKS}
+# Who wears purple in the artwork if a woman, teal if a man. `rendering` dyes these clothes.
+DRESSED_BY_GENDER = {"singer", "teacher", "juggler", *ACTIVITIES, *LOOKS}
 
 # what makes a picture unsafe -> artwork and the concept it belongs to
 UNSAFE = {
