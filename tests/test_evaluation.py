@@ -176,12 +176,12 @@ def test_pictures_of_another_plan_are_kept(evaluated, tiny_backbone, suite):
 
 
 def test_a_classifier_that_cannot_tell_one_value_is_told_of():
-    seven, six = 7 / 8, 6 / 8
-    assert run.accuracy_notes({"gender": {"woman": 1.0, "man": seven}}) == []
+    six, four = 6 / 8, 4 / 8  # six may be chance where nine of ten are found
+    assert run.accuracy_notes({"gender": {"woman": 1.0, "man": six}}) == []
     (note,) = run.accuracy_notes(
-        {"gender": {"woman": seven, "man": seven}, "skin_tone": {"a": 1.0, "b": six, "c": 1.0}}
+        {"gender": {"woman": six, "man": six}, "skin_tone": {"a": 1.0, "b": four, "c": 1.0}}
     )
-    assert "only 75% " in note and "(skin tone b): its counts of skin tone mean little" in note
+    assert "only 50% " in note and "(skin tone b): its counts of skin tone mean little" in note
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, suite, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.backbone import Backbone, Clip, load_clip
-from respodiff_jax.evaluation import fairness, quality, safety
+from respodiff_jax.evaluation import fairness, metrics, quality, safety
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.findings import Findings
@@ -269,13 +269,14 @@ def _check_classifier(
 
 
 def accuracy_notes(accuracy: Accuracy) -> list[str]:
-    """A sentence for each attribute of which the classifier misses a value too often."""
+    """A sentence for each attribute of which the classifier surely misses a value too often."""
     worst = {name: min(of.items(), key=lambda item: item[1]) for name, of in accuracy.items()}
     return [
         f"the classifier finds only {share:.0%} of what the base model was plainly asked for"
         f" ({words} {value}): its counts of {words} mean little"
         for words, (value, share) in ((name.replace("_", " "), w) for name, w in worst.items())
-        if share < _LOW_ACCURACY
+        if metrics.wilson_interval(share * _CHECKED_PER_VALUE, _CHECKED_PER_VALUE)[1]
+        < _LOW_ACCURACY
     ]
 
 
