@@ -320,7 +320,8 @@ def _concept_step(
         return objective.semantic_loss(to_eps(output), eps_neutral, concept.lambda_sem), output
 
     (sam_loss, output_steered), sam_grad = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
-    sam_loss, sam_grad = pmean((sam_loss, sam_grad))
+    mean_index = jnp.mean(jnp.asarray(draw.ddim_index, jnp.float32))
+    sam_loss, sam_grad, mean_index = pmean((sam_loss, sam_grad, mean_index))
     sam, opt_sam = _update(recipe, sam_grad, state.opt_sam, state.sam, concept.lr_sam)
 
     rollout_state = recipe.rollout.advance(
@@ -348,7 +349,7 @@ def _concept_step(
         loss_sem=sam_loss,
         grad_norm_ram=optax.tree.norm(ram_grad),
         grad_norm_sam=optax.tree.norm(sam_grad),
-        ddim_index=jnp.mean(jnp.asarray(draw.ddim_index, jnp.float32)),
+        ddim_index=mean_index,
         diverged_at=diverged_at,
     )
     return new_state.replace(diverged_at=diverged_at), metrics

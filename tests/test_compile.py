@@ -34,6 +34,7 @@ def config_of(concepts, strategy="pmap", fsdp=False, rollout="streaming"):
             "parallel.strategy": strategy,
             "parallel.fsdp": fsdp,
             "rollout.kind": rollout,
+            "rollout.slots": 1,
             "train.batch_size": BATCH,
         }
     )
@@ -67,7 +68,7 @@ def test_what_is_compiled_from_shapes_is_what_trains(
     tiny_backbone, concepts, strategy, fsdp, rollout
 ):
     """The program of a real step is in the compilation cache when it is compiled from shapes."""
-    changes = {"rollout.kind": rollout}
+    changes = {"rollout.kind": rollout, "rollout.slots": 1}
     recipe, arrays, fresh, _ = setup(tiny_backbone, concepts, BATCH, **changes)
     placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
     step = placement.compile(partial(train_step, placement.prepare(recipe)))
@@ -101,8 +102,8 @@ def test_what_is_compiled_from_shapes_is_what_trains(
     else:
         assert (program.parameters, program.unused) == (unet + vae, vae)
         assert exchange["no_weights_moved"] and exchange["only_gradients"]
-        losses = 2 * 4
-        assert exchange["by_op"] == {"all-reduce": {"count": 2, "bytes": 8192 + losses}}
+        numbers = 3 * 4  # two losses and the mean index
+        assert exchange["by_op"] == {"all-reduce": {"count": 2, "bytes": 8192 + numbers}}
         assert program.lower_body is None and found["loop"] is None
         assert found["memory"]["arguments"] > unet
 
@@ -350,9 +351,9 @@ def test_training_compiles_for_a_slice(strategy, fsdp, no_metadata_server):
     assert exchange["no_weights_moved"] is (None if fsdp else True)
     assert ("all-gather" in exchange["by_op"]) or not fsdp
     if strategy == "pmap":
-        # Zeros for the compiler's padding: only gradients and losses are exchanged.
+        # Zeros for the compiler's padding: gradients, losses and the mean index are exchanged.
         assert exchange["by_op"].keys() == {"all-reduce"}
-        assert exchange["bytes"] == exchange["gradients"] + 2 * 4
+        assert exchange["bytes"] == exchange["gradients"] + 3 * 4
 
 
 @pytest.mark.tpu_compile
