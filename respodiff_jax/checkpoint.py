@@ -1,8 +1,8 @@
 """The working directory of a run: what it is (`run.json`) and where it stands (`checkpoints/`).
 
-Checkpoints hold the training state, that is modules, optimisers, step and random key, and never a
-base weight. `run.json` beside them holds the resolved config, the concepts and the backbone's
-identity: a directory is only continued by the run that it belongs to.
+Checkpoints hold the training state, that is modules, optimisers, trajectories in flight, step and
+random key, and never a base weight. `run.json` beside them holds the resolved config, the concepts
+and the backbone's identity: a directory is only continued by the run that it belongs to.
 """
 
 import dataclasses

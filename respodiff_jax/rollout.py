@@ -4,7 +4,7 @@ A rollout is an object with three functions, written for one concept and pure:
 
 * `init(keys, num_prompts, shape) -> state`: what it carries from step to step, part of the
   checkpointed training state; leaves have a leading sample axis B.
-* `draw(state, predict, keys, run_key, step, num_prompts, shape) -> Draw`: this step's latents.
+* `draw(state, predict, keys, step_key, step, num_prompts, shape) -> Draw`: this step's latents.
 * `advance(state, draw, guided, keys, step, num_prompts) -> state`: what it makes of the losses'
   predictions.
 
@@ -39,6 +39,11 @@ class Draw(NamedTuple):
     z_t: jax.Array
     ddim_index: jax.Array
     prompt_index: jax.Array
+
+
+def last_index(schedule: diffusion.Schedule) -> int:
+    """Where the longest trajectories end; from 0 to it, `k` is uniform (paper, section 4.3)."""
+    return schedule.num_steps - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class FaithfulRollout:
           shape: `(h, w, c)` of the latents.
         """
         del state, step
-        k = jax.random.randint(step_key, (), 0, self.schedule.num_steps - 1)
+        k = jax.random.randint(step_key, (), 0, last_index(self.schedule) + 1)
         noise, prompt_index = _begin(keys, num_prompts, shape)
 
         def body(i, z_t):
@@ -116,12 +121,14 @@ class Flight(NamedTuple):
 class StreamingRollout:
     """Trajectories that move on by one DDIM step whenever the losses have looked at them.
 
-    The losses need the unconditional prediction and that with RAM and SAM anyway; guided, these
-    are what `predict` would give. So no evaluation of the UNet is spent on a rollout. A trajectory
-    is seen once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
+    The losses need the prediction with RAM and SAM anyway and, where all concepts are of fairness,
+    the empty prompt's; guided, these are what `predict` would give. So no evaluation of the UNet is
+    spent on a rollout; with a safety concept in the job one is, the empty prompt's. A trajectory is
+    seen once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
     fresh prompt. Step n looks at slot `n mod slots` of every sample, so that successive steps see
-    different trajectories; their first rounds end at random indices, which staggers them: from then
-    on the index of a sample is uniform, as in the faithful form.
+    different trajectories; their first rounds end at random indices, which staggers them: from step
+    `slots * (num_steps - 1)` on the index of a sample is uniform, as in the faithful form. Before,
+    late indices are rare, which a warm-up of the learning rates can cover.
 
     Deviation: a trajectory's steps were taken with the modules of the time, each `slots` optimiser
     steps older than the next, and with the SAM from before the step's update; the paper runs whole
@@ -137,7 +144,7 @@ class StreamingRollout:
             slot_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(self.slots))
             noise, prompt_index = _begin(slot_keys, num_prompts, shape)
             last = jax.random.randint(
-                jax.random.fold_in(key, self.slots), (self.slots,), 0, self.schedule.num_steps - 1
+                jax.random.fold_in(key, self.slots), (self.slots,), 0, last_index(self.schedule) + 1
             )
             return Flight(noise, jnp.zeros(self.slots, jnp.int32), last, prompt_index)
 
@@ -188,7 +195,7 @@ class StreamingRollout:
         now = Flight(
             z_t=restarted(noise, z_next),
             ddim_index=jnp.where(ended, 0, draw.ddim_index + 1),
-            last_index=jnp.where(ended, self.schedule.num_steps - 2, state.last_index[:, slot]),
+            last_index=jnp.where(ended, last_index(self.schedule), state.last_index[:, slot]),
             prompt_index=restarted(prompt_index, draw.prompt_index),
         )
         return jax.tree.map(lambda all_, one: all_.at[:, slot].set(one), state, now)

@@ -127,6 +127,13 @@ def test_the_published_procedure_on_sd14(capsys):
     assert 58 < evaluations < 61
 
 
+def test_train_alone_on_streamed_trajectories(capsys):
+    argv = ["bench", "train", *SMALL, "--repeats", "1", "--config.rollout.kind=streaming"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "| JAX, streaming" in printed and "PyTorch" not in printed
+
+
 def test_train_against_torch(tmp_path, capsys):
     out = tmp_path / "train.json"
     argv = ["bench", "train", *SMALL, "--repeats", "2", "--against", "torch", "--out", str(out)]

@@ -64,7 +64,7 @@ def test_sdxl_at_1024_pixels_traces():
 
 
 def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
-    """Against one plain forward pass of the UNet; the published procedure takes about 61."""
+    """Against one plain forward pass of the UNet; the published procedure takes 59."""
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
 
     def prompts(*axes):

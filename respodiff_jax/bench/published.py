@@ -75,6 +75,7 @@ def make_training(job: Job) -> "torch_side.Training":
 def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     """Trains a config by the published procedure in PyTorch, to compare what is learned.
 
+    Whatever `rollout.kind` is, every trajectory is run from pure noise.
     Every `checkpoint.every` steps and at the end an adapter is written, `000100/` and so on, whose
     `training` tells the seconds that training took.
 
@@ -102,7 +103,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
                 f" none; set it to {plain!r}"
             )
     if config.train.init_adapter is not None:
-        raise ValueError("config.train.init_adapter is given, but the procedure starts afresh")
+        raise ValueError(
+            f"config.train.init_adapter is {config.train.init_adapter!r}, but the published"
+            " procedure starts afresh; leave it out"
+        )
     count = concepts_at_a_time(config, jax.device_count())
     if count < len(concepts_from(config)):
         raise ValueError(

@@ -18,6 +18,7 @@ from respodiff_jax.bench.model import Job
 from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.parallel import make_placement
+from respodiff_jax.rollout import last_index
 from respodiff_jax.train_step import Metrics, Recipe, TrainState, train_step
 
 if TYPE_CHECKING:
@@ -53,12 +54,7 @@ def _uncounted_rollout(recipe: Recipe) -> float:
     """
     if recipe.rollout.uses_losses:
         return 0.0
-    return 2 * (_longest(recipe) / 2 - 1)
-
-
-def _longest(recipe: Recipe) -> int:
-    """Steps of the longest faithful rollout; lengths are uniform from 0 to it."""
-    return recipe.schedule.num_steps - 2
+    return 2 * (last_index(recipe.schedule) / 2 - 1)
 
 
 class _Ours:
@@ -79,7 +75,9 @@ class _Ours:
         self._state = self._placement.place_state(state)
         self._starts = None
         if not job.recipe.rollout.uses_losses:
-            self._starts = itertools.cycle(_balanced_steps(config.seed, _longest(job.recipe)))
+            self._starts = itertools.cycle(
+                _balanced_steps(config.seed, last_index(job.recipe.schedule))
+            )
         self.program()
 
     def program(self) -> Callable[[], Metrics]:
@@ -160,7 +158,9 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
         peak_memory = measure.peak_memory(ours.compile)
     sides = {"ours": ours.take_pairs}
     if torch_side:
-        theirs = _Torch(published.make_training(job), _longest(job.recipe), torch_side.synchronise)
+        theirs = _Torch(
+            published.make_training(job), last_index(job.recipe.schedule), torch_side.synchronise
+        )
         sides["theirs"] = theirs.take_pairs
     best = measure.Peak(config.model.dtype)
     pairs = measure.take_turns(sides | best.sides, repeats)

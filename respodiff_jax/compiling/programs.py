@@ -20,6 +20,7 @@ from respodiff_jax.generation import default_batch_size, denoise, make_sampler
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.parallel import make_placement
+from respodiff_jax.rollout import last_index
 from respodiff_jax.train_step import Recipe, init_state, train_step
 from respodiff_jax.waves import wave_size
 
@@ -124,7 +125,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     samples = batch_size // placement.data_shards
     batch_per_device = count // placement.concept_shards * samples
     modules = state.concepts.ram, state.concepts.sam
-    is_faithful = config.rollout.kind == "faithful"
+    loops = not recipe.rollout.uses_losses
     return Program(
         lower=lambda: placement.lower(
             partial(train_step, placement.prepare(recipe)), state, frozen, arrays
@@ -135,10 +136,9 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
         sharded=config.parallel.fsdp,
         weights=_matrices(frozen),
-        # k is uniform in 0 .. num_steps - 2.
-        repeats=(config.rollout.num_steps - 2) / 2 if is_faithful else None,
+        repeats=last_index(recipe.schedule) / 2 if loops else None,
         lower_body=partial(_lower_ddim_step, backbone, recipe, arrays, batch_per_device, devices[0])
-        if is_faithful
+        if loops
         else None,
     )
 
