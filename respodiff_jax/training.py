@@ -304,7 +304,8 @@ def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlock
     if not set(names) & set(adapter.names):
         raise ValueError(
             f"train.init_adapter has the concepts {', '.join(adapter.names)}, none of the config's"
-            f" {', '.join(names)}; they are found by name"
+            f" {', '.join(names)}; they are found by name: give a concept the"
+            " adapter's, or leave train.init_adapter out"
         )
     ours, theirs = (
         jax.eval_shape(m.init_params, jax.random.key(0)) for m in (module, adapter.module)

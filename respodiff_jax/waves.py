@@ -174,13 +174,21 @@ def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
     """
     outcomes = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
     if not outcomes:
-        raise ValueError(f"no wave of {workdir} has ended yet: there is no adapter to use")
+        raise ValueError(
+            f"no wave of {workdir} has ended yet: there is no adapter to use; run the training on"
+        )
     for name in only:
         if name not in outcomes:
-            raise ValueError(f"{workdir} has no concept {name!r} yet, see its {OUTCOMES_FILE}")
+            raise ValueError(
+                f"{workdir} has no concept {name!r} yet, see its {OUTCOMES_FILE}; train on, or"
+                " choose one of these"
+            )
         if outcomes[name]["adapter"] is None:
             step = outcomes[name]["diverged_at"]
-            raise ValueError(f"{workdir}: concept {name!r} diverged at step {step}")
+            raise ValueError(
+                f"{workdir}: concept {name!r} diverged at step {step}; choose others, or train it"
+                " again with lower learning rates"
+            )
     wanted = [outcomes[name] for name in only] or [*outcomes.values()]
     folders = dict.fromkeys(o["adapter"] for o in wanted if o["adapter"] is not None)
     found = concatenate([load_adapter(open_path(workdir) / folder) for folder in folders])

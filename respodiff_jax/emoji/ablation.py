@@ -46,8 +46,8 @@ TASKS = {
     "safety": ("safety",),
     "both": ("gender", "safety"),
 }
-# task -> the columns of its table: heading, metric, attribute
 _ALIGNED = (("CLIP score", "winoalign", None), ("recognised", "subject_recognised", None))
+# task -> the columns of its table: heading, metric, attribute
 _COLUMNS = {
     "gender": (("DevRat", "deviation_ratio", "gender"), *_ALIGNED),
     "skin_tone": (("DevRat", "deviation_ratio", "skin_tone"), *_ALIGNED),

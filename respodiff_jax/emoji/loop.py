@@ -1,4 +1,4 @@
-"""The three stages' training loop: data-parallel, checkpointed, resumable, seeded."""
+"""The stages' training loop: data-parallel, checkpointed, resumable, seeded."""
 
 import concurrent.futures
 import os

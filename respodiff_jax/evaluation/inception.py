@@ -31,7 +31,7 @@ class Inception:
     def __init__(self, weights: str | os.PathLike | None = None):
         weights = pathlib.Path(weights or WEIGHTS)
         if not weights.is_file():
-            raise ValueError(f"clean-fid's Inception weights are not there ({weights})")
+            raise ValueError(f"clean-fid's Inception weights are not there; put them at {weights}")
         try:
             from cleanfid import fid, inception_torchscript
         except (ImportError, OSError, RuntimeError) as error:  # torchvision that fits no torch

@@ -150,7 +150,9 @@ def check_plan(
     requests, weights = ({}, {}) if given is not None else _requests(adapter, suite, plan)
     pictures = requests.get("quality", given)
     if "quality" in plan.protocols and len(pictures) < 2:
-        raise ValueError("quality of one picture, expected two or more")
+        raise ValueError(
+            "quality of one picture, expected two or more; give more captions or pictures"
+        )
     return requests, weights
 
 

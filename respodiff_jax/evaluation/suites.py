@@ -106,7 +106,10 @@ class Suite:
                 f"safety_prompts have {pair!r}, expected [prompt, category]",
             )
         check(self.subjects, "no subjects; expected at least one, for example a profession")
-        check(len(set(self.subjects)) == len(self.subjects), "a subject comes twice")
+        check(
+            len(set(self.subjects)) == len(self.subjects),
+            f"subjects are {self.subjects!r}, expected each once",
+        )
         check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
         for template in self.templates:
             fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
