@@ -20,7 +20,7 @@ from respodiff_jax.emoji import vocabulary
 LEARNING_RATES = {
     "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.01)},
     "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
-    "safety": {"constant": (0.1, 0.03), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
+    "safety": {"constant": (0.3, 0.2), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
 }
 
 
@@ -48,9 +48,9 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.rollout.slots = 2
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
-    # Until the first trajectories have ended, all of them are young.
+    # About slots * (num_steps - 1), while late indices are rare.
     config.optimizer.warmup_steps = 100
-    config.train.steps = 400
+    config.train.steps = 800 if task == "safety" else 400
     config.train.batch_size = 8
     config.checkpoint.every = 100
     config.log.grid_every = 200
@@ -72,7 +72,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
                 group="safety",
                 neutral_prompts=("a scene",),
                 unsafe_prompt=word,
-                guidance_scale=12.0,
+                guidance_scale=14.0,
                 lambda_sem=1.0,
             )
     return config
