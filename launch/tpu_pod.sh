@@ -104,8 +104,10 @@ install+=' && python3 -m uv venv --quiet --allow-existing --python 3.12 respodif
 install+=' && python3 -m uv pip install --quiet --python respodiff_venv "./respodiff_jax[tpu,gcs]"'
 # What an earlier start has left behind is told to save.
 train='pkill -TERM -x respodiff; timeout 120 sh -c "while pgrep -x respodiff; do sleep 1; done";'
-train+=' pkill -KILL -x respodiff; cd respodiff_jax &&'
-train+=" $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@")"
+train+=' pkill -KILL -x respodiff; cd respodiff_jax || exit;'
+# After a signal the run saves and ends well, but it is not done: the status has to say so.
+train+=' trap "kill -TERM \$!; wait \$!; exit 143" TERM;'
+train+=" $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@") & wait \$!"
 archive=$folder/respodiff_jax.tar.gz
 attempt() {
   queued scp "$archive" "$name:" --node=all --worker=all && everywhere "$install" &&
