@@ -257,13 +257,29 @@ def test_the_command_compiles_once_and_keeps_what_it_found(
     assert entry["job"]["config"]["rollout"]["num_steps"] == 6
     assert entry["result"]["exchange"]["only_gradients"]
 
-    monkeypatch.setattr(run, "analyse", pytest.fail)
-    assert cli.main([*argv, "--batch-per-device", "1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "analyse", pytest.fail)
+        assert cli.main([*argv, "--batch-per-device", "1"]) == 0
     assert "compiling" not in capsys.readouterr().out
     monkeypatch.setattr(run, "analyse", lambda *args: make_entry()["result"])
     assert cli.main([*argv, "--batch-per-device", "2", "--config.train.steps=7"]) == 0
     assert len(json.loads((tmp_path / "out" / "compile.json").read_text())) == 2
     assert (tmp_path / "table.md").read_text().count("random/tiny") == 2
+
+
+def test_a_cache_gets_the_program_though_its_result_is_known(
+    tmp_path, on_these_devices, monkeypatch
+):
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
+    argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
+    kept, compiled = [], []
+    monkeypatch.setattr(run, "keep_compiled", kept.append)
+    monkeypatch.setattr(run, "analyse", lambda *args: compiled.append(1) or make_entry()["result"])
+    for cache in ([], [], ["--cache", "folder"]):
+        assert cli.main([*argv, *cache]) == 0
+    assert (kept, len(compiled)) == (["folder"], 2)
+    assert len(json.loads((tmp_path / "out" / "compile.json").read_text())) == 1
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,14 @@ class Job:
 
 
 def compile_jobs(
-    jobs: Sequence[Job], out: str, say: Callable[[str], None] = print
+    jobs: Sequence[Job], out: str, again: bool = False, say: Callable[[str], None] = print
 ) -> Iterator[dict[str, Any]]:
     """Compiles what `out` has no result of yet.
 
     Args:
       jobs: what to compile.
       out: directory of `compile.json`, to which each result is added as soon as it is there.
+      again: compile what it has as well, for the programs themselves.
       say: told what is being done.
 
     Yields:
@@ -84,7 +85,7 @@ def compile_jobs(
     opened = [(job, slices[job.topology], *_open(job, slices[job.topology])) for job in jobs]
     for job, topology, config, backbone in opened:
         description = job.to_dict()
-        entry = next((e for e in known if e["job"] == description), None)
+        entry = next((e for e in known if e["job"] == description and not again), None)
         if entry is None:
             say(f"compiling {job.step} of {config.model.name} for {topology.name}")
             entry = {
@@ -95,7 +96,7 @@ def compile_jobs(
                 "concepts": programs.concepts_at_a_time(config, len(topology.devices)),
                 "result": _compile(job.step, config, backbone, topology),
             }
-            known.append(entry)
+            known = [*(e for e in known if e["job"] != description), entry]
             file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         yield entry
 
