@@ -69,10 +69,13 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
         job = _Job(config, concepts_from(config), to_do, placement)
         if jax.process_index() == 0:
             write_plan(workdir, waves)
+            gather_outcomes(workdir, waves)
         with Preemption() as preemption:
             for wave in to_do:
                 if not job.run(wave, preemption, profile and wave is to_do[0]):
                     return
+                if jax.process_index() == 0:
+                    gather_outcomes(workdir, [wave])
     else:
         _say(f"all {len(waves)} waves are done: nothing left to train")
     if jax.process_index() == 0:
@@ -113,7 +116,7 @@ class _Job:
         _say(f"opening {config.model.name}")
         self.sketch = open_model(abstract=True)
         self.resolution = config.model.resolution or self.sketch.default_resolution
-        self.recipe = Recipe.from_config(config, concepts, self.sketch, self.resolution)
+        self.recipe = Recipe.from_config(config, self.sketch, self.resolution)
         sampler = None
         if config.log.grid_every:
             schedule = Schedule.from_config(self.sketch.scheduler_config, config.log.grid_steps)

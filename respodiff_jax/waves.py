@@ -8,7 +8,8 @@ the working directory itself.
 
 `outcomes.jsonl` tells what became of each concept: a line `{"name", "group", "steps",
 "diverged_at", "adapter"}`, where `adapter` is the folder that has it, relative to the file's, or
-null if the concept diverged. It is written when a wave ends.
+null if the concept diverged. Each wave has its own, and the working directory that of all that have
+ended; both are written when a wave ends.
 """
 
 import dataclasses
@@ -143,18 +144,27 @@ def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
         _write_lines(open_path(workdir) / _PLAN_FILE, [plan])
 
 
-def gather_outcomes(workdir: epath.PathLike, waves: Sequence[Wave]) -> list[dict[str, Any]]:
-    """The outcomes of the waves that have ended; of several also written to the directory."""
+def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Wave]) -> list[dict[str, Any]]:
+    """Brings the directory's outcomes up to date with those of the waves that have ended.
+
+    Args:
+      workdir: of the job.
+      waves: those to look at; what is known of others stays.
+
+    Returns:
+      All outcomes. A single wave's are the directory's own.
+    """
     workdir = open_path(workdir)
-    gathered = []
-    for wave in waves:
+    gathered = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
+    several = [wave for wave in waves if wave.label]
+    for wave in several:
         path = wave.folder.relative_to(workdir)
         for outcome in read_outcomes(wave.folder):
-            has_adapter = outcome["adapter"] is not None
-            gathered.append(outcome | {"adapter": str(path / "adapter") if has_adapter else None})
-    if len(waves) > 1:
-        _write_lines(workdir / OUTCOMES_FILE, gathered)
-    return gathered
+            adapter = outcome["adapter"] and str(path / outcome["adapter"])
+            gathered[outcome["name"]] = outcome | {"adapter": adapter}
+    if several and gathered:
+        _write_lines(workdir / OUTCOMES_FILE, [*gathered.values()])
+    return [*gathered.values()]
 
 
 def is_batch(workdir: epath.PathLike) -> bool:
