@@ -73,7 +73,12 @@ class Concept:
     @property
     def prompts(self) -> tuple[str, ...]:
         """All prompts that training embeds for this concept, but the empty one."""
-        return (*self.neutral_prompts, self.unsafe_prompt or self.target_prompt)
+        return (*self.neutral_prompts, self.own_prompt)
+
+    @property
+    def own_prompt(self) -> str:
+        """The prompt that says the concept: the target prompt, or the unsafe one."""
+        return self.target_prompt or self.unsafe_prompt
 
     @property
     def stream(self) -> int:

@@ -5,8 +5,10 @@
     eps_target = eps(z_t, y_unc; 0) + s_tar * (eps(z_t, y_tar; 0) - eps(z_t, y_unc; 0))
 
 Fairness: `y_tar` is the target prompt and `y_unc` the empty one. Safety: `y_tar` is the neutral
-prompt and `y_unc` the unsafe one, so that the target points away from it. The mean is over all
-elements of the batch. The neutral predictions have guidance 1, so their unconditional half cancels.
+prompt and `y_unc` the unsafe one, so that the target points away from it. Either takes the base
+model's predictions for three prompts: the neutral, the concept's own and the empty one. The mean is
+over all elements of the batch. The neutral predictions have guidance 1, so their unconditional half
+cancels.
 """
 
 import itertools
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from respodiff_jax import diffusion
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.concepts import Concept
 
@@ -27,9 +30,9 @@ class ConceptArrays(NamedTuple):
     Attributes:
       neutral: `y_neu`, `(N, P, ...)`; concepts with fewer than P neutral prompts repeat their last.
       num_neutral: int32 `(N,)`, how many of the P are the concept's own.
-      target_cond: `y_tar` that goes with each neutral prompt, `(N, P, ...)`.
-      target_uncond: `y_unc` of the target, `(N, ...)`.
-      empty: the empty prompt, the rollout's unconditional half, `(N, ...)`.
+      own: the target prompt of fairness, the unsafe one of safety, `(N, ...)`.
+      empty: the empty prompt, also the rollout's unconditional half, `(N, ...)`.
+      is_safety: bool `(N,)`.
       guidance_scale: `s_tar`, float32 `(N,)`.
       lambda_sem: weight of L_sem, float32 `(N,)`.
       lr_ram: float32 `(N,)`.
@@ -39,9 +42,9 @@ class ConceptArrays(NamedTuple):
 
     neutral: Conditioning
     num_neutral: jax.Array
-    target_cond: Conditioning
-    target_uncond: Conditioning
+    own: Conditioning
     empty: Conditioning
+    is_safety: jax.Array
     guidance_scale: jax.Array
     lambda_sem: jax.Array
     lr_ram: jax.Array
@@ -68,14 +71,7 @@ def concept_arrays(
     def padded(prompts):
         return [*prompts, *[prompts[-1]] * (most_neutral - len(prompts))]
 
-    neutral = [padded(c.neutral_prompts) for c in concepts]
-    target_cond = [
-        prompts if c.is_safety else [c.target_prompt] * most_neutral
-        for c, prompts in zip(concepts, neutral, strict=True)
-    ]
-    target_uncond = [c.unsafe_prompt if c.is_safety else "" for c in concepts]
-
-    distinct = sorted({"", *target_uncond, *itertools.chain(*neutral, *target_cond)})
+    distinct = sorted({"", *itertools.chain(*(c.prompts for c in concepts))})
     table = jax.tree.map(np.asarray, backbone.encode_prompts(distinct, resolution))
     row = {prompt: i for i, prompt in enumerate(distinct)}
 
@@ -87,17 +83,26 @@ def concept_arrays(
         return np.asarray([getattr(c, field) for c in concepts], dtype)
 
     return ConceptArrays(
-        neutral=embedded(neutral),
+        neutral=embedded([padded(c.neutral_prompts) for c in concepts]),
         num_neutral=np.asarray([len(c.neutral_prompts) for c in concepts], np.int32),
-        target_cond=embedded(target_cond),
-        target_uncond=embedded(target_uncond),
+        own=embedded([c.own_prompt for c in concepts]),
         empty=embedded([""] * len(concepts)),
+        is_safety=per_concept("is_safety", np.bool_),
         guidance_scale=per_concept("guidance_scale"),
         lambda_sem=per_concept("lambda_sem"),
         lr_ram=per_concept("lr_ram"),
         lr_sam=per_concept("lr_sam"),
         stream=per_concept("stream", np.uint32),
     )
+
+
+def target(
+    concept: ConceptArrays, eps_neutral: jax.Array, eps_own: jax.Array, eps_empty: jax.Array
+) -> jax.Array:
+    """`eps_target` of one concept, from the base model's predictions `(B, h, w, c)`."""
+    eps_tar = jnp.where(concept.is_safety, eps_neutral, eps_own)
+    eps_unc = jnp.where(concept.is_safety, eps_own, eps_empty)
+    return diffusion.cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
 
 
 def responsible_loss(eps_ram: jax.Array, eps_target: jax.Array) -> jax.Array:

@@ -121,10 +121,10 @@ class Flight(NamedTuple):
 class StreamingRollout:
     """Trajectories that move on by one DDIM step whenever the losses have looked at them.
 
-    The losses need the prediction with RAM and SAM anyway and, where all concepts are of fairness,
-    the empty prompt's; guided, these are what `predict` would give. So no evaluation of the UNet is
-    spent on a rollout; with a safety concept in the job one is, the empty prompt's. A trajectory is
-    seen once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
+    The losses need the prediction with RAM and SAM and, of fairness, the empty prompt's anyway;
+    guided, these are what `predict` would give. So no evaluation of the UNet is spent on a rollout
+    (of safety one, the empty prompt's, where fairness has that of its target). A trajectory is seen
+    once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
     fresh prompt. Step n looks at slot `n mod slots` of every sample, so that successive steps see
     different trajectories; their first rounds end at random indices, which staggers them: from step
     `slots * (num_steps - 1)` on the index of a sample is uniform, as in the faithful form. Before,

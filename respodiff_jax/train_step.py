@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from respodiff_jax import diffusion, objective
 from respodiff_jax.backbone import Backbone, Conditioning
-from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params, add_delta
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.rollout import FaithfulRollout, StreamingRollout, make_rollout
@@ -85,7 +84,6 @@ class Recipe:
       schedule: DDIM schedule of the rollout; the losses' timesteps are its.
       rollout: where the losses are evaluated.
       rollout_guidance_scale: guidance of the neutral trajectories.
-      one_uncond: every concept's `y_unc` is the empty prompt, which also guides the trajectories.
       optimizer: gradient transformation, up to the factor `-learning_rate`.
       ema_decay: of the moving averages, or None.
     """
@@ -97,7 +95,6 @@ class Recipe:
     schedule: diffusion.Schedule
     rollout: FaithfulRollout | StreamingRollout
     rollout_guidance_scale: float
-    one_uncond: bool
     optimizer: optax.GradientTransformation
     ema_decay: float | None
 
@@ -105,7 +102,6 @@ class Recipe:
     def from_config(
         cls,
         config: ConfigDict,
-        concepts: Sequence[Concept],
         backbone: Backbone,
         resolution: int,
     ) -> "Recipe":
@@ -125,7 +121,6 @@ class Recipe:
             schedule=schedule,
             rollout=make_rollout(config.rollout.kind, schedule, config.rollout.slots),
             rollout_guidance_scale=config.rollout.guidance_scale,
-            one_uncond=not any(concept.is_safety for concept in concepts),
             optimizer=make_optimizer(config.optimizer, config.train.steps),
             ema_decay=config.optimizer.ema_decay,
         )
@@ -288,23 +283,19 @@ def _concept_step(
         return diffusion.predict_eps(recipe.schedule, output, z_t, draw.ddim_index)
 
     # The base model's predictions as one batch: one pass of the encoder, one of the decoder.
-    conditions = [
+    conditions = (
         _pick(concept.neutral, draw.prompt_index),
-        _pick(concept.target_cond, draw.prompt_index),
-        _repeat(concept.target_uncond, batch_size),
-    ]
-    if recipe.rollout.uses_losses and not recipe.one_uncond:
-        conditions.append(_repeat(concept.empty, batch_size))
-    count = len(conditions)
-    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=count)
-    h_all, skips_all = recipe.encode(
-        frozen, jnp.concatenate([z_t] * count), timesteps, _concatenate(*conditions)
+        _repeat(concept.own, batch_size),
+        _repeat(concept.empty, batch_size),
     )
-    outputs = jnp.split(recipe.decode(frozen, h_all, skips_all), count)
-    # The last is the empty prompt's in every case in which a trajectory is moved on.
-    output_empty = outputs[-1]
-    eps_neutral, eps_tar, eps_unc = map(to_eps, outputs[:3])
-    eps_target = diffusion.cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
+    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=3)
+    h_all, skips_all = recipe.encode(
+        frozen, jnp.concatenate([z_t] * 3), timesteps, _concatenate(*conditions)
+    )
+    outputs = jnp.split(recipe.decode(frozen, h_all, skips_all), 3)
+    eps_neutral, eps_own, eps_empty = map(to_eps, outputs)
+    output_empty = outputs[2]
+    eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
     h, skips = jax.tree.map(lambda x: x[:batch_size], (h_all, skips_all))
 
     def loss_resp(ram):

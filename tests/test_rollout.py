@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from diffusers import DDIMScheduler
-from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, make_reference, repeated, rows, setup
+from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, conditions_of, make_reference, setup
 
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.bench.torch_side import to_torch
@@ -63,7 +63,6 @@ def check_against_pytorch(folder, concept, steps, slots, **changes):
     backbone = load_backbone(str(folder), dtype="float32")
     changes |= {"module.init": "uniform", "rollout.kind": "streaming", "rollout.slots": slots}
     recipe, arrays, state, step = setup(backbone, [concept], 1, **changes)
-    assert recipe.one_uncond == (not concept.is_safety)
     ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
     state = state.replace(concepts=state.concepts.replace(ram=ram))
     reference = make_reference(folder, recipe, state, concept)
@@ -73,11 +72,10 @@ def check_against_pytorch(folder, concept, steps, slots, **changes):
     for i in range(steps):
         before = of_slot(state, i % slots)
         index, prompt = int(before.ddim_index), int(before.prompt_index)
-        neutral, target = (rows(x, 0, [prompt]) for x in (arrays.neutral, arrays.target_cond))
-        uncond, empty = (repeated(rows(x, 0), 1) for x in (arrays.target_uncond, arrays.empty))
+        conditions = neutral, empty, *_ = conditions_of(arrays, concept, [prompt])
         z_t = to_torch(before.z_t[None])
         sam = {name: value.clone() for name, value in reference.sam.state_dict().items()}
-        losses = reference.step(z_t, index, neutral, empty, target, uncond)
+        losses = reference.step(z_t, index, *conditions)
         state, metrics = step(state, backbone.params, arrays, jnp.arange(1))
         ours = (metrics.loss_resp[0], metrics.loss_sem[0])
         np.testing.assert_allclose(ours, losses, rtol=1e-4)

@@ -24,7 +24,7 @@ def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
     """Recipe and the shapes of a step's arguments; `prompts(leading axes)` gives conditioning."""
     config = default()
     config.update_from_flattened_dict(changes)
-    recipe = Recipe.from_config(config, [WOMAN], backbone, backbone.default_resolution)
+    recipe = Recipe.from_config(config, backbone, backbone.default_resolution)
 
     def shape(*axes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((num_concepts, *axes), dtype)
@@ -32,9 +32,9 @@ def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
     arrays = ConceptArrays(
         neutral=prompts(num_concepts, 1),
         num_neutral=shape(dtype=jnp.int32),
-        target_cond=prompts(num_concepts, 1),
-        target_uncond=prompts(num_concepts),
+        own=prompts(num_concepts),
         empty=prompts(num_concepts),
+        is_safety=shape(dtype=jnp.bool_),
         guidance_scale=shape(),
         lambda_sem=shape(),
         lr_ram=shape(),
@@ -101,7 +101,7 @@ def peak_memory():
 def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
     """860 M parameters in bf16. With a rollout of one step: its length is not what is tested."""
     backbone = random_backbone("sd14", dtype="bfloat16")
-    recipe = Recipe.from_config(default(), [WOMAN], backbone, 512)
+    recipe = Recipe.from_config(default(), backbone, 512)
     arrays = concept_arrays(backbone, [WOMAN], 512)
     frozen = {"unet": backbone.params["unet"]}
 

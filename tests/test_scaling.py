@@ -82,7 +82,7 @@ def test_memory_of_a_concepts_state():
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
     concepts = concepts_from(config)
     arrays = programs.concept_shapes(backbone, concepts, 1024, 1)
-    recipe = Recipe.from_config(config, concepts, backbone, 1024)
+    recipe = Recipe.from_config(config, backbone, 1024)
     state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=1), arrays).concepts
     adam = (state.opt_ram, state.opt_sam)
     for name, part in {

@@ -40,7 +40,7 @@ def make_config(**changes) -> ConfigDict:
 def setup(backbone, concepts, batch_size=BATCH, **changes):
     """Recipe, embedded concepts, first state and compiled step for these concepts."""
     resolution = backbone.default_resolution
-    recipe = Recipe.from_config(make_config(**changes), concepts, backbone, resolution)
+    recipe = Recipe.from_config(make_config(**changes), backbone, resolution)
     arrays = concept_arrays(backbone, concepts, resolution)
     state = init_state(recipe, arrays, seed=3, batch_size=batch_size)
     return recipe, arrays, state, jax.jit(partial(train_step, recipe))
@@ -51,7 +51,6 @@ class FixedRollout:
     """Gives the losses known latents."""
 
     latents: Draw
-    uses_losses: bool = False
 
     def init(self, keys, num_prompts, shape):
         return ()
@@ -69,6 +68,13 @@ def rows(conditions: Conditioning, *index) -> Conditions:
 
 def repeated(condition, times):
     return Conditions(*(None if x is None else x.expand(times, *x.shape) for x in condition))
+
+
+def conditions_of(arrays, concept, picks):
+    """Neutral, empty, `y_tar` and `y_unc` of a single concept's samples, for `Procedure.step`."""
+    neutral = rows(arrays.neutral, 0, picks)
+    own, empty = (repeated(rows(x, 0), len(picks)) for x in (arrays.own, arrays.empty))
+    return neutral, empty, *((neutral, own) if concept.is_safety else (own, empty))
 
 
 def make_reference(folder, recipe, state, concept):
@@ -119,12 +125,7 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
     step = jax.jit(partial(train_step, recipe))
 
     reference = make_reference(folder, recipe, state, concept)
-    conditions = (
-        rows(arrays.neutral, 0, prompt_index),
-        repeated(rows(arrays.empty, 0), BATCH),
-        rows(arrays.target_cond, 0, prompt_index),
-        repeated(rows(arrays.target_uncond, 0), BATCH),
-    )
+    conditions = conditions_of(arrays, concept, prompt_index)
     for i in range(3):
         losses = reference.step(to_torch(z_t), ddim_index, *conditions)
         state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
@@ -158,11 +159,9 @@ def test_rollout_and_step_equal_pytorch(sd_folder):
         state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
         k = int(metrics.ddim_index[0])
         seen.add(k)
-        neutral = rows(arrays.neutral, 0, prompts)
-        empty = repeated(rows(arrays.empty, 0), BATCH)
-        z_t = reference.rollout(to_torch(noise), k, neutral, empty)
-        target = rows(arrays.target_cond, 0, prompts)
-        losses = reference.step(z_t, k, neutral, empty, target, empty)
+        conditions = conditions_of(arrays, WOMAN, prompts)
+        z_t = reference.rollout(to_torch(noise), k, *conditions[:2])
+        losses = reference.step(z_t, k, *conditions)
         ours = (metrics.loss_resp[0], metrics.loss_sem[0])
         np.testing.assert_allclose(ours, losses, rtol=1e-4)
     assert len(seen) > 1  # the rollouts were of different lengths

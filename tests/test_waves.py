@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from respodiff_jax import cli, waves
+from respodiff_jax import cli, training, waves
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.concepts import Concept
@@ -224,6 +224,19 @@ def test_a_batch_leaves_an_adapter_per_wave_and_tells_where_each_concept_is(twen
     assert "concept 19" in capsys.readouterr().out
 
 
+def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_path, monkeypatch):
+    """A job that stops before its second wave."""
+    concepts, _ = twenty
+    run = training._Job.run
+    monkeypatch.setattr(
+        training._Job, "run", lambda job, wave, *args: not wave.first_step and run(job, wave, *args)
+    )
+    assert cli.main(train_command(concepts, tmp_path / "run")) == 0
+    export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert cli.main(export) == 0
+    assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
+
+
 def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     _, workdir = twenty
 
@@ -358,13 +371,10 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
 
     backbone = load_backbone("emoji-world", dtype="float32")
     resolution = backbone.default_resolution
-    steps = {}
+    recipe = Recipe.from_config(config, backbone, resolution)
+    step = jax.jit(functools.partial(train_step, recipe))
     worst = 0.0
     for concept in concepts_from(config):
-        if concept.is_safety not in steps:
-            recipe = Recipe.from_config(config, [concept], backbone, resolution)
-            steps[concept.is_safety] = recipe, jax.jit(functools.partial(train_step, recipe))
-        recipe, step = steps[concept.is_safety]
         arrays = concept_arrays(backbone, [concept], resolution)
         state = init_state(recipe, arrays, config.seed, config.train.batch_size)
         untrained = state.concepts.ram, state.concepts.sam
@@ -388,7 +398,7 @@ def test_throughput_grows_with_the_concepts_of_a_batch():
     config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
     concepts = concepts_from(config)
     backbone = load_backbone("emoji-world", dtype="float32")
-    recipe = Recipe.from_config(config, concepts, backbone, backbone.default_resolution)
+    recipe = Recipe.from_config(config, backbone, backbone.default_resolution)
     step = jax.jit(functools.partial(train_step, recipe))
     all_arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
     frozen = jax.device_put({"unet": backbone.params["unet"]})

@@ -61,7 +61,7 @@ class Job:
         all_concepts = concepts_from(config)
         concepts = all_concepts[: concepts_at_a_time(config, jax.device_count())]
         backbone, resolution = open_model(config)
-        recipe = Recipe.from_config(config, all_concepts, backbone, resolution)
+        recipe = Recipe.from_config(config, backbone, resolution)
         most_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
         arrays = concept_arrays(backbone, concepts, resolution, most_neutral)
         state = init_state(recipe, arrays, config.seed, config.train.batch_size)

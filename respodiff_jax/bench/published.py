@@ -58,12 +58,14 @@ def make_training(job: Job) -> "torch_side.Training":
             betas=(config.optimizer.b1, config.optimizer.b2),
             eps=config.optimizer.eps,
         )
-        own, all_ = slice(int(arrays.num_neutral[n])), slice(n, n + 1)
+        num_neutral = int(arrays.num_neutral[n])
+        neutral = conditions(arrays.neutral, n, slice(num_neutral))
+        own, empty = (conditions(x, slice(n, n + 1)) for x in (arrays.own, arrays.empty))
         prompts = torch_side.Prompts(
-            neutral=conditions(arrays.neutral, n, own),
-            target_cond=conditions(arrays.target_cond, n, own),
-            target_uncond=conditions(arrays.target_uncond, all_),
-            empty=conditions(arrays.empty, all_),
+            neutral=neutral,
+            target_cond=neutral if concept.is_safety else own.rows([0] * num_neutral),
+            target_uncond=own if concept.is_safety else empty,
+            empty=empty,
         )
         concepts.append((procedure, prompts))
     height, width, channels = job.recipe.latent_shape

@@ -84,9 +84,9 @@ def concept_shapes(
     return ConceptArrays(
         neutral=prompts(n, most_neutral),
         num_neutral=Shape((n,), np.int32),
-        target_cond=prompts(n, most_neutral),
-        target_uncond=prompts(n),
+        own=prompts(n),
         empty=prompts(n),
+        is_safety=Shape((n,), np.bool_),
         guidance_scale=Shape((n,), np.float32),
         lambda_sem=Shape((n,), np.float32),
         lr_ram=Shape((n,), np.float32),
@@ -107,7 +107,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         config.parallel.strategy, count, batch_size, config.parallel.fsdp, devices
     )
     resolution = config.model.resolution or backbone.default_resolution
-    recipe = Recipe.from_config(config, concepts, backbone, resolution)
+    recipe = Recipe.from_config(config, backbone, resolution)
     arrays = concept_shapes(backbone, concepts, resolution, count)
     state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
     frozen = {"unet": backbone.params["unet"]}
@@ -152,7 +152,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     devices = [d for d in devices if d.process_index == devices[0].process_index]
     concepts = concepts_from(config)
     resolution = config.model.resolution or backbone.default_resolution
-    recipe = Recipe.from_config(config, concepts, backbone, resolution)
+    recipe = Recipe.from_config(config, backbone, resolution)
     arrays = concept_shapes(backbone, concepts, resolution)
     num_steps, guidance_scale = config.log.grid_steps, config.log.grid_guidance_scale
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
