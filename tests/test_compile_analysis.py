@@ -154,6 +154,35 @@ def test_traffic_is_what_leaves_or_enters_the_chip():
     assert hlo.traffic("") == 0
 
 
+REARRANGING_TEXT = """\
+%only (a: f32[8,4]) -> bf16[4,8] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %cast.1 = bf16[8,4]{1,0} convert(%a)
+  ROOT %transpose.1 = bf16[4,8]{1,0} transpose(%cast.1), dimensions={1,0}
+}
+
+%more (b: f32[8,4]) -> f32[8,4] {
+  %b = f32[8,4]{1,0} parameter(0)
+  %transpose.2 = f32[4,8]{1,0} transpose(%b), dimensions={1,0}
+  ROOT %negate.2 = f32[4,8]{1,0} negate(%transpose.2)
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[4,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %fusion.1 = bf16[4,8]{1,0} fusion(%p), kind=kLoop, calls=%only
+  %fusion.2 = f32[4,8]{1,0} fusion(%p), kind=kLoop, calls=%more
+  ROOT %copy.1 = f32[4,8]{0,1} copy(%fusion.2)
+}
+"""
+
+
+def test_what_only_rearranges_is_told_from_what_computes():
+    fused, alone = 8 * 4 * (4 + 2), 2 * 8 * 4 * 4
+    assert hlo.rearranged(REARRANGING_TEXT) == fused + alone
+    assert hlo.traffic(REARRANGING_TEXT) == fused + alone + 2 * 8 * 4 * 4
+    assert hlo.rearranged(TRAFFIC_TEXT) == hlo.rearranged("") == 0
+
+
 def make_program(**fields):
     values = {"lower": None, "batch_per_device": 1, "parameters": 0, "unused": 0}
     return programs.Program(**values | fields)
@@ -184,7 +213,7 @@ def test_numbers_of_a_program():
         program,
         FakeCompiled(TPU_TEXT),
         chip,
-        {"flops": 1e12, "bytes": 1.638e12, "xla_bytes": 2e12},
+        {"flops": 1e12, "bytes": 1.638e12, "rearranged_bytes": 5.0, "xla_bytes": 2e12},
     )
     assert found["memory"]["total"] == 100 + 30 - 20 + 7 + 5 + 11 == chip.hbm
     assert found["fits"] and found["memory"]["peak"] == 90
@@ -192,6 +221,7 @@ def test_numbers_of_a_program():
     assert found["flops"] == 5e12
     assert found["bytes"] == exchanges + kernels + in_the_loop + 2 * 1.638e12
     assert found["xla_bytes"] == 8.19e9 + 64 + 2 * 2e12
+    assert found["rearranged_bytes"] == 2 * 5
     assert found["kernels_without_flops"] == 2
     assert found["roofline"] == analysis.roofline(5e12, found["bytes"], chip)
     by_op = found["exchange"]["by_op"]
@@ -332,6 +362,7 @@ def make_entry(step="train", **changes):
         "loop": {"repeats": 24.0},
         "flops": 6.2e12,
         "bytes": 81.9e9,
+        "rearranged_bytes": 1.25e9,
         "kernels_without_flops": 3,
         "roofline": analysis.roofline(6.2e12, 81.9e9, V5E),
         "exchange": {
@@ -358,6 +389,7 @@ def test_results_for_the_eye(monkeypatch):
     assert "random/sd14, 512 px, float32, train, 1 concept, streaming, pmap, flash" in text
     assert "8.00 GiB of 15.75: fits" in text
     assert "6.20 TFLOP, 31.47 ms at best" in text and "81.9 GB, 100 ms at best" in text
+    assert "1.2 GB of it copies, transposes and casts by themselves" in text
     assert "memory binds: at best 40 samples/s a chip" in text
     assert "1440 concepts an hour a chip, of 100 steps with batch size 1" in text
     assert "counted 24 times" in text and "3 Pallas kernels" in text

@@ -31,6 +31,7 @@ _NO_TRAFFIC = (
     *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id"),
 )
 _READS_A_PART = ("slice", "dynamic-slice", "gather")
+_REARRANGING = {"copy", "transpose", "convert"}
 
 Array = tuple[str, tuple[int, ...]]  # dtype, dims
 
@@ -150,17 +151,35 @@ def traffic(text: str) -> int:
 
     Every instruction reads its operands and writes its results once. What the compiler keeps on the
     chip, where it also copies ahead what is read next, is not counted; XLA's own "bytes accessed"
-    does count it. A fusion that needs but a part of
-    an operand is counted with all of it.
+    does count it. A fusion that needs but a part of an operand is counted with all of it.
     """
-    moved: dict[str, int] = {}
+    return sum(_moved(i) for i in _executed(list(_instructions(text)), text))
+
+
+def rearranged(text: str) -> int:
+    """The part of `traffic` of what computes nothing: copies, transposes and casts of arrays, by
+    themselves or fused with one another. Those fused with a computation cost no traffic."""
+    instructions = list(_instructions(text))
+    inside: dict[str, set[str]] = {}
+    for i in instructions:
+        inside.setdefault(i.computation, set()).add(i.opcode)
+
+    def only_rearranges(i: _Instruction) -> bool:
+        done = set().union(*(inside[n] for n in i.callees)) if i.opcode == "fusion" else {i.opcode}
+        return bool(done & _REARRANGING) and done <= _REARRANGING | {"reshape", *_NO_TRAFFIC}
+
+    return sum(_moved(i) for i in _executed(instructions, text) if only_rearranges(i))
+
+
+def _executed(instructions: Sequence[_Instruction], text: str) -> list[_Instruction]:
+    """Those that run as they stand: not the insides of fusions."""
     called: dict[str, set[str]] = {}
-    for i in _instructions(text):
-        moved[i.computation] = moved.get(i.computation, 0) + _moved(i)
+    for i in instructions:
         if i.opcode in ("while", "conditional", "call"):
             called.setdefault(i.computation, set()).update(i.callees)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    return sum(moved.get(name, 0) for name in _reachable([entry[1]], called)) if entry else 0
+    run = _reachable([entry[1]], called) if entry else set()
+    return [i for i in instructions if i.computation in run]
 
 
 def _moved(i: _Instruction) -> int:
