@@ -176,6 +176,9 @@ class Begun(NamedTuple):
 class Sampler:
     """Samples batches of one size on all local devices, with one compilation.
 
+    Samplers of one backbone share programs: another adapter of the same architecture and number of
+    concepts, another guidance scale or negative prompt compiles nothing.
+
     Args:
       backbone: the model.
       options: how; the batch size is that of what it is given.
@@ -197,15 +200,10 @@ class Sampler:
         mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
         replicated = NamedSharding(mesh, PartitionSpec())
         self._by_sample = NamedSharding(mesh, PartitionSpec("data"))
-        schedule = Schedule.from_config(backbone.scheduler_config, options.num_steps)
-        sample = make_sampler(backbone, adapter and adapter.module, schedule)
-
-        @jax.jit
-        def program(*args):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
-                return jnp.round(sample(*args) * 255).astype(jnp.uint8)
-
-        self.program = program
+        key = adapter and adapter.module, options.num_steps, mesh
+        if key not in backbone.programs:
+            backbone.programs[key] = _make_program(backbone, *key)
+        self.program = backbone.programs[key]
         self._params = jax.device_put(backbone.params, replicated)
         self._uncond = jax.device_put(
             backbone.encode_prompts([options.negative_prompt], self._resolution, self._params),
@@ -240,6 +238,21 @@ class Sampler:
           Images, uint8 `(B, H, W, 3)`.
         """
         return self.program(*self.arguments(begun, weights))
+
+
+def _make_program(
+    backbone: Backbone, module: MidBlockModule | None, num_steps: int, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """`make_sampler`'s function with images in uint8, jitted for a mesh."""
+    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
+    sample = make_sampler(backbone, module, schedule)
+
+    @jax.jit
+    def program(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
+            return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+
+    return program
 
 
 def sample_images(

@@ -1,5 +1,6 @@
 """Sampling against diffusers' PyTorch pipelines and numpy, and the job that writes a folder."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -303,7 +304,7 @@ def test_base_twins_are_the_base_models_images(run, backbone, tmp_path):
         assert (adapted != base).any()
 
 
-def test_a_run_compiles_once_whatever_its_length(backbone, monkeypatch):
+def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypatch):
     traces = []
     make_sampler = generation.make_sampler
 
@@ -317,20 +318,26 @@ def test_a_run_compiles_once_whatever_its_length(backbone, monkeypatch):
         return counted
 
     monkeypatch.setattr(generation, "make_sampler", make_counting_sampler)
+    backbone = dataclasses.replace(backbone)  # which has no programs yet
     adapter = tiny_adapter(backbone)
-    pairs = list(
-        generation.sample_images(
-            backbone,
-            ["a person"] * 20,
-            range(20),
-            SamplerOptions(num_steps=1, batch_size=8),
-            adapter,
-            np.ones((20, 2)),
-            base_twins=True,
+    other = dataclasses.replace(adapter, ram=jax.tree.map(lambda x: x + 1, adapter.ram))
+    pairs, others = (
+        list(
+            generation.sample_images(
+                backbone,
+                ["a person"] * 20,
+                range(20),
+                SamplerOptions(num_steps=1, guidance_scale=guidance_scale, batch_size=8),
+                chosen,
+                np.ones((20, 2)),
+                base_twins=True,
+            )
         )
+        for chosen, guidance_scale in ((adapter, 7.5), (other, 3.0))
     )
-    assert len(pairs) == 20
+    assert len(pairs) == len(others) == 20
     assert traces == [(8, 8, 8, 4)]
+    assert not np.array_equal(pairs[0].image, others[0].image)
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8
 
 

@@ -144,6 +144,11 @@ class Backbone:
         return Conditioning(context, pooled, jnp.asarray(time_ids))
 
     @functools.cached_property
+    def programs(self) -> dict[Any, Callable]:
+        """Jitted programs that users of this model share, by what tells them apart."""
+        return {}
+
+    @functools.cached_property
     def _encode_tokens(self) -> Callable:
         return jax.jit(functools.partial(text.encode_tokens, self.text_encoders))
 
