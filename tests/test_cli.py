@@ -1,6 +1,7 @@
 """The command line: what it calls, what it writes, and how it reports mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,36 @@ def test_help_needs_no_jax():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--fair GROUP" in result.stdout
+
+
+def test_a_second_start_finds_what_the_first_has_compiled(tmp_path):
+    """In the user's cache, from another process."""
+    script = (
+        "import jax, sys\n"
+        "from respodiff_jax import cli\n"
+        "events = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: events.append(event))\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "print('hits:', events.count('/jax/compilation_cache/cache_hits'))\n"
+    )
+    argv = ["generate", "--model", "random/tiny", "--prompt", "a person", "--steps", "1", "--out"]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env.pop("JAX_COMPILATION_CACHE_DIR")
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", script, *argv, str(tmp_path / out)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for out in ("first", "second")
+    )
+    assert "hits: 0" in first
+    assert "hits: 0" not in second
+    assert (tmp_path / "first" / "grid.png").read_bytes() == (
+        tmp_path / "second" / "grid.png"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("verb", ["train", "generate", "export", "inspect", "import", "push"])

@@ -374,6 +374,17 @@ def test_training_compiles_for_a_slice(strategy, fsdp, no_metadata_server):
 
 @pytest.mark.tpu_compile
 @needs_libtpu
+def test_chips_with_concepts_of_their_own_exchange_nothing(no_metadata_server):
+    topology = topologies.open_topology("v5e:2x2")
+    config = config_of([dataclasses.replace(MAN, name=f"man {i}") for i in range(8)])
+    config.model.dtype, config.model.resolution = "bfloat16", 64
+    job = run.Job(config, topology.name, "train", batch_per_device=1)
+    found = run._compile(job.step, *run._open(job, topology), topology)
+    assert found["batch_per_device"] == 2 and found["exchange"]["bytes"] == 0
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
 def test_sampling_compiles_for_a_slice(no_metadata_server):
     topology = topologies.open_topology("v5e:2x2")
     job = run.Job(config_of([WOMAN, MAN]), topology.name, "sample")

@@ -109,6 +109,8 @@ def test_attention_kernels_are_counted():
     forward, backward = hlo.kernels(SPLASH_TEXT)
     product = 2 * 16 * 4096 * 128 * 40
     assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+    query, key = [("bf16", (2, 8, 40, n)) for n in (4096, 128)]  # of two concepts
+    assert hlo.Kernel("splash_mha_fwd", (query, key), ()).flops == 2 * product
     read = 8 + 2 * 16 * 40 * (4096 + 2 * 128)
     assert forward.nbytes == read + 4 * 512 * 128 + 2 * 16 * 4096 * 40
     assert backward.nbytes == read + 2 * 16 * 128 * 40

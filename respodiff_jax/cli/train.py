@@ -26,7 +26,7 @@ Any option of the config can be changed, as --config.SECTION.OPTION=VALUE:
 
 A thousand concepts, at most eight at a time on each device:
 
-  respodiff train --config configs/sd14_gender.py --concepts concepts.jsonl --workdir runs/many \
+  respodiff train --config configs/sd14_gender.py --concepts concepts.jsonl --workdir runs/many \\
       --config.train.concepts_per_device=8
 
 Several hosts run the same command each, on TPU pods and under Slurm:

@@ -103,15 +103,15 @@ class Kernel:
     def flops(self) -> int | None:
         """Of the matrix products in Splash attention; None of another kernel.
 
-        Queries are `(heads, D, T)`, keys `(heads, D, S)`. Forward there are two products of
-        `T x S x D` a head, backward five: the scores again, and the gradients of all but them.
+        Queries are `(..., heads, D, T)`, keys `(..., heads, D, S)`; in front are the concepts of a
+        device. Forward there are two products of `T x S x D` a head, backward five: the scores
+        again, and the gradients of all but them.
         """
         products = next((n for part, n in _SPLASH.items() if part in self.name), None)
         if products is None:
             return None
         query, key = [dims for dtype, dims in self.operands if dtype in ("bf16", "f32")][:2]
-        heads, head_dim, tokens = query
-        return 2 * products * heads * head_dim * tokens * key[2]
+        return 2 * products * math.prod(query) * key[-1]
 
 
 def collectives(text: str) -> list[Collective]:
