@@ -194,12 +194,26 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(pod, tmp_path, vict
 
 
 @pytest.mark.slow
-def test_when_a_process_is_told_to_stop_all_save(pod, tmp_path):
+def test_when_a_process_is_told_to_stop_all_save_and_more_go_on(pod, tmp_path):
+    """Two processes, of which one is told, then four, train as one process does."""
     process, numbers = pod
     os.kill(numbers[1], signal.SIGTERM)
     assert process.wait(timeout=120) == 0
-    stopped = re.search(r"stopped at step (\d+), saved", told(tmp_path))
-    assert (tmp_path / "run" / "checkpoints" / stopped[1]).is_dir()
+    saved = int(re.search(r"stopped at step (\d+), saved", told(tmp_path))[1])
+    few = [f"--config.train.steps={saved + 2}", "--config.log.grid_every=0"]
+    arguments = ["--config", "configs/smoke.py", "--workdir", str(tmp_path / "run"), *few]
+    assert f"continuing at step {saved}" in launch("local_pod.sh", "4", "2", *arguments).stdout
+    train(load_config("configs/smoke.py", few), str(tmp_path / "one"))
+    assert_same_modules(tmp_path / "run", tmp_path / "one")
+
+
+def assert_same_modules(workdir, other):
+    """Of all concepts, to float tolerance."""
+    ours, theirs = modules_of(workdir), modules_of(other)
+    assert list(ours) == list(theirs)
+    for name, parts in ours.items():
+        for a, b in zip(parts, theirs[name], strict=True):
+            assert np.linalg.norm(b) > 0 and np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b), name
 
 
 @pytest.mark.slow
@@ -229,11 +243,8 @@ def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
     output = launch("local_pod.sh", "2", "2", *arguments).stdout
     assert f"step {saved}" in output
     train(load_config("configs/smoke.py", few, str(file)), str(tmp_path / "one"))
-    ours, theirs = (modules_of(path) for path in (workdir, tmp_path / "one"))
-    assert list(ours) == [row["name"] for row in rows] == list(theirs)
-    for name, parts in ours.items():
-        for a, b in zip(parts, theirs[name], strict=True):
-            assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b), (name, saved)
+    assert_same_modules(workdir, tmp_path / "one")
+    assert list(modules_of(workdir)) == [row["name"] for row in rows]
 
 
 LEAVING = """

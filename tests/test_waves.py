@@ -334,16 +334,20 @@ def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, t
     concepts, workdir = twenty
     moments = random.Random(0)
     command = [sys.executable, "-m", "respodiff_jax", *train_command(concepts, tmp_path / "run")]
-    reached = []
-    for _ in range(2):
+    ended = {}
+    for wave in range(2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        _wait_for_progress(process, tmp_path / "run", len(reached))
-        time.sleep(moments.uniform(0, 1))
+        _wait_for_progress(process, tmp_path / "run", wave)
+        time.sleep(moments.uniform(0, 0.5))
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        reached.append(len(list((tmp_path / "run").glob("waves/*"))))
-    assert reached[0] < 3  # it was killed before its end
+        done = (tmp_path / "run").glob("waves/*/outcomes.jsonl")
+        ended |= {path: path.stat().st_mtime_ns for path in done}
+    assert 1 <= len(ended) < 3
     subprocess.run(command, check=True, capture_output=True)
+    for path, moment in ended.items():  # is not trained again
+        assert path.stat().st_mtime_ns == moment
     files = sorted(path.relative_to(workdir) for path in workdir.rglob("*.safetensors"))
     assert len(files) == 3
     for file in files:
