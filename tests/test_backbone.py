@@ -1,6 +1,7 @@
 """The frozen model: parity with PyTorch and with the stock Flax UNet."""
 
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -139,6 +140,30 @@ def test_bfloat16_is_close_to_float32(pair):
     h, skips = jax.jit(exact.encode)(exact.params, *_inputs(exact))
     expected = jax.jit(exact.decode)(exact.params, h, skips)
     assert 0 < np.abs(eps - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_norms_and_softmax_are_computed_in_float32_and_products_in_bfloat16():
+    backbone = random_backbone("tiny", dtype="bfloat16", abstract=True)
+    shape = jax.ShapeDtypeStruct
+
+    def predict(params, z_t, timesteps, context):
+        h, skips = backbone.encode(params, z_t, timesteps, Conditioning(context))
+        return backbone.decode(params, h, skips)
+
+    inputs = (
+        shape((2, 8, 8, 4), jnp.float32),
+        shape((2,), jnp.int32),
+        shape((2, 77, 32), jnp.bfloat16),
+    )
+    text = jax.jit(predict).lower(backbone.params, *inputs).as_text()
+    for op, dtype in {
+        "reduce": "f32",  # means and variances, the softmax's largest and sum
+        "rsqrt": "f32",
+        "convolution": "bf16",
+        "dot_general": "bf16",
+    }.items():
+        lines = re.findall(rf"stablehlo\.{op}[( ].*", text)
+        assert {re.search(r"x(bf16|f32)>", line)[1] for line in lines} == {dtype}, op
 
 
 def test_prompts_equal_pytorch(pair):
