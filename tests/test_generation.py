@@ -336,8 +336,11 @@ def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypat
         for chosen, guidance_scale in ((adapter, 7.5), (other, 3.0))
     )
     assert len(pairs) == len(others) == 20
-    assert traces == [(8, 8, 8, 4)]
     assert not np.array_equal(pairs[0].image, others[0].image)
+    sampler = generation.Sampler(backbone, SamplerOptions(num_steps=1), adapter)
+    images = sampler(sampler.begin(["a person"] * 8, range(8)), np.ones((8, 2)))
+    assert [len(shard.data) for shard in images.addressable_shards] == [1] * 8  # on all devices
+    assert traces == [(8, 8, 8, 4)]
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8
 
 
