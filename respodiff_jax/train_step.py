@@ -126,23 +126,28 @@ class Recipe:
         )
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Adam with optional clipping, warm-up and decay; updates still lack `-learning_rate`.
-
-    Learning rates differ between concepts and modules, so that they multiply outside.
-    """
+def make_lr_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """What learning rates are multiplied by at each of the training's steps: warm-up and decay."""
     decay_steps = steps - config.warmup_steps
     decay = {
         "constant": optax.constant_schedule(1.0),
         "linear": optax.linear_schedule(1.0, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(1.0, decay_steps),
     }[config.lr_schedule]
-    if config.warmup_steps:
-        warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
-        decay = optax.join_schedules([warmup, decay], [config.warmup_steps])
+    if not config.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Adam with optional clipping, warm-up and decay; updates still lack `-learning_rate`.
+
+    Learning rates differ between concepts and modules, so that they multiply outside.
+    """
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    return optax.chain(*clip, adam, optax.scale_by_schedule(decay))
+    return optax.chain(*clip, adam, optax.scale_by_schedule(make_lr_schedule(config, steps)))
 
 
 def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: int) -> TrainState:

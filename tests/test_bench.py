@@ -193,15 +193,16 @@ def test_torch_trains_adapters(tmp_path, capsys):
     folder = tmp_path / "torch"
     argv = ["bench", "torch-train", *SMALL, "--workdir", str(folder)]
     argv += ["--config.train.steps=3", "--config.checkpoint.every=2", "--config.module.kind=mlp"]
+    argv += ["--config.optimizer.lr_schedule=linear"]
     assert cli.main(argv) == 0
     assert str(folder / "000003") in capsys.readouterr().out
     two, three = (load_adapter(folder / name) for name in ("000002", "000003"))
     assert sorted(path.name for path in folder.iterdir()) == ["000002", "000003"]
     assert three.names == ("a man", "a woman") and three.module.kind == "mlp"
     assert three.training["steps"] == 3 and three.training["seconds"] > two.training["seconds"]
-    # Adam's first steps are of about the learning rate, here 1e-2 for RAM.
+    # Adam's first steps are of about the learning rate, of RAM 1e-2 and in the last a third of it.
     moved = np.abs(three.ram["out"]["bias"] - two.ram["out"]["bias"]).max(axis=1)
-    assert (moved > 1e-4).all() and (moved < 1.1e-2).all()
+    assert (moved > 1e-4).all() and (moved < 0.4e-2).all()
     assert np.abs(three.ram["out"]["bias"][0] - three.ram["out"]["bias"][1]).max() > 1e-4
     assert "is not empty" in fails(capsys, "torch-train", *SMALL, "--workdir", folder)
 

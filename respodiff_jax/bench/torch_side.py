@@ -135,6 +135,7 @@ class Procedure:
         self.ram, self.sam = ram, sam
         self.lambda_sem, self.guidance_scale = lambda_sem, guidance_scale
         self.rollout_guidance_scale = rollout_guidance_scale
+        self.lr_ram, self.lr_sam = lr_ram, lr_sam
         adam = {"betas": betas, "eps": eps}
         self.adam_ram = torch.optim.Adam(ram.parameters(), lr=lr_ram, **adam)
         self.adam_sam = torch.optim.Adam(sam.parameters(), lr=lr_sam, **adam)
@@ -250,6 +251,12 @@ class Training:
         self._shape = (batch_size, *latent_shape)
         self._rng = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Sets all learning rates to so many times those of the concepts."""
+        for procedure, _ in self.concepts:
+            procedure.adam_ram.param_groups[0]["lr"] = factor * procedure.lr_ram
+            procedure.adam_sam.param_groups[0]["lr"] = factor * procedure.lr_sam
 
     def step(self, rollout_length: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One step of every concept, by default after a rollout of random length; both losses of

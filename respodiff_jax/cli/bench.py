@@ -27,10 +27,8 @@ EPILOG = """\
       --config.model.name=random/sd14
   respodiff bench generate --config configs/emoji_gender.py --against torch \\
       --config.train.batch_size=16 --config.log.grid_steps=50
-  respodiff bench torch-train --config configs/emoji_gender.py --workdir runs/torch \\
-      --config.optimizer.lr_schedule=constant --config.optimizer.warmup_steps=0 \\
-      --config.train.steps=100 --config.checkpoint.every=25
-  respodiff evaluate fairness --adapter runs/torch/000100 --out evaluations/torch
+  respodiff bench torch-train --config configs/emoji_gender.py --workdir runs/torch
+  respodiff evaluate fairness --adapter runs/torch/000400 --out evaluations/torch
 
 random/sd14, random/sd21 and random/sdxl are the published architectures with random weights.
 """
