@@ -105,8 +105,9 @@ install+=' && python3 -m uv pip install --quiet --python respodiff_venv "./respo
 # What an earlier start has left behind is told to save.
 train='pkill -TERM -x respodiff; timeout 120 sh -c "while pgrep -x respodiff; do sleep 1; done";'
 train+=' pkill -KILL -x respodiff; cd respodiff_jax || exit;'
-# After a signal the run saves and ends well, but it is not done: the status has to say so.
-train+=' trap "kill -TERM \$!; wait \$!; exit 143" TERM;'
+# After a signal the run saves and ends well, but it is not done: the status has to say so. A host that
+# is shut down sends HUP as well, which would end the run before it has saved.
+train+=' trap "" HUP; trap "kill -TERM \$!; wait \$!; exit 143" TERM;'
 train+=" $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@") & wait \$!"
 archive=$folder/respodiff_jax.tar.gz
 attempt() {

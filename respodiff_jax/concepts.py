@@ -77,7 +77,7 @@ class Concept:
 
     @property
     def own_prompt(self) -> str:
-        """The prompt that says the concept: the target prompt, or the unsafe one."""
+        """The prompt that names the concept: fairness's target or safety's unsafe prompt."""
         return self.target_prompt or self.unsafe_prompt
 
     @property

@@ -52,6 +52,9 @@ def default() -> ConfigDict:
     config.rollout = ConfigDict()
     config.rollout.kind = "faithful"  # or "streaming", which moves on with the losses' predictions
     config.rollout.slots = 4  # "streaming": trajectories in flight for each sample of the batch
+    # "streaming": trajectories are taken to random places before the first step, instead of all
+    # beginning as noise.
+    config.rollout.staggered = False
     config.rollout.num_steps = 50  # of the DDIM schedule; k is drawn from 0 .. num_steps - 2
     config.rollout.guidance_scale = 3.0
 

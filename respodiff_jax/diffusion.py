@@ -137,7 +137,11 @@ def predict_eps(
 
 
 def ddim_step(
-    schedule: Schedule, model_output: jax.Array, z_t: jax.Array, ddim_index: jax.Array
+    schedule: Schedule,
+    model_output: jax.Array,
+    z_t: jax.Array,
+    ddim_index: jax.Array,
+    to_index: jax.Array | None = None,
 ) -> jax.Array:
     """One deterministic DDIM step (eta = 0).
 
@@ -146,12 +150,17 @@ def ddim_step(
       model_output: the UNet's (guided) prediction at `z_t`, `(B, h, w, c)`.
       z_t: latents at `schedule.alpha_bars[ddim_index]`, `(B, h, w, c)`.
       ddim_index: int, `()` or `(B,)` when the samples are at different steps.
+      to_index: where the step leads, likewise; by default to the next noise level, of which the
+        last has no index.
 
     Returns:
-      The latents at `schedule.next_alpha_bars[ddim_index]`, `(B, h, w, c)`.
+      The latents there, `(B, h, w, c)`.
     """
     alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
-    next_alpha_bar = _per_sample(schedule.next_alpha_bars, ddim_index, z_t)
+    if to_index is None:
+        next_alpha_bar = _per_sample(schedule.next_alpha_bars, ddim_index, z_t)
+    else:
+        next_alpha_bar = _per_sample(schedule.alpha_bars, to_index, z_t)
     eps = predict_eps(schedule, model_output, z_t, ddim_index)
     if schedule.prediction_type == "epsilon":
         z_0 = (z_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)

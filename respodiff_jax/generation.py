@@ -202,7 +202,9 @@ class Sampler:
         self._by_sample = NamedSharding(mesh, PartitionSpec("data"))
         key = adapter and adapter.module, options.num_steps, mesh
         if key not in backbone.programs:
-            backbone.programs[key] = _make_program(backbone, *key)
+            # Which then does not hold the backbone that holds it, nor its parameters.
+            functions = dataclasses.replace(backbone, params={})
+            backbone.programs[key] = _make_program(functions, *key)
         self.program = backbone.programs[key]
         self._params = jax.device_put(backbone.params, replicated)
         self._uncond = jax.device_put(

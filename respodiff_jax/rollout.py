@@ -23,6 +23,9 @@ import jax.numpy as jnp
 
 from respodiff_jax import diffusion
 
+# DDIM steps that take a trajectory to its first place; evaluations of the UNet, twice as many.
+STAGGER_STEPS = 10
+
 # (z_t (B, h, w, c), ddim_index, prompt_index (B,)) -> guided, steered model output (B, h, w, c).
 Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -121,14 +124,16 @@ class Flight(NamedTuple):
 class StreamingRollout:
     """Trajectories that move on by one DDIM step whenever the losses have looked at them.
 
-    The losses need the prediction with RAM and SAM and, of fairness, the empty prompt's anyway;
-    guided, these are what `predict` would give. So no evaluation of the UNet is spent on a rollout
-    (of safety one, the empty prompt's, where fairness has that of its target). A trajectory is seen
-    once at each of the indices 0 .. num_steps - 2, then starts again from fresh noise and a
-    fresh prompt. Step n looks at slot `n mod slots` of every sample, so that successive steps see
-    different trajectories; their first rounds end at random indices, which staggers them: from step
+    The losses need the prediction with RAM and SAM, and their three predictions of the base model
+    include the empty prompt's; guided, these are what `predict` would give. So no evaluation of the
+    UNet is spent on a rollout. A trajectory is seen once at each of the indices 0 .. num_steps - 2,
+    then starts again from fresh noise and a fresh prompt: n steps see about n / (num_steps - 1)
+    trajectories a sample, where the faithful form sees n.
+
+    Step n looks at slot `n mod slots` of every sample, so that successive steps see different
+    trajectories; their first rounds end at random indices, which staggers them: from step
     `slots * (num_steps - 1)` on the index of a sample is uniform, as in the faithful form. Before,
-    late indices are rare, which a warm-up of the learning rates can cover.
+    late indices are rare. `stagger` takes all trajectories to random indices before the first step.
 
     Deviation: a trajectory's steps were taken with the modules of the time, each `slots` optimiser
     steps older than the next, and with the SAM from before the step's update; the paper runs whole
@@ -149,6 +154,33 @@ class StreamingRollout:
             return Flight(noise, jnp.zeros(self.slots, jnp.int32), last, prompt_index)
 
         return jax.vmap(of_sample)(keys)
+
+    def stagger(self, state: Flight, predict: Predict) -> Flight:
+        """Takes fresh trajectories to where their first rounds would have ended.
+
+        In `STAGGER_STEPS` steps each, of its own length. Indices are uniform from then on, and all
+        trajectories go on to the last.
+
+        Args:
+          state: from `init`.
+          predict: the guided prediction.
+        """
+
+        def of_slot(flight: Flight) -> jax.Array:
+            def body(i, z_t):
+                here, there = (j * flight.last_index // STAGGER_STEPS for j in (i, i + 1))
+                output = predict(z_t, here, flight.prompt_index)
+                return diffusion.ddim_step(self.schedule, output, z_t, here, there)
+
+            return jax.lax.fori_loop(0, STAGGER_STEPS, body, flight.z_t)
+
+        # One slot after the other: no more memory than a step takes.
+        by_slot = jax.lax.map(of_slot, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), state))
+        return state._replace(
+            z_t=jnp.moveaxis(by_slot, 0, 1),
+            ddim_index=state.last_index,
+            last_index=jnp.full_like(state.last_index, last_index(self.schedule)),
+        )
 
     def draw(
         self,

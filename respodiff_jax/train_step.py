@@ -8,8 +8,8 @@ them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -110,7 +110,7 @@ class Recipe:
         )
         return cls(
             encode=backbone.encode,
-            decode=functools.partial(backbone.decode, remat=config.train.remat),
+            decode=partial(backbone.decode, remat=config.train.remat),
             latent_shape=backbone.latent_shape(resolution),
             module=MidBlockModule(
                 kind=config.module.kind,
@@ -244,6 +244,51 @@ def train_step(
     return state.replace(step=state.step + 1, concepts=new_concepts), metrics
 
 
+def stagger(
+    recipe: Recipe,
+    state: TrainState,
+    frozen: dict,
+    concepts: ConceptArrays,
+    sample_ids: jax.Array,
+    concept_axis: str | None = None,
+    **axis: Any,
+) -> tuple[TrainState, tuple[()]]:
+    """`StreamingRollout.stagger` of N concepts, before their first step.
+
+    Takes and gives what `train_step` does, but for the metrics.
+    """
+    del sample_ids, axis
+
+    def one_concept(state, concept):
+        predict = partial(_guided_prediction, recipe, state, frozen, concept)
+        return state.replace(rollout=recipe.rollout.stagger(state.rollout, predict))
+
+    all_concepts = jax.vmap(one_concept, spmd_axis_name=concept_axis)
+    return state.replace(concepts=all_concepts(state.concepts, concepts)), ()
+
+
+def _guided_prediction(
+    recipe: Recipe,
+    state: ConceptState,
+    frozen: dict,
+    concept: ConceptArrays,
+    z_t: jax.Array,
+    ddim_index: jax.Array,
+    prompt_index: jax.Array,
+) -> jax.Array:
+    """The model's guided output with RAM and SAM on the conditional half only; of one concept."""
+    cond = _pick(concept.neutral, prompt_index)
+    uncond = _repeat(concept.empty, len(prompt_index))
+    timesteps = _timesteps(recipe.schedule, ddim_index, len(z_t), copies=2)
+    h, skips = recipe.encode(
+        frozen, jnp.concatenate([z_t, z_t]), timesteps, _concatenate(cond, uncond)
+    )
+    h_cond, h_uncond = jnp.split(h, 2)
+    delta = recipe.module.delta(state.ram, h_cond) + recipe.module.delta(state.sam, h_cond)
+    output = recipe.decode(frozen, jnp.concatenate([add_delta(h_cond, delta), h_uncond]), skips)
+    return diffusion.cfg_combine(*jnp.split(output, 2), recipe.rollout_guidance_scale)
+
+
 def _concept_step(
     recipe: Recipe,
     state: ConceptState,
@@ -257,25 +302,9 @@ def _concept_step(
     """Latents, RAM's update, SAM's with the updated RAM, the trajectories' step; one concept, no
     leading axis."""
     module = recipe.module
-
-    def guided_prediction(z_t, ddim_index, prompt_index):
-        """The model's guided output with RAM and SAM on the conditional half only."""
-        cond = _pick(concept.neutral, prompt_index)
-        uncond = _repeat(concept.empty, len(prompt_index))
-        timesteps = _timesteps(recipe.schedule, ddim_index, len(z_t), copies=2)
-        h, skips = recipe.encode(
-            frozen, jnp.concatenate([z_t, z_t]), timesteps, _concatenate(cond, uncond)
-        )
-        h_cond, h_uncond = jnp.split(h, 2)
-        h_cond = add_delta(
-            h_cond, module.delta(state.ram, h_cond) + module.delta(state.sam, h_cond)
-        )
-        output = recipe.decode(frozen, jnp.concatenate([h_cond, h_uncond]), skips)
-        return diffusion.cfg_combine(*jnp.split(output, 2), recipe.rollout_guidance_scale)
-
     draw = recipe.rollout.draw(
         state.rollout,
-        guided_prediction,
+        partial(_guided_prediction, recipe, state, frozen, concept),
         keys,
         rollout_key,
         step,

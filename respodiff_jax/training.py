@@ -33,6 +33,7 @@ from respodiff_jax.train_step import (
     Recipe,
     TrainState,
     init_state,
+    stagger,
     start_from,
     train_step,
 )
@@ -139,7 +140,11 @@ class _Job:
         # The host keeps the text encoders alone.
         texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
         self.backbone = dataclasses.replace(backbone, params=texts)
-        self.step = placement.compile(partial(train_step, placement.prepare(self.recipe)))
+        recipe = placement.prepare(self.recipe)
+        self.step = placement.compile(partial(train_step, recipe))
+        self.stagger = None
+        if config.rollout.kind == "streaming" and config.rollout.staggered:
+            self.stagger = placement.compile(partial(stagger, recipe))
         self.sample = sampler and placement.compile_with_frozen(sampler)
 
     def _record(self, wave: Wave) -> RunRecord:
@@ -216,6 +221,9 @@ class _Job:
                     f" {jax.devices()[0].platform} device(s): {placement.concept_shards} concept ×"
                     f" {placement.data_shards} data shard(s), {config.parallel.strategy}"
                 )
+                if step == 0 and self.stagger:
+                    log.say("staggering the trajectories")
+                    state, _ = self.stagger(state, self.frozen, concepts)
                 if step >= steps:
                     log.say(f"step {step} of {steps} is done: nothing left to train")
                 else:

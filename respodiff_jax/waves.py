@@ -8,8 +8,8 @@ the working directory itself.
 
 `outcomes.jsonl` tells what became of each concept: a line `{"name", "group", "steps",
 "diverged_at", "adapter"}`, where `adapter` is the folder that has it, relative to the file's, or
-null if the concept diverged. Each wave has its own, and the working directory that of all that have
-ended; both are written when a wave ends.
+null if the concept diverged. Each wave's folder has one of its concepts, the working directory one
+of all waves that have ended; both are written when a wave ends.
 """
 
 import dataclasses
@@ -155,14 +155,15 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Wave]) -> list[dict
       All outcomes. A single wave's are the directory's own.
     """
     workdir = open_path(workdir)
-    gathered = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
-    several = [wave for wave in waves if wave.label]
-    for wave in several:
+    labelled = [wave for wave in waves if wave.label]
+    renewed = {concept.name for wave in labelled for concept in wave.concepts}
+    gathered = {o["name"]: o for o in read_outcomes(workdir) if o["name"] not in renewed}
+    for wave in labelled:
         path = wave.folder.relative_to(workdir)
         for outcome in read_outcomes(wave.folder):
             adapter = outcome["adapter"] and str(path / outcome["adapter"])
             gathered[outcome["name"]] = outcome | {"adapter": adapter}
-    if several and gathered:
+    if labelled and gathered:
         _write_lines(workdir / OUTCOMES_FILE, [*gathered.values()])
     return [*gathered.values()]
 

@@ -497,6 +497,8 @@ while true; do sleep 0.1; done"""
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
+    if start is start_host:  # as when it is shut down
+        process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists()
 

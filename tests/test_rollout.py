@@ -1,8 +1,11 @@
 """The streaming rollout: whole trajectories, the paper's indices, the procedure's numbers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from diffusers import DDIMScheduler
 from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, conditions_of, make_reference, setup
 
@@ -51,6 +54,35 @@ def test_indices_become_uniform_and_trajectories_are_whole():
     assert set(mine[changes + 1]) <= {0}
     # Slots of one sample are at different places.
     assert (seen[2 * slots * length] != seen[2 * slots * length + 1]).mean() > 0.5
+
+
+def test_staggered_trajectories_are_where_ten_ddim_steps_of_their_own_lead():
+    schedule = Schedule.from_config({}, 50)
+    rollout = StreamingRollout(schedule, slots=2)
+    fresh = rollout.init(KEYS, jnp.int32(3), SHAPE)
+
+    def predict(z_t, ddim_index, prompt_index):
+        return 0.3 * z_t + (0.01 * ddim_index + prompt_index).reshape(-1, 1, 1, 1)
+
+    state = jax.tree.map(np.asarray, rollout.stagger(fresh, predict))
+    np.testing.assert_array_equal(state.ddim_index, fresh.last_index)
+    np.testing.assert_array_equal(state.prompt_index, fresh.prompt_index)
+    assert (state.last_index == 48).all()
+    for slot in (0, 1):  # uniform from the first step on
+        counts = np.bincount(state.ddim_index[:, slot], minlength=49)
+        assert len(counts) == 49
+        assert np.abs(counts - len(KEYS) / 49).max() < 5 * np.sqrt(len(KEYS) / 49)
+
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    for sample, slot in ((0, 0), (1, 1), (2, 0)):
+        z = torch.tensor(np.asarray(fresh.z_t[sample, slot], np.float64))
+        places = np.arange(11) * int(fresh.last_index[sample, slot]) // 10
+        for here, there in itertools.pairwise(places):
+            eps = 0.3 * z + 0.01 * here + int(fresh.prompt_index[sample, slot])
+            alpha, to = (scheduler.alphas_cumprod[schedule.timesteps[i]] for i in (here, there))
+            z_0 = (z - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+            z = to.sqrt() * z_0 + (1 - to).sqrt() * eps
+        np.testing.assert_allclose(state.z_t[sample, slot], z, rtol=1e-3, atol=1e-3)
 
 
 def of_slot(state, slot):

@@ -1,9 +1,11 @@
 """Batches of concepts: files of them, waves, what becomes of each, kills and restarts."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ OVERRIDES = (
     "--config.rollout.num_steps=4",
     "--config.rollout.kind=streaming",
     "--config.rollout.slots=1",  # each step looks at what the one before has moved on
+    "--config.rollout.staggered=True",
     "--config.train.steps=4",
     "--config.train.batch_size=1",
     "--config.train.concepts_per_device=1",
@@ -237,6 +240,23 @@ def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_pa
     assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
 
 
+def test_outcomes_are_gathered_again_from_the_waves(twenty, tmp_path):
+    """Where the directory's file is missing, or has what is no more."""
+    concepts, finished = twenty
+    shutil.copytree(finished / "waves", tmp_path / "waves")
+    planned = plan_waves(finished, load_config(SMOKE, OVERRIDES, concepts), 8)
+    moved = [
+        dataclasses.replace(wave, folder=tmp_path / "waves" / wave.folder.name) for wave in planned
+    ]
+    waves.gather_outcomes(tmp_path, moved)
+    assert read_outcomes(tmp_path) == read_outcomes(finished)
+    shutil.rmtree(tmp_path / "waves" / "0001")
+    waves.gather_outcomes(tmp_path, moved[1:2])
+    assert [o["name"] for o in read_outcomes(tmp_path)] == [
+        f"concept {i}" for i in (*range(8), *range(16, 20))
+    ]
+
+
 def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     _, workdir = twenty
 
@@ -338,7 +358,7 @@ def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, t
     for wave in range(2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         _wait_for_progress(process, tmp_path / "run", wave)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.2))
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -1,5 +1,7 @@
 """`respodiff bench generate`: sampling a config's model, and diffusers' pipeline beside it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
 
     def program():
         nonlocal sampler
-        sampler = Sampler(backbone, options)
+        sampler = Sampler(dataclasses.replace(backbone), options)  # which has no programs yet
         return lambda: sampler(sampler.begin(prompts, seeds))
 
     def ours(calls: int) -> None:

@@ -78,10 +78,11 @@ def make_training(job: Job) -> "torch_side.Training":
 def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     """Trains a config by the published procedure in PyTorch, to compare what is learned.
 
-    Whatever `rollout.kind` is, every trajectory is run from pure noise. The authors' learning rates
-    are constant; here they follow the config's schedule, so that results compare. Every
-    `checkpoint.every` steps and at the end an adapter is written, `000100/` and so on, whose
-    `training` tells the seconds that training took.
+    Whatever `rollout.kind` is, every trajectory is run from pure noise. Every `checkpoint.every`
+    steps and at the end an adapter is written, `000100/` and so on, whose `training` tells the
+    seconds that training took.
+
+    Deviation: the authors' learning rates are constant, here they follow the config's schedule.
 
     Args:
       config: as from `respodiff_jax.config.load_config`.
@@ -122,8 +123,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     synchronise = model_lib.torch_side().synchronise
     seconds = 0.0
     for step in tqdm(range(1, config.train.steps + 1), "torch", unit="step", disable=None):
-        start = time.perf_counter()
         training.scale_learning_rates(float(lr_schedule(step - 1)))
+        start = time.perf_counter()
         losses = training.step()
         synchronise()
         seconds += time.perf_counter() - start

@@ -14,7 +14,8 @@ Measures on this machine what a config costs:
               one forward pass of the UNet), FLOP utilisation, peak memory, compile time
   generate    sampling with the config's model, from prompts to images
   torch-train not a measurement: trains the config by the published procedure in PyTorch,
-              whatever its rollout.kind, and writes adapters, for `respodiff evaluate`
+              whatever its rollout.kind, with its learning-rate schedule, and writes
+              adapters, for `respodiff evaluate`
 
 --against torch measures PyTorch on the same model in the same run, in turns: for train the
 published procedure (a rollout for every sample), for generate diffusers' pipeline. A Markdown table

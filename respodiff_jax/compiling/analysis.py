@@ -82,7 +82,8 @@ def describe(
       program: that was compiled.
       compiled: for devices of any kind.
       chip: to compare with.
-      body: `_cost` of one pass of the program's loop, if it has one.
+      body: `flops`, `bytes`, `rearranged_bytes` and `xla_bytes` of one pass of the program's loop,
+        if it has one.
         Counts have a loop's body once; what is returned has it as often as it runs.
     """
     memory = _memory(program, compiled, chip)

@@ -165,7 +165,9 @@ def rearranged(text: str) -> int:
         inside.setdefault(i.computation, set()).add(i.opcode)
 
     def only_rearranges(i: _Instruction) -> bool:
-        done = set().union(*(inside[n] for n in i.callees)) if i.opcode == "fusion" else {i.opcode}
+        done = {i.opcode}
+        if i.opcode == "fusion":
+            done = set().union(*(inside.get(name, ()) for name in i.callees))
         return bool(done & _REARRANGING) and done <= _REARRANGING | {"reshape", *_NO_TRAFFIC}
 
     return sum(_moved(i) for i in _executed(instructions, text) if only_rearranges(i))

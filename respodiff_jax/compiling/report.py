@@ -36,8 +36,8 @@ def summary(entry: Mapping[str, Any]) -> str:
     ):
         lines.append(f"  {name:11} {amount}, {1e3 * seconds:.4g} ms at best")
     if "rearranged_bytes" in result:
-        share = f"{result['rearranged_bytes'] / 1e9:.1f} GB"
-        lines.append(f"              {share} of it copies, transposes and casts by themselves")
+        amount = f"{result['rearranged_bytes'] / 1e9:.1f} GB"
+        lines.append(f"              {amount} of it copies, transposes and casts by themselves")
     rate = result["batch_per_device"] / bound["seconds"]
     lines.append(f"  {bound['bound']} binds: at best {rate:.4g} samples/s a chip")
     if job["step"] == "train":

@@ -1,4 +1,4 @@
-"""The job behind `respodiff compile`: opens the models, compiles what has no result yet."""
+"""The job behind `respodiff compile`: opens the models, compiles, keeps the results."""
 
 import dataclasses
 import importlib.metadata
@@ -68,7 +68,7 @@ def compile_jobs(
     Args:
       jobs: what to compile.
       out: directory of `compile.json`, to which each result is added as soon as it is there.
-      again: compile what it has as well, for the programs themselves.
+      again: compile the steps that it has as well, for the programs themselves.
       say: told what is being done.
 
     Yields:
@@ -85,10 +85,10 @@ def compile_jobs(
     opened = [(job, slices[job.topology], *_open(job, slices[job.topology])) for job in jobs]
     for job, topology, config, backbone in opened:
         description = job.to_dict()
-        entry = next((e for e in known if e["job"] == description and not again), None)
-        if entry is None:
+        entry = next((e for e in known if e["job"] == description), None)
+        if entry is None or (again and job.step != LARGEST):
             say(f"compiling {job.step} of {config.model.name} for {topology.name}")
-            entry = {
+            new = {
                 "job": description,
                 "chips": len(topology.devices),
                 "model": config.model.name,
@@ -96,7 +96,8 @@ def compile_jobs(
                 "concepts": programs.concepts_at_a_time(config, len(topology.devices)),
                 "result": _compile(job.step, config, backbone, topology),
             }
-            known = [*(e for e in known if e["job"] != description), entry]
+            known = [new if e is entry else e for e in known] + [new] * (entry is None)
+            entry = new
             file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         yield entry
 
