@@ -29,8 +29,8 @@ A table of several slices, and the largest batch that fits each:
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --topology v5p:2x2x1 \\
       --step train --largest-batch --batch-per-device 4 --table table.md --out compiled
 
-A cache to copy to the pod, whose `train` then need not compile, if all versions are the same (that
-it finds the programs there can be seen only on a TPU):
+A cache to copy to the pod, whose `train` then need not compile the step, if all versions are the
+same (that it finds the programs there can be seen only on a TPU):
 
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --batch-per-device 4 \\
       --cache cache --out compiled
