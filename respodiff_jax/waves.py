@@ -163,7 +163,7 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Wave]) -> list[dict
         for outcome in read_outcomes(wave.folder):
             adapter = outcome["adapter"] and str(path / outcome["adapter"])
             gathered[outcome["name"]] = outcome | {"adapter": adapter}
-    if labelled and gathered:
+    if labelled:
         _write_lines(workdir / OUTCOMES_FILE, [*gathered.values()])
     return [*gathered.values()]
 
