@@ -143,7 +143,7 @@ class _Job:
         recipe = placement.prepare(self.recipe)
         self.step = placement.compile(partial(train_step, recipe))
         self.stagger = None
-        if config.rollout.kind == "streaming" and config.rollout.staggered:
+        if config.rollout.staggered and config.rollout.kind == "streaming":
             self.stagger = placement.compile(partial(stagger, recipe))
         self.sample = sampler and placement.compile_with_frozen(sampler)
 
