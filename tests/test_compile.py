@@ -267,6 +267,24 @@ def test_the_command_compiles_once_and_keeps_what_it_found(
     assert (tmp_path / "table.md").read_text().count("random/tiny") == 2
 
 
+def test_the_largest_batch_is_found_by_what_its_programs_take(
+    tmp_path, on_these_devices, monkeypatch, capsys
+):
+    def analyse(program, chip):  # a tenth of the memory for each sample
+        result = make_entry()["result"]
+        result["memory"] |= {"total": program.batch_per_device * (chip.hbm // 10)}
+        return result | {"batch_per_device": program.batch_per_device}
+
+    monkeypatch.setattr(run, "analyse", analyse)
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
+    argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
+    assert cli.main([*argv, "--largest-batch"]) == 0
+    assert "  10 samples a concept (1: 1.57 GiB, " in capsys.readouterr().out
+    _, found = json.loads((tmp_path / "out" / "compile.json").read_text())
+    assert found["result"]["exact"] and set(found["result"]["tried"]) == {"1", "2", "10", "11"}
+
+
 def test_a_cache_gets_the_program_though_its_result_is_known(
     tmp_path, on_these_devices, monkeypatch
 ):
