@@ -13,8 +13,8 @@ shapes alone, and says what it takes of each chip: memory, and whether that fits
 memory traffic, and which of them binds at best; what the chips exchange. Nothing is run or fetched.
 A published model takes minutes. Needs libtpu: pip install -e ".[tpu]"
 
---out has compile.json, with what was compiled; it is not compiled again unless
---cache is given. --config and --topology may be repeated: all pairs are compiled.
+--out has compile.json, with what was compiled; it is not compiled again unless --cache is given.
+--config and --topology may be repeated: all pairs are compiled.
 """
 
 EPILOG = """\

@@ -96,7 +96,10 @@ def compile_jobs(
                 "concepts": programs.concepts_at_a_time(config, len(topology.devices)),
                 "result": _compile(job.step, config, backbone, topology),
             }
-            known = [new if e is entry else e for e in known] + [new] * (entry is None)
+            if entry is None:
+                known.append(new)
+            else:
+                known[known.index(entry)] = new
             entry = new
             file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         yield entry
