@@ -20,6 +20,7 @@ from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
 from respodiff_jax.evaluation.picture_sets import Picture, Request, request
+from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Prompt, Suite
 from respodiff_jax.selection import fair_assignment
@@ -273,9 +274,7 @@ def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:
     rows = [i for i, picture in enumerate(pictures) if picture.prompt]
     if not rows:
         return []
-    prompts = list(dict.fromkeys(pictures[i].prompt for i in rows))
-    texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
-    scores = metrics.clip_score(features[rows], np.stack([texts[pictures[i].prompt] for i in rows]))
+    scores = clip_scores([pictures[i] for i in rows], clip, features[rows])
     for i, score in zip(rows, scores, strict=True):
         columns[i]["clip_score"] = round(float(score), 4)
     found = Measurement(

@@ -66,6 +66,19 @@ def check_prompts(pictures: Sequence[Picture]) -> None:
         )
 
 
+def clip_scores(pictures: Sequence[Picture], clip: Clip, features: np.ndarray) -> np.ndarray:
+    """Each picture's CLIP score with its own prompt, `(N,)`.
+
+    Args:
+      pictures: with prompts, of which each distinct one is embedded once.
+      clip: of the text features.
+      features: the pictures' CLIP features, `(N, D)`.
+    """
+    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
+    texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
+    return metrics.clip_score(features, np.stack([texts[p.prompt] for p in pictures]))
+
+
 def measure(
     pictures: Sequence[Picture],
     clip: Clip,
@@ -87,9 +100,7 @@ def measure(
     Returns:
       measurements with what they are means of, and columns for `per_image.csv`.
     """
-    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
-    texts = dict(zip(prompts, clip.text_features(prompts), strict=True))
-    scores = metrics.clip_score(features, np.stack([texts[p.prompt] for p in pictures]))
+    scores = clip_scores(pictures, clip, features)
     common = {"images": pictures[0].images, "protocol": "quality", "n": len(pictures)}
 
     def mean(metric, parts):
