@@ -193,14 +193,14 @@ class ValidationGrids:
       workdir: of the run; grids go to `grids/`.
       config: the config's `log` section.
       backbone: the model's functions; its parameters are not used.
-      sample: `generation.make_sampler`'s function, compiled.
+      sample: from `Placement.compile_sampler`.
       concepts: the concepts, and
       arrays: their embeddings.
       resolution: in pixels.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")
-    RAM_SCALES, SAM_SCALES = (0.0, 1.0, 1.0), (0.0, 1.0, 0.0)
+    RAM_SCALES, SAM_SCALES = np.array([0, 1, 1], np.float32), np.array([0, 1, 0], np.float32)
 
     def __init__(
         self,
@@ -215,53 +215,52 @@ class ValidationGrids:
         self._directory = workdir / "grids"
         self._config = config
         self._concepts = concepts[:MAX_GRIDS]
-        self._arrays = arrays
-        self._noise = initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
+        self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), arrays.neutral)
+        self._empty = jax.tree.map(lambda x: np.asarray(x[:1]), arrays.empty)
+        self._noise = np.asarray(
+            initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
+        )
         # As many images at a time as `generate` gives a device: a grid fits where training does.
-        self._chunk = default_batch_size(config.grid_images, 1, resolution)
+        most = len(self._concepts) * len(self.ROWS) * config.grid_images
+        self._batch_size = default_batch_size(most, jax.device_count(), resolution)
         self._sample = sample
 
     def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
         """Samples and writes one grid for each concept that the adapter has; every process takes
         part."""
-        for i, concept in enumerate(self._concepts):
-            if concept.name not in adapter.names:
-                continue
-            rows = [
-                self._row(frozen, adapter, i, *scales)
-                for scales in zip(self.RAM_SCALES, self.SAM_SCALES, strict=True)
-            ]
-            if jax.process_index() == 0:
-                title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
-                picture = grid(rows, row_labels=self.ROWS, title=title)
-                self._directory.mkdir(parents=True, exist_ok=True)
-                name = re.sub(r"\W+", "_", concept.name)
-                with (self._directory / f"{step:07d}_{i:02d}_{name}.png").open("wb") as f:
-                    picture.save(f, format="PNG")
-                log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
+        shown = [i for i, c in enumerate(self._concepts) if c.name in adapter.names]
+        images = self._images(frozen, adapter, shown) if shown else ()
+        if jax.process_index() != 0:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for i, rows in zip(shown, images, strict=True):
+            concept = self._concepts[i]
+            title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
+            picture = grid(rows, row_labels=self.ROWS, title=title)
+            name = re.sub(r"\W+", "_", concept.name)
+            with (self._directory / f"{step:07d}_{i:02d}_{name}.png").open("wb") as f:
+                picture.save(f, format="PNG")
+            log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 
-    def _row(self, frozen, adapter, i, ram_scale, sam_scale) -> np.ndarray:
-        """Images `(grid_images, H, W, 3)` of concept i."""
-        neutral = jax.tree.map(lambda x: x[:, 0], self._arrays.neutral)
-        cond, uncond = jax.tree.map(
-            lambda x: np.asarray(x[i : i + 1]), (neutral, self._arrays.empty)
-        )
-        column = adapter.names.index(self._concepts[i].name)
-        ram, sam = jax.tree.map(lambda x: x[column : column + 1], (adapter.ram, adapter.sam))
-        cond = jax.tree.map(lambda x: np.repeat(x, self._chunk, axis=0), cond)
-        weight = np.ones((self._chunk, 1), np.float32)
-        steering = Steering(ram, sam, ram_scale * weight, sam_scale * weight)
+    def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
+        """Images `(len(shown), 3, grid_images, H, W, 3)`, in batches over all devices."""
+        columns = np.array([adapter.names.index(self._concepts[i].name) for i in shown])
+        ram, sam = jax.tree.map(lambda x: x[columns], (adapter.ram, adapter.sam))
+        shape = len(shown), len(self.ROWS), len(self._noise)
+        concept, row, seed = (index.ravel() for index in np.indices(shape))
+        own = np.eye(len(shown), dtype=np.float32)[concept]
+        ram_scale = own * self.RAM_SCALES[row, None]
+        sam_scale = own * self.SAM_SCALES[row, None]
         guidance_scale = np.float32(self._config.grid_guidance_scale)
         images = []
-        for start in range(0, len(self._noise), self._chunk):
-            # The last chunk is filled up, so that all have one shape.
-            rows = np.minimum(np.arange(start, start + self._chunk), len(self._noise) - 1)
-            images.extend(
-                np.asarray(
-                    self._sample(frozen, self._noise[rows], cond, uncond, steering, guidance_scale)
-                )
-            )
-        return np.stack(images[: len(self._noise)])
+        for start in range(0, len(seed), self._batch_size):
+            # The last batch is filled up, so that all have one shape.
+            now = np.minimum(np.arange(start, start + self._batch_size), len(seed) - 1)
+            cond = jax.tree.map(lambda x, now=now: x[np.array(shown)[concept[now]]], self._neutral)
+            steering = Steering(ram, sam, ram_scale[now], sam_scale[now])
+            noise = self._noise[seed[now]]
+            images.append(self._sample(frozen, noise, cond, self._empty, steering, guidance_scale))
+        return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])
 
 
 def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:

@@ -20,6 +20,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.train_step import Metrics, Recipe, TrainState
 
 P = PartitionSpec
 _AXIS = "device"  # the pmapped axis
+_BY_DEVICE = P(("concept", "data"))  # each device has its part
 # How long a process that failed waits for the others, which may have failed as well.
 LEAVE_SECONDS = 30
 
@@ -197,8 +200,12 @@ class Placement(abc.ABC):
         """
 
     @abc.abstractmethod
-    def compile_with_frozen(self, function: Callable) -> Callable:
-        """Jits `function(frozen, *args)`; every process calls it with equal host `args`."""
+    def compile_sampler(self, sample: Callable) -> Callable:
+        """Compiles `sampling.make_sampler`'s function; each device samples its own images.
+
+        Every process calls the result with the same host arguments, of a multiple of the number of
+        devices of images, and gets the host array of all of them.
+        """
 
     def frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How a frozen parameter of that shape lies on the mesh."""
@@ -299,15 +306,24 @@ class PmapPlacement(Placement):
             stacked(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
         )
 
-    def compile_with_frozen(self, function):
-        # One device holds all that is needed; taking its slice inside the jit copies nothing.
-        def on_slice(frozen, *args):
-            return function(jax.tree.map(lambda x: x[0], frozen), *args)
-
-        jitted = jax.jit(on_slice)
-        return lambda frozen, *args: jitted(
-            jax.tree.map(lambda x: x.addressable_shards[0].data, frozen), *args
+    def compile_sampler(self, sample):
+        mapped = jax.pmap(
+            sample,
+            axis_name=_AXIS,
+            in_axes=(0, 0, 0, None, Steering(None, None, 0, 0), None),
+            devices=self.mesh.devices.ravel().tolist(),
         )
+
+        def on_all(frozen, noise, cond, uncond, steering, guidance_scale):
+            noise, cond, *scales = jax.tree.map(
+                lambda x: self._stack(self._put(x, _BY_DEVICE)),
+                (noise, cond, steering.ram_scale, steering.sam_scale),
+            )
+            steering = Steering(steering.ram, steering.sam, *scales)
+            images = mapped(frozen, noise, cond, uncond, steering, guidance_scale)
+            return self.fetch(self._unstack(images, _BY_DEVICE))
+
+        return on_all
 
     def _stack(self, x: jax.Array) -> jax.Array:
         """Global array -> `(local devices, ...)`, each device's shard its slice."""
@@ -320,12 +336,11 @@ class PmapPlacement(Placement):
     def _unstack(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """`(local devices, ...)` -> global array of that spec."""
         shards = [shard.data[0] for shard in x.addressable_shards]
-        sizes = [1 if axis is None else self.mesh.shape[axis] for axis in spec]
-        sizes += [1] * (shards[0].ndim - len(sizes))
-        shape = tuple(n * size for n, size in zip(shards[0].shape, sizes, strict=True))
-        return jax.make_array_from_single_device_arrays(
-            shape, NamedSharding(self.mesh, spec), shards
-        )
+        sharding = NamedSharding(self.mesh, spec)
+        divisible = (self.mesh.size,) * shards[0].ndim
+        parts = [self.mesh.size // n for n in sharding.shard_shape(divisible)]
+        shape = tuple(n * part for n, part in zip(shards[0].shape, parts, strict=True))
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 class MeshPlacement(Placement):
@@ -344,7 +359,7 @@ class MeshPlacement(Placement):
         if not self.fsdp or len(shape) < 2 or not any(divisible):
             return P()
         axis = int(np.argmax(divisible))
-        return P(*[None] * axis, ("concept", "data"))
+        return P(*[None] * axis, *_BY_DEVICE)
 
     def prepare(self, recipe):
         if not self.fsdp:
@@ -416,9 +431,21 @@ class MeshPlacement(Placement):
             sharded(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
         )
 
-    def compile_with_frozen(self, function):
-        def on_mesh(frozen, *args):
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return function(frozen, *args)
+    def compile_sampler(self, sample):
+        # For kernels, which attend for their own share along "data".
+        mesh = Mesh(self.mesh.devices.reshape(1, -1), self.mesh.axis_names)
 
-        return jax.jit(on_mesh, out_shardings=NamedSharding(self.mesh, P()))
+        @partial(jax.jit, out_shardings=NamedSharding(mesh, _BY_DEVICE))
+        def on_mesh(frozen, noise, cond, uncond, steering, guidance_scale):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return sample(frozen, noise, cond, uncond, steering, guidance_scale)
+
+        def on_all(frozen, noise, cond, uncond, steering, guidance_scale):
+            noise, cond, *scales = jax.tree.map(
+                lambda x: self._put(x, _BY_DEVICE),
+                (noise, cond, steering.ram_scale, steering.sam_scale),
+            )
+            steering = Steering(steering.ram, steering.sam, *scales)
+            return self.fetch(on_mesh(frozen, noise, cond, uncond, steering, guidance_scale))
+
+        return on_all

@@ -145,7 +145,7 @@ class _Job:
         self.stagger = None
         if config.rollout.staggered and config.rollout.kind == "streaming":
             self.stagger = placement.compile(partial(stagger, recipe))
-        self.sample = sampler and placement.compile_with_frozen(sampler)
+        self.sample = sampler and placement.compile_sampler(sampler)
 
     def _record(self, wave: Wave) -> RunRecord:
         identity = self.sketch.identity | {
