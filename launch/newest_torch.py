@@ -39,7 +39,7 @@ def store(model: str, stored: pathlib.Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from respodiff_jax import generation
+    from respodiff_jax import sampling
     from respodiff_jax.adapter_card import export_adapter
     from respodiff_jax.adapters import Adapter, load_adapter
     from respodiff_jax.backbone import load_backbone
@@ -68,10 +68,10 @@ def store(model: str, stored: pathlib.Path) -> None:
     adapter = load_adapter(stored / "adapter")
     weights = [[row.get(name, 0.0) for name in adapter.names] for row in rows(adapter.names)]
     prompt = adapter.concepts[0].neutral_prompts[0]
-    noise = generation.initial_noise(range(4), backbone.latent_shape(resolution))
+    noise = sampling.initial_noise(range(4), backbone.latent_shape(resolution))
     cond = backbone.encode_prompts([prompt] * 4, resolution)
     uncond = backbone.encode_prompts([""], resolution)
-    denoise = jax.jit(functools.partial(generation.denoise, backbone, adapter.module, schedule))
+    denoise = jax.jit(functools.partial(sampling.denoise, backbone, adapter.module, schedule))
     latents = denoise(
         backbone.params, noise, cond, uncond, adapter.steering(weights), GUIDANCE_SCALE
     )

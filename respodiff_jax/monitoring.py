@@ -23,10 +23,10 @@ from tqdm import tqdm
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept
-from respodiff_jax.generation import default_batch_size, initial_noise
 from respodiff_jax.images import grid
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
+from respodiff_jax.sampling import default_batch_size, initial_noise
 from respodiff_jax.storage import LocalFolder, append_text
 from respodiff_jax.train_step import Metrics
 

@@ -22,11 +22,11 @@ from respodiff_jax.checkpoint import (
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, validate
 from respodiff_jax.diffusion import Schedule
-from respodiff_jax.generation import make_sampler
 from respodiff_jax.modules import MidBlockModule
 from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
 from respodiff_jax.objective import ConceptArrays, concept_arrays
 from respodiff_jax.parallel import Placement, make_placement
+from respodiff_jax.sampling import make_sampler
 from respodiff_jax.storage import is_remote, open_path
 from respodiff_jax.train_step import (
     Metrics,

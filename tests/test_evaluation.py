@@ -17,7 +17,7 @@ from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.findings import Findings
 from respodiff_jax.evaluation.plan import check_plan
 from respodiff_jax.evaluation.results import load_per_image, load_results, save_per_image
-from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.sampling import SamplerOptions
 
 OPTIONS = SamplerOptions(num_steps=2, guidance_scale=3.0, batch_size=8)
 

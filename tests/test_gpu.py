@@ -16,9 +16,9 @@ from respodiff_jax.backbone import architectures
 from respodiff_jax.backbone.attention import attention, choose_attention
 from respodiff_jax.bench.model import Job, open_model
 from respodiff_jax.config import default
-from respodiff_jax.generation import Sampler, SamplerOptions
 from respodiff_jax.paper_concepts import add_gender
 from respodiff_jax.parallel import make_placement
+from respodiff_jax.sampling import Sampler, SamplerOptions
 from respodiff_jax.train_step import train_step
 
 pytestmark = pytest.mark.gpu

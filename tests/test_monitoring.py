@@ -10,10 +10,10 @@ from test_train_step import MAN, VIOLENCE, WOMAN
 
 from respodiff_jax import config, monitoring, parallel
 from respodiff_jax.diffusion import Schedule
-from respodiff_jax.generation import SamplerOptions, make_sampler, sample_images
 from respodiff_jax.images import grid
 from respodiff_jax.monitoring import ValidationGrids
 from respodiff_jax.objective import concept_arrays
+from respodiff_jax.sampling import SamplerOptions, make_sampler, sample_images
 
 CONCEPTS = [WOMAN, VIOLENCE, MAN]
 SEEDS, NUM_STEPS, GUIDANCE = (0, 1), 2, 3.0

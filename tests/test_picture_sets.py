@@ -11,7 +11,7 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.evaluation import picture_sets, run
 from respodiff_jax.evaluation.results import load_per_image, load_results
 from respodiff_jax.evaluation.suites import Prompt
-from respodiff_jax.generation import ImagePair, SamplerOptions
+from respodiff_jax.sampling import ImagePair, SamplerOptions
 
 OPTIONS = SamplerOptions(num_steps=2, guidance_scale=3.0, batch_size=8)
 

@@ -11,7 +11,7 @@ from respodiff_jax.bench import measure
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.config import concepts_from
-from respodiff_jax.generation import Sampler, SamplerOptions
+from respodiff_jax.sampling import Sampler, SamplerOptions
 
 
 def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:

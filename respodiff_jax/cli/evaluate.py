@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-prompts is {args.max_prompts}, expected at least 1")
     files, target = _prompt_files(args.prompts, args.what), _targets(args.target)
 
-    from respodiff_jax import adapters, generation, parallel
+    from respodiff_jax import adapters, parallel, sampling
     from respodiff_jax.backbone import load_clip
     from respodiff_jax.evaluation import detectors as detectors_lib
     from respodiff_jax.evaluation import picture_sets, quality
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
         prompts={part: given for part, given in prompts.items() if part in protocols},
         notes=tuple(f"{part} is left out: {reason}" for part, reason in left_out.items()),
     )
-    options = generation.SamplerOptions(
+    options = sampling.SamplerOptions(
         num_steps=chosen("steps"),
         guidance_scale=suite.guidance_scale if args.guidance is None else args.guidance,
         resolution=trained_on.get("resolution") if args.resolution is None else args.resolution,

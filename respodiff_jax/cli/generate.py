@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not args.adapter:
         raise ValueError("no model; name one with --model, or give --adapter to use the adapter's")
 
-    from respodiff_jax import adapters, generation, parallel, selection
+    from respodiff_jax import adapters, generation, parallel, sampling, selection
 
     parallel.enable_compilation_cache()
     loaded = [inputs.open_adapter(path) for path in args.adapter]
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     trained_on = adapter.backbone if adapter else {}
-    options = generation.SamplerOptions(
+    options = sampling.SamplerOptions(
         num_steps=args.steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,

@@ -16,11 +16,11 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from
 from respodiff_jax.diffusion import Schedule
-from respodiff_jax.generation import default_batch_size, denoise, make_sampler
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.parallel import make_placement
 from respodiff_jax.rollout import last_index
+from respodiff_jax.sampling import default_batch_size, denoise, make_sampler
 from respodiff_jax.train_step import Recipe, init_state, train_step
 from respodiff_jax.waves import wave_size
 

@@ -23,7 +23,7 @@ from respodiff_jax.emoji import recipes
 from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.sampling import SamplerOptions
 from respodiff_jax.training import train
 
 EVALUATION_SEED = 700_000

@@ -16,7 +16,7 @@ from respodiff_jax.evaluation.report import write_report
 from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.sampling import SamplerOptions
 from respodiff_jax.training import train
 
 GROUP = "gender"

@@ -21,7 +21,7 @@ from respodiff_jax.emoji import captions, clip, rendering, vocabulary, world
 from respodiff_jax.emoji.suite import GUIDANCE_SCALE
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.metrics import deviation_ratio
-from respodiff_jax.generation import SamplerOptions, sample_images
+from respodiff_jax.sampling import SamplerOptions, sample_images
 
 
 def attributes(evaluator, features):

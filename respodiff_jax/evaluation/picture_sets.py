@@ -23,7 +23,7 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.data.prompt_files import SEED, Column, read_table
 from respodiff_jax.evaluation.results import write_whole
 from respodiff_jax.evaluation.suites import Prompt
-from respodiff_jax.generation import SamplerOptions, default_batch_size, sample_images
+from respodiff_jax.sampling import SamplerOptions, default_batch_size, sample_images
 
 PLAN_FILE = "plan.json"
 _METADATA = {

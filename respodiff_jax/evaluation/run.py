@@ -27,7 +27,7 @@ from respodiff_jax.evaluation.picture_sets import (
 from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.suites import Suite
-from respodiff_jax.generation import SamplerOptions
+from respodiff_jax.sampling import SamplerOptions
 
 _CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
 
