@@ -2,9 +2,10 @@
 
     respodiff train --config configs/sd14_gender.py --workdir runs/sd14_gender
 
-Batch 1 is the authors'. On more devices than concepts give each of them a sample:
-`--config.train.batch_size=4` on 8 devices. The paper reports, on WinoBias, a deviation ratio of
-0.68 before and 0.14 after; this config has not been run on SD 1.4 here.
+Batch 1 is the authors', and `--config.rollout.kind=faithful` their rollout. On more devices than
+concepts give each of them a sample: `--config.train.batch_size=4` on 8 devices. The paper reports,
+on WinoBias, a deviation ratio of 0.68 before and 0.14 after; this config has not been run on SD 1.4
+here.
 """
 
 from ml_collections import ConfigDict

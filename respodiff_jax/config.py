@@ -50,11 +50,11 @@ def default() -> ConfigDict:
     config.concept_defaults.lr_sam = 1e-3
 
     config.rollout = ConfigDict()
-    config.rollout.kind = "faithful"  # or "streaming", which moves on with the losses' predictions
+    # "streaming" moves trajectories on with the losses' predictions; "faithful", the paper's, runs
+    # each from pure noise.
+    config.rollout.kind = "streaming"
     config.rollout.slots = 4  # "streaming": trajectories in flight for each sample of the batch
-    # "streaming": trajectories are taken to random places before the first step, instead of all
-    # beginning as noise.
-    config.rollout.staggered = False
+    config.rollout.trajectory_steps = 10  # "streaming": DDIM steps of each, over the schedule's
     config.rollout.num_steps = 50  # of the DDIM schedule; k is drawn from 0 .. num_steps - 2
     config.rollout.guidance_scale = 3.0
 
@@ -201,6 +201,7 @@ def validate(config: ConfigDict) -> None:
     )
     check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
     check(config.rollout.slots >= 1, "rollout.slots", "at least 1")
+    check(config.rollout.trajectory_steps >= 1, "rollout.trajectory_steps", "at least 1")
     check(config.train.steps >= 1, "train.steps", "at least 1")
     check(config.train.batch_size >= 1, "train.batch_size", "at least 1")
     per_device = config.train.concepts_per_device

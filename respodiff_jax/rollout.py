@@ -15,16 +15,15 @@ A rollout is an object with three functions, written for one concept and pure:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from respodiff_jax import diffusion
-
-# DDIM steps that take a trajectory to its first place; evaluations of the UNet, twice as many.
-STAGGER_STEPS = 10
 
 # (z_t (B, h, w, c), ddim_index, prompt_index (B,)) -> guided, steered model output (B, h, w, c).
 Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -122,65 +121,50 @@ class Flight(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamingRollout:
-    """Trajectories that move on by one DDIM step whenever the losses have looked at them.
+    """Trajectories that move on by a DDIM step whenever the losses have looked at them.
 
     The losses need the prediction with RAM and SAM, and their three predictions of the base model
     include the empty prompt's; guided, these are what `predict` would give. So no evaluation of the
-    UNet is spent on a rollout. A trajectory is seen once at each of the indices 0 .. num_steps - 2,
-    then starts again from fresh noise and a fresh prompt: n steps see about n / (num_steps - 1)
-    trajectories a sample, where the faithful form sees n.
+    UNet is spent on a rollout.
+
+    A trajectory is pure noise at an index below `stride`, drawn for it, and is then seen at every
+    `stride`-th index up to num_steps - 2; a DDIM step leads from one to the next. It starts again
+    from fresh noise and a fresh prompt: n steps see about `n * stride / (num_steps - 1)`
+    trajectories a sample, where the faithful form sees n. All indices are seen equally often.
 
     Step n looks at slot `n mod slots` of every sample, so that successive steps see different
-    trajectories; their first rounds end at random indices, which staggers them: from step
-    `slots * (num_steps - 1)` on the index of a sample is uniform, as in the faithful form. Before,
-    late indices are rare. `stagger` takes all trajectories to random indices before the first step.
+    trajectories. The first of each slot end at random indices, which staggers them: from about step
+    `slots * num_steps / stride` on the index of a sample is uniform, as in the faithful form.
+    Before, late indices are rare.
 
-    Deviation: a trajectory's steps were taken with the modules of the time, each `slots` optimiser
-    steps older than the next, and with the SAM from before the step's update; the paper runs whole
-    trajectories with the newest modules.
+    Deviation: DDIM steps are `stride` times as long as the faithful form's. Those of a trajectory
+    were taken with the modules of the time, each `slots` optimiser steps older than the next, and
+    with the SAM from before the step's update; the paper runs whole trajectories with the newest
+    modules.
     """
 
     schedule: diffusion.Schedule
     slots: int
+    stride: int
     uses_losses: ClassVar[bool] = True
 
     def init(self, keys: jax.Array, num_prompts: jax.Array, shape: tuple[int, int, int]) -> Flight:
         def of_sample(key):
             slot_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(self.slots))
-            noise, prompt_index = _begin(slot_keys, num_prompts, shape)
             last = jax.random.randint(
                 jax.random.fold_in(key, self.slots), (self.slots,), 0, last_index(self.schedule) + 1
             )
-            return Flight(noise, jnp.zeros(self.slots, jnp.int32), last, prompt_index)
+            noise, prompt_index = _begin(slot_keys, num_prompts, shape)
+            return Flight(noise, self._first_index(slot_keys), last, prompt_index)
 
         return jax.vmap(of_sample)(keys)
 
-    def stagger(self, state: Flight, predict: Predict) -> Flight:
-        """Takes fresh trajectories to where their first rounds would have ended.
+    def _first_index(self, keys: jax.Array) -> jax.Array:
+        # `_begin` splits the key; this is of another stream.
+        def of_key(key):
+            return jax.random.randint(jax.random.fold_in(key, 2), (), 0, self.stride)
 
-        In `STAGGER_STEPS` steps each, of its own length. Indices are uniform from then on, and all
-        trajectories go on to the last.
-
-        Args:
-          state: from `init`.
-          predict: the guided prediction.
-        """
-
-        def of_slot(flight: Flight) -> jax.Array:
-            def body(i, z_t):
-                here, there = (j * flight.last_index // STAGGER_STEPS for j in (i, i + 1))
-                output = predict(z_t, here, flight.prompt_index)
-                return diffusion.ddim_step(self.schedule, output, z_t, here, there)
-
-            return jax.lax.fori_loop(0, STAGGER_STEPS, body, flight.z_t)
-
-        # One slot after the other: no more memory than a step takes.
-        by_slot = jax.lax.map(of_slot, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), state))
-        return state._replace(
-            z_t=jnp.moveaxis(by_slot, 0, 1),
-            ddim_index=state.last_index,
-            last_index=jnp.full_like(state.last_index, last_index(self.schedule)),
-        )
+        return jax.vmap(of_key)(keys)
 
     def draw(
         self,
@@ -217,8 +201,9 @@ class StreamingRollout:
           num_prompts: int32 `()`.
         """
         slot = step % self.slots
-        z_next = diffusion.ddim_step(self.schedule, guided(), draw.z_t, draw.ddim_index)
-        ended = draw.ddim_index >= state.last_index[:, slot]
+        to_index = draw.ddim_index + self.stride
+        z_next = diffusion.ddim_step(self.schedule, guided(), draw.z_t, draw.ddim_index, to_index)
+        ended = to_index > state.last_index[:, slot]
         noise, prompt_index = _begin(keys, num_prompts, draw.z_t.shape[1:])
 
         def restarted(fresh, moved):
@@ -226,7 +211,7 @@ class StreamingRollout:
 
         now = Flight(
             z_t=restarted(noise, z_next),
-            ddim_index=jnp.where(ended, 0, draw.ddim_index + 1),
+            ddim_index=jnp.where(ended, self._first_index(keys), to_index),
             last_index=jnp.where(ended, last_index(self.schedule), state.last_index[:, slot]),
             prompt_index=restarted(prompt_index, draw.prompt_index),
         )
@@ -243,10 +228,12 @@ def _begin(
 
 
 KINDS = ("faithful", "streaming")
+Rollout = FaithfulRollout | StreamingRollout
 
 
-def make_rollout(
-    kind: str, schedule: diffusion.Schedule, slots: int
-) -> FaithfulRollout | StreamingRollout:
-    """The rollout of a config's `rollout.kind` and `rollout.slots`."""
-    return FaithfulRollout(schedule) if kind == "faithful" else StreamingRollout(schedule, slots)
+def make_rollout(config: ConfigDict, schedule: diffusion.Schedule) -> Rollout:
+    """The rollout of the config's `rollout` section, along a schedule of its `num_steps`."""
+    if config.kind == "faithful":
+        return FaithfulRollout(schedule)
+    stride = math.ceil(schedule.num_steps / config.trajectory_steps)
+    return StreamingRollout(schedule, config.slots, stride)

@@ -23,7 +23,7 @@ from respodiff_jax import diffusion, objective
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.modules import MidBlockModule, Params, add_delta
 from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.rollout import FaithfulRollout, StreamingRollout, make_rollout
+from respodiff_jax.rollout import Rollout, make_rollout
 
 
 class ConceptState(flax.struct.PyTreeNode):
@@ -93,7 +93,7 @@ class Recipe:
     latent_shape: tuple[int, int, int]
     module: MidBlockModule
     schedule: diffusion.Schedule
-    rollout: FaithfulRollout | StreamingRollout
+    rollout: Rollout
     rollout_guidance_scale: float
     optimizer: optax.GradientTransformation
     ema_decay: float | None
@@ -119,7 +119,7 @@ class Recipe:
                 init_scheme=config.module.init,
             ),
             schedule=schedule,
-            rollout=make_rollout(config.rollout.kind, schedule, config.rollout.slots),
+            rollout=make_rollout(config.rollout, schedule),
             rollout_guidance_scale=config.rollout.guidance_scale,
             optimizer=make_optimizer(config.optimizer, config.train.steps),
             ema_decay=config.optimizer.ema_decay,
@@ -242,29 +242,6 @@ def train_step(
     all_concepts = jax.vmap(one_concept, spmd_axis_name=concept_axis)
     new_concepts, metrics = all_concepts(state.concepts, concepts)
     return state.replace(step=state.step + 1, concepts=new_concepts), metrics
-
-
-def stagger(
-    recipe: Recipe,
-    state: TrainState,
-    frozen: dict,
-    concepts: ConceptArrays,
-    sample_ids: jax.Array,
-    concept_axis: str | None = None,
-    **axis: Any,
-) -> tuple[TrainState, tuple[()]]:
-    """`StreamingRollout.stagger` of N concepts, before their first step.
-
-    Takes and gives what `train_step` does, but for the metrics.
-    """
-    del sample_ids, axis
-
-    def one_concept(state, concept):
-        predict = partial(_guided_prediction, recipe, state, frozen, concept)
-        return state.replace(rollout=recipe.rollout.stagger(state.rollout, predict))
-
-    all_concepts = jax.vmap(one_concept, spmd_axis_name=concept_axis)
-    return state.replace(concepts=all_concepts(state.concepts, concepts)), ()
 
 
 def _guided_prediction(

@@ -33,7 +33,6 @@ from respodiff_jax.train_step import (
     Recipe,
     TrainState,
     init_state,
-    stagger,
     start_from,
     train_step,
 )
@@ -142,9 +141,6 @@ class _Job:
         self.backbone = dataclasses.replace(backbone, params=texts)
         recipe = placement.prepare(self.recipe)
         self.step = placement.compile(partial(train_step, recipe))
-        self.stagger = None
-        if config.rollout.staggered and config.rollout.kind == "streaming":
-            self.stagger = placement.compile(partial(stagger, recipe))
         self.sample = sampler and placement.compile_sampler(sampler)
 
     def _record(self, wave: Wave) -> RunRecord:
@@ -221,9 +217,6 @@ class _Job:
                     f" {jax.devices()[0].platform} device(s): {placement.concept_shards} concept ×"
                     f" {placement.data_shards} data shard(s), {config.parallel.strategy}"
                 )
-                if step == 0 and self.stagger:
-                    log.say("staggering the trajectories")
-                    state, _ = self.stagger(state, self.frozen, concepts)
                 if step >= steps:
                     log.say(f"step {step} of {steps} is done: nothing left to train")
                 else:

@@ -132,7 +132,7 @@ def test_the_published_procedure_on_sd14(capsys):
 
 
 def test_train_alone_on_streamed_trajectories(capsys):
-    argv = ["bench", "train", *SMALL, "--repeats", "1", "--config.rollout.kind=streaming"]
+    argv = ["bench", "train", *SMALL, "--repeats", "1"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "| JAX, streaming" in printed and "PyTorch" not in printed
@@ -141,6 +141,7 @@ def test_train_alone_on_streamed_trajectories(capsys):
 def test_train_against_torch(tmp_path, capsys):
     out = tmp_path / "train.json"
     argv = ["bench", "train", *SMALL, "--repeats", "2", "--against", "torch", "--out", str(out)]
+    argv += ["--config.rollout.kind=faithful"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "| JAX, faithful" in printed and "| PyTorch, published procedure" in printed

@@ -222,7 +222,6 @@ def get_config():
     config = default()
     config.model.name = "random/tiny"
     config.model.dtype = "float32"
-    config.rollout.kind = "streaming"
     config.rollout.num_steps = 6
     config.train.steps = 100
     add_concept(config, "woman", name="a woman", group="gender", target_prompt="a woman",

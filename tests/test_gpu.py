@@ -90,7 +90,7 @@ def config_of(dtype, monkeypatch):
     monkeypatch.setitem(architectures._ARCHITECTURES, "small", _SMALL)
     config = default()
     config.model.name, config.model.dtype = "random/small", dtype
-    config.rollout.kind, config.rollout.slots = "streaming", 2
+    config.rollout.slots = 2
     config.train.batch_size = 4
     add_gender(config)
     return config

@@ -9,10 +9,11 @@ import pytest
 from test_train_step import MAN, VIOLENCE, WOMAN, setup
 
 from respodiff_jax import parallel
-from respodiff_jax.train_step import stagger, train_step
+from respodiff_jax.train_step import train_step
 
 STEPS, BATCH = 2, 8
-ROLLOUT = {"rollout.slots": 1}  # of streaming: the second step looks at what the first moved on
+# Of streaming: the second step looks at what the first moved on, samples at different places.
+ROLLOUT = {"rollout.slots": 1, "rollout.trajectory_steps": 3}
 
 
 def modules(state):
@@ -29,9 +30,6 @@ def train_on_all_devices(backbone, concepts, strategy, fsdp, rollout):
     state = placement.place_state(placement.to_canonical_devices(fresh))
     frozen = placement.place_frozen({"unet": backbone.params["unet"]})
     placed = placement.place_concepts(arrays)
-    if rollout == "streaming":
-        begin = placement.compile(partial(stagger, placement.prepare(recipe)))
-        state, _ = begin(state, frozen, placed)
     step = placement.compile(partial(train_step, placement.prepare(recipe)))
     for _ in range(STEPS):
         state, metrics = step(state, frozen, placed)
@@ -48,12 +46,9 @@ def on_one_device(tiny_backbone):
     def train(concepts, rollout):
         if (len(concepts), rollout) not in cache:
             changes = ROLLOUT | {"rollout.kind": rollout}
-            recipe, arrays, state, step = setup(tiny_backbone, concepts, BATCH, **changes)
-            inputs = tiny_backbone.params, arrays, jnp.arange(BATCH)
-            if rollout == "streaming":
-                state, _ = jax.jit(partial(stagger, recipe))(state, *inputs)
+            _, arrays, state, step = setup(tiny_backbone, concepts, BATCH, **changes)
             for _ in range(STEPS):
-                state, metrics = step(state, *inputs)
+                state, metrics = step(state, tiny_backbone.params, arrays, jnp.arange(BATCH))
             cache[len(concepts), rollout] = modules(state), metrics
         return cache[len(concepts), rollout]
 

@@ -1,18 +1,19 @@
 """The streaming rollout: whole trajectories, the paper's indices, the procedure's numbers."""
 
-import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 from diffusers import DDIMScheduler
 from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, conditions_of, make_reference, setup
 
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.bench.torch_side import to_torch
+from respodiff_jax.config import default
 from respodiff_jax.diffusion import Schedule
-from respodiff_jax.rollout import StreamingRollout
+from respodiff_jax.rollout import StreamingRollout, make_rollout
 
 SHAPE = (2, 2, 1)
 KEYS = jax.vmap(jax.random.key)(jnp.arange(400))
@@ -37,52 +38,36 @@ def fly(rollout, steps):
     return np.stack(seen), np.stack(prompts)
 
 
-def test_indices_become_uniform_and_trajectories_are_whole():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_indices_become_uniform_and_trajectories_are_whole(stride):
     schedule = Schedule.from_config({}, NUM_STEPS)
     slots, length = 2, NUM_STEPS - 1
-    seen, prompts = fly(StreamingRollout(schedule, slots), 4 * slots * length)
+    seen, prompts = fly(StreamingRollout(schedule, slots, stride), 4 * slots * length)
     assert set(np.unique(seen)) == set(range(length))  # k ~ U{0 .. num_steps - 2}
     # Once all have ended once, any step sees every index equally often: 80 of 400 samples each.
     for step in (slots * length, 3 * slots * length + 1):
         counts = np.bincount(seen[step], minlength=length)
         assert np.abs(counts - len(KEYS) / length).max() < 5 * np.sqrt(len(KEYS) / length)
-    # A slot counts up to the last index, then begins again, with a prompt that it keeps till then.
-    mine, prompt = seen[slots * length :: slots, 0], prompts[slots * length :: slots, 0]
-    np.testing.assert_array_equal(np.diff(mine) % length, 1)
-    changes = np.flatnonzero(np.diff(prompt))
+    # A slot counts up to the end, then begins again, with a prompt that it keeps till then.
+    mine, prompt = seen[slots * length :: slots], prompts[slots * length :: slots]
+    restarts = np.diff(mine, axis=0) != stride
+    assert (mine[:-1][restarts] + stride >= length).all()
+    assert set(mine[1:][restarts]) == set(range(stride))
     assert len(np.unique(prompts)) == 3
-    assert set(mine[changes + 1]) <= {0}
+    assert not np.diff(prompt, axis=0)[~restarts].any()
     # Slots of one sample are at different places.
     assert (seen[2 * slots * length] != seen[2 * slots * length + 1]).mean() > 0.5
 
 
-def test_staggered_trajectories_are_where_ten_ddim_steps_of_their_own_lead():
-    schedule = Schedule.from_config({}, 50)
-    rollout = StreamingRollout(schedule, slots=2)
-    fresh = rollout.init(KEYS, jnp.int32(3), SHAPE)
-
-    def predict(z_t, ddim_index, prompt_index):
-        return 0.3 * z_t + (0.01 * ddim_index + prompt_index).reshape(-1, 1, 1, 1)
-
-    state = jax.tree.map(np.asarray, rollout.stagger(fresh, predict))
-    np.testing.assert_array_equal(state.ddim_index, fresh.last_index)
-    np.testing.assert_array_equal(state.prompt_index, fresh.prompt_index)
-    assert (state.last_index == 48).all()
-    for slot in (0, 1):  # uniform from the first step on
-        counts = np.bincount(state.ddim_index[:, slot], minlength=49)
-        assert len(counts) == 49
-        assert np.abs(counts - len(KEYS) / 49).max() < 5 * np.sqrt(len(KEYS) / 49)
-
-    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
-    for sample, slot in ((0, 0), (1, 1), (2, 0)):
-        z = torch.tensor(np.asarray(fresh.z_t[sample, slot], np.float64))
-        places = np.arange(11) * int(fresh.last_index[sample, slot]) // 10
-        for here, there in itertools.pairwise(places):
-            eps = 0.3 * z + 0.01 * here + int(fresh.prompt_index[sample, slot])
-            alpha, to = (scheduler.alphas_cumprod[schedule.timesteps[i]] for i in (here, there))
-            z_0 = (z - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-            z = to.sqrt() * z_0 + (1 - to).sqrt() * eps
-        np.testing.assert_allclose(state.z_t[sample, slot], z, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(
+    ("num_steps", "trajectory_steps", "stride"), [(50, 10, 5), (50, 50, 1), (4, 10, 1), (50, 20, 3)]
+)
+def test_trajectories_have_as_many_steps_as_the_config_says(num_steps, trajectory_steps, stride):
+    config = default().rollout
+    config.update(kind="streaming", trajectory_steps=trajectory_steps)
+    rollout = make_rollout(config, Schedule.from_config({}, num_steps))
+    assert rollout.stride == stride
+    assert math.ceil((num_steps - 1) / stride) <= trajectory_steps
 
 
 def of_slot(state, slot):
@@ -90,10 +75,22 @@ def of_slot(state, slot):
     return jax.tree.map(lambda x: x[0, 0, slot], state.concepts.rollout)
 
 
-def check_against_pytorch(folder, concept, steps, slots, **changes):
+def ddim_step(scheduler, output, z_t, timestep, to_timestep):
+    """As the paper has it, in PyTorch."""
+    alpha, to = (float(scheduler.alphas_cumprod[t]) for t in (timestep, to_timestep))
+    if scheduler.config.prediction_type == "epsilon":
+        eps, z_0 = output, (z_t - (1 - alpha) ** 0.5 * output) / alpha**0.5
+    else:
+        eps = alpha**0.5 * output + (1 - alpha) ** 0.5 * z_t
+        z_0 = alpha**0.5 * z_t - (1 - alpha) ** 0.5 * output
+    return to**0.5 * z_0 + (1 - to) ** 0.5 * eps
+
+
+def check_against_pytorch(folder, concept, steps, slots, stride, **changes):
     """Trains one sample; every latent, restart and loss is computed again in PyTorch."""
     backbone = load_backbone(str(folder), dtype="float32")
     changes |= {"module.init": "uniform", "rollout.kind": "streaming", "rollout.slots": slots}
+    changes |= {"rollout.trajectory_steps": NUM_STEPS // stride}
     recipe, arrays, state, step = setup(backbone, [concept], 1, **changes)
     ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
     state = state.replace(concepts=state.concepts.replace(ram=ram))
@@ -113,31 +110,35 @@ def check_against_pytorch(folder, concept, steps, slots, **changes):
         np.testing.assert_allclose(ours, losses, rtol=1e-4)
 
         after = of_slot(state, i % slots)
-        if index == int(before.last_index):
+        if index + stride > int(before.last_index):
             restarts += 1
             # The documented random streams: run -> step -> concept -> sample -> prompt and noise.
             _, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
             concept_key = jax.random.fold_in(samples_key, concept.stream)
             noise_key = jax.random.split(jax.random.fold_in(concept_key, 0))[1]
             expected = jax.random.normal(noise_key, recipe.latent_shape)
-            assert (int(after.ddim_index), int(after.last_index)) == (0, NUM_STEPS - 2)
+            assert 0 <= int(after.ddim_index) < stride
+            assert int(after.last_index) == NUM_STEPS - 2
         else:
             # With the updated RAM and the SAM from before.
             updated = {name: value.clone() for name, value in reference.sam.state_dict().items()}
             reference.sam.load_state_dict(sam)
-            timestep = scheduler.timesteps[index]
+            timestep, to_timestep = (scheduler.timesteps[i] for i in (index, index + stride))
             modules = (reference.ram, reference.sam)
             guided = reference.guided(z_t, timestep, neutral, empty, 3.0, modules).detach()
             reference.sam.load_state_dict(updated)
-            expected = scheduler.step(guided, timestep, z_t).prev_sample[0].permute(1, 2, 0)
-            assert int(after.ddim_index) == index + 1
+            expected = ddim_step(scheduler, guided, z_t, timestep, to_timestep)
+            expected = expected[0].permute(1, 2, 0)
+            assert int(after.ddim_index) == index + stride
         np.testing.assert_allclose(after.z_t, expected, atol=2e-4)
     assert 0 < restarts < steps
 
 
 def test_streaming_step_equals_pytorch(sd_folder):
-    check_against_pytorch(sd_folder, WOMAN, steps=12, slots=2)
+    check_against_pytorch(sd_folder, WOMAN, steps=12, slots=2, stride=1)
 
 
 def test_streaming_step_equals_pytorch_for_safety_and_v_prediction(sd_v_folder):
-    check_against_pytorch(sd_v_folder, VIOLENCE, steps=7, slots=1, **{"module.kind": "mlp"})
+    check_against_pytorch(
+        sd_v_folder, VIOLENCE, steps=7, slots=1, stride=2, **{"module.kind": "mlp"}
+    )

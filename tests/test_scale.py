@@ -71,7 +71,7 @@ def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
         return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
 
     batch = 2
-    recipe, args = abstract_step(backbone, 1, batch, prompts, **{"rollout.kind": "streaming"})
+    recipe, args = abstract_step(backbone, 1, batch, prompts)
     evaluations = evaluations_per_sample(recipe, *args[:3], batch)
     with capsys.disabled():
         print(f"\n{evaluations:.2f} UNet evaluations per training sample")
@@ -99,24 +99,17 @@ def peak_memory():
 
 @pytest.mark.slow
 def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
-    """860 M parameters in bf16. With a rollout of one step: its length is not what is tested."""
+    """860 M parameters in bf16."""
     backbone = random_backbone("sd14", dtype="bfloat16")
     recipe = Recipe.from_config(default(), backbone, 512)
     arrays = concept_arrays(backbone, [WOMAN], 512)
     frozen = {"unet": backbone.params["unet"]}
-
-    def rollout_length(seed):
-        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
-        return int(jax.random.randint(key, (), 0, recipe.schedule.num_steps - 1))
-
-    seed = next(seed for seed in range(1000) if rollout_length(seed) == 1)
-    state = init_state(recipe, arrays, seed=seed, batch_size=1)
+    state = init_state(recipe, arrays, seed=0, batch_size=1)
     with peak_memory() as peak:
         state, metrics = jax.jit(partial(train_step, recipe))(state, frozen, arrays, jnp.arange(1))
         jax.block_until_ready(state)
     with capsys.disabled():
         print(f"\npeak memory {peak[0]:.1f} GiB, L_resp {float(metrics.loss_resp[0]):.4f}")
-    assert metrics.ddim_index[0] == 1
     assert 0 < metrics.loss_resp[0] < 10
     assert jnp.abs(state.concepts.ram["constant"]).max() > 0
     assert peak[0] < 22

@@ -77,8 +77,9 @@ def test_memory_of_a_concepts_state():
     shown = {
         row[""]: int(row["bytes"].replace(",", "")) for row in table_with("bytes") if row["bytes"]
     }
-    overrides = ["--config.model.name=random/sdxl", "--config.rollout.kind=streaming"]
-    config = load_config(str(ROOT / "configs" / "sdxl_gender.py"), overrides)
+    config = load_config(
+        str(ROOT / "configs" / "sdxl_gender.py"), ["--config.model.name=random/sdxl"]
+    )
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
     concepts = concepts_from(config)
     arrays = programs.concept_shapes(backbone, concepts, 1024, 1)

@@ -31,6 +31,7 @@ BATCH = 2
 
 def make_config(**changes) -> ConfigDict:
     config = default()
+    config.rollout.kind = "faithful"
     config.rollout.num_steps = NUM_STEPS
     config.train.steps = 100
     config.update_from_flattened_dict(changes)

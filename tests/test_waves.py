@@ -34,9 +34,7 @@ SMOKE = str(CONFIGS / "smoke.py")
 EMOJI_CONCEPTS = str(CONFIGS / "emoji_concepts.jsonl")
 OVERRIDES = (
     "--config.rollout.num_steps=4",
-    "--config.rollout.kind=streaming",
     "--config.rollout.slots=1",  # each step looks at what the one before has moved on
-    "--config.rollout.staggered=True",
     "--config.train.steps=4",
     "--config.train.batch_size=1",
     "--config.train.concepts_per_device=1",
@@ -349,48 +347,81 @@ def test_a_batch_continues_on_other_devices_with_the_waves_it_began_with(twenty)
         assert [len(wave.filled_up) for wave in planned] == [8, 8, 8]
 
 
-def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, tmp_path):
-    """Two SIGKILLs, then to the end: the adapters have the same bytes."""
-    concepts, workdir = twenty
-    moments = random.Random(0)
-    command = [sys.executable, "-m", "respodiff_jax", *train_command(concepts, tmp_path / "run")]
-    ended = {}
-    for wave in range(2):
+def kill_and_finish(argv, moments):
+    """Runs a command to its end, but for SIGKILLs: one a while after each of `moments`, which are
+    functions that say whether it has come."""
+    command = [sys.executable, "-m", "respodiff_jax", *argv]
+    seconds = random.Random(0)
+    for has_come in moments:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        _wait_for_progress(process, tmp_path / "run", wave)
-        time.sleep(moments.uniform(0, 0.2))
+        while process.poll() is None and not has_come():
+            time.sleep(0.05)
+        time.sleep(seconds.uniform(0, 0.2))
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        done = (tmp_path / "run").glob("waves/*/outcomes.jsonl")
-        ended |= {path: path.stat().st_mtime_ns for path in done}
-    assert 1 <= len(ended) < 3
     subprocess.run(command, check=True, capture_output=True)
+
+
+def assert_same_adapters(workdir, other, count):
+    """The same files to the byte, and the same outcomes."""
+    files = sorted(path.relative_to(workdir) for path in workdir.rglob("*.safetensors"))
+    assert len(files) == count
+    for file in files:
+        assert (workdir / file).read_bytes() == (other / file).read_bytes()
+    assert waves.read_outcomes(workdir) == waves.read_outcomes(other)
+
+
+def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, tmp_path):
+    concepts, workdir = twenty
+    ended = {}
+
+    def wave_trains(number):
+        done = tmp_path.glob("run/waves/*/outcomes.jsonl")
+        ended.update({path: path.stat().st_mtime_ns for path in done})
+        return (tmp_path / "run" / "waves" / f"{number:04d}" / "metrics.jsonl").exists()
+
+    moments = [functools.partial(wave_trains, number) for number in (0, 1)]
+    kill_and_finish(train_command(concepts, tmp_path / "run"), moments)
+    assert 1 <= len(ended) < 3
     for path, moment in ended.items():  # is not trained again
         assert path.stat().st_mtime_ns == moment
-    files = sorted(path.relative_to(workdir) for path in workdir.rglob("*.safetensors"))
-    assert len(files) == 3
-    for file in files:
-        assert (workdir / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
-    assert waves.read_outcomes(workdir) == waves.read_outcomes(tmp_path / "run")
+    assert_same_adapters(workdir, tmp_path / "run", 3)
 
 
-def _wait_for_progress(process, workdir, number):
-    """Until that wave has begun to train, or the process has ended."""
-    while process.poll() is None:
-        if (workdir / "waves" / f"{number:04d}" / "metrics.jsonl").exists():
-            return
-        time.sleep(0.05)
+def sixty_four_command(workdir):
+    """Of emoji concepts, on eight simulated devices, eight concepts each."""
+    argv = ["train", "--config", str(CONFIGS / "emoji_gender.py"), "--concepts", EMOJI_CONCEPTS]
+    argv += ["--workdir", str(workdir), "--config.train.steps=10", "--config.train.batch_size=2"]
+    argv += ["--config.log.grid_every=0", "--config.log.every=1", "--config.checkpoint.every=2"]
+    return [*argv, "--config.optimizer.warmup_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def sixty_four(tmp_path_factory):
+    """Where they were trained without interruption."""
+    workdir = tmp_path_factory.mktemp("sixty_four")
+    assert cli.main(sixty_four_command(workdir)) == 0
+    return workdir
 
 
 @pytest.mark.slow
-def test_sixty_four_emoji_concepts_are_those_trained_alone(tmp_path):
-    """On eight simulated devices, eight concepts each; run with `-s` to see the differences."""
-    overrides = [f"--config.train.{option}" for option in ("steps=10", "batch_size=2")]
-    overrides += ["--config.log.grid_every=0", "--config.optimizer.warmup_steps=0"]
-    config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
-    train(config, str(tmp_path))
-    together = modules_of(tmp_path)
+def test_sixty_four_emoji_concepts_killed_at_random_moments(sixty_four, tmp_path):
+    def has_logged(step):
+        log = tmp_path / "metrics.jsonl"
+        return log.exists() and f'"step": {step},' in log.read_text()
+
+    moments = [functools.partial(has_logged, step) for step in (2, 5, 8)]
+    kill_and_finish(sixty_four_command(tmp_path), moments)
+    assert_same_adapters(sixty_four, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_sixty_four_emoji_concepts_are_those_trained_alone(sixty_four):
+    """Run with `-s` to see the differences."""
+    _, _, config_file, _, concepts, _, _, *overrides = sixty_four_command(sixty_four)
+    config = load_config(config_file, overrides, concepts)
+    together = modules_of(sixty_four)
     assert len(together) == 64
 
     backbone = load_backbone("emoji-world", dtype="float32")

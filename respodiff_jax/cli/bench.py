@@ -24,8 +24,7 @@ is printed, --out writes all numbers as JSON.
 
 EPILOG = """\
   respodiff bench train --config configs/emoji_gender.py --against torch --out train.json
-  respodiff bench train --config configs/sd14_gender.py --config.rollout.kind=streaming \\
-      --config.model.name=random/sd14
+  respodiff bench train --config configs/sd14_gender.py --config.model.name=random/sd14
   respodiff bench generate --config configs/emoji_gender.py --against torch \\
       --config.train.batch_size=16 --config.log.grid_steps=50
   respodiff bench torch-train --config configs/emoji_gender.py --workdir runs/torch

@@ -21,7 +21,7 @@ EPILOG = """\
 Slices are named CHIP:SHAPE, with the chips v4, v5e, v5p and v6e:
 
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --batch-per-device 4 \\
-      --config.rollout.kind=streaming --config.model.name=random/sd14 --out compiled
+      --config.model.name=random/sd14 --out compiled
 
 random/sd14, random/sd21 and random/sdxl have the shapes of the published models, and need no files.
 A table of several slices, and the largest batch that fits each:

@@ -38,7 +38,6 @@ VARIANTS = {
     "mlp": {"module.kind": "mlp"},
     "conv": {"module.kind": "conv"},
     "faithful rollout": {"rollout.kind": "faithful"},
-    "staggered": {"rollout.staggered": True},
 }
 # What is evaluated -> the tasks whose trained adapters steer together.
 TASKS = {

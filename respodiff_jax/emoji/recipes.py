@@ -44,11 +44,9 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     if (task, kind) == ("skin_tone", "mlp"):
         config.module.hidden_channels = 192  # as many as the mid-block has
     config.concept_defaults.update(rates)
-    config.rollout.kind = "streaming"
-    config.rollout.slots = 2
+    config.rollout.slots = 1
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
-    # About slots * (num_steps - 1), while late indices are rare.
     config.optimizer.warmup_steps = 100
     config.train.steps = 800 if task == "safety" else 400
     config.train.batch_size = 8
