@@ -53,9 +53,8 @@ def default() -> ConfigDict:
     # "streaming" moves trajectories on with the losses' predictions; "faithful", the paper's, runs
     # each from pure noise.
     config.rollout.kind = "streaming"
-    config.rollout.slots = 4  # "streaming": trajectories in flight for each sample of the batch
-    config.rollout.trajectory_steps = 10  # "streaming": DDIM steps of each, over the schedule's
-    config.rollout.num_steps = 50  # of the DDIM schedule; k is drawn from 0 .. num_steps - 2
+    config.rollout.trajectory_steps = 10  # "streaming": of each trajectory, at most
+    config.rollout.num_steps = 50  # of the DDIM schedule; the losses see all but the last
     config.rollout.guidance_scale = 3.0
 
     config.optimizer = ConfigDict()  # Adam, one for RAM and one for SAM
@@ -200,7 +199,6 @@ def validate(config: ConfigDict) -> None:
         "False, or parallel.strategy='mesh', the only one that shards the frozen parameters",
     )
     check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
-    check(config.rollout.slots >= 1, "rollout.slots", "at least 1")
     check(config.rollout.trajectory_steps >= 1, "rollout.trajectory_steps", "at least 1")
     check(config.train.steps >= 1, "train.steps", "at least 1")
     check(config.train.batch_size >= 1, "train.batch_size", "at least 1")

@@ -4,8 +4,8 @@ A rollout is an object with three functions, written for one concept and pure:
 
 * `init(keys, num_prompts, shape) -> state`: what it carries from step to step, part of the
   checkpointed training state; leaves have a leading sample axis B.
-* `draw(state, predict, keys, step_key, step, num_prompts, shape) -> Draw`: this step's latents.
-* `advance(state, draw, guided, keys, step, num_prompts) -> state`: what it makes of the losses'
+* `draw(state, predict, keys, step_key, num_prompts, shape) -> Draw`: this step's latents.
+* `advance(state, draw, guided, keys, num_prompts) -> state`: what it makes of the losses'
   predictions.
 
 `uses_losses` says whether `advance` asks for the predictions.
@@ -74,7 +74,6 @@ class FaithfulRollout:
         predict: Predict,
         keys: jax.Array,
         step_key: jax.Array,
-        step: jax.Array,
         num_prompts: jax.Array,
         shape: tuple[int, int, int],
     ) -> Draw:
@@ -85,11 +84,10 @@ class FaithfulRollout:
           predict: the guided prediction.
           keys: `(B,)`, each sample's own.
           step_key: shared by all samples and concepts of the step.
-          step: int32 `()`, of the training.
           num_prompts: int32 `()`, number of neutral prompts to draw from.
           shape: `(h, w, c)` of the latents.
         """
-        del state, step
+        del state
         k = jax.random.randint(step_key, (), 0, last_index(self.schedule) + 1)
         noise, prompt_index = _begin(keys, num_prompts, shape)
 
@@ -98,19 +96,19 @@ class FaithfulRollout:
 
         return Draw(jax.lax.fori_loop(0, k, body, noise), k, prompt_index)
 
-    def advance(self, state, draw, guided, keys, step, num_prompts) -> tuple[()]:
-        del draw, guided, keys, step, num_prompts
+    def advance(self, state, draw, guided, keys, num_prompts) -> tuple[()]:
+        del draw, guided, keys, num_prompts
         return state
 
 
 class Flight(NamedTuple):
-    """Trajectories in flight: `slots` of them for each of B samples.
+    """Trajectories in flight, one for each of B samples.
 
     Attributes:
-      z_t: float32 `(B, slots, h, w, c)`.
-      ddim_index: int32 `(B, slots)`, where each is.
-      last_index: int32 `(B, slots)`, where each ends.
-      prompt_index: int32 `(B, slots)`, its neutral prompt.
+      z_t: float32 `(B, h, w, c)`.
+      ddim_index: int32 `(B,)`, where each is.
+      last_index: int32 `(B,)`, where each ends.
+      prompt_index: int32 `(B,)`, its neutral prompt.
     """
 
     z_t: jax.Array
@@ -127,44 +125,27 @@ class StreamingRollout:
     include the empty prompt's; guided, these are what `predict` would give. So no evaluation of the
     UNet is spent on a rollout.
 
-    A trajectory is pure noise at an index below `stride`, drawn for it, and is then seen at every
-    `stride`-th index up to num_steps - 2; a DDIM step leads from one to the next. It starts again
-    from fresh noise and a fresh prompt: n steps see about `n * stride / (num_steps - 1)`
-    trajectories a sample, where the faithful form sees n. All indices are seen equally often.
+    A trajectory is pure noise at an index below `stride`, drawn for it; it is then looked at at
+    every `stride`-th index up to num_steps - 2, and starts again from fresh noise and a fresh
+    prompt. The first ones end at random indices, which staggers them: once all have ended, the
+    index of a sample is uniform at every step, as in the faithful form. Before, late indices are
+    rare.
 
-    Step n looks at slot `n mod slots` of every sample, so that successive steps see different
-    trajectories. The first of each slot end at random indices, which staggers them: from about step
-    `slots * num_steps / stride` on the index of a sample is uniform, as in the faithful form.
-    Before, late indices are rare.
-
-    Deviation: DDIM steps are `stride` times as long as the faithful form's. Those of a trajectory
-    were taken with the modules of the time, each `slots` optimiser steps older than the next, and
-    with the SAM from before the step's update; the paper runs whole trajectories with the newest
-    modules.
+    Deviation: DDIM steps are `stride` times as long as the faithful form's, and pure noise stands
+    for latents of the first `stride` indices. n steps see about `n * stride / (num_steps - 1)`
+    trajectories a sample, where the faithful form sees n. The steps of a trajectory were taken with
+    the modules of the time, each an optimiser step older than the next, and with the SAM from
+    before the step's update; the paper runs whole trajectories with the newest modules.
     """
 
     schedule: diffusion.Schedule
-    slots: int
     stride: int
     uses_losses: ClassVar[bool] = True
 
     def init(self, keys: jax.Array, num_prompts: jax.Array, shape: tuple[int, int, int]) -> Flight:
-        def of_sample(key):
-            slot_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(self.slots))
-            last = jax.random.randint(
-                jax.random.fold_in(key, self.slots), (self.slots,), 0, last_index(self.schedule) + 1
-            )
-            noise, prompt_index = _begin(slot_keys, num_prompts, shape)
-            return Flight(noise, self._first_index(slot_keys), last, prompt_index)
-
-        return jax.vmap(of_sample)(keys)
-
-    def _first_index(self, keys: jax.Array) -> jax.Array:
-        # `_begin` splits the key; this is of another stream.
-        def of_key(key):
-            return jax.random.randint(jax.random.fold_in(key, 2), (), 0, self.stride)
-
-        return jax.vmap(of_key)(keys)
+        noise, prompt_index = _begin(keys, num_prompts, shape)
+        end = _draw_below(keys, last_index(self.schedule) + 1)
+        return Flight(noise, end % self.stride, end, prompt_index)
 
     def draw(
         self,
@@ -172,14 +153,12 @@ class StreamingRollout:
         predict: Predict,
         keys: jax.Array,
         step_key: jax.Array,
-        step: jax.Array,
         num_prompts: jax.Array,
         shape: tuple[int, int, int],
     ) -> Draw:
-        """The latents of this step's slot; nothing is computed."""
+        """The latents in flight; nothing is computed."""
         del predict, keys, step_key, num_prompts, shape
-        now = jax.tree.map(lambda x: x[:, step % self.slots], state)
-        return Draw(now.z_t, now.ddim_index, now.prompt_index)
+        return Draw(state.z_t, state.ddim_index, state.prompt_index)
 
     def advance(
         self,
@@ -187,35 +166,33 @@ class StreamingRollout:
         draw: Draw,
         guided: Callable[[], jax.Array],
         keys: jax.Array,
-        step: jax.Array,
         num_prompts: jax.Array,
     ) -> Flight:
-        """Takes the DDIM step of this step's slot, or starts it again.
+        """Takes each trajectory's DDIM step, or starts it again.
 
         Args:
           state: before.
           draw: what the losses looked at.
           guided: gives the guided model output there, `(B, h, w, c)`.
           keys: `(B,)`, each sample's own.
-          step: int32 `()`, of the training.
           num_prompts: int32 `()`.
         """
-        slot = step % self.slots
         to_index = draw.ddim_index + self.stride
-        z_next = diffusion.ddim_step(self.schedule, guided(), draw.z_t, draw.ddim_index, to_index)
-        ended = to_index > state.last_index[:, slot]
-        noise, prompt_index = _begin(keys, num_prompts, draw.z_t.shape[1:])
-
-        def restarted(fresh, moved):
-            return jnp.where(ended.reshape(-1, *(1,) * (moved.ndim - 1)), fresh, moved)
-
-        now = Flight(
-            z_t=restarted(noise, z_next),
-            ddim_index=jnp.where(ended, self._first_index(keys), to_index),
-            last_index=jnp.where(ended, last_index(self.schedule), state.last_index[:, slot]),
-            prompt_index=restarted(prompt_index, draw.prompt_index),
+        moved = Flight(
+            diffusion.ddim_step(self.schedule, guided(), draw.z_t, draw.ddim_index, to_index),
+            to_index,
+            state.last_index,
+            draw.prompt_index,
         )
-        return jax.tree.map(lambda all_, one: all_.at[:, slot].set(one), state, now)
+        noise, prompt_index = _begin(keys, num_prompts, draw.z_t.shape[1:])
+        end = jnp.full_like(state.last_index, last_index(self.schedule))
+        fresh = Flight(noise, _draw_below(keys, self.stride), end, prompt_index)
+        ended = to_index > state.last_index
+
+        def restarted(new, old):
+            return jnp.where(ended.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(restarted, fresh, moved)
 
 
 def _begin(
@@ -227,6 +204,11 @@ def _begin(
     return jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys), prompt_index
 
 
+def _draw_below(keys: jax.Array, limit: int) -> jax.Array:
+    """An integer of 0 .. limit - 1 for each key; `_begin` splits it in two, this is a third."""
+    return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 0, limit))(keys)
+
+
 KINDS = ("faithful", "streaming")
 Rollout = FaithfulRollout | StreamingRollout
 
@@ -235,5 +217,5 @@ def make_rollout(config: ConfigDict, schedule: diffusion.Schedule) -> Rollout:
     """The rollout of the config's `rollout` section, along a schedule of its `num_steps`."""
     if config.kind == "faithful":
         return FaithfulRollout(schedule)
-    stride = math.ceil(schedule.num_steps / config.trajectory_steps)
-    return StreamingRollout(schedule, config.slots, stride)
+    num_indices = last_index(schedule) + 1
+    return StreamingRollout(schedule, stride=math.ceil(num_indices / config.trajectory_steps))

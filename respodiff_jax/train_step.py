@@ -284,7 +284,6 @@ def _concept_step(
         partial(_guided_prediction, recipe, state, frozen, concept),
         keys,
         rollout_key,
-        step,
         concept.num_neutral,
         recipe.latent_shape,
     )
@@ -331,7 +330,6 @@ def _concept_step(
         draw,
         lambda: diffusion.cfg_combine(output_steered, output_empty, recipe.rollout_guidance_scale),
         keys,
-        step,
         concept.num_neutral,
     )
 

@@ -34,7 +34,6 @@ def config_of(concepts, strategy="pmap", fsdp=False, rollout="streaming"):
             "parallel.strategy": strategy,
             "parallel.fsdp": fsdp,
             "rollout.kind": rollout,
-            "rollout.slots": 1,
             "train.batch_size": BATCH,
         }
     )
@@ -68,7 +67,7 @@ def test_what_is_compiled_from_shapes_is_what_trains(
     tiny_backbone, concepts, strategy, fsdp, rollout
 ):
     """The program of a real step is in the compilation cache when it is compiled from shapes."""
-    changes = {"rollout.kind": rollout, "rollout.slots": 1}
+    changes = {"rollout.kind": rollout}
     recipe, arrays, fresh, _ = setup(tiny_backbone, concepts, BATCH, **changes)
     placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
     step = placement.compile(partial(train_step, placement.prepare(recipe)))

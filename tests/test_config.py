@@ -90,6 +90,7 @@ def test_overrides_reach_every_level_and_type():
         ),
         ("rollout.kind=fast", "config.rollout.kind is 'fast'"),
         ("rollout.num_steps=1", "config.rollout.num_steps is 1"),
+        ("rollout.trajectory_steps=0", "config.rollout.trajectory_steps is 0"),
         ("optimizer.lr_schedule=step", "config.optimizer.lr_schedule is 'step'"),
         ("optimizer.warmup_steps=5000", "config.optimizer.warmup_steps is 5000"),
         ("optimizer.clip_norm=0.0", "config.optimizer.clip_norm is 0.0"),

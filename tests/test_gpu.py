@@ -90,7 +90,6 @@ def config_of(dtype, monkeypatch):
     monkeypatch.setitem(architectures._ARCHITECTURES, "small", _SMALL)
     config = default()
     config.model.name, config.model.dtype = "random/small", dtype
-    config.rollout.slots = 2
     config.train.batch_size = 4
     add_gender(config)
     return config

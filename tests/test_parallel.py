@@ -12,8 +12,7 @@ from respodiff_jax import parallel
 from respodiff_jax.train_step import train_step
 
 STEPS, BATCH = 2, 8
-# Of streaming: the second step looks at what the first moved on, samples at different places.
-ROLLOUT = {"rollout.slots": 1, "rollout.trajectory_steps": 3}
+ROLLOUT = {"rollout.trajectory_steps": 3}  # of streaming: samples are at different places
 
 
 def modules(state):

@@ -89,7 +89,7 @@ def test_memory_of_a_concepts_state():
     for name, part in {
         "RAM and SAM": (state.ram, state.sam),
         "Adam's two moments of both": adam,
-        "latents in flight, batch 1, 4 slots": state.rollout,
+        "latents in flight, batch 1": state.rollout,
         "a concept's state": state,
     }.items():
         large = [x for x in jax.tree.leaves(part) if math.prod(x.shape) > 1000]

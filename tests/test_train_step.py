@@ -56,10 +56,10 @@ class FixedRollout:
     def init(self, keys, num_prompts, shape):
         return ()
 
-    def draw(self, state, predict, keys, step_key, step, num_prompts, shape):
+    def draw(self, state, predict, keys, step_key, num_prompts, shape):
         return self.latents
 
-    def advance(self, state, draw, guided, keys, step, num_prompts):
+    def advance(self, state, draw, guided, keys, num_prompts):
         return state
 
 

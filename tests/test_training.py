@@ -32,7 +32,7 @@ def make_config(**changes) -> ConfigDict:
     config = default()
     config.model.name = "random/tiny"
     config.model.dtype = "float32"
-    config.rollout.num_steps = 4
+    config.rollout.num_steps, config.rollout.trajectory_steps = 4, 2
     config.train.steps = STEPS
     config.train.batch_size = 8
     config.checkpoint.every = 2

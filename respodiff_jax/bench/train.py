@@ -207,6 +207,6 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
         "concepts": len(job.concepts),
         "batch size": batch_size,
         "module": config.module.kind,
-        "rollout steps": config.rollout.num_steps,
+        "schedule steps": config.rollout.num_steps,
     }
     return Report("train", "samples", workload, environment, peak, tuple(measured))

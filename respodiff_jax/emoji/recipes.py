@@ -44,7 +44,6 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     if (task, kind) == ("skin_tone", "mlp"):
         config.module.hidden_channels = 192  # as many as the mid-block has
     config.concept_defaults.update(rates)
-    config.rollout.slots = 1
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
     config.optimizer.warmup_steps = 100
