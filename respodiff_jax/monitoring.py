@@ -220,8 +220,10 @@ class ValidationGrids:
         self._noise = np.asarray(
             initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
         )
+        # All waves have as many modules, and a diverged concept's stay, so that none compiles anew.
+        self._num_modules = min(len(arrays.stream), MAX_GRIDS)
         # As many images at a time as `generate` gives a device: a grid fits where training does.
-        most = len(self._concepts) * len(self.ROWS) * config.grid_images
+        most = self._num_modules * len(self.ROWS) * config.grid_images
         self._batch_size = default_batch_size(most, jax.device_count(), resolution)
         self._sample = sample
 
@@ -244,11 +246,13 @@ class ValidationGrids:
 
     def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
         """Images `(len(shown), 3, grid_images, H, W, 3)`, in batches over all devices."""
-        columns = np.array([adapter.names.index(self._concepts[i].name) for i in shown])
+        columns = np.zeros(self._num_modules, int)
+        columns[shown] = [adapter.names.index(self._concepts[i].name) for i in shown]
         ram, sam = jax.tree.map(lambda x: x[columns], (adapter.ram, adapter.sam))
         shape = len(shown), len(self.ROWS), len(self._noise)
         concept, row, seed = (index.ravel() for index in np.indices(shape))
-        own = np.eye(len(shown), dtype=np.float32)[concept]
+        concept = np.array(shown)[concept]
+        own = np.eye(self._num_modules, dtype=np.float32)[concept]
         ram_scale = own * self.RAM_SCALES[row, None]
         sam_scale = own * self.SAM_SCALES[row, None]
         guidance_scale = np.float32(self._config.grid_guidance_scale)
@@ -256,7 +260,7 @@ class ValidationGrids:
         for start in range(0, len(seed), self._batch_size):
             # The last batch is filled up, so that all have one shape.
             now = np.minimum(np.arange(start, start + self._batch_size), len(seed) - 1)
-            cond = jax.tree.map(lambda x, now=now: x[np.array(shown)[concept[now]]], self._neutral)
+            cond = jax.tree.map(lambda x, now=now: x[concept[now]], self._neutral)
             steering = Steering(ram, sam, ram_scale[now], sam_scale[now])
             noise = self._noise[seed[now]]
             images.append(self._sample(frozen, noise, cond, self._empty, steering, guidance_scale))

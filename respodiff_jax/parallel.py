@@ -201,10 +201,12 @@ class Placement(abc.ABC):
 
     @abc.abstractmethod
     def compile_sampler(self, sample: Callable) -> Callable:
-        """Compiles `sampling.make_sampler`'s function; each device samples its own images.
+        """Turns `sampling.make_sampler`'s function into one in which each device samples its own
+        images.
 
-        Every process calls the result with the same host arguments, of a multiple of the number of
-        devices of images, and gets the host array of all of them.
+        Every process calls it with the same arguments: the placed frozen parameters and host
+        arrays, of as many images as a multiple of the number of devices. It gets the host array of
+        all images.
         """
 
     def frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
@@ -337,6 +339,7 @@ class PmapPlacement(Placement):
         """`(local devices, ...)` -> global array of that spec."""
         shards = [shard.data[0] for shard in x.addressable_shards]
         sharding = NamedSharding(self.mesh, spec)
+        # Into how many parts the spec splits each axis: what is left of an axis that all divide.
         divisible = (self.mesh.size,) * shards[0].ndim
         parts = [self.mesh.size // n for n in sharding.shard_shape(divisible)]
         shape = tuple(n * part for n, part in zip(shards[0].shape, parts, strict=True))

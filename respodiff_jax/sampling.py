@@ -137,15 +137,15 @@ def make_sampler(
 
     Returns:
       `sample(params, noise, cond, uncond, steering, guidance_scale)`, arguments as of `denoise`,
-      giving images float32 `(B, H, W, 3)` in [0, 1]. Adapters, weights and guidance are traced
-      arguments: changing them compiles nothing.
+      giving images uint8 `(B, H, W, 3)`. Adapters, weights and guidance are traced arguments:
+      changing them compiles nothing.
     """
 
     def sample(params, noise, cond, uncond, steering, guidance_scale):
         z_0 = denoise(
             backbone, module, schedule, params, noise, cond, uncond, steering, guidance_scale
         )
-        return backbone.decode_latents(params, z_0)
+        return jnp.round(backbone.decode_latents(params, z_0) * 255).astype(jnp.uint8)
 
     return sample
 
@@ -236,14 +236,14 @@ class Sampler:
 def _make_program(
     backbone: Backbone, module: MidBlockModule | None, num_steps: int, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """`make_sampler`'s function with images in uint8, jitted for a mesh."""
+    """`make_sampler`'s function, jitted for a mesh."""
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
     sample = make_sampler(backbone, module, schedule)
 
     @jax.jit
     def program(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
-            return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+            return sample(*args)
 
     return program
 

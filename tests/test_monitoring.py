@@ -15,7 +15,7 @@ from respodiff_jax.monitoring import ValidationGrids
 from respodiff_jax.objective import concept_arrays
 from respodiff_jax.sampling import SamplerOptions, make_sampler, sample_images
 
-CONCEPTS = [WOMAN, VIOLENCE, MAN]
+CONCEPTS = [WOMAN, VIOLENCE, MAN, dataclasses.replace(VIOLENCE, name="anger")]
 SEEDS, NUM_STEPS, GUIDANCE = (0, 1), 2, 3.0
 
 
@@ -57,14 +57,13 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path,
     shown = []
 
     def drawn(rows, **kwargs):
-        shown.append([np.round(255 * np.asarray(row)) for row in rows])
+        shown.append(rows)
         return grid(rows, **kwargs)
 
     monkeypatch.setattr(monitoring, "grid", drawn)
     log = Log()
-    grids.write(7, placement.place_frozen(tiny_backbone.params), adapter, log)
-    # 18 pictures at most: 24 places on eight devices. Under jit, tracing sees all of them.
-    assert shares == [3 if strategy == "pmap" else 24]
+    frozen = placement.place_frozen(tiny_backbone.params)
+    grids.write(7, frozen, adapter, log)
     assert log.names == ["a woman", "a man"]
     assert [p.name for p in sorted(tmp_path.glob("grids/*"))] == [
         "0000007_00_a_woman.png",
@@ -72,6 +71,14 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path,
     ]
 
     options = SamplerOptions(num_steps=NUM_STEPS, guidance_scale=GUIDANCE, resolution=16)
+    ram, sam = jax.tree.map(lambda x: x[1:], (adapter.ram, adapter.sam))
+    woman_alone = dataclasses.replace(adapter, concepts=(WOMAN,), ram=ram, sam=sam)
+    grids.write(8, frozen, woman_alone, log)
+    assert log.names == ["a woman", "a man", "a woman"]
+    np.testing.assert_array_equal(shown.pop(), shown[0])
+    # Traced once, for the 24 pictures that there are at most; under jit, for all of them.
+    assert shares == [3 if strategy == "pmap" else 24]
+
     ram_only = dataclasses.replace(adapter, sam=jax.tree.map(np.zeros_like, adapter.sam))
     for concept, rows in zip((WOMAN, MAN), shown, strict=True):
         prompts = [concept.neutral_prompts[0]] * len(SEEDS)

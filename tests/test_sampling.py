@@ -233,8 +233,7 @@ def test_devices_do_not_talk_to_each_other(backbone):
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
     images = compiled(params, noise, cond, uncond, steering, 7.5)
-    assert images.shape == (8, 16, 16, 3) and images.dtype == jnp.float32
-    assert images.min() >= 0 and images.max() <= 1
+    assert images.shape == (8, 16, 16, 3) and images.dtype == jnp.uint8
 
 
 def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypatch):

@@ -34,7 +34,7 @@ SMOKE = str(CONFIGS / "smoke.py")
 EMOJI_CONCEPTS = str(CONFIGS / "emoji_concepts.jsonl")
 OVERRIDES = (
     "--config.rollout.num_steps=4",
-    "--config.rollout.slots=1",  # each step looks at what the one before has moved on
+    "--config.rollout.trajectory_steps=2",
     "--config.train.steps=4",
     "--config.train.batch_size=1",
     "--config.train.concepts_per_device=1",
@@ -389,12 +389,21 @@ def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, t
     assert_same_adapters(workdir, tmp_path / "run", 3)
 
 
+EMOJI_CONFIG = str(CONFIGS / "emoji_gender.py")
+EMOJI_OVERRIDES = (
+    "--config.train.steps=10",
+    "--config.train.batch_size=2",
+    "--config.optimizer.warmup_steps=0",
+    "--config.checkpoint.every=2",
+    "--config.log.every=1",
+    "--config.log.grid_every=0",
+)
+
+
 def sixty_four_command(workdir):
     """Of emoji concepts, on eight simulated devices, eight concepts each."""
-    argv = ["train", "--config", str(CONFIGS / "emoji_gender.py"), "--concepts", EMOJI_CONCEPTS]
-    argv += ["--workdir", str(workdir), "--config.train.steps=10", "--config.train.batch_size=2"]
-    argv += ["--config.log.grid_every=0", "--config.log.every=1", "--config.checkpoint.every=2"]
-    return [*argv, "--config.optimizer.warmup_steps=0"]
+    argv = ["train", "--config", EMOJI_CONFIG, "--concepts", EMOJI_CONCEPTS]
+    return [*argv, "--workdir", str(workdir), *EMOJI_OVERRIDES]
 
 
 @pytest.fixture(scope="module")
@@ -419,8 +428,7 @@ def test_sixty_four_emoji_concepts_killed_at_random_moments(sixty_four, tmp_path
 @pytest.mark.slow
 def test_sixty_four_emoji_concepts_are_those_trained_alone(sixty_four):
     """Run with `-s` to see the differences."""
-    _, _, config_file, _, concepts, _, _, *overrides = sixty_four_command(sixty_four)
-    config = load_config(config_file, overrides, concepts)
+    config = load_config(EMOJI_CONFIG, EMOJI_OVERRIDES, EMOJI_CONCEPTS)
     together = modules_of(sixty_four)
     assert len(together) == 64
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -160,9 +159,9 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     mesh = Mesh(np.asarray(devices), ("data",))
     sample = make_sampler(backbone, recipe.module, schedule)
 
-    def to_uint8(*args):
+    def on_mesh(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
-            return jnp.round(sample(*args) * 255).astype(jnp.uint8)
+            return sample(*args)
 
     def lower():
         args = _sampler_shapes(recipe, arrays, batch_size, len(concepts))
@@ -175,7 +174,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
             (P(), *specs),
             args,
         )
-        return jax.jit(to_uint8).lower(*placed, guidance_scale)
+        return jax.jit(on_mesh).lower(*placed, guidance_scale)
 
     texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
     batch_per_device = batch_size // len(devices)
