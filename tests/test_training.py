@@ -155,9 +155,9 @@ def test_an_adapter_that_a_run_cannot_start_from_is_refused(finished, tmp_path, 
 
 def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
     _, state = final_state(finished)
-    module = 4 * 4 * 64
-    sizes = sorted({leaf.size for leaf in jax.tree.leaves(state)})
-    assert sizes == [1, 2, 2 * module]
+    module, samples, latent = 4 * 4 * 64, 8, 8 * 8 * 4
+    sizes = {leaf.size for leaf in jax.tree.leaves(state)}
+    assert sizes == {1, 2, 2 * module, 2 * samples, 2 * samples * latent}
     newest = finished / "checkpoints" / str(STEPS)
     size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
     assert size < 0.1 * sum(x.nbytes for x in jax.tree.leaves(tiny_backbone.params["unet"]))
