@@ -69,7 +69,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
                 group="safety",
                 neutral_prompts=("a scene",),
                 unsafe_prompt=word,
-                guidance_scale=40.0,
+                guidance_scale=28.0,
                 lambda_sem=1.0,
             )
     return config
