@@ -20,7 +20,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +198,6 @@ class Placement(abc.ABC):
           concepts: shapes of the host arrays `(N, ...)`.
         """
 
-    @abc.abstractmethod
     def compile_sampler(self, sample: Callable) -> Callable:
         """Turns `sampling.make_sampler`'s function into one in which each device samples its own
         images.
@@ -208,6 +206,24 @@ class Placement(abc.ABC):
         arrays, of as many images as a multiple of the number of devices. It gets the host array of
         all images.
         """
+        sample_placed = self._compile_sampler(sample)
+
+        def sample_all(frozen, noise, cond, uncond, steering, guidance_scale):
+            noise, cond, *scales = jax.tree.map(
+                self._place_by_device, (noise, cond, steering.ram_scale, steering.sam_scale)
+            )
+            steering = Steering(steering.ram, steering.sam, *scales)
+            return self.fetch(sample_placed(frozen, noise, cond, uncond, steering, guidance_scale))
+
+        return sample_all
+
+    @abc.abstractmethod
+    def _compile_sampler(self, sample: Callable) -> Callable:
+        """The same, from arrays that `_place_by_device` placed to a global one."""
+
+    @abc.abstractmethod
+    def _place_by_device(self, x: Any) -> jax.Array:
+        """Gives each device its part of a host array."""
 
     def frozen_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How a frozen parameter of that shape lies on the mesh."""
@@ -308,7 +324,7 @@ class PmapPlacement(Placement):
             stacked(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
         )
 
-    def compile_sampler(self, sample):
+    def _compile_sampler(self, sample):
         mapped = jax.pmap(
             sample,
             axis_name=_AXIS,
@@ -316,16 +332,10 @@ class PmapPlacement(Placement):
             devices=self.mesh.devices.ravel().tolist(),
         )
 
-        def on_all(frozen, noise, cond, uncond, steering, guidance_scale):
-            noise, cond, *scales = jax.tree.map(
-                lambda x: self._stack(self._put(x, _BY_DEVICE)),
-                (noise, cond, steering.ram_scale, steering.sam_scale),
-            )
-            steering = Steering(steering.ram, steering.sam, *scales)
-            images = mapped(frozen, noise, cond, uncond, steering, guidance_scale)
-            return self.fetch(self._unstack(images, _BY_DEVICE))
+        return lambda *args: self._unstack(mapped(*args), _BY_DEVICE)
 
-        return on_all
+    def _place_by_device(self, x):
+        return self._stack(self._put(x, _BY_DEVICE))
 
     def _stack(self, x: jax.Array) -> jax.Array:
         """Global array -> `(local devices, ...)`, each device's shard its slice."""
@@ -434,21 +444,15 @@ class MeshPlacement(Placement):
             sharded(jax.ShapeDtypeStruct((self.batch_size,), np.int32), P("data")),
         )
 
-    def compile_sampler(self, sample):
+    def _compile_sampler(self, sample):
         # For kernels, which attend for their own share along "data".
         mesh = Mesh(self.mesh.devices.reshape(1, -1), self.mesh.axis_names)
 
-        @partial(jax.jit, out_shardings=NamedSharding(mesh, _BY_DEVICE))
-        def on_mesh(frozen, noise, cond, uncond, steering, guidance_scale):
+        def on_mesh(*args):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return sample(frozen, noise, cond, uncond, steering, guidance_scale)
+                return sample(*args)
 
-        def on_all(frozen, noise, cond, uncond, steering, guidance_scale):
-            noise, cond, *scales = jax.tree.map(
-                lambda x: self._put(x, _BY_DEVICE),
-                (noise, cond, steering.ram_scale, steering.sam_scale),
-            )
-            steering = Steering(steering.ram, steering.sam, *scales)
-            return self.fetch(on_mesh(frozen, noise, cond, uncond, steering, guidance_scale))
+        return jax.jit(on_mesh, out_shardings=NamedSharding(mesh, _BY_DEVICE))
 
-        return on_all
+    def _place_by_device(self, x):
+        return self._put(x, _BY_DEVICE)
