@@ -17,10 +17,12 @@ import pytest
 from etils import epath
 from test_training import assert_same_state, make_config, sigterm_at
 
-from respodiff_jax import cli, storage
+from respodiff_jax import cli, storage, waves
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import files, load_backbone
 from respodiff_jax.checkpoint import Checkpoints
+from respodiff_jax.concepts import Concept
+from respodiff_jax.config import with_concepts
 from respodiff_jax.monitoring import Profiler
 from respodiff_jax.training import train
 
@@ -117,6 +119,26 @@ def test_a_run_in_a_bucket_is_exported_and_inspected(runs, bucket, tmp_path, cap
             assert epath.Path(out, file.name).read_bytes() == file.read_bytes()
     assert cli.main(["inspect", bucket + "/2"]) == 0
     assert "a woman" in capsys.readouterr().out
+
+
+def test_waves_in_a_bucket_are_those_on_this_machine_also_when_interrupted(bucket, tmp_path):
+    """Ten concepts on eight devices, which are two waves; the first is interrupted."""
+    config = make_config(**{"train.steps": 2, "train.batch_size": 1})
+    config.train.concepts_per_device = 1
+    concepts = [Concept(f"a {i}", "numbers", ("a person",), f"a {i}") for i in range(10)]
+    config, remote = with_concepts(config, concepts), bucket + "/batch"
+    train(config, str(tmp_path))
+    with sigterm_at(1):
+        train(config, remote)
+    assert not waves.read_outcomes(remote)
+    train(config, remote)
+    outcomes = waves.read_outcomes(remote)
+    assert outcomes == waves.read_outcomes(tmp_path)
+    folders = ["waves/0000/adapter"] * 8 + ["waves/0001/adapter"] * 2
+    assert [outcome["adapter"] for outcome in outcomes] == folders
+    ours, theirs = waves.load_batch(remote), waves.load_batch(tmp_path)
+    assert ours.names == theirs.names
+    jax.tree.map(np.testing.assert_array_equal, (ours.ram, ours.sam), (theirs.ram, theirs.sam))
 
 
 def test_a_run_starts_from_an_adapter_in_a_bucket(runs, tmp_path):
