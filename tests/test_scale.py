@@ -1,12 +1,16 @@
 """The training step at the published models' sizes."""
 
 import contextlib
+import dataclasses
+import math
 import pathlib
+import re
 import resource
 import threading
 from functools import partial
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
@@ -46,6 +50,10 @@ def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
     return recipe, (state, backbone.params, arrays, ids)
 
 
+def sd14_prompts(*axes):
+    return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
+
+
 def test_sdxl_at_1024_pixels_traces():
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
 
@@ -67,15 +75,53 @@ def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
     """Against one plain forward pass of the UNet; the published procedure takes 59."""
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
 
-    def prompts(*axes):
-        return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
-
     batch = 2
-    recipe, args = abstract_step(backbone, 1, batch, prompts)
+    recipe, args = abstract_step(backbone, 1, batch, sd14_prompts)
     evaluations = evaluations_per_sample(recipe, *args[:3], batch)
     with capsys.disabled():
         print(f"\n{evaluations:.2f} UNet evaluations per training sample")
     assert evaluations == pytest.approx(5.87, abs=0.02)
+
+
+def equations(jaxpr, scope=""):
+    """Every equation of a program with the layers it is in, but for what kernels do on the chip."""
+    for equation in jaxpr.eqns:
+        layers = f"{scope}/{equation.source_info.name_stack}"
+        yield layers, equation
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from equations(inner, layers)
+
+
+def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
+    """In the step of SD 1.4 as it is written, with a TPU's attention.
+
+    Attention takes its heads before the positions; its kernels lay the positions along the lanes,
+    as does the gradient of a product. Norms and attention's softmax and scale are float32, as are
+    the modules and the latents, which are small.
+    """
+    backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
+    backbone = dataclasses.replace(backbone, attention="flash")
+    recipe, args = abstract_step(backbone, 1, 4, sd14_prompts)
+    program = jax.make_jaxpr(partial(train_step, recipe))(*args)
+    # Of the step's three predictions of four pictures.
+    mid_blocks = 3 * 4 * math.prod(args[0].concepts.ram["constant"].shape)
+
+    def large(primitive):
+        for layers, equation in equations(program.jaxpr):
+            if equation.primitive.name == primitive and equation.outvars[0].aval.size > mid_blocks:
+                yield re.findall("attn|norm|$", layers)[0], equation
+
+    transposed = {(layer, equation.params["permutation"]) for layer, equation in large("transpose")}
+    # Axes are concept, picture, heads, positions, features; in kernels the pictures' heads are one.
+    swapped = ((0, 1, 3, 2, 4), (0, 1, 2, 4, 3), (0, 1, 3, 2))
+    assert transposed == {("attn", permutation) for permutation in swapped}
+    cast = {
+        layer
+        for layer, equation in large("convert_element_type")
+        if jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
+    }
+    assert cast == {"attn", "norm"}
 
 
 @contextlib.contextmanager
