@@ -37,6 +37,8 @@ VARIANTS = {
     "constant": {"module.kind": "constant"},
     "mlp": {"module.kind": "mlp"},
     "conv": {"module.kind": "conv"},
+    # Streaming over every level of the schedule, one after the other.
+    "whole trajectories": {"rollout.trajectory_steps": 49},
     "faithful rollout": {"rollout.kind": "faithful"},
 }
 # What is evaluated -> the tasks whose trained adapters steer together.
