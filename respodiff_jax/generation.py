@@ -13,31 +13,10 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.sampling import ImagePair, SamplerOptions, sample_images
+from respodiff_jax.storage import check_output
 
 # The grid shows a run's beginning: so many prompts, and so many images of each.
 _GRID_PROMPTS, _GRID_COLUMNS = 8, 8
-
-
-def check_output(out: str | os.PathLike, overwrite: bool = False) -> pathlib.Path:
-    """Makes sure that `generate` may write to a folder, which is made if it does not exist.
-
-    Raises:
-      ValueError: when it is not empty and not to be overwritten, or cannot be written.
-    """
-    out = pathlib.Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        empty = not any(out.iterdir())
-    except OSError as error:
-        raise ValueError(f"output folder {out} cannot be made or read: {error}") from error
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"output folder {out} cannot be written: no permission")
-    if not empty and not overwrite:
-        raise ValueError(
-            f"output folder {out} is not empty; choose another, or give --overwrite to replace the"
-            " images in it"
-        )
-    return out
 
 
 def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:

@@ -36,6 +36,28 @@ def open_path(path: PathLike) -> epath.Path:
     return epath.Path(path)
 
 
+def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
+    """Makes sure that a folder on this machine may be written to; it is made if it does not exist.
+
+    Raises:
+      ValueError: when it is not empty and not to be overwritten, or cannot be written.
+    """
+    out = pathlib.Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise ValueError(f"output folder {out} cannot be made or read: {error}") from error
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"output folder {out} cannot be written: no permission")
+    if not empty and not overwrite:
+        raise ValueError(
+            f"output folder {out} is not empty; choose another, or give --overwrite to replace the"
+            " images in it"
+        )
+    return out
+
+
 def append_text(path: epath.Path, text: str) -> None:
     """Adds text to the end of a file, which is made if it does not exist.
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
 from functools import partial
 
 import jax
@@ -278,7 +279,10 @@ def test_the_largest_batch_is_found_by_what_its_programs_take(
     argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
     argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
     assert cli.main([*argv, "--largest-batch"]) == 0
-    assert "  10 samples a concept (1: 1.57 GiB, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  10 samples a concept (1: 1.57 GiB, " in out
+    # That of one sample has been compiled.
+    assert re.findall(r"trying a batch of (\d+)", out) == ["2", "10", "11"]
     _, found = json.loads((tmp_path / "out" / "compile.json").read_text())
     assert found["result"]["exact"] and set(found["result"]["tried"]) == {"1", "2", "10", "11"}
 

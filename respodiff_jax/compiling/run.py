@@ -15,7 +15,7 @@ from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.analysis import analyse, largest_batch
 from respodiff_jax.compiling.topologies import Topology, open_topology, parse_topology
-from respodiff_jax.generation import check_output
+from respodiff_jax.storage import check_output
 
 RESULTS_FILE = "compile.json"
 STEPS = ("train", "sample")
@@ -88,13 +88,17 @@ def compile_jobs(
         entry = next((e for e in known if e["job"] == description), None)
         if entry is None or (again and job.step != LARGEST):
             say(f"compiling {job.step} of {config.model.name} for {topology.name}")
+            if job.step == LARGEST:
+                result = _largest_batch(config, backbone, topology, _sizes(description, known), say)
+            else:
+                result = analyse(_program(job.step, config, backbone, topology), topology.chip)
             new = {
                 "job": description,
                 "chips": len(topology.devices),
                 "model": config.model.name,
                 "resolution": config.model.resolution or backbone.default_resolution,
                 "concepts": programs.concepts_at_a_time(config, len(topology.devices)),
-                "result": _compile(job.step, config, backbone, topology),
+                "result": result,
             }
             if entry is None:
                 known.append(new)
@@ -153,27 +157,39 @@ def _open(job: Job, topology: Topology) -> tuple[ConfigDict, Backbone]:
         ) from error
     # Chosen for the chip, not for this machine.
     backbone = dataclasses.replace(backbone, attention=job.attention)
-    make = programs.sampling if job.step == "sample" else programs.training
-    make(config, backbone, topology.devices)
+    _program(job.step, config, backbone, topology)
     return config, backbone
 
 
-def _compile(
+def _program(
     step: str, config: ConfigDict, backbone: Backbone, topology: Topology
-) -> dict[str, Any]:
-    chip, devices = topology.chip, topology.devices
-    if step == "sample":
-        return analyse(programs.sampling(config, backbone, devices), chip)
-    if step == "train":
-        return analyse(programs.training(config, backbone, devices), chip)
+) -> programs.Program:
+    make = programs.sampling if step == "sample" else programs.training
+    return make(config, backbone, topology.devices)
 
-    shards = programs.data_shards(config, len(devices))
+
+def _sizes(job: dict[str, Any], known: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """Batch per device -> bytes a chip needs, where the job's training step has been compiled."""
+    found = [entry["result"] for entry in known if entry["job"] == job | {"step": "train"}]
+    return {result["batch_per_device"]: result["memory"]["total"] for result in found}
+
+
+def _largest_batch(
+    config: ConfigDict,
+    backbone: Backbone,
+    topology: Topology,
+    sizes: dict[int, int],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    shards = programs.data_shards(config, len(topology.devices))
 
     def required(batch_per_device: int) -> int:
-        config.train.batch_size = batch_per_device * shards
-        program = dataclasses.replace(
-            programs.training(config, backbone, devices), lower_body=None, repeats=None
-        )
-        return analyse(program, chip)["memory"]["total"]
+        if batch_per_device not in sizes:
+            say(f"trying a batch of {batch_per_device}")
+            config.train.batch_size = batch_per_device * shards
+            program = _program("train", config, backbone, topology)
+            program = dataclasses.replace(program, lower_body=None, repeats=None)
+            sizes[batch_per_device] = analyse(program, topology.chip)["memory"]["total"]
+        return sizes[batch_per_device]
 
-    return largest_batch(required, chip.hbm, config.train.batch_size // shards)
+    return largest_batch(required, topology.chip.hbm, config.train.batch_size // shards)
