@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_adapters import VIOLENCE, make_adapter
 
-from respodiff_jax import checkpoint, cli, parallel
+from respodiff_jax import checkpoint, cli, distributed
 from respodiff_jax.adapters import load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.cli import inputs
@@ -16,7 +16,7 @@ from respodiff_jax.cli import inputs
 
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(parallel, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(distributed, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
 
     monkeypatch.setattr("respodiff_jax.config.load_config", record("config"))
     monkeypatch.setattr("respodiff_jax.training.train", record("train"))
-    monkeypatch.setattr(parallel, "initialize_distributed", record("hosts"))
+    monkeypatch.setattr(distributed, "initialize", record("hosts"))
     argv = ["train", "--config", "c.py", "--config.train.steps=3", "--workdir", "w", "--profile"]
     argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]
     assert cli.main([*argv, "--config.seed=1"]) == 0

@@ -101,10 +101,3 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         ValueError, match=r"train.batch_size is 6, expected a multiple of 4: 8 devices"
     ):
         parallel.make_placement("pmap", 2, 6)
-
-
-def test_distributed_arguments_come_together():
-    with pytest.raises(ValueError, match="process_id missing"):
-        parallel.initialize_distributed("localhost:1", 2)
-    with pytest.raises(ValueError, match="'auto' finds"):
-        parallel.initialize_distributed("localhost:1", 2, 0, auto=True)

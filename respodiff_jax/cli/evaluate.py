@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-prompts is {args.max_prompts}, expected at least 1")
     files, target = _prompt_files(args.prompts, args.what), _targets(args.target)
 
-    from respodiff_jax import adapters, parallel, sampling
+    from respodiff_jax import adapters, distributed, sampling
     from respodiff_jax.backbone import load_clip
     from respodiff_jax.evaluation import detectors as detectors_lib
     from respodiff_jax.evaluation import picture_sets, quality
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
     from respodiff_jax.waves import is_batch
 
-    parallel.enable_compilation_cache()
+    distributed.enable_compilation_cache()
     preset = PRESETS[args.preset]
 
     def chosen(option):

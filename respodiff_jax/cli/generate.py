@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not args.adapter:
         raise ValueError("no model; name one with --model, or give --adapter to use the adapter's")
 
-    from respodiff_jax import adapters, generation, parallel, sampling, selection, storage
+    from respodiff_jax import adapters, distributed, generation, sampling, selection, storage
 
-    parallel.enable_compilation_cache()
+    distributed.enable_compilation_cache()
     loaded = [inputs.open_adapter(path) for path in args.adapter]
     adapter = adapters.concatenate(loaded) if loaded else None
     weights = selection.concept_weights(

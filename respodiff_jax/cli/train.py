@@ -71,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from respodiff_jax import parallel
+    from respodiff_jax import distributed
     from respodiff_jax.config import load_config
     from respodiff_jax.training import train
 
     config = load_config(args.config, overrides, args.concepts)
-    parallel.initialize_distributed(
+    distributed.initialize(
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
     )
-    parallel.enable_compilation_cache()
-    with parallel.leaving_on_error():
+    distributed.enable_compilation_cache()
+    with distributed.leaving_on_error():
         train(config, args.workdir, profile=args.profile)

@@ -1,0 +1,73 @@
+"""A process of a job: joins the others, leaves when it fails, and finds what has been compiled."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+# How long a process that failed waits for the others, which may have failed as well.
+LEAVE_SECONDS = 30
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    auto: bool = False,
+) -> None:
+    """Joins a multi-host job; call before anything else touches JAX.
+
+    Args:
+      coordinator: "host:port" of process 0; with it, the next two are required.
+      num_processes: number of processes of the job.
+      process_id: this process, 0 .. num_processes - 1.
+      auto: let JAX find the three itself, as it does on Cloud TPU pods, Slurm and Open MPI.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    explicit = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in explicit.items() if value is None]
+    if auto and len(missing) < 3:
+        raise ValueError(
+            f"distributed: 'auto' finds {', '.join(explicit)} itself; do not give them"
+        )
+    if auto:
+        jax.distributed.initialize()
+    elif not missing:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif len(missing) < 3:
+        raise ValueError(f"distributed: {', '.join(missing)} missing; give all three or none")
+
+
+@contextlib.contextmanager
+def leaving_on_error() -> Iterator[None]:
+    """Ends a process of several soon after an error inside, so that the others notice.
+
+    JAX lets a process end only when all do, or after five minutes; but the others may be waiting,
+    in a collective, for the one that failed.
+    """
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() > 1:
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, under `JAX_COMPILATION_CACHE_DIR` or the user's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_home) / "respodiff_jax"))
