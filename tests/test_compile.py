@@ -85,7 +85,8 @@ def test_what_is_compiled_from_shapes_is_what_trains(
         compiled = lowered.compile()
     assert list(counts.values()) == [1, 0]
 
-    body = {"flops": 1e9, "bytes": 1e9, "rearranged_bytes": 1e9, "xla_bytes": 1e9}
+    costs = ("flops", "bytes", "rearranged_bytes", "transposed_bytes", "xla_bytes")
+    body = dict.fromkeys(costs, 1e9)
     found = analysis.describe(program, compiled, V5E, body)
     exchange = found["exchange"]
     unet, vae = (nbytes(sketch.params[part]) for part in ("unet", "vae"))

@@ -181,6 +181,7 @@ ENTRY %main (p: f32[8,4]) -> f32[4,8] {
 def test_what_only_rearranges_is_told_from_what_computes():
     fused, alone = 8 * 4 * (4 + 2), 2 * 8 * 4 * 4
     assert hlo.rearranged(REARRANGING_TEXT) == fused + alone
+    assert hlo.rearranged(REARRANGING_TEXT, hlo.TRANSPOSING) == fused
     assert hlo.traffic(REARRANGING_TEXT) == fused + alone + 2 * 8 * 4 * 4
     assert hlo.rearranged(TRAFFIC_TEXT) == hlo.rearranged("") == 0
 
@@ -215,7 +216,13 @@ def test_numbers_of_a_program():
         program,
         FakeCompiled(TPU_TEXT),
         chip,
-        {"flops": 1e12, "bytes": 1.638e12, "rearranged_bytes": 5.0, "xla_bytes": 2e12},
+        {
+            "flops": 1e12,
+            "bytes": 1.638e12,
+            "rearranged_bytes": 5.0,
+            "transposed_bytes": 4.0,
+            "xla_bytes": 2e12,
+        },
     )
     assert found["memory"]["total"] == 100 + 30 - 20 + 7 + 5 + 11 == chip.hbm
     assert found["fits"] and found["memory"]["peak"] == 90
@@ -223,7 +230,7 @@ def test_numbers_of_a_program():
     assert found["flops"] == 5e12
     assert found["bytes"] == exchanges + kernels + in_the_loop + 2 * 1.638e12
     assert found["xla_bytes"] == 8.19e9 + 64 + 2 * 2e12
-    assert found["rearranged_bytes"] == 2 * 5
+    assert (found["rearranged_bytes"], found["transposed_bytes"]) == (2 * 5, 2 * 4)
     assert found["kernels_without_flops"] == 2
     assert found["roofline"] == analysis.roofline(5e12, found["bytes"], chip)
     by_op = found["exchange"]["by_op"]
@@ -364,7 +371,8 @@ def make_entry(step="train", **changes):
         "loop": {"repeats": 24.0},
         "flops": 6.2e12,
         "bytes": 81.9e9,
-        "rearranged_bytes": 1.25e9,
+        "rearranged_bytes": 1.75e9,
+        "transposed_bytes": 0.5e9,
         "kernels_without_flops": 3,
         "roofline": analysis.roofline(6.2e12, 81.9e9, V5E),
         "exchange": {
@@ -391,7 +399,7 @@ def test_results_for_the_eye(monkeypatch):
     assert "random/sd14, 512 px, float32, train, 1 concept, streaming, pmap, flash" in text
     assert "8.00 GiB of 15.75: fits" in text
     assert "6.20 TFLOP, 31.47 ms at best" in text and "81.9 GB, 100 ms at best" in text
-    assert "1.2 GB of it copies, transposes and casts by themselves" in text
+    assert "1.2 GB of it copies to another layout, 0.5 GB transposes and casts" in text
     assert "memory binds: at best 40 samples/s a chip" in text
     assert "1440 concepts an hour a chip, of 100 steps with batch size 1" in text
     assert "counted 24 times" in text and "3 Pallas kernels" in text

@@ -82,8 +82,7 @@ def describe(
       program: that was compiled.
       compiled: for devices of any kind.
       chip: to compare with.
-      body: `flops`, `bytes`, `rearranged_bytes` and `xla_bytes` of one pass of the program's loop,
-        if it has one.
+      body: what `_cost` counts in one pass of the program's loop, if it has one.
         Counts have a loop's body once; what is returned has it as often as it runs.
     """
     memory = _memory(program, compiled, chip)
@@ -139,15 +138,19 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 
 
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """XLA's FLOPs and, of the kernels, which it counts as nothing, our own; bytes from and to
-    HBM, and those of them that are only rearranged; and XLA's bytes, which count what is kept on
-    the chip as well."""
+    """FLOPs and bytes.
+
+    FLOPs are XLA's and, of the kernels, which it counts as nothing, our own; bytes those from and
+    to HBM, those of them that are only rearranged, and of these what is transposed or cast. XLA's
+    bytes count what is kept on the chip as well.
+    """
     cost, text = compiled.cost_analysis(), compiled.as_text()
     kernels = hlo.kernels(text)
     return {
         "flops": float(cost["flops"]) + sum(kernel.flops or 0 for kernel in kernels),
         "bytes": float(hlo.traffic(text)),
         "rearranged_bytes": float(hlo.rearranged(text)),
+        "transposed_bytes": float(hlo.rearranged(text, hlo.TRANSPOSING)),
         "xla_bytes": float(cost["bytes accessed"]) + sum(kernel.nbytes for kernel in kernels),
     }
 

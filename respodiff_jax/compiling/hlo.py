@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -31,7 +31,8 @@ _NO_TRAFFIC = (
     *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id"),
 )
 _READS_A_PART = ("slice", "dynamic-slice", "gather")
-_REARRANGING = {"copy", "transpose", "convert"}
+TRANSPOSING = {"transpose", "convert"}
+REARRANGING = {"copy", *TRANSPOSING}  # copies are from one layout to another
 
 Array = tuple[str, tuple[int, ...]]  # dtype, dims
 
@@ -156,9 +157,14 @@ def traffic(text: str) -> int:
     return sum(_moved(i) for i in _executed(list(_instructions(text)), text))
 
 
-def rearranged(text: str) -> int:
+def rearranged(text: str, opcodes: Set[str] = REARRANGING) -> int:
     """The part of `traffic` of what computes nothing: copies, transposes and casts of arrays, by
-    themselves or fused with one another. Those fused with a computation cost no traffic."""
+    themselves or fused with one another. Those fused with a computation cost no traffic.
+
+    Args:
+      text: `compiled.as_text()`.
+      opcodes: one of them has to be there.
+    """
     instructions = list(_instructions(text))
     inside: dict[str, set[str]] = {}
     for i in instructions:
@@ -168,7 +174,7 @@ def rearranged(text: str) -> int:
         done = {i.opcode}
         if i.opcode == "fusion":
             done = set().union(*(inside.get(name, ()) for name in i.callees))
-        return bool(done & _REARRANGING) and done <= _REARRANGING | {"reshape", *_NO_TRAFFIC}
+        return bool(done & opcodes) and done <= REARRANGING | {"reshape", *_NO_TRAFFIC}
 
     return sum(_moved(i) for i in _executed(instructions, text) if only_rearranges(i))
 

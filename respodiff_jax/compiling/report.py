@@ -35,9 +35,13 @@ def summary(entry: Mapping[str, Any]) -> str:
         ("traffic", f"{result['bytes'] / 1e9:.1f} GB", bound["memory_seconds"]),
     ):
         lines.append(f"  {name:11} {amount}, {1e3 * seconds:.4g} ms at best")
-    if "rearranged_bytes" in result:
-        amount = f"{result['rearranged_bytes'] / 1e9:.1f} GB"
-        lines.append(f"              {amount} of it copies, transposes and casts by themselves")
+    if "transposed_bytes" in result:
+        transposed = result["transposed_bytes"]
+        copied = result["rearranged_bytes"] - transposed
+        lines.append(
+            f"              {copied / 1e9:.1f} GB of it copies to another layout,"
+            f" {transposed / 1e9:.1f} GB transposes and casts by themselves"
+        )
     rate = result["batch_per_device"] / bound["seconds"]
     lines.append(f"  {bound['bound']} binds: at best {rate:.4g} samples/s a chip")
     if job["step"] == "train":
