@@ -372,6 +372,11 @@ def test_slices_that_the_compiler_has_not(no_metadata_server):
         topologies.open_topology("v5e:3x3")
 
 
+def compiled_for(topology, job):
+    program = run._program(job.step, *run._open(job, topology), topology)
+    return analysis.analyse(program, topology.chip)
+
+
 @pytest.mark.tpu_compile
 @needs_libtpu
 @pytest.mark.parametrize(("strategy", "fsdp"), [("pmap", False), ("mesh", False), ("mesh", True)])
@@ -381,7 +386,7 @@ def test_training_compiles_for_a_slice(strategy, fsdp, no_metadata_server):
     config = config_of([WOMAN], strategy, fsdp)
     config.model.dtype, config.model.resolution = "bfloat16", 64
     job = run.Job(config, topology.name, "train")
-    found = run._compile(job.step, *run._open(job, topology), topology)
+    found = compiled_for(topology, job)
     assert found["fits"] and found["kernels_without_flops"] == 0
     assert found["memory"]["total"] < 2**30
     exchange = found["exchange"]
@@ -400,7 +405,7 @@ def test_chips_with_concepts_of_their_own_exchange_nothing(no_metadata_server):
     config = config_of([dataclasses.replace(MAN, name=f"man {i}") for i in range(8)])
     config.model.dtype, config.model.resolution = "bfloat16", 64
     job = run.Job(config, topology.name, "train", batch_per_device=1)
-    found = run._compile(job.step, *run._open(job, topology), topology)
+    found = compiled_for(topology, job)
     assert found["batch_per_device"] == 2 and found["exchange"]["bytes"] == 0
 
 
@@ -409,7 +414,7 @@ def test_chips_with_concepts_of_their_own_exchange_nothing(no_metadata_server):
 def test_sampling_compiles_for_a_slice(no_metadata_server):
     topology = topologies.open_topology("v5e:2x2")
     job = run.Job(config_of([WOMAN, MAN]), topology.name, "sample")
-    found = run._compile(job.step, *run._open(job, topology), topology)
+    found = compiled_for(topology, job)
     assert found["fits"] and found["loop"]["repeats"] == 50
     assert found["flops"] > 40 * found["loop"]["flops"]
     # Each device samples its own images.

@@ -136,7 +136,9 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         sharded=config.parallel.fsdp,
         weights=_matrices(frozen),
         repeats=last_index(recipe.schedule) / 2 if loops else None,
-        lower_body=partial(_lower_ddim_step, backbone, recipe, arrays, batch_per_device, devices[0])
+        lower_body=partial(
+            _lower_ddim_step, backbone, recipe, arrays, batch_per_device, 1, devices[0]
+        )
         if loops
         else None,
     )
@@ -186,15 +188,22 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         weights=_matrices(backbone.params),
         repeats=num_steps,
         lower_body=partial(
-            _lower_ddim_step, backbone, recipe, arrays, batch_per_device, devices[0]
+            _lower_ddim_step,
+            backbone,
+            recipe,
+            arrays,
+            batch_per_device,
+            len(concepts),
+            devices[0],
         ),
     )
 
 
-def _lower_ddim_step(backbone, recipe, arrays, batch_size, device):
+def _lower_ddim_step(backbone, recipe, arrays, batch_size, num_concepts, device):
     """One guided, steered DDIM step on a device, what rollouts and sampling repeat."""
     schedule = Schedule.from_config(backbone.scheduler_config, 1)
-    args = ({"unet": backbone.params["unet"]}, *_sampler_shapes(recipe, arrays, batch_size, 1))
+    shapes = _sampler_shapes(recipe, arrays, batch_size, num_concepts)
+    args = ({"unet": backbone.params["unet"]}, *shapes)
     on_device = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=on_device), args)
     return jax.jit(partial(denoise, backbone, recipe.module, schedule)).lower(*args, 1.0)
