@@ -130,7 +130,8 @@ def steer(module: MidBlockModule, steering: Steering, h: jax.Array) -> jax.Array
 
     def weighted(params, scale):
         deltas = jax.vmap(module.delta, in_axes=(0, None))(params, h)  # (N, 1 or B, H, W, C)
-        deltas = jnp.broadcast_to(deltas, (deltas.shape[0], *h.shape))
+        if deltas.shape[1] == 1:  # the same in all samples
+            return jnp.einsum("bn,nhwc->bhwc", scale, deltas[:, 0])
         return jnp.einsum("bn,nbhwc->bhwc", scale, deltas)
 
     delta = weighted(steering.ram, steering.ram_scale) + weighted(steering.sam, steering.sam_scale)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from respodiff_jax.adapters import Adapter
+from respodiff_jax.adapters import Adapter, select
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step
 from respodiff_jax.modules import MidBlockModule, Steering, steer
@@ -275,13 +275,19 @@ def sample_images(
     batch_size = options.batch_size or default_batch_size(
         len(prompts), jax.local_device_count(), resolution
     )
+    if adapter is not None:
+        # Every concept of the sampler takes memory and time, also those that steer no image.
+        used = np.flatnonzero(np.any(weights, axis=0))
+        used = used if len(used) else np.arange(1)
+        adapter = select(adapter, [adapter.names[n] for n in used])
+        weights = np.asarray(weights)[:, used]
     sampler = Sampler(backbone, options, adapter)
 
     def dispatch(rows):
         begun = sampler.begin([prompts[row] for row in rows], [seeds[row] for row in rows])
         if adapter is None:
             return sampler(begun), sampler(begun) if base_twins else None
-        chosen = np.asarray(weights)[rows]
+        chosen = weights[rows]
         return sampler(begun, chosen), sampler(begun, 0 * chosen) if base_twins else None
 
     def collect(count, images, base):

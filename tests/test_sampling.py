@@ -14,7 +14,7 @@ import torch
 from test_adapters import make_adapter, torch_delta
 
 from respodiff_jax import sampling
-from respodiff_jax.adapters import save_adapter
+from respodiff_jax.adapters import save_adapter, select
 from respodiff_jax.backbone import load_backbone, random_backbone
 from respodiff_jax.diffusion import Schedule
 from respodiff_jax.modules import KINDS
@@ -275,6 +275,31 @@ def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypat
     assert [len(shard.data) for shard in images.addressable_shards] == [1] * 8  # on all devices
     assert traces == [(8, 8, 8, 4)]
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8
+
+
+def test_concepts_that_steer_no_image_cost_nothing(backbone, monkeypatch):
+    adapter, options = tiny_adapter(backbone), SamplerOptions(num_steps=1, batch_size=8)
+    sizes, sampler = [], sampling.Sampler
+
+    def counted(backbone, options, adapter):
+        sizes.append(len(adapter.concepts))
+        return sampler(backbone, options, adapter)
+
+    monkeypatch.setattr(sampling, "Sampler", counted)
+
+    def sampled(adapter, weights):
+        args = (backbone, ["a person"] * 2, [0, 1], options, adapter, weights, True)
+        return list(sampling.sample_images(*args))
+
+    second = select(adapter, adapter.names[1:])
+    for weights, expected in (
+        (np.array([[0, 2], [0, 1]]), sampled(second, np.array([[2], [1]]))),
+        (np.zeros((2, 2)), sampled(second, np.zeros((2, 1)))),
+    ):
+        for ours, theirs in zip(sampled(adapter, weights), expected, strict=True):
+            np.testing.assert_array_equal(ours.image, theirs.image)
+            np.testing.assert_array_equal(ours.base, theirs.base)
+    assert sizes == [1] * 4
 
 
 def test_wrong_options_are_refused():
