@@ -7,7 +7,6 @@ and the backbone's identity: a directory is only continued by the run that it be
 
 import dataclasses
 import json
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -278,32 +277,6 @@ def _all_processes(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.int32(ok)).all())
-
-
-class Preemption:
-    """Tells the training loop that it should save and stop; all processes agree on the step.
-
-    One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
-    """
-
-    def __enter__(self) -> "Preemption":
-        self._signalled = False
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _on_signal(self, signum, frame) -> None:
-        self._signalled = True
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; call it at each."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signalled
 
 
 def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Adapter:

@@ -1,12 +1,14 @@
-"""A process of a job: joins the others, leaves when it fails, and finds what has been compiled."""
+"""A process of a job: it joins the others, stops with them, and leaves when it fails."""
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 # How long a process that failed waits for the others, which may have failed as well.
 LEAVE_SECONDS = 30
@@ -42,8 +44,6 @@ def initialize(
     if auto:
         jax.distributed.initialize()
     elif not missing:
-        if jax.config.jax_platforms == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)
     elif len(missing) < 3:
         raise ValueError(f"distributed: {', '.join(missing)} missing; give all three or none")
@@ -58,12 +58,39 @@ def leaving_on_error() -> Iterator[None]:
     """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if jax.process_count() > 1:
-            timer = threading.Timer(LEAVE_SECONDS, os._exit, (1,))
+            status = 2 if isinstance(error, ValueError) else 1  # as the command's
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, (status,))
             timer.daemon = True
             timer.start()
         raise
+
+
+class Preemption:
+    """Tells the training loop that it should save and stop; all processes agree on the step.
+
+    One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
+    """
+
+    def __enter__(self) -> "Preemption":
+        self._signalled = False
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _on_signal(self, signum, frame) -> None:
+        self._signalled = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; call it at each."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled
 
 
 def enable_compilation_cache() -> None:

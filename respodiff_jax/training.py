@@ -14,7 +14,6 @@ from respodiff_jax.adapters import Adapter, check_fits, load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.checkpoint import (
     Checkpoints,
-    Preemption,
     RunRecord,
     check_same_config,
     make_adapter,
@@ -22,6 +21,7 @@ from respodiff_jax.checkpoint import (
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, validate
 from respodiff_jax.diffusion import Schedule
+from respodiff_jax.distributed import Preemption
 from respodiff_jax.modules import MidBlockModule
 from respodiff_jax.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
 from respodiff_jax.objective import ConceptArrays, concept_arrays
@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
         check_same_config(wave.config, wave.folder)
     to_do = [wave for wave in waves if not (wave.label and wave.is_done)]
     if to_do:
-        job = _Job(config, concepts_from(config), to_do, placement)
+        begun = next(filter(None, (RunRecord.read(wave.folder) for wave in waves)), None)
+        job = _Job(config, concepts_from(config), to_do, placement, begun)
         if jax.process_index() == 0:
             write_plan(workdir, waves)
             gather_outcomes(workdir, waves)
@@ -90,6 +91,7 @@ class _Job:
       concepts: of all waves.
       waves: to run; of one size.
       placement: of such a wave on the devices.
+      begun: the record of a wave that has been begun, or None.
 
     Raises:
       ValueError: for all that can be wrong, before the weights are read.
@@ -101,20 +103,20 @@ class _Job:
         concepts: Sequence[Concept],
         waves: Sequence[Wave],
         placement: Placement,
+        begun: RunRecord | None,
     ):
         self.config, self.placement = config, placement
-        saved = next(filter(None, (RunRecord.read(wave.folder) for wave in waves)), None)
         open_model = partial(
             load_backbone,
             config.model.name,
-            # A run goes on with the commit that it began with, wherever the branch is now.
-            revision=config.model.revision or (saved and saved.backbone["revision"]),
             variant=config.model.variant,
             dtype=config.model.dtype,
             attention=config.model.attention,
         )
         _say(f"opening {config.model.name}")
-        self.sketch = open_model(abstract=True)
+        # A job goes on with the commit that it began with, wherever the branch is now.
+        revision = (begun and begun.backbone["revision"]) or config.model.revision
+        self.sketch = open_model(revision=revision, abstract=True)
         self.resolution = config.model.resolution or self.sketch.default_resolution
         self.recipe = Recipe.from_config(config, self.sketch, self.resolution)
         sampler = None
@@ -132,7 +134,7 @@ class _Job:
             _check_start(self.start, concepts, self.recipe.module)
 
         _say("loading the weights")
-        backbone = open_model()
+        backbone = open_model(revision=self.sketch.identity["revision"])
         self.most_neutral = max(len(concept.neutral_prompts) for concept in concepts)
         parts = ("unet", "vae") if sampler else ("unet",)
         self.frozen = placement.place_frozen({part: backbone.params[part] for part in parts})

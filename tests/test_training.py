@@ -1,6 +1,7 @@
 """`respodiff train` as a whole: what it writes, stopping, resuming, refusing."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -389,3 +390,19 @@ def test_processes_train_what_one_does(tmp_path, processes):
     for ours, theirs in zip(*grids, strict=True):
         difference = np.int16(Image.open(ours)) - np.int16(Image.open(theirs))
         assert np.abs(difference).max() <= 2
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(tmp_path, monkeypatch):
+    """Also where the config names a branch, which may be elsewhere by now."""
+    asked = []
+
+    def opened(name, revision, **options):
+        asked.append(revision)
+        backbone = load_backbone(name, **options)
+        commit = "commit 1" if revision == "main" else revision
+        return dataclasses.replace(backbone, identity={**backbone.identity, "revision": commit})
+
+    monkeypatch.setattr(training, "load_backbone", opened)
+    for steps in (1, 2):
+        train(make_config(**{"model.revision": "main", "train.steps": steps}), str(tmp_path))
+    assert asked == ["main", "commit 1", "commit 1", "commit 1"]
