@@ -202,6 +202,11 @@ def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
             )
     wanted = [outcomes[name] for name in only] or [*outcomes.values()]
     folders = dict.fromkeys(o["adapter"] for o in wanted if o["adapter"] is not None)
+    if not folders:
+        raise ValueError(
+            f"{workdir}: all concepts of the waves that have ended diverged, see its"
+            f" {OUTCOMES_FILE}; train again with lower learning rates"
+        )
     found = concatenate([load_adapter(open_path(workdir) / folder) for folder in folders])
     return select(found, only) if only else found
 

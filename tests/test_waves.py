@@ -131,6 +131,13 @@ def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_pa
     assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
 
 
+def test_a_batch_of_which_all_diverged_so_far_has_nothing_to_use(tmp_path):
+    outcome = {"name": "a", "group": "g", "steps": 4, "diverged_at": 1, "adapter": None}
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(outcome) + "\n")
+    with pytest.raises(ValueError, match="all concepts of the waves that have ended diverged"):
+        waves.load_batch(tmp_path)
+
+
 def test_outcomes_are_gathered_again_from_the_waves(twenty, tmp_path):
     """Where the directory's file is missing, or has what is no more."""
     concepts, finished = twenty
