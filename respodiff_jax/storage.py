@@ -31,9 +31,22 @@ def open_path(path: PathLike) -> epath.Path:
     if is_remote(path) and importlib.util.find_spec("gcsfs") is None:
         raise ValueError(
             f"{os.fspath(path)} is on Google Cloud Storage, for which gcsfs is needed; install it"
-            ' with: pip install "respodiff-jax[gcs]"'
+            ' with: pip install -e ".[gcs]"'
         )
     return epath.Path(path)
+
+
+def check_local(path: PathLike, what: str) -> None:
+    """Whether a path is on this machine, for what writes nowhere else.
+
+    Raises:
+      ValueError: if it is not; `what` is what the path is called.
+    """
+    if is_remote(path):
+        raise ValueError(
+            f"{what} {os.fspath(path)} is on Google Cloud Storage, where only training writes; give"
+            " a folder of this machine, and copy it with: gcloud storage cp -r"
+        )
 
 
 def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
@@ -42,6 +55,7 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     Raises:
       ValueError: when it is not empty and not to be overwritten, or cannot be written.
     """
+    check_local(out, "output folder")
     out = pathlib.Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

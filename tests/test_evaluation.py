@@ -95,6 +95,8 @@ def test_results_follow_from_the_lines_of_per_image(evaluated, suite):
     assert results.value("clip_frechet_distance", "base") is None
     assert results.value("clip_frechet_distance", "adapted") > 0
     assert results.made["adapter"]["safe"] and results.scored["clip"]["sha256"]
+    assert results.made["pictures"]["fairness"]["count"] == 8
+    assert results.scored["target"] == {}
     assert results.environment["versions"]["pillow"]
     # What a concept changed is measured from picture to picture.
     ours = {r["index"]: float(r["clip_score"]) for r in rows if r["images"] == "adapted" and _q(r)}
@@ -122,9 +124,8 @@ def test_every_picture_is_steered_as_planned(evaluated):
     rows = [r for r in load_per_image(out) if r["protocol"] == "fairness"]
     assert {r["concepts"] for r in rows if r["images"] == "base"} == {""}
     for subject in ("cook", "artist"):
-        steered = [r["concepts"] for r in rows if r["images"] == "adapted"]
-        women = [c.startswith("a woman=1") for c in steered]
-        assert sum(women) == 4, subject
+        mine = [r for r in rows if r["images"] == "adapted" and r["subject"] == subject]
+        assert sum(r["concepts"].startswith("a woman=1") for r in mine) == 2, subject
     base, adapted = (
         np.asarray(Image.open(out / f"fairness/{s}/00000.png")) for s in ("base", "adapted")
     )
@@ -170,6 +171,10 @@ def test_pictures_of_another_plan_are_kept(evaluated, tiny_backbone, suite):
         with pytest.raises(ValueError, match="differs in model"):
             run.evaluate(other, adapter, suite, plan, out, OPTIONS)
     assert (out / "fairness/base/00000.png").exists()
+    later = dataclasses.replace(plan, images_per_caption=2)
+    with pytest.raises(ValueError, match="quality holds pictures of another evaluation"):
+        run.evaluate(tiny_backbone, adapter, suite, later, out, OPTIONS)
+    assert {m.protocol for m in load_results(out).measurements} == set(plan.protocols)
     less = dataclasses.replace(plan, protocols=("quality",))
     with pytest.raises(ValueError, match="results of fairness, safety, which would be lost"):
         run.evaluate(tiny_backbone, adapter, suite, less, out, OPTIONS)

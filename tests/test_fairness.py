@@ -52,6 +52,9 @@ def test_fair_weights_meet_the_target_and_intersect(tiny_backbone):
     with pytest.raises(ValueError, match="concept 'a woman' fits the values"):
         target = {"gender": {"f": 0.5, "m": 0.5}}
         fairness.fair_weights(adapter, ["gender"], target, requests, 4, seed=0)
+    with pytest.raises(ValueError, match=r"'old' is to have 0.5 .* fits the concepts \[\]"):
+        target = {"gender": {"woman": 0.25, "man": 0.25, "old": 0.5}}
+        fairness.fair_weights(adapter, ["gender"], target, requests, 4, seed=0)
     adapter = constant_adapter(tiny_backbone, 1.0)
     both = fairness.fair_weights(adapter, ["gender", "age"], {}, requests, 8, seed=0)
     pairs = [tuple(np.flatnonzero(row)) for row in both]

@@ -209,7 +209,7 @@ def test_without_gcsfs_the_way_to_install_it_is_told(monkeypatch, tmp_path, caps
     ]
     for command in commands:
         assert cli.main(command) == 2
-        assert 'pip install "respodiff-jax[gcs]"' in capsys.readouterr().err
+        assert 'pip install -e ".[gcs]"' in capsys.readouterr().err
 
 
 def test_text_is_appended(bucket, tmp_path):

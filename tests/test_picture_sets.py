@@ -133,10 +133,20 @@ def test_bad_folders_of_pictures_are_named(tmp_path, monkeypatch):
     (tmp_path / "metadata.csv").write_text("file,text\na.png,x\n")
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['prompt'\]"):
         picture_sets.given_pictures(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
     (tmp_path / "manifest.jsonl").write_text('{"file": "z.png", "prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"lacks 1 listed pictures: z\.png"):
         picture_sets.given_pictures(tmp_path)
-    for line in ('{"prompt": "x"}', '{"file": "a.pn', "[1]", '{"file": 3}'):
+    concepts = '{"file": "a.png", "concepts": ["a woman"]}'
+    for line in ('{"prompt": "x"}', '{"file": "a.pn', "[1]", '{"file": 3}', concepts):
         (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "x"}\n\n' + line)
         with pytest.raises(ValueError, match=r"manifest\.jsonl, line 3 is .*expected an object"):
             picture_sets.given_pictures(tmp_path)
+
+
+def test_a_table_tells_the_subjects_that_a_manifest_does_not_know(tmp_path):
+    grey_pictures(tmp_path, {"a.png": 24})
+    (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "a cook"}\n')
+    assert picture_sets.given_pictures(tmp_path)[0].subject is None
+    (tmp_path / "metadata.csv").write_text("file,prompt,subject\na.png,a cook,cook\n")
+    assert picture_sets.given_pictures(tmp_path)[0].subject == "cook"

@@ -16,6 +16,7 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.config import concepts_from
+from respodiff_jax.storage import check_local
 from respodiff_jax.train_step import make_lr_schedule
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             f"the procedure trains all {len(concepts_from(config))} concepts together, and"
             f" config.train.concepts_per_device leaves {count} at a time; set it to None"
         )
+    synchronise = model_lib.torch_side().synchronise
+    check_local(workdir, "workdir")
     out = pathlib.Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
@@ -120,7 +123,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     job = Job.of(config)
     training = make_training(job)
     lr_schedule = make_lr_schedule(optimizer, config.train.steps)
-    synchronise = model_lib.torch_side().synchronise
     seconds = 0.0
     for step in tqdm(range(1, config.train.steps + 1), "torch", unit="step", disable=None):
         training.scale_learning_rates(float(lr_schedule(step - 1)))

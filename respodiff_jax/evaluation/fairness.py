@@ -119,7 +119,7 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
     def words(text):
         return set(re.findall(r"\w+", text.lower()))
 
-    found = []
+    concepts: dict[str, list[str]] = {value: [] for value in shares}
     for name in names:
         values = [value for value in shares if words(value) <= words(name)]
         if len(values) != 1:
@@ -127,8 +127,16 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
                 f"target of {group}: concept {name!r} fits the values {values} of {list(shares)},"
                 " expected exactly one; name the suite's values by words of the concepts"
             )
-        found.append(shares[values[0]])
-    return found
+        concepts[values[0]].append(name)
+    for value, found in concepts.items():
+        if shares[value] > 0 and len(found) != 1:
+            raise ValueError(
+                f"target of {group}: {value!r} is to have {shares[value]:g} of the pictures and"
+                f" fits the concepts {found} of {list(names)}, expected exactly one; give the"
+                " adapter of one concept a value, or a target that it can reach"
+            )
+    share_of = {name: shares[value] for value, found in concepts.items() for name in found}
+    return [share_of[name] for name in names]
 
 
 def _intersection_weights(count: int) -> Sequence[float]:
@@ -198,16 +206,16 @@ def measure(
         for i, column in enumerate(columns):
             column[name] = prediction.values[prediction.labels[i]]
             column[f"{name}_probability"] = round(float(prediction.probabilities[i]), 4)
-    counted = predictions | {
-        " x ".join(names): intersect({name: predictions[name] for name in names})
+    counted = {(name,): prediction for name, prediction in predictions.items()} | {
+        tuple(names): intersect({name: predictions[name] for name in names})
         for names in intersections
     }
     subjects = np.array([picture.subject or "" for picture in pictures])
     images = pictures[0].images
     found = []
-    for name, prediction in counted.items():
-        shares = _target_shares(name.split(" x "), suite, target)
-        found += _deviation_ratios(images, name, prediction, subjects, shares)
+    for names, prediction in counted.items():
+        shares = _target_shares(names, suite, target)
+        found += _deviation_ratios(images, " x ".join(names), prediction, subjects, shares)
     found += _alignment(pictures, clip, features, subjects, columns)
     if suite.subject_classes is not None:
         found += _recognition(images, clip, suite, features, subjects, columns)

@@ -121,6 +121,7 @@ class Findings:
                 "suite": suite.name,
                 "clip": self.clip and dict(self.clip.identity),
                 "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},
+                "target": {name: dict(shares) for name, shares in self.plan.target.items()},
                 "accuracy_on_plain_prompts": self.accuracy,
                 "detectors": {name: dict(d.identity) for name, d in self.detectors.items()}
                 | ({"zero-shot": dict(suite.unsafe_classes)} if suite.unsafe_classes else {}),

@@ -125,12 +125,9 @@ def generate_pictures(
     Raises:
       ValueError: if the folder holds pictures of another plan, naming what differs.
     """
-    plan = {
-        "settings": dict(settings or {}),
-        "requests": [dataclasses.asdict(request) for request in requests],
-        "weights": None if weights is None else np.round(weights, 6).tolist(),
-    }
-    _check_plan(folder, plan)
+    check_folder(folder, requests, weights, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / PLAN_FILE, json.dumps(_plan(requests, weights, settings)))
     sets = {"base": folder / "base"} | ({} if adapter is None else {"adapted": folder / "adapted"})
     for place in sets.values():
         place.mkdir(parents=True, exist_ok=True)
@@ -186,32 +183,51 @@ def _concepts(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
     return {name: round(weight, 6) for name, weight in named if weight}
 
 
-def _check_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-    """Writes the plan, or checks that it is the one of the pictures there."""
+def _plan(
+    requests: Sequence[Request], weights: np.ndarray | None, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that pictures depend on, as JSON gives it back."""
+    plan = {
+        "settings": dict(settings or {}),
+        "requests": [dataclasses.asdict(request) for request in requests],
+        "weights": None if weights is None else np.round(weights, 6).tolist(),
+    }
+    return json.loads(json.dumps(plan))
+
+
+def check_folder(
+    folder: pathlib.Path,
+    requests: Sequence[Request],
+    weights: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Whether `generate_pictures` may continue a folder; arguments are as there.
+
+    Raises:
+      ValueError: if it holds pictures of another plan, naming what differs.
+    """
     path = folder / PLAN_FILE
-    text = json.dumps(plan)
-    if path.exists() and any(folder.glob("*/*.png")):
-        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if "settings" in differing:
-            old, new = found["settings"], wanted["settings"]
-            differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        if differing:
-            raise ValueError(
-                f"{folder} holds pictures of another evaluation, which differs in"
-                f" {', '.join(differing)}; choose another --out, or remove that folder"
-            )
+    if not (path.exists() and any(folder.glob("*/*.png"))):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = _plan(requests, weights, settings)
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if "settings" in differing:
+        old, new = found["settings"], wanted["settings"]
+        differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if differing:
+        raise ValueError(
+            f"{folder} holds pictures of another evaluation, which differs in"
+            f" {', '.join(differing)}; choose another --out, or remove that folder"
+        )
 
 
 def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     """The pictures of a folder, made by any tool.
 
-    Prompts and subjects come from `manifest.jsonl` (as `respodiff generate` writes it) or
-    `metadata.csv`, with `file`, `prompt` and optionally `subject`, `seed`; without either, the
-    subject of a picture is the name of its subfolder.
+    Prompts and subjects come from `metadata.csv`, with `file`, `prompt` and optionally `subject`,
+    `seed`; without one from `manifest.jsonl`, as `respodiff generate` writes it, which knows no
+    subjects; without either, the subject of a picture is the name of its subfolder.
 
     Raises:
       ValueError: if there are no pictures, a listed one is missing, or columns are.
@@ -219,10 +235,10 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of pictures")
-    if (folder / "manifest.jsonl").is_file():
-        rows = _read_manifest(folder / "manifest.jsonl")
-    elif (folder / "metadata.csv").is_file():
+    if (folder / "metadata.csv").is_file():
         rows = read_table(folder / "metadata.csv", _METADATA)
+    elif (folder / "manifest.jsonl").is_file():
+        rows = _read_manifest(folder / "manifest.jsonl")
     else:
         found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
         rows = [
@@ -258,6 +274,7 @@ def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
+            dict(row.get("concepts") or {})
             if not row["file"].startswith("base/"):
                 rows.append(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

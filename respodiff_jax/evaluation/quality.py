@@ -1,7 +1,7 @@
 """Quality: do pictures of everyday captions still match their text, and still look like pictures?
 
-CLIP score, and distances to reference pictures in the space of CLIP's features. Those are no FID
-and KID, whose features are Inception's, and never called so.
+CLIP score, and distances to reference pictures: FID and KID where Inception's weights are there,
+and distances in the space of CLIP's features, which have names of their own.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 `results.json` holds, under a schema version, how the pictures were made and scored, and a flat list
 of measurements, so that runs can be compared, plotted and reported without knowing the protocols.
-`per_image.csv` has a line per picture, from which every measurement follows.
+`per_image.csv` has a line per picture, from which every measurement follows but the distances of
+sets of pictures, which need their features.
 """
 
 import csv
@@ -67,10 +68,11 @@ class Results:
     Attributes:
       measurements: the numbers.
       made: how the pictures were made: model (`Backbone.identity`), adapter (sources, concepts,
-        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files by
-        protocol.
+        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files and
+        what was asked for (how often, sha256) by protocol.
       scored: by what: CLIP or None, prompts of each attribute and the accuracy on them by value,
-        detectors and their versions, reference pictures and Inception or None.
+        target shares where they are not uniform, detectors and their versions, reference pictures
+        and Inception or None.
       environment: versions of this package and its libraries, hardware, date, seconds taken.
       warnings: what a reader should know before believing a number.
       training: the adapter's training summary, or None.

@@ -20,6 +20,7 @@ from respodiff_jax.evaluation.findings import Findings
 from respodiff_jax.evaluation.picture_sets import (
     Picture,
     Request,
+    check_folder,
     check_pictures,
     generate_pictures,
     given_pictures,
@@ -28,6 +29,7 @@ from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.sampling import SamplerOptions
+from respodiff_jax.storage import check_local
 
 _CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
 
@@ -82,6 +84,11 @@ def evaluate(
         "sampling": dataclasses.asdict(options) | {"batch_size": None, "resolution": resolution},
         "dtype": str(np.dtype(backbone.dtype)),
     }
+    plain_settings = settings | {"adapter": None}
+    if "fairness" in plan.protocols:
+        check_folder(out / "check", _plain_requests(suite, plan), settings=plain_settings)
+    for protocol in plan.protocols:
+        check_folder(out / protocol, requests[protocol], weights[protocol], settings)
     made = settings | {
         "adapter": None
         if adapter is None
@@ -97,6 +104,7 @@ def evaluate(
         "images_per_caption": plan.images_per_caption,
         "images_per_prompt": plan.images_per_prompt,
         "prompts": {protocol: dict(given.identity) for protocol, given in plan.prompts.items()},
+        "pictures": {protocol: _digest(wanted) for protocol, wanted in requests.items()},
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
     if clip is None and needs_clip(suite, plan):
@@ -104,7 +112,7 @@ def evaluate(
     findings = Findings(out, clip, suite, plan, made, detectors, reference, training)
     for protocol in plan.protocols:
         if protocol == "fairness":
-            _check_classifier(findings, backbone, options, settings)
+            _check_classifier(findings, backbone, options, plain_settings)
         pictures = generate_pictures(
             backbone,
             requests[protocol],
@@ -162,8 +170,10 @@ def check_out(out: str | os.PathLike, plan: Plan) -> None:
     """Whether the results of a plan may be written to a folder.
 
     Raises:
-      ValueError: if results of other protocols are there, which would be lost.
+      ValueError: if results of other protocols are there, which would be lost, or it is no folder
+        of this machine.
     """
+    check_local(out, "output folder")
     if not (pathlib.Path(out) / RESULTS_FILE).is_file():
         return
     there = {m.protocol for m in load_results(out).measurements}
@@ -242,20 +252,10 @@ def _check_classifier(
 ) -> None:
     """How often the classifier finds what the base model was plainly asked for, before many
     pictures are drawn that it is to count."""
-    suite, seed = findings.suite, findings.plan.seed + CHECK_SEED
-    requests = [
-        Request(prompts[0], seed + number, f"{attribute}={value}")
-        for attribute, classes in suite.attributes.items()
-        for value, prompts in classes.items()
-        for number in range(_CHECKED_PER_VALUE)
-    ]
-    pictures = generate_pictures(
-        backbone,
-        requests,
-        findings.out / "check",
-        options,
-        settings=settings | {"adapter": None},
-    )
+    suite = findings.suite
+    requests = _plain_requests(suite, findings.plan)
+    folder = findings.out / "check"
+    pictures = generate_pictures(backbone, requests, folder, options, settings=settings)
     features = findings.features(pictures)
     accuracy = {}
     for attribute, classes in suite.attributes.items():
@@ -266,6 +266,16 @@ def _check_classifier(
     findings.accuracy = accuracy
     for text in accuracy_notes(accuracy):
         findings.note(text)
+
+
+def _plain_requests(suite: Suite, plan: Plan) -> list[Request]:
+    """Pictures of each value of each attribute, asked for by the first prompt that describes it."""
+    return [
+        Request(prompts[0], plan.seed + CHECK_SEED + number, f"{attribute}={value}")
+        for attribute, classes in suite.attributes.items()
+        for value, prompts in classes.items()
+        for number in range(_CHECKED_PER_VALUE)
+    ]
 
 
 def accuracy_notes(accuracy: Accuracy) -> list[str]:
@@ -286,6 +296,12 @@ def adapter_sha256(adapter: Adapter) -> str:
     for leaf in jax.tree.leaves((adapter.ram, adapter.sam)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _digest(requests: Sequence[Request]) -> dict[str, Any]:
+    """How many pictures are asked for, and a digest of what is asked for in each."""
+    text = json.dumps([[request.prompt, request.subject] for request in requests])
+    return {"count": len(requests), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _parts_sha256(backbone: Backbone) -> str:
