@@ -45,10 +45,11 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     backbone, resolution = model_lib.open_model(config)
     neutral_prompt = concepts_from(config)[0].neutral_prompts[0]
     prompts, seeds = [neutral_prompt] * batch_size, range(batch_size)
-    sampler: Sampler
+    sampler: Sampler | None = None
 
     def program():
         nonlocal sampler
+        sampler = None  # and its copy of the parameters, before there is another
         sampler = Sampler(dataclasses.replace(backbone), options)  # which has no programs yet
         return lambda: sampler(sampler.begin(prompts, seeds))
 
