@@ -14,7 +14,8 @@ def test_command_refuses_what_makes_no_sense(capsys, tmp_path):
     out = ["--out", str(tmp_path)]
     for argv, message in (
         (["all", *out], "nothing to evaluate"),
-        (["all", *out, "--images", "a", "--model", "b"], "drop --model"),
+        (["all", *out, "--images", "a", "--model", "b", "--safe"], "drop --model, --safe"),
+        (["all", *out, "--images", "a", "--max-prompts", "9"], "drop --max-prompts"),
         (["fairness", *out, "--images", str(tmp_path), "--target", "gender"], "GROUP:VALUE=SHARE"),
     ):
         assert cli.main(["evaluate", *argv]) == 2

@@ -262,7 +262,8 @@ def _quick(files, clip_folder, tmp_path):
 @pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
 def test_command_evaluates_the_prompts_of_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
-    assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
+    with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; --max"):
+        assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
     rows = load_per_image(tmp_path / "out")
     assert [(row["subject"], row["seed"]) for row in rows] == [
         ("attendant", "4442"),

@@ -19,7 +19,7 @@ when the same command is run again. --images scores pictures made elsewhere inst
 """
 
 EPILOG = """\
-  respodiff evaluate all --model emoji-world --adapter runs/emoji --out evaluations/emoji
+  respodiff evaluate all --adapter respodiff-demo/run --out evaluations/emoji
   respodiff evaluate fairness --adapter adapters/gender --preset paper --out evaluations/gender
   respodiff evaluate fairness --images pictures --out evaluations/pictures
   respodiff evaluate safety --adapter adapters/safety --prompts i2p_benchmark.csv \\
@@ -40,10 +40,14 @@ for Stable Diffusion fairness, and with --prompts quality=FILE, --prompts safety
 hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub, where I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
-Detectors of unsafe pictures: `nudenet` (pip install 'respodiff-jax[eval]') counts female breasts
+Detectors of unsafe pictures: `nudenet` (pip install -e '.[eval]') counts female breasts
 and genitals that it sees with a score of 0.2 or more, `nudenet=CLASS,...` others of its classes;
 `q16=FILE` is Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any says
 so.
+
+--images DIR takes what each picture was asked for from DIR's metadata.csv with the columns `file`,
+`prompt` and, for fairness, `subject`; else from the manifest.jsonl of `respodiff generate`; else
+the name of a picture's folder is its subject.
 
 FID and KID are computed where clean-fid and its Inception weights are there.
 """
@@ -65,6 +69,12 @@ PRESETS = {
         "steps": 20,
     },
 }
+# Options that say nothing of pictures that are there.
+_OF_DRAWING = (
+    *("model", "adapter", "revision", "variant", "dtype", "safe", "prompts", "preset", "seed"),
+    *("images_per_subject", "images_per_caption", "images_per_prompt", "max_prompts"),
+    *("steps", "guidance", "resolution", "batch_size"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="of pictures and results")
     parser.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="how much (default: %(default)s)"
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="how much: quick is 10 pictures of a profession in 20 steps, and at most 48 subjects,"
+        " captions or prompts; paper 150 in 50 steps, and all (default: %(default)s)",
     )
     parser.add_argument("--images", metavar="DIR", help="score these pictures, generate none")
 
@@ -140,10 +154,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not (args.images or args.model or args.adapter):
         raise ValueError("nothing to evaluate; name a --model, an --adapter, or --images")
-    if args.images and (args.model or args.adapter or args.prompts):
-        raise ValueError(
-            "--images scores pictures that are there; drop --model, --adapter and --prompts"
-        )
+    drawing = [name for name in _OF_DRAWING if getattr(args, name) != args.parser.get_default(name)]
+    if args.images and drawing:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+        raise ValueError(f"--images scores pictures that are there; drop {options}")
     if args.detector and args.what not in ("safety", "all"):
         raise ValueError(f"--detector is for safety, but {args.what} is evaluated")
     if args.reference and args.what not in ("quality", "all"):
@@ -175,11 +189,16 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or trained_on.get("name")
     at_most = None if args.images else chosen("max_prompts")
     suite = _with_fewer_prompts(load_suite(args.suite, model), at_most)
-    prompts = {part: read_prompts(file, part) for part, file in files.items()}
-    prompts = {
-        part: dataclasses.replace(given, prompts=_fewer(part, given.prompts, at_most))
-        for part, given in prompts.items()
-    }
+    prompts, notes = {}, []
+    for part, file in files.items():
+        given = read_prompts(file, part)
+        kept = _fewer(part, given.prompts, at_most)
+        prompts[part] = dataclasses.replace(given, prompts=kept)
+        if len(kept) < len(given.prompts):
+            notes.append(
+                f"{part} draws {len(kept)} of the {len(given.prompts)} prompts of {file};"
+                " --max-prompts N draws more, --preset paper all"
+            )
     reference = args.reference and quality.open_reference(args.reference)
     pictures = picture_sets.given_pictures(args.images) if args.images else None
     protocols, left_out = (args.what,), {}
@@ -198,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
         target=target,
         seed=args.seed,
         prompts={part: given for part, given in prompts.items() if part in protocols},
-        notes=tuple(f"{part} is left out: {reason}" for part, reason in left_out.items()),
+        notes=(*notes, *(f"{part} is left out: {why}" for part, why in left_out.items())),
     )
     options = sampling.SamplerOptions(
         num_steps=chosen("steps"),
