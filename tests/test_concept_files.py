@@ -10,6 +10,7 @@ from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, load_config
 from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.data.concept_prompts import concept_prompts_dataset_builder
+from respodiff_jax.data.winobias_prompts import winobias_prompts_dataset_builder
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMOKE = str(CONFIGS / "smoke.py")
@@ -50,6 +51,21 @@ def test_the_same_concepts_from_json_lines_csv_and_a_data_set(tmp_path):
         assert builder.info.metadata["file"] == name
         assert builder.info.splits["train"].num_examples == 3
         assert read_concepts(builder.data_path, defaults) == CONCEPTS
+
+
+def test_a_data_set_of_another_kind_is_named(tmp_path):
+    builder = winobias_prompts_dataset_builder.Builder(
+        config="winobias", data_dir=tmp_path, file_format="array_record"
+    )
+    builder.download_and_prepare()
+    with pytest.raises(ValueError, match="not a prepared data set concept_prompts: it is winobias"):
+        read_concepts(builder.data_path)
+
+
+def test_a_line_of_json_ends_where_the_file_says(tmp_path):
+    """Python's own lines also end at U+2028, which JSON's texts may hold."""
+    (tmp_path / "c.jsonl").write_text(JSON_LINES.replace("a scene", "a\u2028scene"), "utf-8")
+    assert read_concepts(tmp_path / "c.jsonl")[1].neutral_prompts[0] == "a\u2028scene"
 
 
 def test_the_shipped_concepts_are_sixty_four_of_both_kinds():

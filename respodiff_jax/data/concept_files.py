@@ -23,6 +23,7 @@ from respodiff_jax.data.prompt_files import Column, Layout, read_table
 
 _KINDS = MappingProxyType({"fairness": "target_prompt", "safety": "unsafe_prompt"})
 NUMBERS = ("guidance_scale", "lambda_sem", "lr_ram", "lr_sam")
+_TEXTS = ("name", "group", "kind", "target_prompt", "unsafe_prompt")
 SUFFIXES = (".jsonl", ".csv")
 
 
@@ -81,7 +82,7 @@ def read_rows(source: epath.PathLike) -> list[dict[str, Any]]:
 
 def _read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8: {error}") from error
     rows = []
@@ -117,7 +118,7 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
         value = row[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{where}: {name} is {value!r}, expected a number")
-    for name in ("name", "group", "kind", "target_prompt", "unsafe_prompt"):
+    for name in _TEXTS:
         if row[name] is not None and not isinstance(row[name], str):
             raise ValueError(f"{where}: {name} is {row[name]!r}, expected a text")
     return row | {"neutral_prompts": tuple(row["neutral_prompts"])}
@@ -126,6 +127,8 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _read_data_set(path: epath.Path) -> list[dict[str, Any]]:
     try:
         builder = tfds.builder_from_directory(path)
+        if builder.name != "concept_prompts":
+            raise ValueError(f"it is {builder.name}")
         examples = builder.as_data_source("train")
     except (OSError, ValueError, AssertionError) as error:
         raise ValueError(
@@ -147,9 +150,6 @@ def _from_example(example: Mapping[str, Any]) -> dict[str, Any]:
         # The shortest decimals: 0.03 and not 0.029999999329447746.
         row[name] = None if math.isnan(example[name]) else float(str(np.float32(example[name])))
     return row
-
-
-_TEXTS = ("name", "group", "kind", "target_prompt", "unsafe_prompt")
 
 
 def _concept(row: Mapping[str, Any], defaults: Mapping[str, float]) -> Concept:

@@ -35,6 +35,15 @@ class Builder(PromptBuilder):
         "evaluation_seed": tfds.features.Scalar(np.int64),
     }
 
+    def __init__(self, *, file=None, **options):
+        super().__init__(file=file, **options)
+        if file is not None and self.builder_config.name != "custom":
+            raise ValueError(
+                f"winobias_prompts: file={file!r} is given for the config"
+                f" {self.builder_config.name!r}, which is a shipped suite; expected"
+                ' config="custom"'
+            )
+
     def _split_generators(self, dl_manager):
         if self.builder_config.name == "custom":
             return super()._split_generators(dl_manager)
