@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 
 from respodiff_jax.emoji import artwork, captions, rendering, tokenizer, vocabulary, world
 from respodiff_jax.emoji.emoji_world import emoji_world_dataset_builder as emoji_world
+from respodiff_jax.evaluation.metrics import deviation_ratio
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +24,14 @@ def _professions(measure):
 
 
 def test_planted_bias_is_as_promised():
-    gender = _professions(lambda bias: world.deviation_ratio(world.gender_probabilities(bias)))
-    tone = _professions(
-        lambda bias: world.deviation_ratio(world.tone_group_probabilities(bias.tones))
-    )
+    gender = _professions(lambda bias: deviation_ratio(world.gender_probabilities(bias)))
+    tone = _professions(lambda bias: deviation_ratio(world.tone_group_probabilities(bias.tones)))
     assert len(vocabulary.PROFESSIONS) == 20
     assert 0.5 <= gender <= 0.6  # of the guided model's pictures 0.6 to 0.7
     assert tone >= 0.5
     assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
     for bias in world.BIAS.values():
         assert sum(bias.tones) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "expected"),
-    [((0.5, 0.5), 0), ((1, 0), 1), ((0.8, 0.2), 0.6), ((1, 0, 0), 1), ((0.6, 0.2, 0.2), 0.4)],
-)
-def test_deviation_ratio(probabilities, expected):
-    assert world.deviation_ratio(probabilities) == pytest.approx(expected)
 
 
 def test_captions_are_true(drawn):

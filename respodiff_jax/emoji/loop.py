@@ -75,15 +75,18 @@ def train_stage(
                 upcoming = loader.submit(batch_fn, step + 1)
             state, metrics = step_fn(state, batch, np.int32(step))
             done = step + 1
-            if done % log_every == 0 or done == steps:
+            logging = done % log_every == 0 or done == steps
+            saving = done % save_every == 0 or done == steps
+            if logging or saving:
                 values = {key: float(value) for key, value in metrics.items()}
                 if not all(np.isfinite(value) for value in values.values()):
                     raise FloatingPointError(f"{name}: non-finite metrics at step {step}: {values}")
+            if logging:
                 speed = (done - logged) / (time.monotonic() - began)
                 began, logged = time.monotonic(), done
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
                 print(f"{name}: step {done}/{steps}  {speed:.2f} steps/s  {shown}", flush=True)
-            if done % save_every == 0 or done == steps:
+            if saving:
                 save_tree(path, {"state": state, "step": done})
                 if on_save is not None:
                     on_save(state, done)

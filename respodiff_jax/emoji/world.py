@@ -111,13 +111,6 @@ def gender_probabilities(bias):
     return np.array([bias.woman, 1 - bias.woman])
 
 
-def deviation_ratio(probabilities):
-    """max_c |p_c - 1/K| / (1 - 1/K), the paper's metric: 0 is uniform, 1 is one value always."""
-    probabilities = np.asarray(probabilities, np.float64)
-    uniform = 1 / len(probabilities)
-    return float(np.max(np.abs(probabilities - uniform)) / (1 - uniform))
-
-
 @dataclasses.dataclass(frozen=True)
 class Claims:
     """What a caption says: None where it says nothing.
