@@ -16,8 +16,8 @@
 #   --dry-run         print what would be done, and do nothing
 #
 # What follows these goes to `respodiff train`. --workdir is one that every host reaches: gs:// or a
-# file system that all mount. A path of a config is one of this checkout. gcloud's own project and
-# account are used. Run the script where it can stay, for example in tmux: the run ends with it, and
+# file system that all mount. Configs and --concepts files lie below configs/, which goes along; other
+# inputs are on gs://. gcloud's own project and account are used. Run the script where it can stay, for example in tmux: the run ends with it, and
 # goes on when it is started again.
 set -euo pipefail
 usage() {
@@ -137,8 +137,8 @@ for ((done = 0; ; done++)); do
   attempt || status=$?
   ((status)) || break
   sleep 60 # a preemption is not known at once
-  # 1 and 2 are the program's own errors, which another start does not mend.
-  if [[ $(state) == ACTIVE ]] && ((status <= 2)) || ((done >= restarts)); then
+  # 2 is a user's mistake, which another start does not mend.
+  if [[ $(state) == ACTIVE ]] && ((status == 2)) || ((done >= restarts)); then
     say "the run failed with status $status after $done restart(s)"
     exit "$status"
   fi

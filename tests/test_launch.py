@@ -192,9 +192,9 @@ def test_tpu_pod_takes_what_is_there_and_leaves_it(cloud):
 
 
 def test_tpu_pod_goes_on_after_a_preemption_and_a_lost_host(cloud):
-    done, calls = trained(cloud, ["143 SUSPENDED", "134 ACTIVE", "0 ACTIVE"])
+    done, calls = trained(cloud, ["143 SUSPENDED", "134 ACTIVE", "1 ACTIVE", "0 ACTIVE"])
     again = ["delete", "create", *ATTEMPT]
-    assert (done.returncode, calls) == (0, ["create", *ATTEMPT, *again, *ATTEMPT])
+    assert (done.returncode, calls) == (0, ["create", *ATTEMPT, *again, *ATTEMPT, *ATTEMPT])
 
 
 def test_tpu_pod_does_not_repeat_a_mistake(cloud):
