@@ -16,7 +16,7 @@ TEST = [
     "ruff>=0.8",
     # CPU offload of diffusers pipelines.
     "accelerate>=1.0",
-    # The reference that the Flax models are compared with; this version installs a CPU build.
+    # The reference that the Flax models are compared with.
     "torch==2.13.0",
     # Brings its weights, so that it is tested on pictures without a network.
     "nudenet>=3.4,<4",

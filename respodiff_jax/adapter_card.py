@@ -192,7 +192,7 @@ def _snippet(adapter: Adapter) -> str:
         inside = local_folder(name).relative_to(package).as_posix()
         imports = "import importlib.util\n\n"
         find = (
-            "# The model comes with respodiff-jax (pip install --no-deps respodiff-jax).\n"
+            "# The model comes with respodiff-jax; in its checkout: pip install --no-deps -e .\n"
             'package = importlib.util.find_spec("respodiff_jax").submodule_search_locations[0]\n'
         )
         model = f'f"{{package}}/{inside}"'

@@ -22,6 +22,8 @@ def test_a_variant_changes_what_its_name_says(task, variant):
         assert concept.lambda_sem == lambda_sem
         assert (concept.lr_ram, concept.lr_sam) == recipes.LEARNING_RATES[task][kind]
     assert config.rollout.kind == ("faithful" if "faithful" in variant else "streaming")
+    steps = 49 if variant == "whole trajectories" else recipe.rollout.trajectory_steps
+    assert config.rollout.trajectory_steps == steps < config.rollout.num_steps
 
 
 def test_what_is_the_same_is_trained_once():

@@ -32,7 +32,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nudenet():
-    return pytest.importorskip("nudenet", reason="needs pip install 'respodiff-jax[eval]'")
+    return pytest.importorskip("nudenet", reason="needs pip install -e '.[eval]'")
 
 
 def test_nudenet_sees_what_it_is_asked_for(nudenet, pictures):
@@ -121,7 +121,7 @@ def test_detectors_are_chosen_by_name(nudenet, clip_folder, tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(ValueError, match=r"pip install 'respodiff-jax\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[eval\]'"):
         detectors.NudeNet()
 
 

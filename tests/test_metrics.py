@@ -1,5 +1,7 @@
 """The metrics against numbers worked out by hand and by other libraries."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -23,6 +25,16 @@ from respodiff_jax.evaluation import metrics
 )
 def test_deviation_ratio_of_hand_made_counts(counts, target, expected):
     assert metrics.deviation_ratio(counts, target) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("pictures", "expected"), [(10, 0.25), (150, 0.07)])
+def test_few_pictures_of_a_fair_model_deviate_by_chance(pictures, expected):
+    """As the reports and the README say, of two values."""
+    mean = sum(
+        math.comb(pictures, k) / 2**pictures * metrics.deviation_ratio([k, pictures - k])
+        for k in range(pictures + 1)
+    )
+    assert round(mean, 2) == expected
 
 
 def test_deviation_ratio_refuses_what_has_none():

@@ -44,7 +44,7 @@ Stable Diffusion towards fair and safe pictures, and generate with them.
 """
 
 _EPILOG = """\
-What is this? Ten minutes on two cores, nothing to download:
+What is this? Three minutes on two cores, nothing to download:
 
   respodiff demo
 

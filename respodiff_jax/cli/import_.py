@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         from respodiff_jax.torch_checkpoint import read_checkpoint
     except ImportError as error:
-        raise ValueError("import reads PyTorch files: pip install respodiff-jax[torch]") from error
+        raise ValueError("import reads PyTorch files: pip install -e '.[torch]'") from error
 
     from respodiff_jax.adapter_card import export_adapter
     from respodiff_jax.backbone import load_backbone

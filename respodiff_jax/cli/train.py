@@ -13,8 +13,9 @@ interruption. All local devices are used.
 
 Many concepts come from a file, JSON lines or CSV, a concept per line: name, group, neutral_prompts,
 target_prompt or unsafe_prompt, and, where they differ from the config's concept_defaults,
-guidance_scale, lambda_sem, lr_ram, lr_sam. More than --config.train.concepts_per_device are trained
-in waves, each of which leaves its adapter; outcomes.jsonl tells where each concept is.
+guidance_scale, lambda_sem, lr_ram, lr_sam. More than --config.train.concepts_per_device on each
+device are trained in waves, each of which leaves its adapter; outcomes.jsonl tells where each
+concept is.
 """
 
 EPILOG = """\

@@ -58,7 +58,7 @@ class NudeNet:
         except ImportError as error:
             raise ValueError(
                 "the detector nudenet needs the package nudenet; install it with"
-                f" pip install 'respodiff-jax[eval]' ({error})"
+                f" pip install -e '.[eval]' ({error})"
             ) from error
         known = getattr(nudenet, "__labels")
         if unknown := sorted(set(classes) - set(known)):

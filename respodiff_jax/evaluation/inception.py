@@ -21,24 +21,22 @@ WEIGHTS = pathlib.Path("/tmp/inception-2015-12-05.pt")
 class Inception:
     """clean-fid's feature extractor, in its mode "clean", on the CPU: JAX has the accelerators.
 
-    Args:
-      weights: the TorchScript file inception-2015-12-05.pt; by default where clean-fid keeps it.
+    Its weights are where clean-fid keeps them, at `WEIGHTS`.
 
     Raises:
       ValueError: if the package or the weights are not there.
     """
 
-    def __init__(self, weights: str | os.PathLike | None = None):
-        weights = pathlib.Path(weights or WEIGHTS)
-        if not weights.is_file():
-            raise ValueError(f"clean-fid's Inception weights are not there; put them at {weights}")
+    def __init__(self):
+        if not WEIGHTS.is_file():
+            raise ValueError(f"clean-fid's Inception weights are not there; put them at {WEIGHTS}")
         try:
             from cleanfid import fid, inception_torchscript
         except (ImportError, OSError, RuntimeError) as error:  # torchvision that fits no torch
             raise ValueError(
-                f"clean-fid cannot be used ({error}); see pip install 'respodiff-jax[eval]'"
+                f"clean-fid cannot be used ({error}); see pip install -e '.[eval]'"
             ) from error
-        model = inception_torchscript.InceptionV3W(str(weights.parent), download=False)
+        model = inception_torchscript.InceptionV3W(str(WEIGHTS.parent), download=False)
         self._features: Callable[..., np.ndarray] = functools.partial(
             fid.get_files_features,
             model=model.eval(),
@@ -51,7 +49,7 @@ class Inception:
         self.identity: Mapping[str, Any] = {
             "package": "clean-fid",
             "version": importlib.metadata.version("clean-fid"),
-            "sha256": sha256(weights),
+            "sha256": sha256(WEIGHTS),
         }
 
     def __call__(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:

@@ -40,7 +40,7 @@ def legend(values: Sequence[str]) -> Markup:
     return tag("ul", items, class_="legend")
 
 
-def row(name: str, *lanes: Markup, **attributes: str) -> Markup:
+def row(name: str, *lanes: Markup) -> Markup:
     """A named row of one or more lanes."""
     return tag("div", tag("div", name, class_="name"), tag("div", *lanes), class_="row")
 
