@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 from respodiff_jax import images as images_lib
 from respodiff_jax.backbone import load_clip
 from respodiff_jax.evaluation import metrics, picture_sets, quality, run, safety
+from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.findings import Findings
 from respodiff_jax.evaluation.plan import check_plan
@@ -46,7 +47,7 @@ def test_clip_features_and_score_against_pytorch(clip_folder):
 
 def test_unsafe_rate_by_category_counts_a_picture_in_each():
     pictures = [
-        picture_sets.Picture(None, "base", i, "p", subject)
+        pictures_lib.Picture(None, "base", i, "p", subject)
         for i, subject in enumerate(("violence", "violence, hate", "hate", None))
     ]
     reasons = {"a": ["", "knife", "", ""], "b": ["", "blood", "slur", ""]}
@@ -234,7 +235,7 @@ def test_quality_is_compared_with_the_base_models_pictures(suite, tmp_path, monk
         paths = [tmp_path / f"{name}{i}.png" for i in range(3)]
         for path in paths:
             images_lib.save_png(rng.integers(0, 256, (24, 24, 3), np.uint8), path)
-        sets[name] = [picture_sets.Picture(p, name, i, "a", None) for i, p in enumerate(paths)]
+        sets[name] = [pictures_lib.Picture(p, name, i, "a", None) for i, p in enumerate(paths)]
     plan = run.Plan(protocols=("quality",))
     findings = Findings(tmp_path, load_clip(suite.clip), suite, plan, {}, None, None)
     run._score_quality(findings, sets)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from evaluations import concept, constant_adapter
 
-from respodiff_jax.evaluation import fairness, picture_sets
+from respodiff_jax.evaluation import fairness
+from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import Prediction, intersect
 from respodiff_jax.evaluation.suites import Prompt, load_suite
 
@@ -97,7 +98,7 @@ def test_targets_and_intersections_by_hand(suite, monkeypatch):
         return Prediction(tuple(classes), np.array(seen[name]), np.ones(6))
 
     monkeypatch.setattr(fairness, "classify", see)
-    pictures = [picture_sets.Picture(None, "given", i, None, "cook") for i in range(6)]
+    pictures = [pictures_lib.Picture(None, "given", i, None, "cook") for i in range(6)]
     target = {"tone": {"n": 0.2, "d": 0.3, "l": 0.5}}
     measured, _ = fairness.measure(pictures, None, suite, None, target, [("gender", "tone")])
     found = {m.attribute: m for m, _ in measured if m.subject == "cook"}

@@ -9,6 +9,7 @@ from PIL import Image
 
 from respodiff_jax import images as images_lib
 from respodiff_jax.evaluation import picture_sets, run
+from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.results import load_per_image, load_results
 from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.sampling import ImagePair, SamplerOptions
@@ -114,39 +115,39 @@ def test_subjects_without_pictures_and_unknown_ones_are_named(suite, tmp_path):
 
 def test_bad_folders_of_pictures_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not a folder"):
-        picture_sets.given_pictures(tmp_path / "none")
+        pictures_lib.given_pictures(tmp_path / "none")
     with pytest.raises(ValueError, match="has no pictures"):
-        picture_sets.given_pictures(tmp_path)
+        pictures_lib.given_pictures(tmp_path)
     grey_pictures(tmp_path, {"a.png": 24, "b.png": 24, "c.png": 32})
     with pytest.raises(ValueError, match=r"most are 24x24, 1 are not: .*c\.png \(32x32\)"):
-        picture_sets.check_pictures(picture_sets.given_pictures(tmp_path))
+        pictures_lib.check_pictures(pictures_lib.given_pictures(tmp_path))
     with monkeypatch.context() as limited:
         limited.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         with pytest.raises(ValueError, match=r"3 unreadable pictures: .*decompression bomb"):
-            picture_sets.check_pictures(picture_sets.given_pictures(tmp_path))
+            pictures_lib.check_pictures(pictures_lib.given_pictures(tmp_path))
         with pytest.raises(ValueError, match=r"not a readable picture.*decompression bomb"):
-            picture_sets.Pixels([tmp_path / "a.png"])[0]
+            pictures_lib.Pixels([tmp_path / "a.png"])[0]
     (tmp_path / "c.png").write_bytes(b"no picture")
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-30])  # cut short
     with pytest.raises(ValueError, match=r"2 unreadable pictures: .*b\.png.*c\.png"):
-        picture_sets.check_pictures(picture_sets.given_pictures(tmp_path))
+        pictures_lib.check_pictures(pictures_lib.given_pictures(tmp_path))
     (tmp_path / "metadata.csv").write_text("file,text\na.png,x\n")
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['prompt'\]"):
-        picture_sets.given_pictures(tmp_path)
+        pictures_lib.given_pictures(tmp_path)
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "manifest.jsonl").write_text('{"file": "z.png", "prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"lacks 1 listed pictures: z\.png"):
-        picture_sets.given_pictures(tmp_path)
+        pictures_lib.given_pictures(tmp_path)
     concepts = '{"file": "a.png", "concepts": ["a woman"]}'
     for line in ('{"prompt": "x"}', '{"file": "a.pn', "[1]", '{"file": 3}', concepts):
         (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "x"}\n\n' + line)
         with pytest.raises(ValueError, match=r"manifest\.jsonl, line 3 is .*expected an object"):
-            picture_sets.given_pictures(tmp_path)
+            pictures_lib.given_pictures(tmp_path)
 
 
 def test_a_table_tells_the_subjects_that_a_manifest_does_not_know(tmp_path):
     grey_pictures(tmp_path, {"a.png": 24})
     (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "a cook"}\n')
-    assert picture_sets.given_pictures(tmp_path)[0].subject is None
+    assert pictures_lib.given_pictures(tmp_path)[0].subject is None
     (tmp_path / "metadata.csv").write_text("file,prompt,subject\na.png,a cook,cook\n")
-    assert picture_sets.given_pictures(tmp_path)[0].subject == "cook"
+    assert pictures_lib.given_pictures(tmp_path)[0].subject == "cook"

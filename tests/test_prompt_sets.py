@@ -183,6 +183,11 @@ def test_builders_of_files(files, tmp_path):
     assert [e["profession"] for e in examples] == [b"attendant", b"lab tech", b"attendant"]
 
 
+def test_a_shipped_suite_takes_no_file(files, tmp_path):
+    with pytest.raises(ValueError, match=r"config 'winobias'.*expected config=\"custom\""):
+        winobias_prompts.Builder(file=files["fairness"], data_dir=tmp_path)
+
+
 _SEED, _TEXT = tfds.features.Scalar(np.int64), tfds.features.Text()
 
 

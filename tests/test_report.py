@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -432,3 +433,11 @@ def test_nothing_sticks_out_of_a_phone_or_a_desk(kind, dark, evaluation, weaker,
         assert frame["height"] > 2000
         red = int(re.search(r"\d+", frame["paper"]).group())
         assert red < 64 if dark else red > 192
+
+
+def test_pages_are_written_without_jax():
+    """Which takes long to import."""
+    heavy = "{'jax', 'flax', 'torch', 'diffusers', 'transformers'}"
+    code = f"import sys, respodiff_jax.evaluation.report; print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -169,8 +169,9 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax import adapters, distributed, sampling
     from respodiff_jax.backbone import load_clip
     from respodiff_jax.evaluation import detectors as detectors_lib
-    from respodiff_jax.evaluation import picture_sets, quality
+    from respodiff_jax.evaluation import pictures as pictures_lib
     from respodiff_jax.evaluation import plan as plan_lib
+    from respodiff_jax.evaluation import quality
     from respodiff_jax.evaluation import run as evaluation
     from respodiff_jax.evaluation.report import write_report
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
                 " --max-prompts N draws more, --preset paper all"
             )
     reference = args.reference and quality.open_reference(args.reference)
-    pictures = picture_sets.given_pictures(args.images) if args.images else None
+    pictures = pictures_lib.given_pictures(args.images) if args.images else None
     protocols, left_out = (args.what,), {}
     if args.what == "all":
         left_out = plan_lib.missing(suite, prompts, args.detector, pictures)

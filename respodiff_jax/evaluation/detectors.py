@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from respodiff_jax.backbone import Clip, load_clip
 from respodiff_jax.backbone.files import sha256
-from respodiff_jax.evaluation.picture_sets import Pixels
+from respodiff_jax.evaluation.pictures import Pixels
 
 # What the authors count as unsafe, of the exposed classes that NudeNet knows.
 NUDENET_CLASSES = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")

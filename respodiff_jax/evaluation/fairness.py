@@ -19,7 +19,8 @@ from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
-from respodiff_jax.evaluation.picture_sets import Picture, Request, request
+from respodiff_jax.evaluation.picture_sets import Request, request
+from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Prompt, Suite

@@ -17,7 +17,7 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.detectors import Detector
-from respodiff_jax.evaluation.picture_sets import Picture, read_pictures
+from respodiff_jax.evaluation.pictures import Picture, read_pictures
 from respodiff_jax.evaluation.plan import Plan
 from respodiff_jax.evaluation.quality import Reference
 from respodiff_jax.evaluation.results import (

@@ -8,7 +8,8 @@ import numpy as np
 from respodiff_jax import selection
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.evaluation import fairness, quality
-from respodiff_jax.evaluation.picture_sets import Picture, Request, repeated
+from respodiff_jax.evaluation.picture_sets import Request, repeated
+from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt, PromptSet, Suite
 
 PROTOCOLS = ("fairness", "quality", "safety")

@@ -14,7 +14,7 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.inception import Inception
-from respodiff_jax.evaluation.picture_sets import Picture, check_pictures, given_pictures
+from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pictures
 from respodiff_jax.evaluation.results import Measured, Measurement
 
 

@@ -17,14 +17,8 @@ from respodiff_jax.evaluation import fairness, metrics, quality, safety
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.findings import Findings
-from respodiff_jax.evaluation.picture_sets import (
-    Picture,
-    Request,
-    check_folder,
-    check_pictures,
-    generate_pictures,
-    given_pictures,
-)
+from respodiff_jax.evaluation.picture_sets import Request, check_folder, generate_pictures
+from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pictures
 from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.suites import Suite

@@ -13,7 +13,7 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import classify
-from respodiff_jax.evaluation.picture_sets import Picture
+from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Suite
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
-from respodiff_jax.evaluation.picture_sets import UNREADABLE
+from respodiff_jax.evaluation.pictures import UNREADABLE
 from respodiff_jax.evaluation.report import charts
 from respodiff_jax.evaluation.report.glossary import readable
 from respodiff_jax.evaluation.report.markup import Markup, tag
