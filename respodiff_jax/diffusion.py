@@ -169,6 +169,21 @@ def ddim_step(
     return jnp.sqrt(next_alpha_bar) * z_0 + jnp.sqrt(1 - next_alpha_bar) * eps
 
 
+def interleave(*trees: Any) -> Any:
+    """Batches `(B, ...)` of n kinds as one `(n * B, ...)`, sample by sample.
+
+    So each device keeps its samples where XLA partitions a batch; with one kind behind the other it
+    would have to move them.
+    """
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *trees)
+
+
+def separate(tree: Any, count: int) -> tuple[Any, ...]:
+    """The inverse of `interleave` for `count` kinds."""
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), tree)
+    return tuple(jax.tree.map(lambda x, n=n: x[:, n], split) for n in range(count))
+
+
 def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
     """Classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`."""
     return uncond + guidance_scale * (cond - uncond)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from respodiff_jax.adapters import Adapter, select
 from respodiff_jax.backbone import Backbone, Conditioning
-from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step
+from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step, interleave, separate
 from respodiff_jax.modules import MidBlockModule, Steering, steer
 
 
@@ -85,8 +85,7 @@ def denoise(
 ) -> jax.Array:
     """The whole sampling loop, `z_T -> z_0`.
 
-    Each step asks the UNet once, with 2B samples. Conditional and unconditional halves alternate in
-    that batch, sample by sample, so that a batch sharded over devices stays where it is.
+    Each step asks the UNet once, with 2B samples.
 
     Args:
       backbone: the model's functions; its own `params` are not used.
@@ -103,31 +102,21 @@ def denoise(
       Latents `z_0`, float32 `(B, h, w, c)`.
     """
     guidance_scale = jnp.maximum(guidance_scale, 1.0)
-    both = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), cond, uncond)
+    uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
+    both = interleave(cond, uncond)
 
     def body(z_t, ddim_index):
         timestep = jnp.asarray(schedule.timesteps)[ddim_index]
         timesteps = jnp.broadcast_to(timestep, (2 * len(z_t),))
-        h, skips = backbone.encode(params, _interleave(z_t, z_t), timesteps, both)
+        h, skips = backbone.encode(params, interleave(z_t, z_t), timesteps, both)
         if steering is not None:
-            h_cond, h_uncond = _separate(h)
-            h = _interleave(steer(module, steering, h_cond), h_uncond)
-        output = cfg_combine(*_separate(backbone.decode(params, h, skips)), guidance_scale)
+            h_cond, h_uncond = separate(h, 2)
+            h = interleave(steer(module, steering, h_cond), h_uncond)
+        output = cfg_combine(*separate(backbone.decode(params, h, skips), 2), guidance_scale)
         return ddim_step(schedule, output, z_t, ddim_index), None
 
     z_0, _ = lax.scan(body, noise, jnp.arange(schedule.num_steps))
     return z_0
-
-
-def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`(B, ...)` twice -> `(2B, ...)`: a0, b0, a1, b1, ..."""
-    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
-
-
-def _separate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `_interleave`."""
-    pairs = x.reshape(len(x) // 2, 2, *x.shape[1:])
-    return pairs[:, 0], pairs[:, 1]
 
 
 def make_sampler(

@@ -258,12 +258,12 @@ def _guided_prediction(
     uncond = _repeat(concept.empty, len(prompt_index))
     timesteps = _timesteps(recipe.schedule, ddim_index, len(z_t), copies=2)
     h, skips = recipe.encode(
-        frozen, jnp.concatenate([z_t, z_t]), timesteps, _concatenate(cond, uncond)
+        frozen, diffusion.interleave(z_t, z_t), timesteps, diffusion.interleave(cond, uncond)
     )
-    h_cond, h_uncond = jnp.split(h, 2)
+    h_cond, h_uncond = diffusion.separate(h, 2)
     delta = recipe.module.delta(state.ram, h_cond) + recipe.module.delta(state.sam, h_cond)
-    output = recipe.decode(frozen, jnp.concatenate([add_delta(h_cond, delta), h_uncond]), skips)
-    return diffusion.cfg_combine(*jnp.split(output, 2), recipe.rollout_guidance_scale)
+    output = recipe.decode(frozen, diffusion.interleave(add_delta(h_cond, delta), h_uncond), skips)
+    return diffusion.cfg_combine(*diffusion.separate(output, 2), recipe.rollout_guidance_scale)
 
 
 def _concept_step(
@@ -300,13 +300,13 @@ def _concept_step(
     )
     timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=3)
     h_all, skips_all = recipe.encode(
-        frozen, jnp.concatenate([z_t] * 3), timesteps, _concatenate(*conditions)
+        frozen, diffusion.interleave(z_t, z_t, z_t), timesteps, diffusion.interleave(*conditions)
     )
-    outputs = jnp.split(recipe.decode(frozen, h_all, skips_all), 3)
+    outputs = diffusion.separate(recipe.decode(frozen, h_all, skips_all), 3)
     eps_neutral, eps_own, eps_empty = map(to_eps, outputs)
     output_empty = outputs[2]
     eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
-    h, skips = jax.tree.map(lambda x: x[:batch_size], (h_all, skips_all))
+    h, skips = diffusion.separate((h_all, skips_all), 3)[0]
 
     def loss_resp(ram):
         output = recipe.decode(frozen, add_delta(h, module.delta(ram, h)), skips)
@@ -369,7 +369,7 @@ def _update(recipe, grad, opt_state, params, learning_rate):
 def _timesteps(schedule, ddim_index, batch_size, copies=1) -> jax.Array:
     """The UNet's timesteps, int32 `(batch_size * copies,)`."""
     timesteps = jnp.asarray(schedule.timesteps)[ddim_index]
-    return jnp.tile(jnp.broadcast_to(timesteps, (batch_size,)), copies)
+    return jnp.repeat(jnp.broadcast_to(timesteps, (batch_size,)), copies)
 
 
 def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:
@@ -378,10 +378,6 @@ def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:
 
 def _repeat(condition: Conditioning, batch_size: int) -> Conditioning:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, *x.shape)), condition)
-
-
-def _concatenate(*conditions: Conditioning) -> Conditioning:
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *conditions)
 
 
 def _all_finite(tree) -> jax.Array:

@@ -61,6 +61,7 @@ def compilations():
     ("concepts", "strategy", "fsdp", "rollout"),
     [
         ([WOMAN], "pmap", False, "streaming"),
+        ([WOMAN, VIOLENCE], "mesh", False, "streaming"),
         ([WOMAN, VIOLENCE], "mesh", True, "faithful"),
     ],
 )
