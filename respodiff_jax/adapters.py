@@ -129,15 +129,12 @@ class Adapter:
         return Steering(self.ram, self.sam, weights * ram, weights * sam)
 
 
-def save_adapter(
-    adapter: Adapter, directory: str | os.PathLike, training: Mapping[str, Any] | None = None
-) -> None:
+def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
     """Writes an adapter directory, made if it does not exist; an older adapter in it is replaced.
 
     Args:
       adapter: what to save.
       directory: where to.
-      training: a JSON-able training summary, instead of the adapter's own.
 
     Raises:
       ValueError: for parameters beyond the range of the dtype, and concepts of several kinds.
@@ -176,7 +173,7 @@ def save_adapter(
                 adapter.concepts, slugs, adapter.default_scales, strict=True
             )
         ],
-        "training": adapter.training if training is None else training,
+        "training": adapter.training,
         "metrics": adapter.metrics,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

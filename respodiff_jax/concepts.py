@@ -7,6 +7,7 @@ prompt of the training target (paper, section 4.2). Concepts that are alternativ
 """
 
 import dataclasses
+import numbers
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,10 +62,11 @@ class Concept:
             )
         prompt_field = "target_prompt" if self.unsafe_prompt is None else "unsafe_prompt"
         check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty Unicode prompt")
-        check(self.guidance_scale > 0, "guidance_scale", "a positive number")
-        check(self.lambda_sem >= 0, "lambda_sem", "zero or a positive number")
-        check(self.lr_ram >= 0, "lr_ram", "zero or a positive number")
-        check(self.lr_sam >= 0, "lr_sam", "zero or a positive number")
+        scale = self.guidance_scale
+        check(_is_number(scale) and scale > 0, "guidance_scale", "a positive number")
+        for field in ("lambda_sem", "lr_ram", "lr_sam"):
+            value = getattr(self, field)
+            check(_is_number(value) and value >= 0, field, "zero or a positive number")
 
     @property
     def is_safety(self) -> bool:
@@ -108,6 +110,11 @@ class Concept:
         neutral_prompts = fields["neutral_prompts"]
         if isinstance(neutral_prompts, str):
             neutral_prompts = (neutral_prompts,)
+        if not isinstance(neutral_prompts, Sequence):
+            raise ValueError(
+                f"concept {label!r}: neutral_prompts is {neutral_prompts!r}, expected a text or a"
+                " list of texts"
+            )
         return cls(**dict(fields) | {"neutral_prompts": tuple(neutral_prompts)})
 
 
@@ -132,6 +139,10 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
                 " the keys of adapters and random streams; rename one"
             )
         seen[concept.stream] = concept.name
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:

@@ -55,7 +55,6 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def grid(
     rows: Sequence[Sequence[np.ndarray]],
     row_labels: Sequence[str] | None = None,
-    column_labels: Sequence[str] | None = None,
     captions: Sequence[Sequence[str]] | None = None,
     *,
     title: str | None = None,
@@ -67,7 +66,6 @@ def grid(
     Args:
       rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; may be one array.
       row_labels: one text per row, to its left, wrapped.
-      column_labels: one text per column, above it.
       captions: one short text per image, under it; nested as `rows`.
       title: a line above all.
       rows_per_group: how many consecutive rows belong together, a wider gap parting groups; None
@@ -85,7 +83,6 @@ def grid(
         raise ValueError(f"grid rows have {[len(row) for row in rows]} images, expected equal rows")
     for what, found, expected in (
         ("row_labels", row_labels, [len(rows)]),
-        ("column_labels", column_labels, [columns]),
         ("captions", captions, [len(rows), columns]),
     ):
         if found is not None and list(np.shape(found)) != expected:
@@ -101,10 +98,9 @@ def grid(
     line = round(text_size * 1.3)
     caption_h = 0 if captions is None else round(line * 0.95)
 
-    column_texts = [_wrap(text, font, tile_w, 2) for text in column_labels or ()]
     left = margin + (tile_w + margin if row_labels is not None else 0)
     title_h = 0 if title is None else line + gap
-    top = margin + title_h + line * max(map(len, column_texts), default=0)
+    top = margin + title_h
     lefts = [left + column * (tile_w + gap) for column in range(columns)]
     row_h, extra_gap = tile_h + caption_h + gap, group_gap - gap
     group = rows_per_group or len(rows)
@@ -115,10 +111,6 @@ def grid(
 
     if title is not None:
         draw.text((margin, margin), _wrap(title, font, size[0] - 2 * margin, 1)[0], _INK, font)
-    for x, lines in zip(lefts, column_texts, strict=False):
-        for i, text in enumerate(lines):
-            y = top - line * (len(lines) - i)
-            draw.text((x + tile_w / 2, y), text, _INK, font, anchor="ma")
     for y, label in zip(tops, row_labels or (), strict=False):
         lines = _wrap(label, font, tile_w, max(tile_h // line, 1))
         for i, text in enumerate(lines):

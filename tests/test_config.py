@@ -127,7 +127,9 @@ def test_a_config_without_concepts_is_refused(tmp_path):
         ({"unsafe_prompt": "violence"}, "give exactly one"),
         ({"target_prompt": None}, "give exactly one"),
         ({"guidance_scale": 0.0}, "guidance_scale is 0.0"),
+        ({"guidance_scale": "4"}, "guidance_scale is '4', expected a positive number"),
         ({"lr_ram": -1.0}, "lr_ram is -1.0"),
+        ({"lambda_sem": True}, "lambda_sem is True"),
     ],
 )
 def test_wrong_concepts_are_named(fields, message):
@@ -141,5 +143,7 @@ def test_concepts_round_trip_and_name_unknown_fields():
         Concept.from_dict(WOMAN.to_dict() | {"lr": 1.0})
     with pytest.raises(ValueError, match=r"missing fields \['group'\]"):
         Concept.from_dict({"name": "a woman", "neutral_prompts": ["a person"]})
+    with pytest.raises(ValueError, match="neutral_prompts is 5, expected a text or a list"):
+        Concept.from_dict(WOMAN.to_dict() | {"neutral_prompts": 5})
     with pytest.raises(ValueError, match="duplicates"):
         validate_concepts([WOMAN, WOMAN])
