@@ -66,8 +66,8 @@ def make_placement(
         raise ValueError(
             f"train.batch_size is {batch_size}, expected a multiple of {data_shards}:"
             f" {devices.size} devices and {num_concepts} concept(s) in {concept_shards} shard(s)"
-            f" leave {data_shards} devices to share the batch of each; change train.batch_size or"
-            " the number of devices"
+            f" leave {data_shards} devices to share the batch of each; change the number of devices"
+            " or, of a new workdir, train.batch_size"
         )
     mesh = Mesh(devices.reshape(concept_shards, data_shards), ("concept", "data"))
     if strategy == "pmap":

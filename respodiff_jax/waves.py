@@ -103,7 +103,8 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
 def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Wave]:
     """The waves of a job, in order.
 
-    A directory that has been begun keeps its waves, on whatever number of devices it is continued.
+    A directory that has been begun keeps its waves on other devices, which have to be able to share
+    its batch.
 
     Raises:
       ValueError: if the directory was begun with another number of concepts.
