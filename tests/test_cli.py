@@ -80,11 +80,11 @@ def test_a_second_start_finds_what_the_first_has_compiled(tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "export", "inspect", "import", "push"])
+@pytest.mark.parametrize("verb", cli._VERBS)
 def test_each_verb_has_help_with_examples(verb, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([verb, "--help"])
-    assert capsys.readouterr().out.count(f"respodiff {verb}") >= 3
+    assert capsys.readouterr().out.count(f"respodiff {verb}") >= 2  # usage, and an example
 
 
 def test_python_m_is_the_command():

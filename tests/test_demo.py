@@ -51,6 +51,6 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_the_package_brings_its_model():
-    backbone = load_backbone("emoji-world")
+    backbone = load_backbone("emoji-world", abstract=True)
     assert backbone.default_resolution == 64
     assert backbone.scheduler_config["prediction_type"] == "epsilon"

@@ -10,7 +10,7 @@ import pytest
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from respodiff_jax.backbone import clip as clip_lib
-from respodiff_jax.backbone import load_backbone, load_clip
+from respodiff_jax.backbone import load_backbone, load_clip, local_folder
 from respodiff_jax.backbone.flax_models import FlaxUNet2DConditionModel
 from respodiff_jax.emoji import (
     autoencoder,
@@ -19,7 +19,6 @@ from respodiff_jax.emoji import (
     denoiser,
     export,
     loop,
-    tokenizer,
     train,
     vocabulary,
     world,
@@ -28,10 +27,8 @@ from respodiff_jax.evaluation.suites import load_suite
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.write_tokenizer(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+def words():
+    return CLIPTokenizer.from_pretrained(local_folder("emoji-world") / "tokenizer")
 
 
 def _random(init, seed):
