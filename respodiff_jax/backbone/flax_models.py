@@ -1,8 +1,9 @@
 """The Flax classes of diffusers and transformers, built from a pipeline's config files.
 
-The only file that imports them, so that a replacement UNet, VAE or text tower is a change of this
-file. The Flax classes ignore options that their PyTorch siblings obey; here such options are
-refused by name, so that a model that would silently compute something else is never run.
+The only file that imports them, but for CLIP's, which judges pictures (`clip.py`): a replacement
+UNet, VAE or text tower is a change of this file. The Flax classes ignore options that their PyTorch
+siblings obey; here such options are refused by name, so that a model that would silently compute
+something else is never run.
 """
 
 import logging

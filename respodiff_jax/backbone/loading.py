@@ -35,8 +35,8 @@ def load_backbone(
       attention: of UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), "auto", or
         "stock", diffusers' own.
       cache_dir: instead of the default Hugging Face cache, or the cache of copies from gs://.
-      abstract: read configs and tokenizers only; `params` are `ShapeDtypeStruct`s. For checking
-        whether all fits together before the weights are read.
+      abstract: `params` are `ShapeDtypeStruct`s. For checking whether all fits together before the
+        weights are loaded; they are fetched all the same, since the identity has their digest.
 
     Returns:
       The `Backbone`, with its parameters as numpy arrays. Its identity records the snapshot's

@@ -1,8 +1,8 @@
 """`respodiff compile`: what a job costs on a TPU, found by compiling it where there is none.
 
 `topologies.py` knows the chips, `programs.py` lowers what `train` and `generate` run, from shapes
-alone, `hlo.py` reads the collectives of a compiled program, `analysis.py` makes numbers of it, and
-`report.py` keeps and shows them; `run.py` is the job.
+alone, `hlo.py` reads collectives, kernels and memory traffic of a compiled program, `analysis.py`
+makes numbers of it, and `report.py` shows them; `run.py` is the job.
 """
 
 from respodiff_jax.compiling.run import Job, compile_jobs
