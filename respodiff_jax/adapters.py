@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from respodiff_jax.adapter_files import (
@@ -39,7 +38,7 @@ from respodiff_jax.adapter_files import (
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.concepts import Concept, validate_concepts
 from respodiff_jax.modules import KINDS, SUM, MidBlockModule, Params, Steering
-from respodiff_jax.storage import open_path
+from respodiff_jax.storage import open_path, write_whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,7 +181,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
     directory = open_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        _replace(directory / name, content)
+        write_whole(directory / name, content)
 
 
 def load_adapter(directory: str | os.PathLike) -> Adapter:
@@ -371,10 +370,3 @@ def _slugs(names: Sequence[str]) -> list[str]:
             slug, number = f"{base}-{number}", number + 1
         slugs.append(slug)
     return slugs
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that it is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

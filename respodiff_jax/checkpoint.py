@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.concepts import Concept
 from respodiff_jax.modules import MidBlockModule, Params
-from respodiff_jax.storage import is_remote, open_path
+from respodiff_jax.storage import is_remote, open_path, write_whole
 from respodiff_jax.train_step import TrainState
 
 # Options that do not change what is trained; they may differ when a run is continued. (The concepts
@@ -76,10 +76,8 @@ class RunRecord:
             raise ValueError(f"{path} is not a run record that this version can read: {e}") from e
 
     def write(self, workdir: epath.PathLike) -> None:
-        path = epath.Path(workdir) / "run.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        partial.replace(path)
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        write_whole(epath.Path(workdir) / "run.json", text)
 
     def summary(self, step: int) -> dict[str, Any]:
         """How an adapter of this run was trained, for its config."""

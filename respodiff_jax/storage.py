@@ -72,6 +72,13 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     return out
 
 
+def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:
+    """Writes a file so that it is never seen half-written, and an older one is kept until then."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+
+
 def append_text(path: epath.Path, text: str) -> None:
     """Adds text to the end of a file, which is made if it does not exist.
 

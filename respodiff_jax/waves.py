@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, with_concepts
-from respodiff_jax.storage import open_path
+from respodiff_jax.storage import open_path, write_whole
 
 OUTCOMES_FILE = "outcomes.jsonl"
 _PLAN_FILE = "waves.json"
@@ -219,6 +219,4 @@ def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,6 @@
 """The stages' training loop: data-parallel, checkpointed, resumable, seeded."""
 
 import concurrent.futures
-import os
 import pathlib
 import time
 
@@ -10,14 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from respodiff_jax.storage import write_whole
+
 
 def save_tree(path, tree):
     """Writes a pytree of arrays as msgpack; the file appears whole or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(flax.serialization.to_bytes(jax.device_get(tree)))
-    os.replace(partial, path)
+    write_whole(path, flax.serialization.to_bytes(jax.device_get(tree)))
 
 
 def load_tree(path, like):

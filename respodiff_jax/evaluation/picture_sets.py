@@ -19,9 +19,9 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.evaluation.pictures import Picture
-from respodiff_jax.evaluation.results import write_whole
 from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.sampling import SamplerOptions, default_batch_size, sample_images
+from respodiff_jax.storage import write_whole
 
 PLAN_FILE = "plan.json"
 

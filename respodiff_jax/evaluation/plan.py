@@ -64,7 +64,7 @@ class Plan:
         for attribute, shares in self.target.items():
             # Written so that NaN does not pass.
             total = sum(shares.values())
-            if not (abs(total - 1) <= 1e-3 and all(share >= 0 for share in shares.values())):
+            if not (abs(total - 1) <= 5e-3 and all(share >= 0 for share in shares.values())):
                 raise ValueError(
                     f"target of {attribute} is {dict(shares)}, together {total:g}; expected shares"
                     " of 1, none below 0"

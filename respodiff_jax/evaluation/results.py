@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from respodiff_jax.storage import write_whole
+
 SCHEMA_VERSION = 2  # 2: `change`; prompts by protocol, accuracy by value, pictures per caption
 RESULTS_FILE = "results.json"
 PER_IMAGE_FILE = "per_image.csv"
@@ -101,13 +103,6 @@ def save_results(results: Results, out: str | os.PathLike) -> None:
     content = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(results)
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_whole(pathlib.Path(out) / RESULTS_FILE, text)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, and over an older one at the last moment."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
 
 
 def load_results(folder: str | os.PathLike) -> Results:

@@ -15,7 +15,8 @@ from respodiff_jax.evaluation.report.markup import (
     table,
     tag,
 )
-from respodiff_jax.evaluation.results import Measurement, Results, load_results, write_whole
+from respodiff_jax.evaluation.results import Measurement, Results, load_results
+from respodiff_jax.storage import write_whole
 
 OPEN_SUBJECTS = 4  # the others' pictures are folded away
 PHONE_COLUMNS = 3  # cells of a row of numbers side by side

@@ -24,8 +24,8 @@ from respodiff_jax.evaluation.results import (
     Results,
     load_per_image,
     load_results,
-    write_whole,
 )
+from respodiff_jax.storage import write_whole
 
 REPORT_FILE = "report.html"
 OPEN_SUBJECTS = 4  # the others' pictures are folded away
