@@ -169,19 +169,32 @@ def ddim_step(
     return jnp.sqrt(next_alpha_bar) * z_0 + jnp.sqrt(1 - next_alpha_bar) * eps
 
 
-def interleave(*trees: Any) -> Any:
-    """Batches `(B, ...)` of n kinds as one `(n * B, ...)`, sample by sample.
+def join(*trees: Any, shards: int) -> Any:
+    """Batches `(B, ...)` of n kinds as one `(n * B, ...)`.
 
-    So each device keeps its samples where XLA partitions a batch; with one kind behind the other it
-    would have to move them.
+    Args:
+      trees: one for each kind.
+      shards: of the batch, each of which is a device's: within a shard one kind is behind the
+        other. So every device keeps its samples where XLA partitions the batch.
     """
-    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *trees)
+
+    def joined(*xs):
+        parts = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+        return jnp.stack(parts, axis=1).reshape(-1, *xs[0].shape[1:])
+
+    return jax.tree.map(joined, *trees)
 
 
-def separate(tree: Any, count: int) -> tuple[Any, ...]:
-    """The inverse of `interleave` for `count` kinds."""
-    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), tree)
-    return tuple(jax.tree.map(lambda x, n=n: x[:, n], split) for n in range(count))
+def part(tree: Any, count: int, shards: int) -> tuple[Any, ...]:
+    """The inverse of `join` for `count` kinds."""
+
+    def kind(n):
+        return jax.tree.map(
+            lambda x: x.reshape(shards, count, -1, *x.shape[1:])[:, n].reshape(-1, *x.shape[1:]),
+            tree,
+        )
+
+    return tuple(map(kind, range(count)))
 
 
 def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:

@@ -308,6 +308,7 @@ class MeshPlacement(Placement):
         return P(*[None] * axis, *_BY_DEVICE)
 
     def prepare(self, recipe):
+        recipe = dataclasses.replace(recipe, batch_shards=self.data_shards)
         if not self.fsdp:
             return recipe
         return dataclasses.replace(

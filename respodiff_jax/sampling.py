@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from respodiff_jax.adapters import Adapter, select
 from respodiff_jax.backbone import Backbone, Conditioning
-from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step, interleave, separate
+from respodiff_jax.diffusion import Schedule, cfg_combine, ddim_step, join, part
 from respodiff_jax.modules import MidBlockModule, Steering, steer
 
 
@@ -103,16 +103,18 @@ def denoise(
     """
     guidance_scale = jnp.maximum(guidance_scale, 1.0)
     uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
-    both = interleave(cond, uncond)
+    # On however many devices the batch is, each has whole samples.
+    shards = len(noise)
+    both = join(cond, uncond, shards=shards)
 
     def body(z_t, ddim_index):
         timestep = jnp.asarray(schedule.timesteps)[ddim_index]
         timesteps = jnp.broadcast_to(timestep, (2 * len(z_t),))
-        h, skips = backbone.encode(params, interleave(z_t, z_t), timesteps, both)
+        h, skips = backbone.encode(params, join(z_t, z_t, shards=shards), timesteps, both)
         if steering is not None:
-            h_cond, h_uncond = separate(h, 2)
-            h = interleave(steer(module, steering, h_cond), h_uncond)
-        output = cfg_combine(*separate(backbone.decode(params, h, skips), 2), guidance_scale)
+            h_cond, h_uncond = part(h, 2, shards)
+            h = join(steer(module, steering, h_cond), h_uncond, shards=shards)
+        output = cfg_combine(*part(backbone.decode(params, h, skips), 2, shards), guidance_scale)
         return ddim_step(schedule, output, z_t, ddim_index), None
 
     z_0, _ = lax.scan(body, noise, jnp.arange(schedule.num_steps))

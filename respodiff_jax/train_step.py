@@ -86,6 +86,8 @@ class Recipe:
       rollout_guidance_scale: guidance of the neutral trajectories.
       optimizer: gradient transformation, up to the factor `-learning_rate`.
       ema_decay: of the moving averages, or None.
+      batch_shards: devices that share the batch where XLA partitions the step, see
+        `diffusion.join`.
     """
 
     encode: Callable
@@ -97,6 +99,7 @@ class Recipe:
     rollout_guidance_scale: float
     optimizer: optax.GradientTransformation
     ema_decay: float | None
+    batch_shards: int = 1
 
     @classmethod
     def from_config(
@@ -256,14 +259,14 @@ def _guided_prediction(
     """The model's guided output with RAM and SAM on the conditional half only; of one concept."""
     cond = _pick(concept.neutral, prompt_index)
     uncond = _repeat(concept.empty, len(prompt_index))
-    timesteps = _timesteps(recipe.schedule, ddim_index, len(z_t), copies=2)
-    h, skips = recipe.encode(
-        frozen, diffusion.interleave(z_t, z_t), timesteps, diffusion.interleave(cond, uncond)
-    )
-    h_cond, h_uncond = diffusion.separate(h, 2)
+    join = partial(diffusion.join, shards=recipe.batch_shards)
+    t = _timesteps(recipe.schedule, ddim_index, len(z_t))
+    h, skips = recipe.encode(frozen, join(z_t, z_t), join(t, t), join(cond, uncond))
+    h_cond, h_uncond = diffusion.part(h, 2, recipe.batch_shards)
     delta = recipe.module.delta(state.ram, h_cond) + recipe.module.delta(state.sam, h_cond)
-    output = recipe.decode(frozen, diffusion.interleave(add_delta(h_cond, delta), h_uncond), skips)
-    return diffusion.cfg_combine(*diffusion.separate(output, 2), recipe.rollout_guidance_scale)
+    output = recipe.decode(frozen, join(add_delta(h_cond, delta), h_uncond), skips)
+    outputs = diffusion.part(output, 2, recipe.batch_shards)
+    return diffusion.cfg_combine(*outputs, recipe.rollout_guidance_scale)
 
 
 def _concept_step(
@@ -298,15 +301,15 @@ def _concept_step(
         _repeat(concept.own, batch_size),
         _repeat(concept.empty, batch_size),
     )
-    timesteps = _timesteps(recipe.schedule, draw.ddim_index, batch_size, copies=3)
-    h_all, skips_all = recipe.encode(
-        frozen, diffusion.interleave(z_t, z_t, z_t), timesteps, diffusion.interleave(*conditions)
-    )
-    outputs = diffusion.separate(recipe.decode(frozen, h_all, skips_all), 3)
+    t = _timesteps(recipe.schedule, draw.ddim_index, batch_size)
+    join = partial(diffusion.join, shards=recipe.batch_shards)
+    h_all, skips_all = recipe.encode(frozen, join(z_t, z_t, z_t), join(t, t, t), join(*conditions))
+    predictions = recipe.decode(frozen, h_all, skips_all)
+    outputs = diffusion.part(predictions, 3, recipe.batch_shards)
     eps_neutral, eps_own, eps_empty = map(to_eps, outputs)
     output_empty = outputs[2]
     eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
-    h, skips = diffusion.separate((h_all, skips_all), 3)[0]
+    h, skips = diffusion.part((h_all, skips_all), 3, recipe.batch_shards)[0]
 
     def loss_resp(ram):
         output = recipe.decode(frozen, add_delta(h, module.delta(ram, h)), skips)
@@ -366,10 +369,9 @@ def _update(recipe, grad, opt_state, params, learning_rate):
     return optax.apply_updates(params, updates), opt_state
 
 
-def _timesteps(schedule, ddim_index, batch_size, copies=1) -> jax.Array:
-    """The UNet's timesteps, int32 `(batch_size * copies,)`."""
-    timesteps = jnp.asarray(schedule.timesteps)[ddim_index]
-    return jnp.repeat(jnp.broadcast_to(timesteps, (batch_size,)), copies)
+def _timesteps(schedule, ddim_index, batch_size) -> jax.Array:
+    """The UNet's timesteps, int32 `(batch_size,)`."""
+    return jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (batch_size,))
 
 
 def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:
