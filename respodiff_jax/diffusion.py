@@ -180,7 +180,7 @@ def join(*trees: Any, shards: int) -> Any:
 
     def joined(*xs):
         parts = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
-        return jnp.stack(parts, axis=1).reshape(-1, *xs[0].shape[1:])
+        return jnp.concatenate(parts, axis=1).reshape(-1, *xs[0].shape[1:])
 
     return jax.tree.map(joined, *trees)
 
@@ -188,13 +188,12 @@ def join(*trees: Any, shards: int) -> Any:
 def part(tree: Any, count: int, shards: int) -> tuple[Any, ...]:
     """The inverse of `join` for `count` kinds."""
 
-    def kind(n):
-        return jax.tree.map(
-            lambda x: x.reshape(shards, count, -1, *x.shape[1:])[:, n].reshape(-1, *x.shape[1:]),
-            tree,
-        )
+    def kinds(x):
+        parts = jnp.split(x.reshape(shards, -1, *x.shape[1:]), count, axis=1)
+        return [p.reshape(-1, *x.shape[1:]) for p in parts]
 
-    return tuple(map(kind, range(count)))
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(map(structure.unflatten, zip(*map(kinds, leaves), strict=True)))
 
 
 def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
