@@ -44,8 +44,8 @@ def check_local(path: PathLike, what: str) -> None:
     """
     if is_remote(path):
         raise ValueError(
-            f"{what} {os.fspath(path)} is on Google Cloud Storage, where only training writes; give"
-            " a folder of this machine, and copy it with: gcloud storage cp -r"
+            f"{what} {os.fspath(path)} is on Google Cloud Storage, where only train and export"
+            " write; give a folder of this machine, and copy it with: gcloud storage cp -r"
         )
 
 

@@ -133,8 +133,8 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
         if shares[value] > 0 and len(found) != 1:
             raise ValueError(
                 f"target of {group}: {value!r} is to have {shares[value]:g} of the pictures and"
-                f" fits the concepts {found} of {list(names)}, expected exactly one; give the"
-                " adapter of one concept a value, or a target that it can reach"
+                f" fits the concepts {found} of {list(names)}, expected exactly one; use an"
+                " adapter with one concept for each value, or a target that this one can reach"
             )
     share_of = {name: shares[value] for value, found in concepts.items() for name in found}
     return [share_of[name] for name in names]
