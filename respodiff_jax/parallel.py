@@ -22,7 +22,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -319,27 +318,35 @@ class MeshPlacement(Placement):
         """`apply(frozen, ...)` in which each layer gathers its parameters when its input is there.
 
         A barrier ties the gathering to the input: otherwise XLA gathers early, and shares what it
-        gathered between passes, until the whole model is in memory after all. The backward pass
-        gathers again.
+        gathered between passes, until the whole model is in memory after all. For the same reason
+        each layer is a checkpoint of its own: the backward pass gathers again.
         """
-        replicated = NamedSharding(self.mesh, P())
+
+        def gathered(x):
+            # Sharded up to here: XLA lets the barrier have what comes behind it.
+            for spec in (self.frozen_spec(x.shape), P()):
+                x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+            return x
 
         def gather(next_function, args, kwargs, context):
             layer = context.module
             inside = isinstance(layer.parent, nn.Module)  # of a model, not gathered and applied
             if not isinstance(layer, nn.Conv | nn.Dense) or not inside:
                 return next_function(*args, **kwargs)
-            params, x = jax.lax.optimization_barrier((layer.variables["params"], args[0]))
-            params = jax.lax.with_sharding_constraint(params, replicated)
-            params = checkpoint_name(params, "gathered")
-            return layer.clone(parent=None).apply({"params": params}, x, *args[1:], **kwargs)
 
-        def gather_and_apply(*args):
+            @jax.checkpoint
+            def gather_and_apply(params, x):
+                params = jax.tree.map(gathered, params)
+                return layer.clone(parent=None).apply({"params": params}, x, *args[1:], **kwargs)
+
+            params, x = jax.lax.optimization_barrier((layer.variables["params"], args[0]))
+            return gather_and_apply(jax.lax.stop_gradient(params), x)
+
+        def apply_gathering(*args):
             with nn.intercept_methods(gather):
                 return apply(*args)
 
-        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        return jax.checkpoint(gather_and_apply, policy=policy)
+        return apply_gathering
 
     def place_concepts(self, concepts):
         return jax.tree.map(lambda x: self._put(x, P("concept")), concepts)

@@ -1,5 +1,7 @@
 """The same adapters on one device and on eight, under both strategies."""
 
+import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -85,6 +87,29 @@ def test_fsdp_shards_the_frozen_parameters(tiny_backbone):
     )
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert held < 1.1 * whole / jax.device_count()
+
+
+def test_fsdp_gathers_again_for_the_backward_pass(tiny_backbone):
+    """Not once for both, which would keep what was gathered in between."""
+    recipe, arrays, _, _ = setup(tiny_backbone, [WOMAN], BATCH)
+    placement = parallel.make_placement("mesh", 1, BATCH, fsdp=True)
+    recipe = placement.prepare(recipe)
+    frozen = placement.place_frozen({"unet": tiny_backbone.params["unet"]})
+    z_t, t = jnp.zeros((BATCH, *recipe.latent_shape)), jnp.zeros(BATCH, jnp.int32)
+    conds = jax.tree.map(lambda x: jnp.repeat(x, BATCH, axis=0), arrays.own)
+    h, skips = jax.eval_shape(recipe.encode, frozen, z_t, t, conds)
+
+    def gathered_convolutions(function):
+        program = jax.jit(function).lower(frozen, h, skips).compile().as_text()
+        shapes = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather\(", program)
+        return Counter(shape for shape in shapes if shape.count(",") == 3)
+
+    def loss(frozen, h, skips):
+        return jnp.sum(recipe.decode(frozen, h, skips) ** 2)
+
+    forward = gathered_convolutions(recipe.decode)
+    assert forward.total() > 10
+    assert gathered_convolutions(jax.grad(loss, argnums=1)) == forward + forward
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
