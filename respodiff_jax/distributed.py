@@ -1,6 +1,7 @@
 """A process of a job: it joins the others, stops with them, and leaves when it fails."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -73,6 +74,9 @@ class Preemption:
     One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
     """
 
+    # Of the process, whose service remembers how far it was asked: a run may begin at any step.
+    _asked = itertools.count(1)
+
     def __enter__(self) -> "Preemption":
         self._signalled = False
         if jax.process_count() == 1:
@@ -86,10 +90,10 @@ class Preemption:
     def _on_signal(self, signum, frame) -> None:
         self._signalled = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; call it at each."""
+    def reached(self) -> bool:
+        """Whether to stop after this step; all processes have to call it at each."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(self._asked))
         return self._signalled
 
 

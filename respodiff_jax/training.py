@@ -233,7 +233,7 @@ class _Job:
                     # Two steps under way keep the devices busy; more would delay a stop.
                     jax.block_until_ready(pending[-3:-2])
 
-                    stopped = preemption.reached(wave.first_step + step)
+                    stopped = preemption.reached()
                     last = step == steps or stopped
                     saving = last or checkpoints.due(step)
                     drawing = grids and (last or step % config.log.grid_every == 0) and not stopped

@@ -39,7 +39,6 @@ class Wave:
       config: the job's, with these concepts.
       concepts: of the wave.
       size: concepts in the training state; those past `len(concepts)` are copies of the last.
-      first_step: steps of the job that come before the wave's.
       label: "" for a single wave, else what to call it.
     """
 
@@ -47,7 +46,6 @@ class Wave:
     config: ConfigDict
     concepts: tuple[Concept, ...]
     size: int
-    first_step: int = 0
     label: str = ""
 
     @property
@@ -131,7 +129,6 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
             config=with_concepts(bare, part),
             concepts=part,
             size=size,
-            first_step=number * config.train.steps,
             label=f"wave {number + 1} of {len(parts)}",
         )
         for number, part in enumerate(parts)

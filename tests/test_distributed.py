@@ -169,19 +169,52 @@ with distributed.leaving_on_error():
 """
 
 
+STOPPING = """
+import os, signal, sys, time
+import jax
+from respodiff_jax import distributed
+port, process_id = map(int, sys.argv[1:])
+distributed.initialize(f"localhost:{port}", 2, process_id)
+from jax.experimental import multihost_utils
+with distributed.Preemption() as preemption:
+    if process_id == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # until the service has told both
+    for step in range(3000, 3050):
+        time.sleep(0.1)
+        if preemption.reached():
+            print(f"stopped after step {step}")
+            break
+multihost_utils.sync_global_devices("done")
+"""
+
+
+def test_processes_agree_to_stop_although_told_before_the_first_step():
+    texts = ["".join(text) for _, text in pair(STOPPING)]
+    steps = [re.search(r"stopped after step (\d+)", text)[1] for text in texts]
+    assert steps[0] == steps[1]
+
+
 def test_a_process_that_fails_does_not_wait_for_those_that_wait_for_it():
+    (first, _), (second, texts) = pair(LEAVING)  # JAX's own is 300 s
+    assert second == 2 and "no space left on this host" in "".join(texts)
+    assert first != 0
+
+
+def pair(program):
+    """Exit status and output of two processes that run a program together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVING, str(port), str(number)],
+            [sys.executable, "-c", program, str(port), str(number)],
             cwd=ROOT,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for number in range(2)
     ]
-    texts = [process.communicate(timeout=240)[1] for process in processes]  # JAX's is 300 s
-    assert processes[1].returncode == 2 and "no space left on this host" in texts[1]
-    assert processes[0].returncode != 0
+    texts = [process.communicate(timeout=240) for process in processes]
+    return [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
