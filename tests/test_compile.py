@@ -268,8 +268,11 @@ def test_the_command_compiles_once_and_keeps_what_it_found(
     assert (tmp_path / "table.md").read_text().count("random/tiny") == 2
 
 
+@pytest.mark.parametrize(
+    ("concepts", "tried", "largest"), [(1, [2, 10, 11], 10), (16, [2, 5, 6], 5)]
+)
 def test_the_largest_batch_is_found_by_what_its_programs_take(
-    tmp_path, on_these_devices, monkeypatch, capsys
+    concepts, tried, largest, tmp_path, on_these_devices, monkeypatch, capsys
 ):
     def analyse(program, chip):  # a tenth of the memory for each sample
         result = make_entry()["result"]
@@ -280,13 +283,19 @@ def test_the_largest_batch_is_found_by_what_its_programs_take(
     (tmp_path / "config.py").write_text(CONFIG)
     argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
     argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
+    row = {"group": "gender", "target_prompt": "a man", "neutral_prompts": ["a person"]}
+    rows = [row | {"name": f"man {number}"} for number in range(concepts)]
+    (tmp_path / "concepts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv += ["--concepts", str(tmp_path / "concepts.jsonl")]
     assert cli.main([*argv, "--largest-batch"]) == 0
     out = capsys.readouterr().out
-    assert "  10 samples a concept (1: 1.57 GiB, " in out
+    smallest = {1: "1.57", 16: "3.15"}[concepts]  # one sample of each of a chip's concepts
+    assert f"  {largest} samples a concept (1: {smallest} GiB, " in out
     # That of one sample has been compiled.
-    assert re.findall(r"trying a batch of (\d+)", out) == ["2", "10", "11"]
+    assert re.findall(r"trying a batch of (\d+)", out) == [str(batch) for batch in tried]
     _, found = json.loads((tmp_path / "out" / "compile.json").read_text())
-    assert found["result"]["exact"] and set(found["result"]["tried"]) == {"1", "2", "10", "11"}
+    assert found["result"]["exact"]
+    assert set(found["result"]["tried"]) == {str(batch) for batch in (1, *tried)}
 
 
 def test_a_cache_gets_the_program_though_its_result_is_known(

@@ -89,7 +89,9 @@ def compile_jobs(
         if entry is None or (again and job.step != LARGEST):
             say(f"compiling {job.step} of {config.model.name} for {topology.name}")
             if job.step == LARGEST:
-                result = _largest_batch(config, backbone, topology, _sizes(description, known), say)
+                step = description | {"step": "train"}
+                found = next((e["result"] for e in known if e["job"] == step), None)
+                result = _largest_batch(config, backbone, topology, found, say)
             else:
                 result = analyse(_program(job.step, config, backbone, topology), topology.chip)
             new = {
@@ -168,28 +170,24 @@ def _program(
     return make(config, backbone, topology.devices)
 
 
-def _sizes(job: dict[str, Any], known: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """Batch per device -> bytes a chip needs, where the job's training step has been compiled."""
-    found = [entry["result"] for entry in known if entry["job"] == job | {"step": "train"}]
-    return {result["batch_per_device"]: result["memory"]["total"] for result in found}
-
-
 def _largest_batch(
     config: ConfigDict,
     backbone: Backbone,
     topology: Topology,
-    sizes: dict[int, int],
+    step: dict[str, Any] | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    """The largest batch of each concept; `step` is the result of the config's, if it is known."""
     shards = programs.data_shards(config, len(topology.devices))
+    first = config.train.batch_size // shards
 
     def required(batch_per_device: int) -> int:
-        if batch_per_device not in sizes:
-            say(f"trying a batch of {batch_per_device}")
-            config.train.batch_size = batch_per_device * shards
-            program = _program("train", config, backbone, topology)
-            program = dataclasses.replace(program, lower_body=None, repeats=None)
-            sizes[batch_per_device] = analyse(program, topology.chip)["memory"]["total"]
-        return sizes[batch_per_device]
+        if step is not None and batch_per_device == first:
+            return step["memory"]["total"]
+        say(f"trying a batch of {batch_per_device}")
+        config.train.batch_size = batch_per_device * shards
+        program = _program("train", config, backbone, topology)
+        program = dataclasses.replace(program, lower_body=None, repeats=None)
+        return analyse(program, topology.chip)["memory"]["total"]
 
-    return largest_batch(required, topology.chip.hbm, config.train.batch_size // shards)
+    return largest_batch(required, topology.chip.hbm, first)
