@@ -97,8 +97,19 @@ class Preemption:
         return self._signalled
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, under `JAX_COMPILATION_CACHE_DIR` or the user's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+def enable_compilation_cache(folder: str | None = None) -> None:
+    """Keeps compiled programs on disk.
+
+    A program is found again by its hash. JAX leaves source locations out of it, but not those
+    inside Pallas kernels, where they would tell one installation from another: so none are kept.
+
+    Args:
+      folder: by default `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's cache.
+    """
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    elif jax.config.jax_compilation_cache_dir is None:
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache_home) / "respodiff_jax"))

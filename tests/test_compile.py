@@ -3,6 +3,7 @@
 `pytest -m tpu_compile` compiles for TPU slices, with libtpu and without a TPU.
 """
 
+import base64
 import contextlib
 import dataclasses
 import importlib.util
@@ -20,6 +21,7 @@ from test_train_step import MAN, VIOLENCE, WOMAN, make_config, setup
 
 from respodiff_jax import cli, parallel
 from respodiff_jax.backbone import random_backbone
+from respodiff_jax.backbone.attention import attention
 from respodiff_jax.compiling import analysis, programs, run, topologies
 from respodiff_jax.config import with_concepts
 from respodiff_jax.objective import concept_arrays
@@ -311,6 +313,31 @@ def test_a_cache_gets_the_program_though_its_result_is_known(
         assert cli.main([*argv, *cache]) == 0
     assert (kept, len(compiled)) == (["folder"], 2)
     assert len(json.loads((tmp_path / "out" / "compile.json").read_text())) == 1
+
+
+def test_a_pod_finds_the_program_wherever_it_is_installed(tmp_path):
+    """The kernels in it, of whose text JAX makes the cache's key, name no file."""
+    options = (
+        *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
+        *("jax_include_full_tracebacks_in_locations", "jax_hlo_source_file_canonicalization_regex"),
+    )
+    before = {option: getattr(jax.config, option) for option in options}
+
+    def kernels():
+        def loss(x):
+            return jnp.sum(attention(x, x, x, 0.3, "flash"))
+
+        x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+        program = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+        return [base64.b64decode(body) for body in re.findall(r"body\\22: \\22([\w+/=]+)", program)]
+
+    try:
+        run.keep_compiled(str(tmp_path))
+        found = kernels()
+    finally:
+        for option, value in before.items():
+            jax.config.update(option, value)
+    assert len(found) == 2 and not any(b".py" in kernel for kernel in found)
 
 
 @pytest.mark.parametrize(

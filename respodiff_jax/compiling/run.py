@@ -15,6 +15,7 @@ from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.analysis import analyse, largest_batch
 from respodiff_jax.compiling.topologies import Topology, open_topology, parse_topology
+from respodiff_jax.distributed import enable_compilation_cache
 from respodiff_jax.storage import check_output
 
 RESULTS_FILE = "compile.json"
@@ -132,7 +133,7 @@ def keep_compiled(folder: str) -> None:
     A pod whose `JAX_COMPILATION_CACHE_DIR` is a copy of it finds there what it would compile, if
     JAX, libtpu, their flags and the program are the same. Without a TPU it can be written only.
     """
-    jax.config.update("jax_compilation_cache_dir", folder)
+    enable_compilation_cache(folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
