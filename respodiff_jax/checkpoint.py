@@ -24,6 +24,8 @@ from respodiff_jax.modules import MidBlockModule, Params
 from respodiff_jax.storage import is_remote, open_path, write_whole
 from respodiff_jax.train_step import TrainState
 
+RUN_FILE = "run.json"
+
 # Options that do not change what is trained; they may differ when a run is continued. (The concepts
 # have taken what they needed of the defaults.)
 _FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
@@ -67,7 +69,7 @@ class RunRecord:
     @classmethod
     def read(cls, workdir: epath.PathLike) -> "RunRecord | None":
         """The record of a directory, or None where there is none."""
-        path = open_path(workdir) / "run.json"
+        path = open_path(workdir) / RUN_FILE
         if not path.exists():
             return None
         try:
@@ -77,7 +79,7 @@ class RunRecord:
 
     def write(self, workdir: epath.PathLike) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        write_whole(epath.Path(workdir) / "run.json", text)
+        write_whole(epath.Path(workdir) / RUN_FILE, text)
 
     def summary(self, step: int) -> dict[str, Any]:
         """How an adapter of this run was trained, for its config."""

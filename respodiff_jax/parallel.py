@@ -34,6 +34,11 @@ _AXIS = "device"  # the pmapped axis
 _BY_DEVICE = P(("concept", "data"))  # each device has its part
 
 
+def devices_per_concept(num_concepts: int, num_devices: int) -> int:
+    """How many devices share the batch of a concept."""
+    return num_devices // math.gcd(num_concepts, num_devices)
+
+
 def make_placement(
     strategy: str,
     num_concepts: int,
@@ -59,8 +64,8 @@ def make_placement(
         devices = [d for p in processes for d in jax.local_devices(process_index=p)]
     # The order in which pmap numbers them, which on TPU pods is not that of `jax.devices()`.
     devices = np.asarray(sorted(devices, key=lambda device: device.process_index))
-    concept_shards = math.gcd(num_concepts, devices.size)
-    data_shards = devices.size // concept_shards
+    data_shards = devices_per_concept(num_concepts, devices.size)
+    concept_shards = devices.size // data_shards
     if batch_size % data_shards:
         raise ValueError(
             f"train.batch_size is {batch_size}, expected a multiple of {data_shards}:"

@@ -2,9 +2,9 @@
 
 Each wave is a run of its own in a folder of its own, `waves/0000`, `waves/0001`, ... of the working
 directory: with its `run.json`, checkpoints, logs and, at its end, its adapter. All have the same
-number of concepts, so that one compiled step serves all; the last is filled up with copies of its
-last concept, which are trained and thrown away. A batch that fits the devices is a single wave, in
-the working directory itself.
+number of concepts, so that one compiled step serves all, and as many on each device; the last is
+filled up with copies of its last concept, which are trained and thrown away. A batch that fits the
+devices is a single wave, in the working directory itself.
 
 `outcomes.jsonl` tells what became of each concept: a line `{"name", "group", "steps",
 "diverged_at", "adapter"}`, where `adapter` is the folder that has it, relative to the file's, or
@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
+from respodiff_jax.checkpoint import RUN_FILE
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, with_concepts
 from respodiff_jax.storage import open_path, write_whole
@@ -87,14 +88,16 @@ class Wave:
 def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> int:
     """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
 
+    Fewer concepts than devices share the devices; of others each device has as many.
+
     Args:
       num_concepts: of the job.
       num_devices: over all processes.
       per_device: the most that a device trains at a time; None for no limit.
     """
-    if per_device is None or num_concepts <= num_devices * per_device:
+    if num_concepts < num_devices:
         return num_concepts
-    waves = math.ceil(num_concepts / (num_devices * per_device))
+    waves = math.ceil(num_concepts / (num_devices * per_device)) if per_device else 1
     return math.ceil(num_concepts / waves / num_devices) * num_devices
 
 
@@ -109,9 +112,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     """
     workdir, concepts = open_path(workdir), concepts_from(config)
     size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
-    if (workdir / "run.json").exists():
-        size = len(concepts)
-    elif (workdir / _PLAN_FILE).exists():
+    if (workdir / _PLAN_FILE).exists():
         plan = json.loads((workdir / _PLAN_FILE).read_text())
         if plan["concepts"] != len(concepts):
             raise ValueError(
@@ -119,7 +120,9 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
                 f" {len(concepts)}; use another --workdir for more, or the batch it began with"
             )
         size = plan["size"]
-    if size == len(concepts):
+    elif (workdir / RUN_FILE).exists():
+        size = len(concepts)
+    if size >= len(concepts):
         return [Wave(workdir, config, concepts, size)]
     parts = [concepts[start : start + size] for start in range(0, len(concepts), size)]
     bare = with_concepts(config, ())  # thousands of concepts need not be copied for each wave
@@ -136,9 +139,9 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
 
 
 def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
-    """Makes the waves binding for the directory; a single one's `run.json` does that by itself."""
-    if len(waves) > 1:
-        plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
+    """Makes the waves binding for the directory; for one without fillers its `run.json` does."""
+    plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
+    if plan["size"] != plan["concepts"]:
         _write_lines(open_path(workdir) / _PLAN_FILE, [plan])
 
 
@@ -168,7 +171,8 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Wave]) -> list[dict
 
 def is_batch(workdir: epath.PathLike) -> bool:
     """Whether a directory is that of several waves."""
-    return (open_path(workdir) / _PLAN_FILE).exists()
+    workdir = open_path(workdir)
+    return (workdir / _PLAN_FILE).exists() and not (workdir / RUN_FILE).exists()
 
 
 def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:

@@ -54,10 +54,11 @@ def check_only(names: Sequence[str]) -> None:
 
 def is_workdir(path: str) -> bool:
     """Whether this is a run's directory, and not an adapter's."""
+    from respodiff_jax.checkpoint import RUN_FILE
     from respodiff_jax.storage import open_path
 
     folder = open_path(path)
-    return (folder / "run.json").exists() and not (folder / "adapter_config.json").exists()
+    return (folder / RUN_FILE).exists() and not (folder / "adapter_config.json").exists()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> Any:

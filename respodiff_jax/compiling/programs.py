@@ -17,7 +17,7 @@ from respodiff_jax.config import concepts_from
 from respodiff_jax.diffusion import Schedule
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.parallel import make_placement
+from respodiff_jax.parallel import devices_per_concept, make_placement
 from respodiff_jax.rollout import last_index
 from respodiff_jax.sampling import default_batch_size, denoise, make_sampler
 from respodiff_jax.train_step import Recipe, init_state, train_step
@@ -62,7 +62,7 @@ def concepts_at_a_time(config: ConfigDict, num_devices: int) -> int:
 
 def data_shards(config: ConfigDict, num_devices: int) -> int:
     """The devices that share the batch of a concept."""
-    return num_devices // math.gcd(concepts_at_a_time(config, num_devices), num_devices)
+    return devices_per_concept(concepts_at_a_time(config, num_devices), num_devices)
 
 
 def concept_shapes(
