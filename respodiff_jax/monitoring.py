@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from respodiff_jax.images import grid
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.sampling import default_batch_size, initial_noise
-from respodiff_jax.storage import LocalFolder, append_text
+from respodiff_jax.storage import LocalFolder, append_text, write_whole
 from respodiff_jax.train_step import Metrics
 
 # Of many concepts, nobody looks at more grids than this.
@@ -154,7 +155,7 @@ def _drop_lines_after(path: epath.Path, step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        write_whole(path, "".join(kept))
 
 
 class Profiler:
@@ -192,6 +193,7 @@ class ValidationGrids:
     Args:
       workdir: of the run; grids go to `grids/`.
       config: the config's `log` section.
+      steps: of the run.
       backbone: the model's functions; its parameters are not used.
       sample: from `Placement.compile_sampler`.
       concepts: the concepts, and
@@ -206,6 +208,7 @@ class ValidationGrids:
         self,
         workdir: epath.Path,
         config: Any,
+        steps: int,
         backbone: Backbone,
         sample: Callable,
         concepts: Sequence[Concept],
@@ -214,6 +217,7 @@ class ValidationGrids:
     ):
         self._directory = workdir / "grids"
         self._config = config
+        self._steps = steps
         self._concepts = concepts[:MAX_GRIDS]
         self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), arrays.neutral)
         self._empty = jax.tree.map(lambda x: np.asarray(x[:1]), arrays.empty)
@@ -226,6 +230,15 @@ class ValidationGrids:
         most = self._num_modules * len(self.ROWS) * config.grid_images
         self._batch_size = default_batch_size(most, jax.device_count(), resolution)
         self._sample = sample
+
+    def due(self, step: int) -> bool:
+        """Whether there are to be grids of that step."""
+        return step == self._steps or step % self._config.grid_every == 0
+
+    def missing(self, step: int) -> bool:
+        """Whether that step has none, as process 0 sees it; all processes take part."""
+        found = any(self._directory.glob(f"{step:07d}_*.png"))
+        return not multihost_utils.broadcast_one_to_all(np.array(found))
 
     def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
         """Samples and writes one grid for each concept that the adapter has; every process takes

@@ -176,6 +176,7 @@ class _Job:
         return ValidationGrids(
             wave.folder,
             self.config.log,
+            self.config.train.steps,
             self.sketch,
             self.sample,
             wave.concepts,
@@ -208,6 +209,11 @@ class _Job:
                 fields = placement.fetch(fields)
                 return make_adapter(record, *fields), fields[-1][: len(wave.concepts)]
 
+            def draw_grids():
+                adapter, _ = fetch_adapter()
+                if adapter is not None:
+                    grids.write(step, self.frozen, adapter, log)
+
             with (
                 RunLog(
                     workdir, wave.concepts, config.train.batch_size, first_step, steps, wave.label
@@ -223,6 +229,8 @@ class _Job:
                     log.say(f"step {step} of {steps} is done: nothing left to train")
                 else:
                     log.say(f"continuing at step {step}" if step else "compiling the step")
+                if step and grids and grids.due(step) and grids.missing(step):
+                    draw_grids()  # the run was told to stop when they were due
                 pending: list[Metrics] = []
                 stopped = False
                 while step < steps and not stopped:
@@ -236,16 +244,16 @@ class _Job:
                     stopped = preemption.reached()
                     last = step == steps or stopped
                     saving = last or checkpoints.due(step)
-                    drawing = grids and (last or step % config.log.grid_every == 0) and not stopped
+                    drawing = grids and grids.due(step) and not stopped
                     if saving or drawing or step % config.log.every == 0:
                         host_metrics = [placement.fetch(placement.canonical(m)) for m in pending]
                         pending.clear()
                         if log.write(step, host_metrics) == 0:
                             break
+                    if drawing:  # and then saved: a run that is killed meanwhile draws them again
+                        draw_grids()
                     if saving:
                         checkpoints.save(step, placement.canonical(state))
-                    if drawing:
-                        grids.write(step, self.frozen, fetch_adapter()[0], log)
                 if stopped:
                     log.say(f"stopped at step {step}, saved; run the same command to continue")
                     return False

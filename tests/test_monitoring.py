@@ -49,6 +49,7 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path,
     grids = ValidationGrids(
         tmp_path,
         log_config,
+        10,
         tiny_backbone,
         placement.compile_sampler(sample),
         CONCEPTS,

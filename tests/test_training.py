@@ -180,6 +180,40 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_identical(finished, tmp_path, 
     assert steps == list(range(1, STEPS + 1))
 
 
+@contextlib.contextmanager
+def no_space_at_the_second_grid():
+    write_grid, written = monitoring.RunLog.write_grid, []
+
+    def write_one(self, *args):
+        write_grid(self, *args)
+        written.append(args)
+        if len(written) == 1:
+            raise OSError("no space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring.RunLog, "write_grid", write_one)
+        with pytest.raises(OSError, match="no space left"):
+            yield
+
+
+@pytest.mark.parametrize("interrupted", [lambda: sigterm_at(2), no_space_at_the_second_grid])
+def test_grids_that_were_interrupted_are_drawn_when_the_run_goes_on(
+    finished, interrupted, tmp_path
+):
+    """Both by a stop when they are due and by an end while they are drawn."""
+    changes = {"log.grid_every": 3, "log.grid_images": 2, "log.grid_steps": 2}
+    config = make_config(**changes | {"checkpoint.every": 3})
+    with interrupted():
+        train(config, str(tmp_path))
+    assert len(list((tmp_path / "grids").glob("*.png"))) < 2
+    train(config, str(tmp_path))
+    assert_same_state(tmp_path, finished)
+    names = [f"{step:07d}_{c}.png" for step in (3, 6) for c in ("00_a_man", "01_a_woman")]
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == names
+    for name in names[2:]:
+        assert (tmp_path / "grids" / name).read_bytes() == (finished / "grids" / name).read_bytes()
+
+
 def test_the_command_exits_with_0_after_sigterm_and_continues(tmp_path):
     """With all that has state: another kind, a moving average, a schedule; the other strategy."""
     changes = {
