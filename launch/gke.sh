@@ -62,7 +62,7 @@ spec:
   failurePolicy:
     maxRestarts: $restarts
     rules:
-    # A user's mistake, status 2; another start does not mend it.
+    # A user's mistake, or all concepts diverged, status 2; another start does not mend it.
     - name: mistake
       action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]

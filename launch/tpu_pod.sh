@@ -82,7 +82,7 @@ create() {
 }
 delete() { queued delete "$name" --force --quiet; }
 wait_until_active() {
-  local now
+  local now unknown=0
   while now=$(state) && [[ $now != ACTIVE ]]; do
     case $now in
       NONE) create ;;
@@ -90,6 +90,10 @@ wait_until_active() {
       FAILED)
         say "the request failed; see: gcloud compute tpus queued-resources describe $name --zone $zone"
         exit 1
+        ;;
+      UNKNOWN)
+        ((++unknown < 20)) || { say "gcloud has not told the state of $name 20 times"; exit 1; }
+        sleep 30
         ;;
       *) say "$name is $now" && sleep 30 ;;
     esac
@@ -137,7 +141,7 @@ for ((done = 0; ; done++)); do
   attempt || status=$?
   ((status)) || break
   sleep 60 # a preemption is not known at once
-  # 2 is a user's mistake, which another start does not mend.
+  # 2 is a user's mistake, or that all concepts diverged: another start does not mend it.
   if [[ $(state) == ACTIVE ]] && ((status == 2)) || ((done >= restarts)); then
     say "the run failed with status $status after $done restart(s)"
     exit "$status"

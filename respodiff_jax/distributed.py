@@ -61,7 +61,7 @@ def leaving_on_error() -> Iterator[None]:
         yield
     except BaseException as error:
         if jax.process_count() > 1:
-            status = 2 if isinstance(error, ValueError) else 1  # as the command's
+            status = 2 if isinstance(error, (ValueError, FloatingPointError)) else 1  # as cli.main
             timer = threading.Timer(LEAVE_SECONDS, os._exit, (status,))
             timer.daemon = True
             timer.start()

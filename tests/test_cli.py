@@ -246,11 +246,18 @@ def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
     assert inputs.open_adapter(str(tmp_path)) == (str(tmp_path), None)
 
 
-def test_interruption_exits_130(tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FloatingPointError("all diverged"), 2, "all diverged"),  # again if started again
+    ],
+)
+def test_how_it_ended_is_in_the_exit_status(error, status, told, tmp_path, monkeypatch, capsys):
+    def ended(*args):
+        raise error
 
-    monkeypatch.setattr(checkpoint, "adapter_from_workdir", interrupted)
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", ended)
     (tmp_path / "run.json").write_text("{}")
-    assert cli.main(["export", str(tmp_path), "--out", "a"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path), "--out", "a"]) == status
+    assert told in capsys.readouterr().err

@@ -208,6 +208,12 @@ def test_tpu_pod_ends_after_so_many_restarts(cloud):
     assert "status 255 after 1 restart" in done.stderr
 
 
+def test_tpu_pod_gives_up_when_gcloud_fails(cloud):
+    program(cloud, "gcloud", "echo 'ERROR: no credentials' >&2; exit 1")
+    done = launch("tpu_pod.sh", *TPU, *TRAIN, path=[cloud], check=False)
+    assert done.returncode == 1 and done.stderr.count("no credentials") == 20
+
+
 def test_tpu_pod_tells_of_a_request_that_failed(cloud):
     (cloud / "state").write_text("FAILED")
     done, calls = trained(cloud, [])

@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's.
 
     Returns:
-      The exit status: 0, 1 after a loss that is no longer finite, 2 after a user's mistake, 130
-      after Ctrl-C. Bad options and `--help` exit by themselves, as argparse does.
+      The exit status: 0, 2 after what another start does not mend (a user's mistake, or losses that
+      are no longer finite), 130 after Ctrl-C. Bad options and `--help` exit by themselves, as
+      argparse does.
     """
     args, rest = _parser().parse_known_args(argv)
     verb = _VERBS[args.verb]
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         print(f"respodiff: stopped: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("respodiff: interrupted", file=sys.stderr)
         return 130
