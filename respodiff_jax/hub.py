@@ -8,6 +8,7 @@ import huggingface_hub
 from respodiff_jax.adapter_card import CARD_FILE, GRID_FILE, TORCH_FILE, torch_module
 from respodiff_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from respodiff_jax.adapters import load_adapter
+from respodiff_jax.storage import local_path
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, TORCH_FILE)
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,8 +36,9 @@ def push(
       ValueError: when the directory does not hold a whole adapter, holds a picture or a
         torch_adapter.py that `respodiff export` did not write, or the hub refuses.
     """
-    load_adapter(directory)
-    _check_what_others_run_and_see(pathlib.Path(directory))
+    folder = local_path(directory, "adapter")
+    load_adapter(folder)
+    _check_what_others_run_and_see(folder)
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -36,17 +36,18 @@ def open_path(path: PathLike) -> epath.Path:
     return epath.Path(path)
 
 
-def check_local(path: PathLike, what: str) -> None:
-    """Whether a path is on this machine, for what writes nowhere else.
+def local_path(path: PathLike, what: str) -> pathlib.Path:
+    """A path on this machine, for what reads or writes nowhere else.
 
     Raises:
       ValueError: if it is not; `what` is what the path is called.
     """
     if is_remote(path):
         raise ValueError(
-            f"{what} {os.fspath(path)} is on Google Cloud Storage, where only train and export"
-            " write; give a folder of this machine, and copy it with: gcloud storage cp -r"
+            f"{what} {os.fspath(path)} is on Google Cloud Storage, which this does not reach; give"
+            " one of this machine, and copy it with: gcloud storage cp -r"
         )
+    return pathlib.Path(path)
 
 
 def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
@@ -55,8 +56,7 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     Raises:
       ValueError: when it is not empty and not to be overwritten, or cannot be written.
     """
-    check_local(out, "output folder")
-    out = pathlib.Path(out)
+    out = local_path(out, "output folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         empty = not any(out.iterdir())

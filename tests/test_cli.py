@@ -247,6 +247,22 @@ def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out", "gs://b/x"],
+        ["compare", "one", "two", "--out", "gs://b/x"],
+        ["push", "gs://b/x", "owner/name"],
+        ["compile", "--config", "c", "--topology", "v5e:1x1", "--out", "o", "--table", "gs://b/x"],
+    ],
+)
+def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    assert "gs://b/x is on Google Cloud Storage" in fails(capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("error", "status", "told"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -89,7 +89,7 @@ def test_output_folder_is_only_overwritten_on_request(tiny_backbone, tmp_path):
     generate(tiny_backbone, ["a person"], tmp_path, options=options, overwrite=True)
     assert kept.read_text() == "mine" and not old.exists()
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
-    with pytest.raises(ValueError, match=r"gs://b/run is on Google .* a folder of this machine"):
+    with pytest.raises(ValueError, match=r"gs://b/run is on Google .* one of this machine"):
         generate(tiny_backbone, ["a person"], "gs://b/run", options=options)
     with pytest.raises(ValueError, match="cannot be made or read"):
         generate(tiny_backbone, ["a person"], kept, options=options)

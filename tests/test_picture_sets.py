@@ -69,6 +69,8 @@ def test_pictures_made_elsewhere_are_scored(suite, tmp_path):
     assert results.value("winoalign", "given") is None  # no prompts are known
     with pytest.raises(ValueError, match=r"3 pictures have no prompt.*metadata\.csv"):
         run.score_given(tmp_path, suite, run.Plan(protocols=("quality",)), tmp_path / "no")
+    with pytest.raises(ValueError, match="output folder gs://b/out is on Google"):
+        run.score_given(tmp_path, suite, plan, "gs://b/out")
 
     with open(tmp_path / "metadata.csv", "w", newline="") as file:
         rows = [("file", "prompt"), ("cook/a.png", "a cook"), ("artist/c.png", "an artist")]

@@ -16,7 +16,7 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.config import concepts_from
-from respodiff_jax.storage import check_local
+from respodiff_jax.storage import local_path
 from respodiff_jax.train_step import make_lr_schedule
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             f" config.train.concepts_per_device leaves {count} at a time; set it to None"
         )
     synchronise = model_lib.torch_side().synchronise
-    check_local(workdir, "workdir")
-    out = pathlib.Path(workdir)
+    out = local_path(workdir, "workdir")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"workdir {workdir} is not empty; give a new one")

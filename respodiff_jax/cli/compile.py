@@ -86,12 +86,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 
-    import pathlib
-
     from respodiff_jax.compiling import report
     from respodiff_jax.compiling import run as compiling
     from respodiff_jax.config import load_config
+    from respodiff_jax.storage import local_path
 
+    table = args.table and local_path(args.table, "--table")
     configs = [load_config(path, overrides, args.concepts) for path in args.config]
     steps = compiling.STEPS if args.step == "both" else (args.step,)
     steps += (compiling.LARGEST,) * args.largest_batch
@@ -105,10 +105,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         compiling.keep_compiled(args.cache)
     for entry in compiling.compile_jobs(jobs, args.out, again=bool(args.cache)):
         print(report.summary(entry), flush=True)
-    if args.table:
-        results = compiling.read_results(pathlib.Path(args.out) / compiling.RESULTS_FILE)
+    if table:
+        results = compiling.read_results(local_path(args.out, "--out") / compiling.RESULTS_FILE)
         try:
-            pathlib.Path(args.table).write_text(report.markdown(results), encoding="utf-8")
+            table.write_text(report.markdown(results), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"--table {args.table} cannot be written: {error}") from error
         print(f"{args.table}: {len(results)} results")

@@ -5,7 +5,6 @@ saw, before and after, measures, exports, and writes a report.
 """
 
 import os
-import pathlib
 
 from ml_collections import ConfigDict
 
@@ -17,6 +16,7 @@ from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.sampling import SamplerOptions
+from respodiff_jax.storage import local_path
 from respodiff_jax.training import train
 
 GROUP = "gender"
@@ -43,7 +43,7 @@ def run(out: str | os.PathLike) -> Results:
     Returns:
       What was measured.
     """
-    out = pathlib.Path(out)
+    out = local_path(out, "output folder")
     content = config()
     content.lock()
     train(content, out / "run")

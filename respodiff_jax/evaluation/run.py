@@ -23,7 +23,7 @@ from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.sampling import SamplerOptions
-from respodiff_jax.storage import check_local
+from respodiff_jax.storage import local_path
 
 _CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
 
@@ -66,7 +66,7 @@ def evaluate(
     Raises:
       ValueError: for what does not fit together, before anything is generated.
     """
-    out = pathlib.Path(out)
+    out = local_path(out, "output folder")
     resolution = options.resolution or backbone.default_resolution
     if adapter is not None:
         check_fits(adapter, backbone, resolution)
@@ -132,7 +132,7 @@ def score_given(
     reference: quality.Reference | None = None,
 ) -> Results:
     """Scores the pictures of a folder, made by any tool; see `given_pictures` and `evaluate`."""
-    out = pathlib.Path(out)
+    out = local_path(out, "output folder")
     pictures = given_pictures(folder)
     check_plan(suite, plan, None, detectors or (), pictures)
     check_pictures(pictures)
@@ -167,8 +167,7 @@ def check_out(out: str | os.PathLike, plan: Plan) -> None:
       ValueError: if results of other protocols are there, which would be lost, or it is no folder
         of this machine.
     """
-    check_local(out, "output folder")
-    if not (pathlib.Path(out) / RESULTS_FILE).is_file():
+    if not (local_path(out, "output folder") / RESULTS_FILE).is_file():
         return
     there = {m.protocol for m in load_results(out).measurements}
     if lost := sorted(there - set(plan.protocols)):

@@ -16,7 +16,7 @@ from respodiff_jax.evaluation.report.markup import (
     tag,
 )
 from respodiff_jax.evaluation.results import Measurement, Results, load_results
-from respodiff_jax.storage import write_whole
+from respodiff_jax.storage import local_path, write_whole
 
 OPEN_SUBJECTS = 4  # the others' pictures are folded away
 PHONE_COLUMNS = 3  # cells of a row of numbers side by side
@@ -42,11 +42,11 @@ def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLik
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
+    path = local_path(out, "page")
     paths = dict(zip(_names(folders), map(pathlib.Path, folders), strict=True))
     runs = {name: load_results(path) for name, path in paths.items()}
     parts = [_metrics(runs), _table(runs), _pictures(runs, paths), _differences(runs)]
     title = f"Comparison: {', '.join(runs)}"
-    path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(title, _header(runs), tag("main", parts)))
     return path
