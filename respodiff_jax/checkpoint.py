@@ -30,6 +30,13 @@ RUN_FILE = "run.json"
 # have taken what they needed of the defaults.)
 _FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
 
+# What goes wrong with a checkpoint that is good; of a broken one Orbax and TensorStore raise many
+# other kinds.
+_NOT_DAMAGE = (
+    *(MemoryError, PermissionError, TimeoutError, ConnectionError),
+    jax.errors.JaxRuntimeError,  # such as no memory left on a device
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -161,14 +168,21 @@ class Checkpoints:
       workdir: of the run, absolute or relative.
       every: save each time that this many steps are done.
       keep: how many to keep, the newest.
+      create: the directory, if it is not there.
     """
 
-    def __init__(self, workdir: epath.PathLike, every: int = 1, keep: int | None = None):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        every: int = 1,
+        keep: int | None = None,
+        create: bool = True,
+    ):
         # `resolve` takes a URL for a relative path.
         path = open_path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()
         self.directory = path / "checkpoints"
         self._every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
@@ -212,7 +226,9 @@ class Checkpoints:
             state, error = None, None
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            except Exception as e:  # Orbax and TensorStore raise many kinds for a broken file.
+            except _NOT_DAMAGE:
+                raise
+            except Exception as e:
                 error = e
             if _all_processes(error is None):
                 self._set_aside(damaged)
@@ -240,6 +256,8 @@ class Checkpoints:
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 return candidate, self._restore_host(candidate)
+            except _NOT_DAMAGE:
+                raise
             except Exception as error:  # as in `restore_latest`, but nothing is moved
                 print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
         raise ValueError(
@@ -292,7 +310,7 @@ def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Ad
     record = RunRecord.read(workdir)
     if record is None:
         raise ValueError(f"{workdir} is not a training workdir: it has no run.json")
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, create=False) as checkpoints:
         step, state = checkpoints.restore_host(step)
     state = state["concepts"]
     ema = None if state["ema"] is None else optax.EmaState(**state["ema"])

@@ -7,6 +7,7 @@ prompt of the training target (paper, section 4.2). Concepts that are alternativ
 """
 
 import dataclasses
+import math
 import numbers
 import zlib
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,8 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def _is_text(value: Any) -> bool:

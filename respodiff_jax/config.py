@@ -4,6 +4,7 @@
 changes more: `--config configs/sd14_gender.py --config.train.steps=200`.
 """
 
+import math
 import pathlib
 import runpy
 from collections.abc import Sequence
@@ -199,6 +200,9 @@ def validate(config: ConfigDict) -> None:
         "False, or parallel.strategy='mesh', the only one that shards the frozen parameters",
     )
     check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
+    for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
+        section, field = key.split(".")
+        check(math.isfinite(config[section][field]), key, "a finite number")
     check(config.rollout.trajectory_steps >= 1, "rollout.trajectory_steps", "at least 1")
     check(config.train.steps >= 1, "train.steps", "at least 1")
     check(config.train.batch_size >= 1, "train.batch_size", "at least 1")

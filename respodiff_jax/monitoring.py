@@ -28,7 +28,7 @@ from respodiff_jax.images import grid
 from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.sampling import default_batch_size, initial_noise
-from respodiff_jax.storage import LocalFolder, append_text, write_whole
+from respodiff_jax.storage import LocalFolder, append_text, read_json_lines, write_whole
 from respodiff_jax.train_step import Metrics
 
 # Of many concepts, nobody looks at more grids than this.
@@ -153,9 +153,8 @@ class RunLog:
 
 def _drop_lines_after(path: epath.Path, step: int) -> None:
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(path, "".join(kept))
+        kept = [line for line in read_json_lines(path) if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Profiler:

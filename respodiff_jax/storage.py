@@ -6,10 +6,12 @@ differ for that reason is here.
 
 import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -70,6 +72,24 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
             " images in it"
         )
     return out
+
+
+def read_json_lines(path: epath.Path) -> list[Any]:
+    """What a file has, a JSON value a line; a last line that was cut off while written is left out.
+
+    Raises:
+      ValueError: naming the file and the line that is something else.
+    """
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}, is damaged: {error}. Mend it or move the file away"
+                ) from error
+    return found
 
 
 def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:

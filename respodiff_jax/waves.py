@@ -25,7 +25,7 @@ from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
 from respodiff_jax.checkpoint import RUN_FILE
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, with_concepts
-from respodiff_jax.storage import open_path, write_whole
+from respodiff_jax.storage import open_path, read_json_lines, write_whole
 
 OUTCOMES_FILE = "outcomes.jsonl"
 _PLAN_FILE = "waves.json"
@@ -113,7 +113,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     workdir, concepts = open_path(workdir), concepts_from(config)
     size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
     if (workdir / _PLAN_FILE).exists():
-        plan = json.loads((workdir / _PLAN_FILE).read_text())
+        (plan,) = read_json_lines(workdir / _PLAN_FILE)
         if plan["concepts"] != len(concepts):
             raise ValueError(
                 f"workdir {workdir} belongs to a batch of {plan['concepts']} concepts, here are"
@@ -216,7 +216,7 @@ def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
 def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a folder's `outcomes.jsonl`; none where there is none."""
     path = open_path(folder) / OUTCOMES_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_json_lines(path) if path.exists() else []
 
 
 def _write_lines(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:

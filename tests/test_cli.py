@@ -165,6 +165,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 
 def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsys):
     argv = ["generate", "--adapter", adapter_folder, "--prompt", "a", "--concept", "a man"]
+    assert "resolution is 0" in fails(capsys, *argv, "--resolution", 0, "--out", tmp_path / "out")
     message = fails(capsys, *argv, "--resolution", 32, "--out", tmp_path / "out")
     assert "(4, 4, 64)" in message and "(8, 8, 64); generate at resolution 16" in message
 

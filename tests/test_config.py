@@ -90,6 +90,8 @@ def test_overrides_reach_every_level_and_type():
         ),
         ("rollout.kind=fast", "config.rollout.kind is 'fast'"),
         ("rollout.num_steps=1", "config.rollout.num_steps is 1"),
+        ("rollout.guidance_scale=nan", "config.rollout.guidance_scale is nan"),
+        ("log.grid_guidance_scale=inf", "config.log.grid_guidance_scale is inf"),
         ("rollout.trajectory_steps=0", "config.rollout.trajectory_steps is 0"),
         ("optimizer.lr_schedule=step", "config.optimizer.lr_schedule is 'step'"),
         ("optimizer.warmup_steps=5000", "config.optimizer.warmup_steps is 5000"),
@@ -98,6 +100,7 @@ def test_overrides_reach_every_level_and_type():
         ("checkpoint.every=0", "config.checkpoint.every is 0"),
         ("concepts.man.name=a woman", "'a woman' and 'a woman' are duplicates"),
         ("concepts.man.target_prompt= ", "concept 'a man': target_prompt is ' '"),
+        ("concepts.man.lr_ram=inf", "concept 'a man': lr_ram is inf"),
         ("concepts.man.lambda_sem=-1.0", "concept 'a man': lambda_sem is -1.0"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from respodiff_jax import cli, monitoring, training
+from respodiff_jax import checkpoint, cli, monitoring, training
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.checkpoint import Checkpoints, adapter_from_workdir
@@ -269,6 +269,33 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_
     assert f"checkpoint {STEPS} is damaged" in capfd.readouterr().out
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
     assert_same_state(workdir, finished)
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), PermissionError("not yours")])
+def test_a_checkpoint_is_not_damaged_where_the_machine_fails(finished, error, monkeypatch, capfd):
+    def restore(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+    for use in (lambda: train(make_config(), str(finished)), lambda: final_state(finished)):
+        with pytest.raises(type(error), match=str(error)):
+            use()
+    assert "damaged" not in "".join(capfd.readouterr())
+
+
+def test_reading_a_run_makes_nothing(finished, tmp_path):
+    shutil.copy(finished / "run.json", tmp_path)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        adapter_from_workdir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_damaged_log_is_named(finished, tmp_path):
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[1][5:] + lines[2])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged"):
+        train(make_config(), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,12 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     trained_on = adapter.backbone if adapter else {}
+    resolution = trained_on.get("resolution") if args.resolution is None else args.resolution
     options = sampling.SamplerOptions(
         num_steps=args.steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
-        resolution=args.resolution or trained_on.get("resolution"),
+        resolution=resolution,
         batch_size=args.batch_size,
     )
     storage.check_output(args.out, args.overwrite)

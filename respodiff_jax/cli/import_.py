@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     backbone = load_backbone(
         args.model, revision=args.revision, variant=args.variant, abstract=True
     )
-    resolution = args.resolution or backbone.default_resolution
+    resolution = backbone.default_resolution if args.resolution is None else args.resolution
     height, width, channels = backbone.mid_block_shape(resolution)
     ram, sam = read_checkpoint(args.checkpoint, (channels, height, width))
     adapter = adapter_from_checkpoint(ram, sam, concept_ids, backbone, resolution)
