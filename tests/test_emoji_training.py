@@ -1,5 +1,6 @@
 """Emoji World's training stages: the loop, the losses, the exported folder."""
 
+import dataclasses
 import functools
 
 import jax
@@ -282,6 +283,15 @@ def test_options_that_do_not_go_together(tmp_path, monkeypatch, capsys, argument
         train.main()
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_a_stage_goes_on_with_the_options_that_it_began_with(tmp_path):
+    job = train.Job(tmp_path, tmp_path / "model")
+    train.check_continues(job, "unet", 256)
+    train.check_continues(job, "unet", 256)
+    train.check_continues(dataclasses.replace(job, parts="m"), "evaluator", 64)
+    with pytest.raises(ValueError, match=r"unet in .* began with parts=None, here it is 'm'"):
+        train.run(dataclasses.replace(job, parts="m"), {"unet": (10, 256)})
 
 
 @pytest.mark.slow

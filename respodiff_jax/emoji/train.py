@@ -7,14 +7,16 @@ evaluator, UNet, diffusers folder.
 Without `--stage` all stages run in order. `--parts` takes tokenizer, CLIP and autoencoder from a
 finished model, and trains another evaluator or UNet for them: with `--stage evaluator`, `clip/` of
 `--model` is written and nothing else; with `--tune` the UNet goes on from the model's. Each stage
-continues from its checkpoint in `--workdir` and does nothing once done. The diffusers folder
-(`--model`, default `<workdir>/model`) is rewritten at each of the UNet's checkpoints. On a CPU,
+continues from its checkpoint in `--workdir`, with the options that it began with, and trains no
+more once done. The diffusers folder (`--model`, default `<workdir>/model`) is rewritten at each of
+the UNet's checkpoints. On a CPU,
 `XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"` (the
 number of cores) trains data-parallel, which is faster than several threads per operation.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -23,6 +25,7 @@ from transformers import CLIPTokenizer
 
 from respodiff_jax.backbone import load_backbone, load_clip, local_folder
 from respodiff_jax.emoji import autoencoder, clip, denoiser, export, loop, tokenizer
+from respodiff_jax.storage import write_whole
 
 STAGES = {  # stage -> steps, batch size
     "clip": (4000, 64),
@@ -92,7 +95,12 @@ def run(job, stages):
     Args:
       job: `Job`.
       stages: stage -> (steps, batch size), of those in `STAGES`.
+
+    Raises:
+      ValueError: if a stage was begun in the working directory with other options.
     """
+    for stage, (_, batch_size) in stages.items():
+        check_continues(job, stage, batch_size)
     words = job.load_tokenizer()
     for stage, (steps, batch_size) in stages.items():
         options = {"steps": steps, "batch_size": batch_size, "seed": job.seed}
@@ -106,6 +114,26 @@ def run(job, stages):
             export.export_clip(job.model_folder, words, params)
         else:
             train_unet(job, words, **options)
+
+
+def check_continues(job, stage, batch_size):
+    """Records what a stage is trained with, but for the number of steps, or compares it with what
+    it began with; ValueError if they differ."""
+    ours = {"seed": job.seed, "batch_size": batch_size, "parts": job.parts}
+    if stage == "unet":
+        ours |= {"pool_size": job.pool_size, "tune": job.tune}
+    path = job.workdir / f"{stage}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(ours))
+        return
+    began = json.loads(path.read_text())
+    for option in ours:
+        if began[option] != ours[option]:
+            raise ValueError(
+                f"stage {stage} in {job.workdir} began with {option}={began[option]!r}, here it is"
+                f" {ours[option]!r}; use another --workdir, or the saved value to continue it"
+            )
 
 
 def train_unet(job, words, **options):
