@@ -335,12 +335,11 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
             f" {trained['resolution']}, but {backbone.identity['name']} at resolution {resolution}"
             f" has {theirs}; {fix}"
         )
-    prediction_type = backbone.scheduler_config.get("prediction_type", "epsilon")
-    if trained["prediction_type"] != prediction_type:
+    if trained["prediction_type"] != backbone.prediction_type:
         raise ValueError(
             f"the adapter ({label}) was trained on a model that predicts"
             f" {trained['prediction_type']!r}, but {backbone.identity['name']} predicts"
-            f" {prediction_type!r}; use {trained['name']}"
+            f" {backbone.prediction_type!r}; use {trained['name']}"
         )
     if trained["unet_sha256"] != backbone.identity["unet_sha256"]:
         warnings.warn(

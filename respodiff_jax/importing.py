@@ -84,11 +84,7 @@ def adapter_from_checkpoint(
         module=MidBlockModule("constant", backbone.mid_block_shape(resolution)),
         ram={"constant": ram[columns].transpose(0, 2, 3, 1)},
         sam={"constant": sam[columns].transpose(0, 2, 3, 1)},
-        backbone=dict(backbone.identity)
-        | {
-            "resolution": resolution,
-            "prediction_type": backbone.scheduler_config.get("prediction_type", "epsilon"),
-        },
+        backbone=backbone.trained_at(resolution),
     )
 
 

@@ -146,11 +146,8 @@ class _Job:
         self.sample = sampler and placement.compile_sampler(sampler)
 
     def _record(self, wave: Wave) -> RunRecord:
-        identity = self.sketch.identity | {
-            "resolution": self.resolution,
-            "prediction_type": self.recipe.schedule.prediction_type,
-        }
-        return RunRecord.of(wave.config, wave.concepts, self.recipe.module, identity)
+        trained_on = self.sketch.trained_at(self.resolution)
+        return RunRecord.of(wave.config, wave.concepts, self.recipe.module, trained_on)
 
     def _newest_state(
         self, wave: Wave, arrays: ConceptArrays, checkpoints: Checkpoints

@@ -61,6 +61,19 @@ class Backbone:
         """The square resolution in pixels that the model was trained for."""
         return self.unet.sample_size * self.vae_factor
 
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts; "epsilon" where the scheduler's config does not say."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    def trained_at(self, resolution: int) -> dict[str, Any]:
+        """What an adapter trained on this model at a resolution, in pixels, says of it."""
+        return {
+            **self.identity,
+            "resolution": resolution,
+            "prediction_type": self.prediction_type,
+        }
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(h, w, c) of a latent for square images of `resolution` pixels.
 

@@ -149,11 +149,7 @@ def _adapter(job: Job, training: "torch_side.Training", step: int, seconds: floa
         module=job.recipe.module,
         ram=stacked("ram"),
         sam=stacked("sam"),
-        backbone=dict(job.backbone.identity)
-        | {
-            "resolution": job.resolution,
-            "prediction_type": job.recipe.schedule.prediction_type,
-        },
+        backbone=job.backbone.trained_at(job.resolution),
         training={
             "procedure": "published, PyTorch",
             "steps": step,
