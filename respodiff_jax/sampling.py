@@ -186,7 +186,7 @@ class Sampler:
         if key not in backbone.programs:
             # Which then does not hold the backbone that holds it, nor its parameters.
             functions = dataclasses.replace(backbone, params={})
-            backbone.programs[key] = _make_program(functions, *key)
+            backbone.programs[key] = make_program(functions, *key)
         self.program = backbone.programs[key]
         self._params = jax.device_put(backbone.params, replicated)
         self._uncond = jax.device_put(
@@ -224,10 +224,10 @@ class Sampler:
         return self.program(*self.arguments(begun, weights))
 
 
-def _make_program(
+def make_program(
     backbone: Backbone, module: MidBlockModule | None, num_steps: int, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """`make_sampler`'s function, jitted for a mesh."""
+    """`make_sampler`'s function, jitted for a mesh whose devices share a batch along "data"."""
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
     sample = make_sampler(backbone, module, schedule)
 

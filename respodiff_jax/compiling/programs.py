@@ -19,7 +19,7 @@ from respodiff_jax.modules import Steering
 from respodiff_jax.objective import ConceptArrays
 from respodiff_jax.parallel import devices_per_concept, make_placement
 from respodiff_jax.rollout import last_index
-from respodiff_jax.sampling import default_batch_size, denoise, make_sampler
+from respodiff_jax.sampling import default_batch_size, denoise, make_program
 from respodiff_jax.train_step import Recipe, init_state, train_step
 from respodiff_jax.waves import wave_size
 
@@ -156,14 +156,9 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     recipe = Recipe.from_config(config, backbone, resolution)
     arrays = concept_shapes(backbone, concepts, resolution)
     num_steps, guidance_scale = config.log.grid_steps, config.log.grid_guidance_scale
-    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
     batch_size = default_batch_size(2**20, len(devices), resolution)
     mesh = Mesh(np.asarray(devices), ("data",))
-    sample = make_sampler(backbone, recipe.module, schedule)
-
-    def on_mesh(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
-            return sample(*args)
+    program = make_program(backbone, recipe.module, num_steps, mesh)
 
     def lower():
         args = _sampler_shapes(recipe, arrays, batch_size, len(concepts))
@@ -176,7 +171,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
             (P(), *specs),
             args,
         )
-        return jax.jit(on_mesh).lower(*placed, guidance_scale)
+        return program.lower(*placed, guidance_scale)
 
     texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
     batch_per_device = batch_size // len(devices)
