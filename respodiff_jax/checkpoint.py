@@ -225,7 +225,7 @@ class Checkpoints:
         for step in reversed(self.steps):
             state, error = None, None
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = self._restore(step, abstract)
             except _NOT_DAMAGE:
                 raise
             except Exception as e:
@@ -242,6 +242,18 @@ class Checkpoints:
                 " written by another version? They stay where they are: use another --workdir"
             )
         return None
+
+    def _restore(self, step: int, abstract: TrainState) -> TrainState:
+        """A state as this process reads it. It waits for no other: where one cannot read its part,
+        the others would not know what it waits for."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            path = self.directory / str(step) / "default"
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
     def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
         """A saved state as nested dicts of host arrays, and its step; the newest by default.

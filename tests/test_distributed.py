@@ -195,20 +195,56 @@ def test_processes_agree_to_stop_although_told_before_the_first_step():
     assert steps[0] == steps[1]
 
 
+DAMAGED = """
+import pathlib, sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from respodiff_jax import distributed
+from respodiff_jax.checkpoint import Checkpoints
+port, process_id, workdir = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+distributed.initialize(f"localhost:{port}", 2, int(process_id))
+sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ("concept",)), PartitionSpec("concept"))
+shape = jax.ShapeDtypeStruct((4 * jax.device_count(), 100), np.float32, sharding=sharding)
+with Checkpoints(workdir) as checkpoints:
+    for step in (1, 2):
+        values = np.random.default_rng(step).normal(size=shape.shape).astype(np.float32)
+        checkpoints.save(step, {"a": jax.device_put(values, sharding)})
+if process_id == "1":
+    for file in pathlib.Path(workdir, "checkpoints", "2", "default", "ocdbt.process_1").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+multihost_utils.sync_global_devices("damaged")
+with Checkpoints(workdir) as checkpoints:
+    restored = checkpoints.restore_latest({"a": shape})["a"]
+    print(f"{checkpoints.steps} {restored.addressable_shards[0].data[0, 0]:.5f}")
+"""
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_nobodys(tmp_path):
+    (_, first), (_, second) = pair(DAMAGED, tmp_path)
+    for out, error in (first, second):
+        assert "[1] " in out, error
+    assert "checkpoint 2 is damaged (on another process)" in first[0]
+    assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+
+
 def test_a_process_that_fails_does_not_wait_for_those_that_wait_for_it():
     (first, _), (second, texts) = pair(LEAVING)  # JAX's own is 300 s
     assert second == 2 and "no space left on this host" in "".join(texts)
     assert first != 0
 
 
-def pair(program):
+def pair(program, *arguments):
     """Exit status and output of two processes that run a program together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(port), str(number)],
+            [sys.executable, "-c", program, str(port), str(number), *map(str, arguments)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -276,7 +276,8 @@ def test_a_checkpoint_is_not_damaged_where_the_machine_fails(finished, error, mo
     def restore(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+    for reader in (checkpoint.ocp.Checkpointer, checkpoint.ocp.CheckpointManager):
+        monkeypatch.setattr(reader, "restore", restore)
     for use in (lambda: train(make_config(), str(finished)), lambda: final_state(finished)):
         with pytest.raises(type(error), match=str(error)):
             use()
