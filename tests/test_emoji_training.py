@@ -287,11 +287,13 @@ def test_options_that_do_not_go_together(tmp_path, monkeypatch, capsys, argument
 
 def test_a_stage_goes_on_with_the_options_that_it_began_with(tmp_path):
     job = train.Job(tmp_path, tmp_path / "model")
-    train.check_continues(job, "unet", 256)
-    train.check_continues(job, "unet", 256)
-    train.check_continues(dataclasses.replace(job, parts="m"), "evaluator", 64)
-    with pytest.raises(ValueError, match=r"unet in .* began with parts=None, here it is 'm'"):
-        train.run(dataclasses.replace(job, parts="m"), {"unet": (10, 256)})
+    stages = {"vae": (1, 8), "unet": (1, 8)}
+    with pytest.raises(ValueError, match=r"run the stage 'evaluator' first"):
+        train.run(job, stages)
+    train.check_continues(dataclasses.replace(job, seed=1), "evaluator", 64)  # not begun
+    train.check_continues(job, "unet", 8)
+    with pytest.raises(ValueError, match=r"vae in .* began with seed=0, here it is 1"):
+        train.run(dataclasses.replace(job, seed=1), stages)
 
 
 @pytest.mark.slow

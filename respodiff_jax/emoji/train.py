@@ -9,9 +9,9 @@ finished model, and trains another evaluator or UNet for them: with `--stage eva
 `--model` is written and nothing else; with `--tune` the UNet goes on from the model's. Each stage
 continues from its checkpoint in `--workdir`, with the options that it began with, and trains no
 more once done. The diffusers folder (`--model`, default `<workdir>/model`) is rewritten at each of
-the UNet's checkpoints. On a CPU,
-`XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"` (the
-number of cores) trains data-parallel, which is faster than several threads per operation.
+the UNet's checkpoints. On a CPU, with `XLA_FLAGS="--xla_force_host_platform_device_count=2
+--xla_cpu_multi_thread_eigen=false"` (the number of cores), it trains data-parallel, which is faster
+than several threads per operation.
 """
 
 import argparse
@@ -103,6 +103,7 @@ def run(job, stages):
         check_continues(job, stage, batch_size)
     words = job.load_tokenizer()
     for stage, (steps, batch_size) in stages.items():
+        write_whole(job.workdir / f"{stage}.json", json.dumps(_options(job, stage, batch_size)))
         options = {"steps": steps, "batch_size": batch_size, "seed": job.seed}
         if stage == "clip":
             clip.train(job.workdir, words, **options)
@@ -116,18 +117,17 @@ def run(job, stages):
             train_unet(job, words, **options)
 
 
+def _options(job, stage, batch_size):
+    """What a stage is trained with, but for the number of steps; its `<stage>.json`."""
+    options = {"seed": job.seed, "batch_size": batch_size, "parts": job.parts}
+    return options | ({"pool_size": job.pool_size, "tune": job.tune} if stage == "unet" else {})
+
+
 def check_continues(job, stage, batch_size):
-    """Records what a stage is trained with, but for the number of steps, or compares it with what
-    it began with; ValueError if they differ."""
-    ours = {"seed": job.seed, "batch_size": batch_size, "parts": job.parts}
-    if stage == "unet":
-        ours |= {"pool_size": job.pool_size, "tune": job.tune}
-    path = job.workdir / f"{stage}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(ours))
-        return
-    began = json.loads(path.read_text())
+    """Compares what a stage is trained with to what it began with, if it has begun; ValueError if
+    they differ."""
+    path, ours = job.workdir / f"{stage}.json", _options(job, stage, batch_size)
+    began = json.loads(path.read_text()) if path.exists() else ours
     for option in ours:
         if began[option] != ours[option]:
             raise ValueError(
