@@ -143,7 +143,8 @@ class RunLog:
     def write_grid(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a validation grid, uint8 `(H, W, 3)`, to TensorBoard; its time is not the steps'."""
         self._tensorboard.add_image(f"{name}/grid", image, step, dataformats="HWC")
-        self._last_time = time.perf_counter()
+        if self._last_time is not None:
+            self._last_time = time.perf_counter()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on process 0."""
@@ -234,15 +235,19 @@ class ValidationGrids:
         """Whether there are to be grids of that step."""
         return step == self._steps or step % self._config.grid_every == 0
 
-    def missing(self, step: int) -> bool:
-        """Whether that step has none, as process 0 sees it; all processes take part."""
-        found = any(self._directory.glob(f"{step:07d}_*.png"))
-        return not multihost_utils.broadcast_one_to_all(np.array(found))
+    def missing(self, step: int, adapter: Adapter) -> bool:
+        """Whether that step lacks any, as process 0 sees it; all processes take part."""
+        found = len(list(self._directory.glob(f"{step:07d}_*.png")))
+        some = np.array(found < len(self._shown(adapter)))
+        return bool(multihost_utils.broadcast_one_to_all(some))
+
+    def _shown(self, adapter: Adapter) -> list[int]:
+        return [i for i, c in enumerate(self._concepts) if c.name in adapter.names]
 
     def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
         """Samples and writes one grid for each concept that the adapter has; every process takes
         part."""
-        shown = [i for i, c in enumerate(self._concepts) if c.name in adapter.names]
+        shown = self._shown(adapter)
         images = self._images(frozen, adapter, shown) if shown else ()
         if jax.process_index() != 0:
             return
@@ -252,8 +257,9 @@ class ValidationGrids:
             title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
             picture = grid(rows, row_labels=self.ROWS, title=title)
             name = re.sub(r"\W+", "_", concept.name)
-            with (self._directory / f"{step:07d}_{i:02d}_{name}.png").open("wb") as f:
-                picture.save(f, format="PNG")
+            content = io.BytesIO()
+            picture.save(content, format="PNG")
+            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", content.getvalue())
             log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 
     def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:

@@ -208,7 +208,7 @@ class _Job:
 
             def draw_grids():
                 adapter, _ = fetch_adapter()
-                if adapter is not None:
+                if adapter is not None and grids.missing(step, adapter):
                     grids.write(step, self.frozen, adapter, log)
 
             with (
@@ -226,8 +226,8 @@ class _Job:
                     log.say(f"step {step} of {steps} is done: nothing left to train")
                 else:
                     log.say(f"continuing at step {step}" if step else "compiling the step")
-                if step and grids and grids.due(step) and grids.missing(step):
-                    draw_grids()  # the run was told to stop when they were due
+                if step and grids and grids.due(step):
+                    draw_grids()  # which it did not, if it was stopped or killed at them
                 pending: list[Metrics] = []
                 stopped = False
                 while step < steps and not stopped:
@@ -247,10 +247,10 @@ class _Job:
                         pending.clear()
                         if log.write(step, host_metrics) == 0:
                             break
-                    if drawing:  # and then saved: a run that is killed meanwhile draws them again
-                        draw_grids()
                     if saving:
                         checkpoints.save(step, placement.canonical(state))
+                    if drawing:
+                        draw_grids()
                 if stopped:
                     log.say(f"stopped at step {step}, saved; run the same command to continue")
                     return False
