@@ -30,12 +30,9 @@ RUN_FILE = "run.json"
 # have taken what they needed of the defaults.)
 _FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
 
-# What goes wrong with a checkpoint that is good; of a broken one Orbax and TensorStore raise many
-# other kinds.
-_NOT_DAMAGE = (
-    *(MemoryError, PermissionError, TimeoutError, ConnectionError),
-    jax.errors.JaxRuntimeError,  # such as no memory left on a device
-)
+# What TensorStore's errors, all of one kind, say where a good checkpoint cannot be read now.
+_NOT_NOW = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+_NOT_NOW += ("RESOURCE_EXHAUSTED", "CANCELLED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +223,9 @@ class Checkpoints:
             state, error = None, None
             try:
                 state = self._restore(step, abstract)
-            except _NOT_DAMAGE:
-                raise
             except Exception as e:
+                if not _is_damage(e):
+                    raise
                 error = e
             if _all_processes(error is None):
                 self._set_aside(damaged)
@@ -268,9 +265,9 @@ class Checkpoints:
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 return candidate, self._restore_host(candidate)
-            except _NOT_DAMAGE:
-                raise
             except Exception as error:  # as in `restore_latest`, but nothing is moved
+                if not _is_damage(error):
+                    raise
                 print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
         raise ValueError(
             f"no checkpoint in {self.directory} can be read; tried {step or self.steps}"
@@ -296,6 +293,15 @@ class Checkpoints:
                 (self.directory / str(step)).replace(damaged / str(step))
         _all_processes(True)  # none goes on before they are moved
         self._manager.reload()
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading a checkpoint is the checkpoint's; if not, the machine failed."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError)
+    # JAX's own is such as no memory left on a device.
+    of_machine = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
+    return not of_machine and not any(status in str(error) for status in _NOT_NOW)
 
 
 def _first_line(error: Exception) -> str:

@@ -271,7 +271,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_
     assert_same_state(workdir, finished)
 
 
-@pytest.mark.parametrize("error", [MemoryError("full"), PermissionError("not yours")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("full"), OSError("too many open files"), ValueError("PERMISSION_DENIED: a file")],
+)
 def test_a_checkpoint_is_not_damaged_where_the_machine_fails(finished, error, monkeypatch, capfd):
     def restore(*args, **kwargs):
         raise error
