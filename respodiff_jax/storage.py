@@ -74,22 +74,26 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     return out
 
 
+def parse_json(text: str, where: str) -> Any:
+    """`json.loads`, of a text that is named in the error.
+
+    Raises:
+      ValueError: if it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}. Mend it or move the file away") from error
+
+
 def read_json_lines(path: epath.Path) -> list[Any]:
     """What a file has, a JSON value a line; a last line that was cut off while written is left out.
 
     Raises:
       ValueError: naming the file and the line that is something else.
     """
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}, is damaged: {error}. Mend it or move the file away"
-                ) from error
-    return found
+    lines = path.read_text().split("\n")[:-1]  # other ends of lines may be within a value
+    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(lines, start=1)]
 
 
 def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:

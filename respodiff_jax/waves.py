@@ -25,7 +25,7 @@ from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
 from respodiff_jax.checkpoint import RUN_FILE
 from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from, with_concepts
-from respodiff_jax.storage import open_path, read_json_lines, write_whole
+from respodiff_jax.storage import open_path, parse_json, read_json_lines, write_whole
 
 OUTCOMES_FILE = "outcomes.jsonl"
 _PLAN_FILE = "waves.json"
@@ -113,7 +113,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     workdir, concepts = open_path(workdir), concepts_from(config)
     size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
     if (workdir / _PLAN_FILE).exists():
-        (plan,) = read_json_lines(workdir / _PLAN_FILE)
+        plan = parse_json((workdir / _PLAN_FILE).read_text(), str(workdir / _PLAN_FILE))
         if plan["concepts"] != len(concepts):
             raise ValueError(
                 f"workdir {workdir} belongs to a batch of {plan['concepts']} concepts, here are"
@@ -122,7 +122,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
         size = plan["size"]
     elif (workdir / RUN_FILE).exists():
         size = len(concepts)
-    if size >= len(concepts):
+    if size >= len(concepts):  # more with copies
         return [Wave(workdir, config, concepts, size)]
     parts = [concepts[start : start + size] for start in range(0, len(concepts), size)]
     bare = with_concepts(config, ())  # thousands of concepts need not be copied for each wave
@@ -139,7 +139,7 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
 
 
 def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
-    """Makes the waves binding for the directory; for one without fillers its `run.json` does."""
+    """Makes the waves binding for the directory; for one without copies its `run.json` does."""
     plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
     if plan["size"] != plan["concepts"]:
         _write_lines(open_path(workdir) / _PLAN_FILE, [plan])
