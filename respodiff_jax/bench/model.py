@@ -59,7 +59,9 @@ class Job:
           ValueError: for what the user can mend in config or model.
         """
         all_concepts = concepts_from(config)
-        concepts = all_concepts[: concepts_at_a_time(config, jax.device_count())]
+        count = concepts_at_a_time(config, jax.device_count())
+        concepts = all_concepts[:count]
+        concepts += concepts[-1:] * (count - len(concepts))  # as a wave is filled up
         backbone, resolution = open_model(config)
         recipe = Recipe.from_config(config, backbone, resolution)
         most_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)

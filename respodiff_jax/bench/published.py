@@ -109,10 +109,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             " procedure starts afresh; leave it out"
         )
     count = concepts_at_a_time(config, jax.device_count())
-    if count < len(concepts_from(config)):
+    if count != len(concepts_from(config)):
         raise ValueError(
             f"the procedure trains all {len(concepts_from(config))} concepts together, and"
-            f" config.train.concepts_per_device leaves {count} at a time; set it to None"
+            f" config.train.concepts_per_device and the devices leave {count} at a time; set it to"
+            " None, and use one device"
         )
     synchronise = model_lib.torch_side().synchronise
     out = local_path(workdir, "workdir")
