@@ -84,6 +84,7 @@ delete() { queued delete "$name" --force --quiet; }
 wait_until_active() {
   local now unknown=0
   while now=$(state) && [[ $now != ACTIVE ]]; do
+    [[ $now == UNKNOWN ]] || unknown=0
     case $now in
       NONE) create ;;
       SUSPENDED) delete ;; # preempted; the service does not give it again
@@ -92,7 +93,7 @@ wait_until_active() {
         exit 1
         ;;
       UNKNOWN)
-        ((++unknown < 20)) || { say "gcloud has not told the state of $name 20 times"; exit 1; }
+        ((++unknown < 20)) || { say "gcloud did not tell the state of $name, 20 times in a row"; exit 1; }
         sleep 30
         ;;
       *) say "$name is $now" && sleep 30 ;;

@@ -175,7 +175,6 @@ import jax
 from respodiff_jax import distributed
 port, process_id = map(int, sys.argv[1:])
 distributed.initialize(f"localhost:{port}", 2, process_id)
-from jax.experimental import multihost_utils
 with distributed.Preemption() as preemption:
     if process_id == 1:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -185,7 +184,6 @@ with distributed.Preemption() as preemption:
         if preemption.reached():
             print(f"stopped after step {step}")
             break
-multihost_utils.sync_global_devices("done")
 """
 
 
@@ -245,6 +243,7 @@ def pair(program, *arguments):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(port), str(number), *map(str, arguments)],
+            env=os.environ | {"XLA_FLAGS": ""},  # a device each
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
