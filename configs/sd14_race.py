@@ -2,7 +2,7 @@
 
     respodiff train --config configs/sd14_race.py --workdir runs/sd14_race
 
-Three concepts do not divide over 2, 4 or 8 devices, which then share the batch of all three: set
+Three concepts do not divide over 4 or 8 devices, which then share the batch of all three: set
 `--config.train.batch_size` to a multiple of the number of devices.
 
 The paper reports, on WinoBias, a deviation ratio of 0.56 before and 0.16 after; this config has not

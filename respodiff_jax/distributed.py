@@ -101,7 +101,8 @@ def enable_compilation_cache(folder: str | None = None) -> None:
     """Keeps compiled programs on disk.
 
     A program is found again by its hash. JAX leaves source locations out of it, but not those
-    inside Pallas kernels, where they would tell one installation from another: so none are kept.
+    inside Pallas kernels, where they would tell one installation from another: so none are kept,
+    and profiles have none.
 
     Args:
       folder: by default `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's cache.

@@ -86,7 +86,8 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
         " and chip, each instruction's operands and results once, but for those that the compiler"
         " keeps on the chip. *At best*: the longer of FLOPs at peak and traffic at full"
         " bandwidth, exchanges not counted. *Concepts an hour*: of the config's steps and batch"
-        " size. *Exchanged*: in collectives, as large as what they are of when whole.",
+        " size, copies that fill up a wave counted. *Exchanged*: in collectives, as large as what"
+        " they are of when whole.",
     ]
     largest = [entry for entry in entries if entry["job"]["step"] == LARGEST]
     if largest:
