@@ -227,7 +227,7 @@ def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
 
 def test_a_diverged_concept_stops_and_spares_the_others(tiny_backbone, two_concepts):
     recipe, step = two_concepts
-    wild, tame = (dataclasses.replace(MAN, lr_ram=lr) for lr in (float("inf"), 0.0))
+    wild, tame = (dataclasses.replace(MAN, lr_ram=lr) for lr in (1e38, 0.0))
     arrays, before = start(tiny_backbone, recipe, [WOMAN, wild])
     after, metrics = run(step, before, tiny_backbone, arrays, 2)
     np.testing.assert_array_equal(metrics.diverged_at, [-1, 0])
