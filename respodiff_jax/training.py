@@ -208,7 +208,7 @@ class _Job:
 
             def draw_grids():
                 adapter, _ = fetch_adapter()
-                if adapter is not None and grids.missing(step, adapter):
+                if adapter is not None and (step > first_step or grids.missing(step, adapter)):
                     grids.write(step, self.frozen, adapter, log)
 
             with (
