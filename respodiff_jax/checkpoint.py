@@ -31,8 +31,10 @@ RUN_FILE = "run.json"
 _FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
 
 # What TensorStore's errors, all of one kind, say where a good checkpoint cannot be read now.
-_NOT_NOW = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
-_NOT_NOW += ("RESOURCE_EXHAUSTED", "CANCELLED")
+_NOT_NOW = (
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
+    *("RESOURCE_EXHAUSTED", "CANCELLED"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

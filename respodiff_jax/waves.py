@@ -52,7 +52,7 @@ class Wave:
     @property
     def filled_up(self) -> tuple[Concept, ...]:
         """The concepts of the training state."""
-        return (*self.concepts, *self.concepts[-1:] * (self.size - len(self.concepts)))
+        return fill_up(self.concepts, self.size)
 
     @property
     def is_done(self) -> bool:
@@ -99,6 +99,11 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
         return num_concepts
     waves = math.ceil(num_concepts / (num_devices * per_device)) if per_device else 1
     return math.ceil(num_concepts / waves / num_devices) * num_devices
+
+
+def fill_up(concepts: tuple[Concept, ...], size: int) -> tuple[Concept, ...]:
+    """So many concepts; those past the given are copies of the last."""
+    return concepts + concepts[-1:] * (size - len(concepts))
 
 
 def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Wave]:

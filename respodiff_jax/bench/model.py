@@ -20,6 +20,7 @@ from respodiff_jax.concepts import Concept
 from respodiff_jax.config import concepts_from
 from respodiff_jax.objective import ConceptArrays, concept_arrays
 from respodiff_jax.train_step import Recipe, TrainState, init_state
+from respodiff_jax.waves import fill_up
 
 
 def open_model(config: ConfigDict) -> tuple[Backbone, int]:
@@ -60,8 +61,7 @@ class Job:
         """
         all_concepts = concepts_from(config)
         count = concepts_at_a_time(config, jax.device_count())
-        concepts = all_concepts[:count]
-        concepts += concepts[-1:] * (count - len(concepts))  # as a wave is filled up
+        concepts = fill_up(all_concepts[:count], count)
         backbone, resolution = open_model(config)
         recipe = Recipe.from_config(config, backbone, resolution)
         most_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)

@@ -1,6 +1,5 @@
 """The report's charts and tables, one function for each part of the page."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +18,7 @@ from respodiff_jax.evaluation.report.markup import (
     tag,
 )
 from respodiff_jax.evaluation.results import Measurement, Results
-from respodiff_jax.storage import open_path
+from respodiff_jax.storage import open_path, read_json_lines
 
 TRAINING_FILE = "metrics.jsonl"
 
@@ -269,9 +268,7 @@ def _loss_curves(files: Sequence[epath.Path]) -> list[Markup]:
     entries = []
     for path in files:
         try:
-            # The last line of a run that goes on may be half written.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            entries += [json.loads(line) for line in lines if line.endswith("\n")]
+            entries += read_json_lines(path)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read: {error}; expected a training workdir's losses"
