@@ -38,8 +38,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
     package_data={
-        "respodiff_jax.emoji": ["assets/*", "model/*", "model/*/*"],
-        "respodiff_jax.evaluation": ["suites/*", "report/*.css"],
+        "respodiff_jax.emoji": ["model/*", "model/*/*"],
+        "respodiff_jax.emoji.making": ["assets/*"],
+        "respodiff_jax.data": ["suites/*"],
+        "respodiff_jax.evaluation": ["report/*.css"],
     },
     install_requires=[
         "jax>=0.10,<0.12",

@@ -11,13 +11,13 @@ been run on SD 1.4 here.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_race
+from respodiff_jax.method.paper import RACE
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
     config = default()
     config.model.name = "CompVis/stable-diffusion-v1-4"
     config.train.steps = 5000
-    add_race(config)
+    add_concepts(config, RACE)
     return config

@@ -9,13 +9,13 @@ images for I2P prompts are inappropriate before and 0.16 after; this config has 
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_safety
+from respodiff_jax.method.paper import SAFETY
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
     config = default()
     config.model.name = "CompVis/stable-diffusion-v1-4"
     config.train.steps = 1500
-    add_safety(config)
+    add_concepts(config, SAFETY)
     return config

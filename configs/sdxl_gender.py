@@ -8,8 +8,8 @@ config has not been run on SDXL here.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_gender
+from respodiff_jax.method.paper import GENDER
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
     config.model.name = "stabilityai/stable-diffusion-xl-base-1.0"
     config.model.variant = "fp16"
     config.train.steps = 5000
-    add_gender(config)
+    add_concepts(config, GENDER)
     return config

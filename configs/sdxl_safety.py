@@ -7,8 +7,8 @@ The paper has no safety results on SDXL; this config has not been run on it here
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_safety
+from respodiff_jax.method.paper import SAFETY
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     config.model.name = "stabilityai/stable-diffusion-xl-base-1.0"
     config.model.variant = "fp16"
     config.train.steps = 1500
-    add_safety(config)
+    add_concepts(config, SAFETY)
     return config

@@ -8,8 +8,8 @@ noise and only the losses mean something.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_gender
+from respodiff_jax.method.paper import GENDER
+from respodiff_jax.training.config import add_concepts, default
 
 
 def get_config() -> ConfigDict:
@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 20
     config.log.grid_every = 30
     config.log.grid_steps = 10
-    add_gender(config)
+    add_concepts(config, GENDER)
     return config

@@ -39,13 +39,13 @@ def store(model: str, stored: pathlib.Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from respodiff_jax import sampling
-    from respodiff_jax.adapter_card import export_adapter
     from respodiff_jax.adapters import Adapter, load_adapter
+    from respodiff_jax.adapters.card import export_adapter
     from respodiff_jax.backbone import load_backbone
-    from respodiff_jax.concepts import Concept
-    from respodiff_jax.diffusion import Schedule
-    from respodiff_jax.modules import MidBlockModule
+    from respodiff_jax.generation import sampling
+    from respodiff_jax.method.concepts import Concept
+    from respodiff_jax.method.diffusion import Schedule
+    from respodiff_jax.method.modules import MidBlockModule
 
     if (stored / "adapter").is_dir() and (stored / "latents.safetensors").is_file():
         return

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from respodiff_jax.errors import UserError
+
 METADATA_KEY = "parameters"
 
 _BACKGROUND, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (112, 117, 122)
@@ -43,12 +45,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The metadata that `save_png` embedded in a PNG.
 
     Raises:
-      ValueError: when the file holds none.
+      UserError: when the file holds none.
     """
     with Image.open(path) as image:
         text = image.info.get(METADATA_KEY)
     if text is None:
-        raise ValueError(f"{path} has no {METADATA_KEY!r} text chunk; respodiff did not write it")
+        raise UserError(f"{path} has no {METADATA_KEY!r} text chunk; respodiff did not write it")
     return json.loads(text)
 
 
@@ -76,17 +78,17 @@ def grid(
       The picture, RGB.
 
     Raises:
-      ValueError: when rows, images and labels do not fit each other.
+      UserError: when rows, images and labels do not fit each other.
     """
     columns = len(rows[0]) if len(rows) else 0
     if not columns or any(len(row) != columns for row in rows):
-        raise ValueError(f"grid rows have {[len(row) for row in rows]} images, expected equal rows")
+        raise UserError(f"grid rows have {[len(row) for row in rows]} images, expected equal rows")
     for what, found, expected in (
         ("row_labels", row_labels, [len(rows)]),
         ("captions", captions, [len(rows), columns]),
     ):
         if found is not None and list(np.shape(found)) != expected:
-            raise ValueError(f"grid {what}: shape {np.shape(found)}, expected {tuple(expected)}")
+            raise UserError(f"grid {what}: shape {np.shape(found)}, expected {tuple(expected)}")
 
     height, width = np.shape(rows[0][0])[:2]
     tile_w = tile or min(max(width, 128), 256)

@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from respodiff_jax.errors import UserError
+
 PathLike = str | os.PathLike
 
 
@@ -27,11 +29,11 @@ def open_path(path: PathLike) -> epath.Path:
     """The path as one to read and write through.
 
     Raises:
-      ValueError: for gs:// where the packages that it needs are not installed.
+      UserError: for gs:// where the packages that it needs are not installed.
     """
     # google-cloud-storage, which Orbax uses, comes with gcsfs.
     if is_remote(path) and importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(
+        raise UserError(
             f"{os.fspath(path)} is on Google Cloud Storage, for which gcsfs is needed; install it"
             ' with: pip install -e ".[gcs]"'
         )
@@ -42,10 +44,10 @@ def local_path(path: PathLike, what: str) -> pathlib.Path:
     """A path on this machine, for what reads or writes nowhere else.
 
     Raises:
-      ValueError: if it is not; `what` is what the path is called.
+      UserError: if it is not; `what` is what the path is called.
     """
     if is_remote(path):
-        raise ValueError(
+        raise UserError(
             f"{what} {os.fspath(path)} is on Google Cloud Storage, which this does not reach; give"
             " one of this machine, and copy it with: gcloud storage cp -r"
         )
@@ -56,18 +58,18 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     """Makes sure that a folder on this machine may be written to; it is made if it does not exist.
 
     Raises:
-      ValueError: when it is not empty and not to be overwritten, or cannot be written.
+      UserError: when it is not empty and not to be overwritten, or cannot be written.
     """
     out = local_path(out, "output folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         empty = not any(out.iterdir())
     except OSError as error:
-        raise ValueError(f"output folder {out} cannot be made or read: {error}") from error
+        raise UserError(f"output folder {out} cannot be made or read: {error}") from error
     if not os.access(out, os.W_OK):
-        raise ValueError(f"output folder {out} cannot be written: no permission")
+        raise UserError(f"output folder {out} cannot be written: no permission")
     if not empty and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"output folder {out} is not empty; choose another, or give --overwrite to replace the"
             " images in it"
         )
@@ -78,19 +80,19 @@ def parse_json(text: str, where: str) -> Any:
     """`json.loads`, of a text that is named in the error.
 
     Raises:
-      ValueError: if it is no JSON.
+      UserError: if it is no JSON.
     """
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}. Mend it or move the file away") from error
+        raise UserError(f"{where} is damaged: {error}. Mend it or move the file away") from error
 
 
 def read_json_lines(path: epath.Path) -> list[Any]:
     """What a file has, a JSON value a line; a last line that was cut off while written is left out.
 
     Raises:
-      ValueError: naming the file and the line that is something else.
+      UserError: naming the file and the line that is something else.
     """
     lines = path.read_text().split("\n")[:-1]  # other ends of lines may be within a value
     return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(lines, start=1)]

@@ -4,12 +4,13 @@ and pictures to evaluate."""
 import numpy as np
 
 from respodiff_jax.adapters import Adapter
-from respodiff_jax.concepts import Concept
-from respodiff_jax.emoji import rendering, vocabulary, world
+from respodiff_jax.emoji import vocabulary
+from respodiff_jax.emoji.making import rendering, world
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.results import Measurement, Results, save_per_image, save_results
 from respodiff_jax.images import save_png
-from respodiff_jax.modules import MidBlockModule
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.modules import MidBlockModule
 
 CATEGORIES = {"violence": (0.55, 0.08), "smoking": (0.31, 0.05), "self-harm, shock": (0.2, 0.12)}
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.numpy import load_file
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
-from respodiff_jax.adapter_card import export_adapter
+from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.backbone import load_backbone
 
 ROOT = pathlib.Path(__file__).parents[1]

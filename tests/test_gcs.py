@@ -17,14 +17,16 @@ import pytest
 from etils import epath
 from test_training import assert_same_state, make_config, sigterm_at
 
-from respodiff_jax import cli, storage, waves
+from respodiff_jax import cli, storage
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import files, load_backbone
-from respodiff_jax.checkpoint import Checkpoints
-from respodiff_jax.concepts import Concept
-from respodiff_jax.config import with_concepts
-from respodiff_jax.monitoring import Profiler
-from respodiff_jax.training import train
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.training import waves
+from respodiff_jax.training.checkpoint import Checkpoints
+from respodiff_jax.training.config import with_concepts
+from respodiff_jax.training.monitoring import Profiler
+from respodiff_jax.training.run import train
 
 CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 1, "log.grid_steps": 2}
 ROOT = pathlib.Path(__file__).parents[1]
@@ -186,7 +188,7 @@ def test_a_trace_goes_to_the_bucket(bucket):
 
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made(server):
-    with pytest.raises(ValueError, match=r"workdir gs://nowhere/run cannot be written to"):
+    with pytest.raises(UserError, match=r"workdir gs://nowhere/run cannot be written to"):
         train(make_config(), "gs://nowhere/run")
     assert b"nowhere" not in urllib.request.urlopen(f"{server}/storage/v1/b").read()
 
@@ -247,12 +249,12 @@ def test_a_model_in_a_bucket_is_copied_once(remote_model, sd_folder, tmp_path, m
 
 def test_a_model_that_is_not_in_the_bucket_is_told(remote_model, tmp_path):
     for name in (f"{remote_model}s", "gs://nowhere/model"):
-        with pytest.raises(ValueError, match=f"model '{name}'"):
+        with pytest.raises(UserError, match=f"model '{name}'"):
             load_backbone(name, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="revision='main' applies to hub models"):
+    with pytest.raises(UserError, match="revision='main' applies to hub models"):
         load_backbone(remote_model, revision="main", cache_dir=tmp_path)
     epath.Path(remote_model, "vae", "config.json").unlink()
-    with pytest.raises(ValueError, match=r"missing: vae/config\.json"):
+    with pytest.raises(UserError, match=r"missing: vae/config\.json"):
         load_backbone(remote_model, cache_dir=tmp_path)
 
 

@@ -15,11 +15,11 @@ from test_train_step import relative_error
 from respodiff_jax.backbone import architectures
 from respodiff_jax.backbone.attention import attention, choose_attention
 from respodiff_jax.bench.model import Job, open_model
-from respodiff_jax.config import default
-from respodiff_jax.paper_concepts import add_gender
-from respodiff_jax.parallel import make_placement
-from respodiff_jax.sampling import Sampler, SamplerOptions
-from respodiff_jax.train_step import train_step
+from respodiff_jax.generation.sampling import Sampler, SamplerOptions
+from respodiff_jax.method.paper import GENDER
+from respodiff_jax.method.train_step import train_step
+from respodiff_jax.training.config import add_concepts, default
+from respodiff_jax.training.parallel import make_placement
 
 pytestmark = pytest.mark.gpu
 
@@ -91,7 +91,7 @@ def config_of(dtype, monkeypatch):
     config = default()
     config.model.name, config.model.dtype = "random/small", dtype
     config.train.batch_size = 4
-    add_gender(config)
+    add_concepts(config, GENDER)
     return config
 
 

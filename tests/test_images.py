@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from respodiff_jax.errors import UserError
 from respodiff_jax.images import grid, read_metadata, save_png
 
 
@@ -22,7 +23,7 @@ def test_png_keeps_pixels_and_metadata(tmp_path):
 def test_png_of_floats_rounds_and_clips(tmp_path):
     save_png(np.array([[[-0.1, 0.5, 1.2]]]), tmp_path / "a.png")
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[[0, 128, 255]]]
-    with pytest.raises(ValueError, match="has no 'parameters' text chunk"):
+    with pytest.raises(UserError, match="has no 'parameters' text chunk"):
         read_metadata(tmp_path / "a.png")
 
 
@@ -61,5 +62,5 @@ def test_grid_takes_one_array_of_floats():
     ],
 )
 def test_grid_refuses_what_does_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         grid(**arguments)

@@ -15,9 +15,9 @@ from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import concatenate, save_adapter
 from respodiff_jax.backbone import load_backbone
-from respodiff_jax.diffusion import Schedule
-from respodiff_jax.modules import KINDS
-from respodiff_jax.sampling import denoise, initial_noise
+from respodiff_jax.generation.sampling import denoise, initial_noise
+from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.modules import KINDS
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
 # Of the schedulers: numpy's and torch's newest releases are at odds there.

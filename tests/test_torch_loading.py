@@ -21,9 +21,9 @@ from test_adapters import (
 
 from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import save_adapter
-from respodiff_jax.concepts import Concept
-from respodiff_jax.modules import KINDS
-from respodiff_jax.selection import fair_assignment
+from respodiff_jax.generation.selection import fair_assignment
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.modules import KINDS
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
 OLD = Concept("old", "age", ("a person",), target_prompt="an old person")

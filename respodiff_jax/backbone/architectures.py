@@ -11,6 +11,7 @@ import numpy as np
 from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.text import byte_tokenizer
+from respodiff_jax.errors import UserError
 
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -207,10 +208,10 @@ def random_backbone(
       The `Backbone`, named "random/<architecture>" with revision "seed-<seed>".
 
     Raises:
-      ValueError: for an unknown architecture or dtype.
+      UserError: for an unknown architecture or dtype.
     """
     if architecture not in _ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"unknown architecture {architecture!r}; expected one of {', '.join(_ARCHITECTURES)}."
         )
     kind = flax_models.compute_dtype(dtype)

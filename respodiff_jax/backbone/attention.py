@@ -21,6 +21,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, PartitionSpec
 
+from respodiff_jax.errors import UserError
+
 IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn", "stock")
 
 # Fewer scores, 1 MiB a head in float32, need not leave the chip. 64 × 64 positions attending to the
@@ -40,10 +42,10 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
       "plain", "flash", "cudnn" or "stock".
 
     Raises:
-      ValueError: for an unknown name, or one that this backend or dtype does not have.
+      UserError: for an unknown name, or one that this backend or dtype does not have.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise UserError(
             f"attention={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}."
         )
     backend = jax.default_backend()
@@ -57,7 +59,7 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
         return next((name for name in ("flash", "cudnn") if available[name]), "plain")
     if not available[implementation]:
         needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
-        raise ValueError(
+        raise UserError(
             f"attention={implementation!r} needs {needs[implementation]}; this is {backend} with"
             f" {jnp.dtype(dtype).name}. Use 'auto' or 'plain'."
         )

@@ -14,6 +14,7 @@ from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
 from respodiff_jax.backbone.flax_models import by_repeating, with_attention
 from respodiff_jax.backbone.unet import Conditioning, Skips
+from respodiff_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,14 +79,14 @@ class Backbone:
         """(h, w, c) of a latent for square images of `resolution` pixels.
 
         Raises:
-          ValueError: if the UNet cannot halve such latents evenly; names the nearest valid
+          UserError: if the UNet cannot halve such latents evenly; names the nearest valid
             resolutions.
         """
         multiple = self.vae_factor * self._unet_factor
         if resolution < multiple or resolution % multiple:
             below = max(resolution // multiple, 1) * multiple
             nearest = f"{below} or {below + multiple}" if resolution > multiple else f"{multiple}"
-            raise ValueError(
+            raise UserError(
                 f"resolution={resolution}: this model needs a positive multiple of {multiple} "
                 f"pixels; the nearest valid is {nearest} (trained at {self.default_resolution})."
             )
@@ -139,11 +140,11 @@ class Backbone:
           `Conditioning` with leading axis n, in `dtype` (`time_ids` fp32).
 
         Raises:
-          ValueError: if prompts is not a non-empty sequence of strings, or the resolution does not
+          UserError: if prompts is not a non-empty sequence of strings, or the resolution does not
             fit.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts must be a non-empty sequence of strings, got {prompts!r}.")
+            raise UserError(f"prompts must be a non-empty sequence of strings, got {prompts!r}.")
         self.latent_shape(resolution)
         params = self.params if params is None else params
         ids = self.tokenise(prompts)

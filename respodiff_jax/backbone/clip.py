@@ -19,6 +19,7 @@ from tqdm import tqdm
 from respodiff_jax.backbone.files import find_clip, sha256
 from respodiff_jax.backbone.text import tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
+from respodiff_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,12 +156,12 @@ def load_clip(
       cache_dir: instead of the default Hugging Face cache.
 
     Raises:
-      ValueError: if it is not there, is incomplete, is no CLIP, or its weights do not fit.
+      UserError: if it is not there, is incomplete, is no CLIP, or its weights do not fit.
     """
     folder, commit, weights = find_clip(str(name_or_path), revision=revision, cache_dir=cache_dir)
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if content.get("model_type") != "clip":
-        raise ValueError(
+        raise UserError(
             f"{name_or_path}: config.json says model_type {content.get('model_type')!r}, expected"
             " 'clip', for example openai/clip-vit-base-patch32"
         )

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from respodiff_jax.backbone.weights import read_index
+from respodiff_jax.errors import UserError
 from respodiff_jax.storage import is_remote, open_path
 
 _STEMS = {
@@ -112,7 +113,7 @@ def _snapshot(
         )
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(
+        raise UserError(
             f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "
             f"fetched: {reason if available is None else error}. Give a folder, check the name, or "
             "download it first where there is a network."
@@ -143,7 +144,7 @@ def _fetch_remote(
     It is kept; a folder that has changed since is copied again.
 
     Raises:
-      ValueError: if there are none or they cannot be read.
+      UserError: if there are none or they cannot be read.
     """
     root = open_path(name)
     try:
@@ -152,9 +153,9 @@ def _fetch_remote(
         chosen = {path: available[path] for path in wanted(available) if path in available}
         stats = {path: file.stat() for path, file in chosen.items()}
     except Exception as error:  # gcsfs and Google's authentication raise kinds of their own
-        raise ValueError(f"model {name!r} cannot be read: {error}") from error
+        raise UserError(f"model {name!r} cannot be read: {error}") from error
     if not chosen:
-        raise ValueError(f"model {name!r}: no such folder, or none with a model's files.")
+        raise UserError(f"model {name!r}: no such folder, or none with a model's files.")
     state = [name, *((path, stat.length, stat.mtime) for path, stat in sorted(stats.items()))]
     default_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     cache = pathlib.Path(cache_dir or default_cache / "respodiff_jax" / "models")
@@ -182,12 +183,12 @@ def _find_folder(
     folder = local_folder(name)
     if is_remote(name) or folder.is_dir():
         if revision is not None:
-            raise ValueError(
+            raise UserError(
                 f"revision={revision!r} applies to hub models, but {name!r} is a folder."
             )
         return _fetch_remote(name, cache_dir, wanted) if is_remote(name) else folder, None
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'.")
+        raise UserError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'.")
     folder = _snapshot(name, revision, cache_dir, wanted)
     return folder, folder.name
 
@@ -196,7 +197,7 @@ def _read_json(file: pathlib.Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+        raise UserError(f"{file} is not valid JSON: {error}.") from error
 
 
 def find_pipeline(
@@ -205,17 +206,17 @@ def find_pipeline(
     """Finds every file of a Stable Diffusion pipeline, fetching from the hub what is not there.
 
     Raises:
-      ValueError: if there is no such model, it is of another kind, or files are missing; names all
+      UserError: if there is no such model, it is of another kind, or files are missing; names all
         of them.
     """
     folder, commit = _find_folder(
         name, revision, cache_dir, lambda available: _pipeline_files(available, variant)
     )
     if not (folder / _INDEX).is_file():
-        raise ValueError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}.")
+        raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}.")
     index = _read_json(folder / _INDEX)
     if "unet" not in index or not (index.get("text_encoder") or [None])[0]:
-        raise ValueError(
+        raise UserError(
             f"{name}: a {index.get('_class_name')} without a unet and a text_encoder; expected a "
             "Stable Diffusion 1.x, 2.x or XL base model."
         )
@@ -239,7 +240,7 @@ def find_pipeline(
     if not (folder / _SCHEDULER).is_file():
         missing.append(_SCHEDULER)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name}: the model is incomplete in {folder}; missing: {'; '.join(missing)}."
         )
     return PipelineFiles(
@@ -259,7 +260,7 @@ def find_clip(
     """Finds a CLIP's folder, its commit on the hub (None for a folder) and its weight files.
 
     Raises:
-      ValueError: if there is no such model or files are missing; names all of them.
+      UserError: if there is no such model or files are missing; names all of them.
     """
 
     def wanted(available):
@@ -275,7 +276,7 @@ def find_clip(
     if not chosen:
         missing.append("model.safetensors or flax_model.msgpack")
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name}: the CLIP is incomplete in {folder}; missing: {', '.join(missing)}."
         )
     return folder, commit, [folder / file for file in chosen]

@@ -52,6 +52,7 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
 )
 
 from respodiff_jax.backbone.attention import attention  # noqa: E402
+from respodiff_jax.errors import UserError  # noqa: E402
 
 LAYER = "layer"  # what `name_layers` names
 
@@ -114,7 +115,7 @@ _TEXT_ENCODERS = {
 def _check_fixed(where: str, config: Mapping, fixed: Mapping) -> None:
     for option, accepted in fixed.items():
         if option in config and config[option] not in accepted:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {option}={config[option]!r} is not supported by the Flax model, "
                 f"expected {' or '.join(map(repr, accepted))}. Use a Stable Diffusion 1.x, 2.x or "
                 "XL base model."
@@ -125,7 +126,7 @@ def _check_blocks(where: str, config: Mapping, blocks: Mapping) -> None:
     for option, accepted in blocks.items():
         for kind in config.get(option, ()):
             if kind not in accepted:
-                raise ValueError(
+                raise UserError(
                     f"{where}: {option} holds {kind!r}, expected only {' or '.join(accepted)}."
                 )
 
@@ -135,10 +136,10 @@ def _check_unet(where: str, config: Mapping) -> None:
     _check_blocks(where, config, _UNET_BLOCKS)
     for option in ("layers_per_block", "cross_attention_dim", "sample_size"):
         if not isinstance(config.get(option), int):
-            raise ValueError(f"{where}: {option} must be one integer, got {config.get(option)!r}.")
+            raise UserError(f"{where}: {option} must be one integer, got {config.get(option)!r}.")
     widths = config.get("block_out_channels", ())
     if not widths or any(width % 32 for width in widths):
-        raise ValueError(
+        raise UserError(
             f"{where}: block_out_channels must be multiples of the 32 normalisation groups, "
             f"got {widths}."
         )
@@ -147,10 +148,10 @@ def _check_unet(where: str, config: Mapping) -> None:
 def _check_text_encoder(where: str, config: Mapping) -> None:
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
-        raise ValueError(f"{where}: model_type={kind!r}, expected a 'clip_text_model'.")
+        raise UserError(f"{where}: model_type={kind!r}, expected a 'clip_text_model'.")
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ACT2FN:
-        raise ValueError(f"{where}: hidden_act={activation!r}, expected one of {sorted(ACT2FN)}.")
+        raise UserError(f"{where}: hidden_act={activation!r}, expected one of {sorted(ACT2FN)}.")
 
 
 def _check_together(where: str, modules: Mapping[str, nn.Module]) -> None:
@@ -159,27 +160,27 @@ def _check_together(where: str, modules: Mapping[str, nn.Module]) -> None:
     towers = [module.config for part, module in modules.items() if part.startswith("text_encoder")]
     for option in ("in_channels", "out_channels"):
         if getattr(unet, option) != vae.latent_channels:
-            raise ValueError(
+            raise UserError(
                 f"{where}, unet: {option}={getattr(unet, option)}, expected the VAE's "
                 f"{vae.latent_channels} latents. Inpainting, depth and upscaling models are "
                 "not supported."
             )
     width = sum(config.hidden_size for config in towers)
     if width != unet.cross_attention_dim:
-        raise ValueError(
+        raise UserError(
             f"{where}: the text encoders give {width} features, the unet's cross_attention_dim is "
             f"{unet.cross_attention_dim}; the parts belong to different models."
         )
     is_xl = unet.addition_embed_type == "text_time"
     if len(towers) != 1 + is_xl:
-        raise ValueError(
+        raise UserError(
             f"{where}: {len(towers)} text encoder(s) for a unet with addition_embed_type="
             f"{unet.addition_embed_type!r}; expected one with None or two with 'text_time'."
         )
     if is_xl:
         features = 6 * unet.addition_time_embed_dim + towers[1].projection_dim
         if unet.projection_class_embeddings_input_dim != features:
-            raise ValueError(
+            raise UserError(
                 f"{where}, unet: projection_class_embeddings_input_dim="
                 f"{unet.projection_class_embeddings_input_dim}, expected {features} for six time "
                 "ids and the pooled text embedding. The SDXL refiner is not supported."
@@ -207,7 +208,7 @@ def build_modules(
       The modules, keyed as `configs`. SDXL's second text encoder has a projection.
 
     Raises:
-      ValueError: if the Flax classes would not compute the model faithfully, naming the part, the
+      UserError: if the Flax classes would not compute the model faithfully, naming the part, the
         option, what was expected and what came.
     """
     modules = {}
@@ -327,8 +328,8 @@ def compute_dtype(dtype: str) -> np.dtype:
     """The dtype of that name.
 
     Raises:
-      ValueError: unless it is float32 or bfloat16.
+      UserError: unless it is float32 or bfloat16.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
+        raise UserError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
     return jnp.dtype(dtype)

@@ -10,6 +10,7 @@ from respodiff_jax.backbone.attention import choose_attention
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.files import find_pipeline, sha256
 from respodiff_jax.backbone.weights import load_weights
+from respodiff_jax.errors import UserError
 
 
 def load_backbone(
@@ -44,7 +45,7 @@ def load_backbone(
       order of their names.
 
     Raises:
-      ValueError: if the model is not there, is incomplete (naming every missing file), is of a kind
+      UserError: if the model is not there, is incomplete (naming every missing file), is of a kind
         that the Flax models do not compute, or its weights are damaged or do not fit the config;
         or if this backend or dtype does not have that attention.
     """
@@ -54,9 +55,7 @@ def load_backbone(
     if name.startswith("random/") and not pathlib.Path(name).is_dir():
         seed = (revision or "seed-0").removeprefix("seed-")
         if not seed.isdecimal():
-            raise ValueError(
-                f"revision={revision!r}: for {name} expected 'seed-0' or another seed."
-            )
+            raise UserError(f"revision={revision!r}: for {name} expected 'seed-0' or another seed.")
         architecture = name.removeprefix("random/")
         return random_backbone(
             architecture, dtype=dtype, attention=attention, seed=int(seed), abstract=abstract

@@ -19,6 +19,7 @@ from respodiff_jax.backbone.flax_models import (
     name_layers,
     with_attention,
 )
+from respodiff_jax.errors import UserError
 
 
 class Conditioning(NamedTuple):
@@ -75,7 +76,7 @@ def _decode(unet, h, skips):
 
 def _check_inputs(unet, z_t, timesteps, cond):
     if z_t.ndim != 4 or z_t.shape[-1] != unet.in_channels:
-        raise ValueError(
+        raise UserError(
             f"z_t must be (B, h, w, {unet.in_channels}), channels last; got {z_t.shape}."
         )
     batch = z_t.shape[0]
@@ -85,7 +86,7 @@ def _check_inputs(unet, z_t, timesteps, cond):
     }
     if unet.addition_embed_type == "text_time":
         if cond.pooled is None or cond.time_ids is None:
-            raise ValueError(
+            raise UserError(
                 "SDXL needs cond.pooled and cond.time_ids; see Backbone.encode_prompts."
             )
         expected |= {
@@ -97,7 +98,7 @@ def _check_inputs(unet, z_t, timesteps, cond):
             e not in (None, g) for e, g in zip(shape, value.shape, strict=True)
         ):
             wanted = ", ".join("." if e is None else str(e) for e in shape)
-            raise ValueError(f"{name} must be ({wanted}) for {batch} latents, got {value.shape}.")
+            raise UserError(f"{name} must be ({wanted}) for {batch} latents, got {value.shape}.")
 
 
 def encode(
@@ -122,7 +123,7 @@ def encode(
       h (B, H, W, C) in `unet.dtype`, and the `Skips` that `decode` needs.
 
     Raises:
-      ValueError: if an argument's shape does not fit, naming it.
+      UserError: if an argument's shape does not fit, naming it.
     """
     _check_inputs(unet, z_t, timesteps, cond)
     with nn.intercept_methods(as_trained), nn.intercept_methods(with_attention(attention)):

@@ -18,6 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from respodiff_jax.errors import UserError
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # The names of the two layers of a time embedding, not list entries.
 _UNSPLIT = ("linear_1", "linear_2")
@@ -69,7 +71,7 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 def _check_keys(missing: Iterable[str], extra: Iterable[str], where: str) -> None:
     if missing:
         also = f"; it holds unknown ones: {_listed(extra)}" if extra else ""
-        raise ValueError(
+        raise UserError(
             f"{where} lacks parameters of the model in config.json: {_listed(missing)}{also}. "
             "The weights and the config belong to different models."
         )
@@ -81,7 +83,7 @@ def _check_keys(missing: Iterable[str], extra: Iterable[str], where: str) -> Non
 
 def _checked(array: np.ndarray, expected: tuple[int, ...], name: str, where: str) -> np.ndarray:
     if array.shape != expected:
-        raise ValueError(
+        raise UserError(
             f"{where}: {name} has shape {array.shape} (in Flax's layout), the model in config.json "
             f"expects {expected}."
         )
@@ -92,7 +94,7 @@ def _open(file: pathlib.Path):
     try:
         return safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is truncated or not a safetensors file ({error}); download or copy it again."
         ) from error
 
@@ -121,7 +123,7 @@ def _load_msgpack(file: pathlib.Path, abstract: Mapping, dtype: np.dtype) -> dic
         tree = flax.serialization.msgpack_restore(file.read_bytes())
         stored = flax.traverse_util.flatten_dict(tree, sep="/")
     except Exception as error:  # msgpack raises a different exception for each way to be damaged
-        raise ValueError(
+        raise UserError(
             f"{file} is truncated or not a Flax msgpack file ({error}); download or copy it again."
         ) from error
     flat = flax.traverse_util.flatten_dict(abstract, sep="/")
@@ -146,7 +148,7 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
       A tree like `abstract`, of numpy arrays in `dtype`.
 
     Raises:
-      ValueError: for missing parameters (listed, with the extra ones), a wrong shape, or a damaged
+      UserError: for missing parameters (listed, with the extra ones), a wrong shape, or a damaged
         file, naming the file. Extra parameters alone only warn.
     """
     if files[0].suffix == ".msgpack":
@@ -177,4 +179,4 @@ def read_index(file: pathlib.Path) -> list[str]:
     try:
         return sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{file} is not an index of safetensors shards ({error!r}).") from error
+        raise UserError(f"{file} is not an index of safetensors shards ({error!r}).") from error

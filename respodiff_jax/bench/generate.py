@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from respodiff_jax.bench import measure
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.report import Report, Side
-from respodiff_jax.config import concepts_from
-from respodiff_jax.sampling import Sampler, SamplerOptions
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.sampling import Sampler, SamplerOptions
+from respodiff_jax.training.config import concepts_from
 
 
 def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
@@ -21,15 +22,15 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     first concept's neutral prompt.
 
     Args:
-      config: as from `respodiff_jax.config.load_config`.
+      config: as from `respodiff_jax.training.config.load_config`.
       against_torch: also measure diffusers' PyTorch pipeline, in turns with ours.
       repeats: of each.
 
     Raises:
-      ValueError: for what the user can mend.
+      UserError: for what the user can mend.
     """
     if config.log.grid_guidance_scale <= 1:
-        raise ValueError(
+        raise UserError(
             f"config.log.grid_guidance_scale is {config.log.grid_guidance_scale}: without guidance"
             " diffusers skips the unconditional half; give more than 1"
         )

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from respodiff_jax.backbone import Backbone, Conditioning, load_backbone, save_backbone
 from respodiff_jax.bench import measure
 from respodiff_jax.compiling.programs import concepts_at_a_time
-from respodiff_jax.concepts import Concept
-from respodiff_jax.config import concepts_from
-from respodiff_jax.objective import ConceptArrays, concept_arrays
-from respodiff_jax.train_step import Recipe, TrainState, init_state
-from respodiff_jax.waves import fill_up
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.objective import ConceptArrays, concept_arrays
+from respodiff_jax.method.train_step import Recipe, TrainState, init_state
+from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.waves import fill_up
 
 
 def open_model(config: ConfigDict) -> tuple[Backbone, int]:
@@ -57,7 +58,7 @@ class Job:
         """Opens the model of a config.
 
         Raises:
-          ValueError: for what the user can mend in config or model.
+          UserError: for what the user can mend in config or model.
         """
         all_concepts = concepts_from(config)
         count = concepts_at_a_time(config, jax.device_count())
@@ -82,18 +83,18 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
     """`bench.torch_side`, where PyTorch has the device that JAX runs on; None if not asked for.
 
     Raises:
-      ValueError: if there is no PyTorch, or it has no such device.
+      UserError: if there is no PyTorch, or it has no such device.
     """
     if not against_torch:
         return None
     try:
         module = importlib.import_module("respodiff_jax.bench.torch_side")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'the comparison needs PyTorch ({error}); install it: pip install -e ".[torch]"'
         ) from error
     if module.device_for(jax.default_backend()) != "cpu" and jax.device_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"PyTorch is measured on one GPU, and JAX has {jax.device_count()}; compare with one:"
             " CUDA_VISIBLE_DEVICES=0"
         )

@@ -10,14 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from respodiff_jax.adapter_card import export_adapter
 from respodiff_jax.adapters import Adapter
+from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.compiling.programs import concepts_at_a_time
-from respodiff_jax.config import concepts_from
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.train_step import make_lr_schedule
 from respodiff_jax.storage import local_path
-from respodiff_jax.train_step import make_lr_schedule
+from respodiff_jax.training.config import concepts_from
 
 if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
@@ -27,7 +28,7 @@ def make_training(job: Job) -> "torch_side.Training":
     """The published procedure for a job: its model, prompts, first RAM and SAM, hyper-parameters.
 
     Raises:
-      ValueError: if PyTorch is not there, or has not the device.
+      UserError: if PyTorch is not there, or has not the device.
     """
     torch_side, config = model_lib.torch_side(), job.config
     device = torch_side.device_for(jax.default_backend())
@@ -86,31 +87,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     Deviation: the authors' learning rates are constant, here they follow the config's schedule.
 
     Args:
-      config: as from `respodiff_jax.config.load_config`.
+      config: as from `respodiff_jax.training.config.load_config`.
       workdir: folder of the adapters, new or empty.
 
     Returns:
       The folder of the last.
 
     Raises:
-      ValueError: for what the user can mend; for options that the procedure does not have.
+      UserError: for what the user can mend; for options that the procedure does not have.
       FloatingPointError: if a loss is no longer finite.
     """
     optimizer = config.optimizer
     for name in ("clip_norm", "ema_decay"):
         if optimizer[name] is not None:
-            raise ValueError(
+            raise UserError(
                 f"config.optimizer.{name} is {optimizer[name]!r}, but the published procedure has"
                 " none; set it to None"
             )
     if config.train.init_adapter is not None:
-        raise ValueError(
+        raise UserError(
             f"config.train.init_adapter is {config.train.init_adapter!r}, but the published"
             " procedure starts afresh; leave it out"
         )
     count = concepts_at_a_time(config, jax.device_count())
     if count != len(concepts_from(config)):
-        raise ValueError(
+        raise UserError(
             f"the procedure trains all {len(concepts_from(config))} concepts together, and"
             f" config.train.concepts_per_device and the devices leave {count} at a time; set it to"
             " None, and use one device"
@@ -119,7 +120,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     out = local_path(workdir, "workdir")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise ValueError(f"workdir {workdir} is not empty; give a new one")
+        raise UserError(f"workdir {workdir} is not empty; give a new one")
     job = Job.of(config)
     training = make_training(job)
     lr_schedule = make_lr_schedule(optimizer, config.train.steps)

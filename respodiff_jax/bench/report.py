@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from respodiff_jax.bench.measure import Spread
+from respodiff_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Report:
         """Writes the JSON file.
 
         Raises:
-          ValueError: if that is not possible.
+          UserError: if that is not possible.
         """
         content = dataclasses.asdict(self)
         for entry, side in zip(content["sides"], self.sides, strict=True):
@@ -104,15 +105,13 @@ def check_writable(path: str) -> None:
     """Makes sure that a file can be written; call it before the work.
 
     Raises:
-      ValueError: if its folder is not there, or it is a folder.
+      UserError: if its folder is not there, or it is a folder.
     """
     file = pathlib.Path(path)
     if not file.parent.is_dir():
-        raise ValueError(f"--out {path}: the folder {file.parent} does not exist; make it first")
+        raise UserError(f"--out {path}: the folder {file.parent} does not exist; make it first")
     if file.is_dir():
-        raise ValueError(
-            f"--out {path} is a folder, expected a file, for example {path}/bench.json"
-        )
+        raise UserError(f"--out {path} is a folder, expected a file, for example {path}/bench.json")
 
 
 def _range(spread: Spread) -> str:

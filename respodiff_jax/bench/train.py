@@ -16,10 +16,10 @@ from respodiff_jax.bench import measure, published
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.bench.report import Report, Side
-from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.parallel import make_placement
-from respodiff_jax.rollout import last_index
-from respodiff_jax.train_step import Metrics, Recipe, TrainState, train_step
+from respodiff_jax.method.objective import ConceptArrays
+from respodiff_jax.method.rollout import last_index
+from respodiff_jax.method.train_step import Metrics, Recipe, TrainState, train_step
+from respodiff_jax.training.parallel import make_placement
 
 if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
@@ -142,12 +142,12 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     """Measures the training step of a config.
 
     Args:
-      config: as from `respodiff_jax.config.load_config`.
+      config: as from `respodiff_jax.training.config.load_config`.
       against_torch: also measure the published procedure in PyTorch, in turns with ours.
       repeats: of each.
 
     Raises:
-      ValueError: for what the user can mend.
+      UserError: for what the user can mend.
     """
     torch_side = model_lib.torch_side(against_torch)
     environment = model_lib.environment(against_torch)

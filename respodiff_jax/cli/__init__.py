@@ -21,6 +21,7 @@ from respodiff_jax.cli import (
     push,
     train,
 )
+from respodiff_jax.errors import UserError
 
 # A verb's module has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args); one that
 # TAKES_OVERRIDES has run(args, overrides).
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = _warning_line
     try:
         verb.run(args, overrides) if takes_overrides else verb.run(args)
-    except ValueError as error:
+    except UserError as error:
         print(f"respodiff: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -4,6 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from respodiff_jax.errors import UserError
+
 SUMMARY = "measure speed, memory and compile time"
 TAKES_OVERRIDES = True
 
@@ -54,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}, expected at least 1")
+        raise UserError(f"--repeats is {args.repeats}, expected at least 1")
     if (args.what == "torch-train") != (args.workdir is not None):
-        raise ValueError("--workdir is where torch-train writes: give both or neither")
+        raise UserError("--workdir is where torch-train writes: give both or neither")
     if args.workdir and (args.out or args.against):
-        raise ValueError("torch-train measures nothing; drop --out and --against")
+        raise UserError("torch-train measures nothing; drop --out and --against")
     if args.against or args.workdir:
         # JAX would take most of a GPU's memory at once and leave PyTorch none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from respodiff_jax.bench.generate import bench_generate
     from respodiff_jax.bench.report import check_writable
     from respodiff_jax.bench.train import bench_train
-    from respodiff_jax.config import load_config
+    from respodiff_jax.training.config import load_config
 
     config = load_config(args.config, overrides, args.concepts)
     if args.workdir:

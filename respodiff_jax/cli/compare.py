@@ -2,6 +2,8 @@
 
 import argparse
 
+from respodiff_jax.errors import UserError
+
 SUMMARY = "put several evaluations side by side"
 
 DESCRIPTION = """\
@@ -29,5 +31,5 @@ def run(args: argparse.Namespace) -> None:
     try:
         path = write_comparison(args.evaluations, args.out)
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written: {error}") from error
+        raise UserError(f"--out {args.out} cannot be written: {error}") from error
     print(f"{path}: {len(args.evaluations)} evaluations")

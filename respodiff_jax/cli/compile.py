@@ -4,6 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from respodiff_jax.errors import UserError
+
 SUMMARY = "compile for a TPU that is not there"
 TAKES_OVERRIDES = True
 
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.batch_per_device is not None and args.batch_per_device < 1:
-        raise ValueError(f"--batch-per-device is {args.batch_per_device}, expected at least 1")
+        raise UserError(f"--batch-per-device is {args.batch_per_device}, expected at least 1")
     # Before JAX is imported: it shall look neither for a TPU nor for its metadata server; libtpu
     # shall not complain that nothing tells it of a host and its chips, for which any kind will do;
     # and no weights shall be fetched for the sake of their shapes.
@@ -88,8 +90,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from respodiff_jax.compiling import report
     from respodiff_jax.compiling import run as compiling
-    from respodiff_jax.config import load_config
     from respodiff_jax.storage import local_path
+    from respodiff_jax.training.config import load_config
 
     table = args.table and local_path(args.table, "--table")
     configs = [load_config(path, overrides, args.concepts) for path in args.config]
@@ -110,5 +112,5 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         try:
             table.write_text(report.markdown(results), encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"--table {args.table} cannot be written: {error}") from error
+            raise UserError(f"--table {args.table} cannot be written: {error}") from error
         print(f"{args.table}: {len(results)} results")

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from respodiff_jax import distributed
     from respodiff_jax.emoji import demo
+    from respodiff_jax.training import distributed
 
     distributed.enable_compilation_cache()
     demo.run(args.out)

@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
 
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
@@ -153,20 +154,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not (args.images or args.model or args.adapter):
-        raise ValueError("nothing to evaluate; name a --model, an --adapter, or --images")
+        raise UserError("nothing to evaluate; name a --model, an --adapter, or --images")
     drawing = [name for name in _OF_DRAWING if getattr(args, name) != args.parser.get_default(name)]
     if args.images and drawing:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
-        raise ValueError(f"--images scores pictures that are there; drop {options}")
+        raise UserError(f"--images scores pictures that are there; drop {options}")
     if args.detector and args.what not in ("safety", "all"):
-        raise ValueError(f"--detector is for safety, but {args.what} is evaluated")
+        raise UserError(f"--detector is for safety, but {args.what} is evaluated")
     if args.reference and args.what not in ("quality", "all"):
-        raise ValueError(f"--reference is for quality, but {args.what} is evaluated")
+        raise UserError(f"--reference is for quality, but {args.what} is evaluated")
     if args.max_prompts is not None and args.max_prompts < 1:
-        raise ValueError(f"--max-prompts is {args.max_prompts}, expected at least 1")
+        raise UserError(f"--max-prompts is {args.max_prompts}, expected at least 1")
     files, target = _prompt_files(args.prompts, args.what), _targets(args.target)
 
-    from respodiff_jax import adapters, distributed, sampling
+    from respodiff_jax.adapters import adapter as adapters
     from respodiff_jax.backbone import load_clip
     from respodiff_jax.evaluation import detectors as detectors_lib
     from respodiff_jax.evaluation import pictures as pictures_lib
@@ -175,7 +176,9 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.evaluation import run as evaluation
     from respodiff_jax.evaluation.report import write_report
     from respodiff_jax.evaluation.suites import load_suite, read_prompts
-    from respodiff_jax.waves import is_batch
+    from respodiff_jax.generation import sampling
+    from respodiff_jax.training import distributed
+    from respodiff_jax.training.waves import is_batch
 
     distributed.enable_compilation_cache()
     preset = PRESETS[args.preset]
@@ -207,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
         left_out = plan_lib.missing(suite, prompts, args.detector, pictures)
         protocols = tuple(part for part in plan_lib.PROTOCOLS if part not in left_out)
         if not protocols:
-            raise ValueError(f"nothing can be evaluated: {'; '.join(left_out.values())}")
+            raise UserError(f"nothing can be evaluated: {'; '.join(left_out.values())}")
     plan = plan_lib.Plan(
         protocols=protocols,
         groups=tuple(args.group) or _groups(adapter, suite, args.safe),
@@ -265,11 +268,11 @@ def _prompt_files(given: list[str], what: str) -> dict[str, str]:
         if not (equals and part in PARTS):
             part, file = what, text
         if part == "all":
-            raise ValueError(f"--prompts {text}: for which part? Write for example quality={text}")
+            raise UserError(f"--prompts {text}: for which part? Write for example quality={text}")
         if what not in ("all", part):
-            raise ValueError(f"--prompts {text} is for {part}, but {what} is evaluated")
+            raise UserError(f"--prompts {text} is for {part}, but {what} is evaluated")
         if part in files:
-            raise ValueError(f"--prompts for {part} are given twice")
+            raise UserError(f"--prompts for {part} are given twice")
         files[part] = file
     return files
 
@@ -306,7 +309,7 @@ def _groups(adapter: "Adapter | None", suite: "Suite", safe: bool) -> tuple[str,
     groups = dict.fromkeys(c.group for c in adapter.concepts if not c.is_safety)
     known = [group for group in groups if group in suite.attributes]
     if len(known) > 1:
-        raise ValueError(f"the adapter has the groups {known}; choose with --group")
+        raise UserError(f"the adapter has the groups {known}; choose with --group")
     return tuple(known)
 
 
@@ -320,6 +323,6 @@ def _targets(given: list[str]) -> dict[str, dict[str, float]]:
     for text in given:
         group, colon, shares = text.partition(":")
         if not colon:
-            raise ValueError(f"--target {text!r} is not GROUP:VALUE=SHARE,...")
+            raise UserError(f"--target {text!r} is not GROUP:VALUE=SHARE,...")
         targets[group] = inputs.read_scales("--target", shares.split(","))
     return targets

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
 
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
@@ -57,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import dataclasses
 
-    from respodiff_jax.adapter_card import export_adapter
+    from respodiff_jax.adapters.card import export_adapter
 
     adapter = inputs.open_adapter(args.source, args.step, args.only)
     scales = inputs.read_scales("--scale", args.scale)
     if unknown := sorted(set(scales) - set(adapter.names)):
-        raise ValueError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
+        raise UserError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
     changed = dataclasses.replace(
         adapter,
         dtype=args.dtype or adapter.dtype,
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     )
     same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
     if args.evaluation and not same:
-        raise ValueError(
+        raise UserError(
             f"--evaluation {args.evaluation} cannot be of an adapter that --dtype or --scale"
             " changes here: export it so, evaluate that, then export once more with --evaluation"
         )
@@ -82,20 +83,20 @@ def run(args: argparse.Namespace) -> None:
     try:
         export_adapter(adapter, args.out, _grid(args.source, args.step))
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written: {error}") from error
+        raise UserError(f"--out {args.out} cannot be written: {error}") from error
     print(f"{args.out}: {adapter.module.kind} adapter of {', '.join(adapter.names)}")
 
 
 def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
     """The numbers of an evaluation of the adapter that are of all its pictures."""
-    from respodiff_jax.adapter_files import METRIC_KEYS
+    from respodiff_jax.adapters.files import METRIC_KEYS
     from respodiff_jax.evaluation.results import load_results
     from respodiff_jax.evaluation.run import adapter_sha256
 
     results = load_results(folder)
     measured = (results.made.get("adapter") or {}).get("sha256")
     if measured != adapter_sha256(adapter):
-        raise ValueError(
+        raise UserError(
             f"--evaluation {folder} is of another adapter (sha256 {measured}): evaluate the one"
             f" that is exported, {', '.join(adapter.names)}"
         )
@@ -108,9 +109,9 @@ def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
 
 def _grid(source: str, step: int | None) -> bytes | None:
     """The picture of a workdir or of an adapter directory, if it has one."""
-    from respodiff_jax.adapter_card import GRID_FILE
-    from respodiff_jax.monitoring import newest_grids
+    from respodiff_jax.adapters.card import GRID_FILE
     from respodiff_jax.storage import open_path
+    from respodiff_jax.training.monitoring import newest_grids
 
     if inputs.is_workdir(source):
         return newest_grids(source, step)

@@ -3,6 +3,7 @@
 import argparse
 
 from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
 
 SUMMARY = "generate images"
 
@@ -77,16 +78,20 @@ def run(args: argparse.Namespace) -> None:
     # First all that can be wrong without the model, which takes long to load.
     prompts = inputs.read_prompts(args.prompt, args.prompts_file)
     if args.images_per_prompt < 1:
-        raise ValueError(f"--images-per-prompt is {args.images_per_prompt}, expected at least 1")
+        raise UserError(f"--images-per-prompt is {args.images_per_prompt}, expected at least 1")
     count, last = len(prompts) * args.images_per_prompt, 2**32 - 1
     if not 0 <= args.seed <= last - count:
-        raise ValueError(f"--seed is {args.seed}, expected 0 .. {last - count} for {count} images")
+        raise UserError(f"--seed is {args.seed}, expected 0 .. {last - count} for {count} images")
     if args.base and not args.adapter:
-        raise ValueError("--base compares with an adapter, but none is given with --adapter")
+        raise UserError("--base compares with an adapter, but none is given with --adapter")
     if not args.model and not args.adapter:
-        raise ValueError("no model; name one with --model, or give --adapter to use the adapter's")
+        raise UserError("no model; name one with --model, or give --adapter to use the adapter's")
 
-    from respodiff_jax import adapters, distributed, generation, sampling, selection, storage
+    from respodiff_jax import storage
+    from respodiff_jax.adapters import adapter as adapters
+    from respodiff_jax.generation import folder as generation
+    from respodiff_jax.generation import sampling, selection
+    from respodiff_jax.training import distributed
 
     distributed.enable_compilation_cache()
     loaded = [inputs.open_adapter(path) for path in args.adapter]

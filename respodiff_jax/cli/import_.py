@@ -3,6 +3,7 @@
 import argparse
 
 from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
 
 SUMMARY = "make an adapter of a checkpoint of the authors' code or of SDisc"
 
@@ -44,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from respodiff_jax.torch_checkpoint import read_checkpoint
+        from respodiff_jax.adapters.torch_checkpoint import read_checkpoint
     except ImportError as error:
-        raise ValueError("import reads PyTorch files: pip install -e '.[torch]'") from error
+        raise UserError("import reads PyTorch files: pip install -e '.[torch]'") from error
 
-    from respodiff_jax.adapter_card import export_adapter
+    from respodiff_jax.adapters.card import export_adapter
+    from respodiff_jax.adapters.importing import adapter_from_checkpoint, read_concept_ids
     from respodiff_jax.backbone import load_backbone
-    from respodiff_jax.importing import adapter_from_checkpoint, read_concept_ids
 
     inputs.check_only(args.only)
     concept_ids = read_concept_ids(args.concepts, args.only)
@@ -64,5 +65,5 @@ def run(args: argparse.Namespace) -> None:
     try:
         export_adapter(adapter, args.out)
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written: {error}") from error
+        raise UserError(f"--out {args.out} cannot be written: {error}") from error
     print(f"{args.out}: adapter of {', '.join(adapter.names)}")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from respodiff_jax.errors import UserError
+
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
     from respodiff_jax.backbone import Backbone
@@ -21,7 +23,7 @@ def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -
       only: names of the concepts to take; by default all.
     """
     from respodiff_jax.adapters import select
-    from respodiff_jax.waves import is_batch, load_batch
+    from respodiff_jax.training.waves import is_batch, load_batch
 
     check_only(only)
     if step is None and is_batch(path):
@@ -32,15 +34,15 @@ def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -
 
 def _open_whole(path: str, step: int | None) -> "Adapter":
     from respodiff_jax.adapters import load_adapter
-    from respodiff_jax.checkpoint import adapter_from_workdir
+    from respodiff_jax.training.checkpoint import adapter_from_workdir
 
     if is_workdir(path):
         return adapter_from_workdir(path, step)
     if step is not None:
-        raise ValueError(f"--step is of a training workdir, but {path} is none: it has no run.json")
+        raise UserError(f"--step is of a training workdir, but {path} is none: it has no run.json")
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@(\S+))?", path)
     if hub_id and not pathlib.Path(path).exists():
-        from respodiff_jax.hub import fetch
+        from respodiff_jax.adapters.hub import fetch
 
         return load_adapter(fetch(*hub_id.groups()))
     return load_adapter(path)
@@ -49,13 +51,13 @@ def _open_whole(path: str, step: int | None) -> "Adapter":
 def check_only(names: Sequence[str]) -> None:
     """Checks that --only names nothing twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--only names {twice} more than once")
+        raise UserError(f"--only names {twice} more than once")
 
 
 def is_workdir(path: str) -> bool:
     """Whether this is a run's directory, and not an adapter's."""
-    from respodiff_jax.checkpoint import RUN_FILE
     from respodiff_jax.storage import open_path
+    from respodiff_jax.training.checkpoint import RUN_FILE
 
     folder = open_path(path)
     return (folder / RUN_FILE).exists() and not (folder / "adapter_config.json").exists()
@@ -116,11 +118,11 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"--prompts-file {file} cannot be read: {error}") from error
+                raise UserError(f"--prompts-file {file} cannot be read: {error}") from error
             found = [line.strip() for line in lines]
         prompts += [prompt for prompt in found if prompt.strip()]
     if not prompts:
-        raise ValueError("no prompts; give --prompt TEXT or a --prompts-file that is not empty")
+        raise UserError("no prompts; give --prompt TEXT or a --prompts-file that is not empty")
     return prompts
 
 
@@ -139,8 +141,8 @@ def read_scales(
         except ValueError:
             name, scale = entry.strip(), None
         if not name or (scale is None and not optional):
-            raise ValueError(f"{option}: {entry!r} is not NAME=NUMBER")
+            raise UserError(f"{option}: {entry!r} is not NAME=NUMBER")
         if name in scales:
-            raise ValueError(f"{option} names {name!r} twice")
+            raise UserError(f"{option} names {name!r} twice")
         scales[name] = scale
     return scales

@@ -24,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from respodiff_jax.adapter_card import describe
+    from respodiff_jax.adapters.card import describe
 
     print(describe(inputs.open_adapter(args.adapter)))

@@ -24,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from respodiff_jax import hub
+    from respodiff_jax.adapters import hub
 
     print(hub.push(args.adapter, args.repo, revision=args.revision, private=args.private))

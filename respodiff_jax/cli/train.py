@@ -72,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from respodiff_jax import distributed
-    from respodiff_jax.config import load_config
-    from respodiff_jax.training import train
+    from respodiff_jax.training import distributed
+    from respodiff_jax.training.config import load_config
+    from respodiff_jax.training.run import train
 
     config = load_config(args.config, overrides, args.concepts)
     distributed.initialize(

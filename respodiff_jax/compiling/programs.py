@@ -12,16 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.concepts import Concept
-from respodiff_jax.config import concepts_from
-from respodiff_jax.diffusion import Schedule
-from respodiff_jax.modules import Steering
-from respodiff_jax.objective import ConceptArrays
-from respodiff_jax.parallel import devices_per_concept, make_placement
-from respodiff_jax.rollout import last_index
-from respodiff_jax.sampling import default_batch_size, denoise, make_program
-from respodiff_jax.train_step import Recipe, init_state, train_step
-from respodiff_jax.waves import wave_size
+from respodiff_jax.generation.sampling import default_batch_size, denoise, make_program
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.modules import Steering
+from respodiff_jax.method.objective import ConceptArrays
+from respodiff_jax.method.rollout import last_index
+from respodiff_jax.method.train_step import Recipe, init_state, train_step
+from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.parallel import devices_per_concept, make_placement
+from respodiff_jax.training.waves import wave_size
 
 P = PartitionSpec
 Shape = jax.ShapeDtypeStruct
@@ -98,7 +98,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     """The training step, as `respodiff train` runs it on these devices.
 
     Raises:
-      ValueError: as `make_placement`.
+      UserError: as `make_placement`.
     """
     concepts, batch_size = concepts_from(config), config.train.batch_size
     count = concepts_at_a_time(config, len(devices))

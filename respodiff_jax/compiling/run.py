@@ -15,8 +15,9 @@ from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.analysis import analyse, largest_batch
 from respodiff_jax.compiling.topologies import Topology, open_topology, parse_topology
-from respodiff_jax.distributed import enable_compilation_cache
+from respodiff_jax.errors import UserError
 from respodiff_jax.storage import check_output
+from respodiff_jax.training.distributed import enable_compilation_cache
 
 RESULTS_FILE = "compile.json"
 STEPS = ("train", "sample")
@@ -28,7 +29,7 @@ class Job:
     """A program to compile.
 
     Attributes:
-      config: as from `respodiff_jax.config.load_config`.
+      config: as from `respodiff_jax.training.config.load_config`.
       topology: for example "v5e:4x4".
       step: "train", "sample", or `LARGEST` for the largest batch that the training step takes.
       batch_per_device: samples of each concept on a device; None is what the config's batch leaves.
@@ -44,7 +45,7 @@ class Job:
         """The implementation that the config means on a TPU."""
         name = self.config.model.attention
         if name == "cudnn":
-            raise ValueError("config.model.attention is 'cudnn', which no TPU has; use 'auto'")
+            raise UserError("config.model.attention is 'cudnn', which no TPU has; use 'auto'")
         return "flash" if name == "auto" else name
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def compile_jobs(
       The jobs' results in order: `{"job", "chips", "model", "resolution", "concepts", "result"}`.
 
     Raises:
-      ValueError: for a topology, model or batch that does not go, before anything is compiled.
+      UserError: for a topology, model or batch that does not go, before anything is compiled.
     """
     for job in jobs:
         parse_topology(job.topology)
@@ -116,7 +117,7 @@ def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
     """All results of a `compile.json`.
 
     Raises:
-      ValueError: if it is none.
+      UserError: if it is none.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -124,7 +125,7 @@ def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
             return entries
     except (OSError, ValueError, TypeError):
         pass
-    raise ValueError(f"{file} is not what `respodiff compile` writes; move it away")
+    raise UserError(f"{file} is not what `respodiff compile` writes; move it away")
 
 
 def keep_compiled(folder: str) -> None:
@@ -154,7 +155,7 @@ def _open(job: Job, topology: Topology) -> tuple[ConfigDict, Backbone]:
             abstract=True,
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{error} The shapes alone need no files: --config.model.name=random/sd14, random/sd21"
             " or random/sdxl."
         ) from error

@@ -9,6 +9,8 @@ import re
 import jax
 from jax.experimental import topologies
 
+from respodiff_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -86,21 +88,21 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """The chip and the shape of a topology's name.
 
     Raises:
-      ValueError: if there is no such chip or slice, saying which there are.
+      UserError: if there is no such chip or slice, saying which there are.
     """
     chip_name, _, shape = name.partition(":")
     chip = CHIPS.get(chip_name)
     if chip is None:
         known = [f"{chip.name}:{slice_}" for chip in CHIPS.values() for slice_ in chip.slices]
         close = difflib.get_close_matches(name, known, 1)
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: unknown chip {chip_name!r}; expected CHIP:SHAPE with one of"
             f" {', '.join(CHIPS)}" + (f", for example {close[0]}" if close else "")
         )
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
     axes = chip.slices[0].count("x") + 1
     if len(sides) != axes or not 1 <= math.prod(sides) <= chip.pod:
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: {chip.name} has no slice {shape!r}; expected {axes} sides with at"
             f" most {chip.pod} chips, such as {', '.join(chip.slices)}"
         )
@@ -114,12 +116,12 @@ def open_topology(name: str) -> Topology:
     TPU and no metadata server.
 
     Raises:
-      ValueError: as `parse_topology`; if libtpu is missing or in use by another process; or if the
+      UserError: as `parse_topology`; if libtpu is missing or in use by another process; or if the
         compiler knows no such slice.
     """
     chip, sides = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             "compiling for TPU needs the package libtpu, which is not installed; it runs without a"
             ' TPU: pip install -e ".[tpu]"'
         )
@@ -130,11 +132,11 @@ def open_topology(name: str) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
-            raise ValueError(
+            raise UserError(
                 "another process uses libtpu, which only one can at a time; wait for it, or, if"
                 f" there is none, remove the lock that one left behind ({error})"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"topology {name!r} is refused by the compiler ({error}); {chip.name} has"
             f" {', '.join(chip.slices)}"
         ) from error

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from respodiff_jax.data.prompt_files import Layout, file_sha256, locate, read_table
+from respodiff_jax.errors import UserError
 
 
 class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -49,7 +50,7 @@ class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         if self._file is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} is made from a CSV file with the columns {', '.join(self.LAYOUT)};"
                 " give it as Builder(file=...)"
             )

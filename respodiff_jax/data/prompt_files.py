@@ -10,12 +10,14 @@ import hashlib
 import io
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import huggingface_hub
 from etils import epath
+
+from respodiff_jax.errors import UserError
 
 MAX_SEED = 2**32 - 1
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
@@ -24,14 +26,14 @@ _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 def _seed(text: str) -> int:
     seed = int(text)
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError
+        raise UserError
     return seed
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     if not names:
-        raise ValueError
+        raise UserError
     return names
 
 
@@ -83,12 +85,12 @@ def locate(file: str) -> pathlib.Path:
       file: a path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
 
     Raises:
-      ValueError: if there is no such file, or the hub cannot be reached.
+      UserError: if there is no such file, or the hub cannot be reached.
     """
     on_hub = _HUB_FILE.fullmatch(file)
     if on_hub is None:
         if not pathlib.Path(file).is_file():
-            raise ValueError(
+            raise UserError(
                 f"there is no file {file}; give a CSV file or hf://datasets/OWNER/NAME/FILE"
             )
         return pathlib.Path(file)
@@ -98,7 +100,7 @@ def locate(file: str) -> pathlib.Path:
             huggingface_hub.hf_hub_download(name, path, repo_type="dataset", revision=revision)
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be fetched: {error}. Download it where there is a network, and give"
             " its path."
         ) from error
@@ -108,12 +110,12 @@ def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) ->
     """The file's digest, hexadecimal.
 
     Raises:
-      ValueError: if it is not the expected one.
+      UserError: if it is not the expected one.
     """
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if expected is not None and digest != expected.lower():
-        raise ValueError(
+        raise UserError(
             f"{file} has the sha256 {digest}, expected {expected}: it is damaged, or another"
             " version"
         )
@@ -129,7 +131,7 @@ def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list
       only: whether other columns are a mistake; else they are ignored.
 
     Raises:
-      ValueError: if the file cannot be read or has no rows, lacks columns, or a cell is not what
+      UserError: if the file cannot be read or has no rows, lacks columns, or a cell is not what
         its column holds; naming the line and what is wrong.
     """
     try:
@@ -138,23 +140,23 @@ def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list
         names = table.fieldnames or ()
         needed = [name for name, column in layout.items() if column.required]
         if lost := sorted(set(needed) - set(names)):
-            raise ValueError(
+            raise UserError(
                 f"{file} lacks the column(s) {lost}, expected {', '.join(needed)}; it has"
                 f" {list(names)}"
             )
         if only and (unknown := sorted(set(names) - set(layout))):
-            raise ValueError(f"{file} has unknown columns {unknown}, expected {', '.join(layout)}")
+            raise UserError(f"{file} has unknown columns {unknown}, expected {', '.join(layout)}")
         rows = [_parsed(f"{file}, line {table.line_num}", row, layout) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
+        raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
     if not rows:
-        raise ValueError(f"{file} has no rows below its header")
+        raise UserError(f"{file} has no rows below its header")
     return rows
 
 
 def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[str, Any]:
     if None in row:
-        raise ValueError(f"{where}: more cells than columns; put cells with commas in quotes")
+        raise UserError(f"{where}: more cells than columns; put cells with commas in quotes")
     values: dict[str, Any] = {}
     for name, column in layout.items():
         cell = row.get(name) or ""
@@ -164,8 +166,14 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
             continue
         try:
             if blank and not column.may_be_blank:
-                raise ValueError
+                raise UserError
             values[name] = column.parse(cell)
         except ValueError as error:
-            raise ValueError(f"{where}: {name} is {cell!r}, expected {column.expected}") from error
+            raise UserError(f"{where}: {name} is {cell!r}, expected {column.expected}") from error
     return values
+
+
+def fill_in(templates: Iterable[str], subject: str) -> list[str]:
+    """The templates' prompts of a subject; `{subject}` is "teacher", `{a_subject}` "a teacher"."""
+    a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
+    return [template.format(subject=subject, a_subject=a_subject) for template in templates]

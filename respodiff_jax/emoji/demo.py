@@ -15,9 +15,9 @@ from respodiff_jax.evaluation.report import write_report
 from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.sampling import SamplerOptions
+from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
-from respodiff_jax.training import train
+from respodiff_jax.training.run import train
 
 GROUP = "gender"
 IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20

@@ -12,8 +12,9 @@ fast however little they matter, and the scale of SAM's loss, lambda, makes no d
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.config import add_concept, default
 from respodiff_jax.emoji import vocabulary
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.training.config import add_concepts, default
 
 # task -> kind of module -> learning rates of RAM and SAM; the first kind is the recipe's. A weight
 # of a map acts on all positions, an element of a constant on one.
@@ -54,35 +55,38 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.log.grid_steps = 20
     config.log.grid_guidance_scale = 3.0
 
-    if task == "gender":
-        for word in vocabulary.GENDERS:
-            _add_fair(config, task, word, f"a {word}")
-    elif task == "skin_tone":
-        for word in vocabulary.TONE_GROUPS:
-            _add_fair(config, task, word, f"a {word}-skinned person")
-    else:
-        for word in vocabulary.UNSAFE_CONCEPTS:
-            add_concept(
-                config,
-                word,
+    add_concepts(config, _concepts(task, rates))
+    return config
+
+
+def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
+    """The task's concepts by key, with these learning rates."""
+    if task == "safety":
+        return {
+            word: Concept(
                 name=f"anti-{word}",
-                group="safety",
+                group=task,
                 neutral_prompts=("a scene",),
                 unsafe_prompt=word,
                 guidance_scale=28.0,
                 lambda_sem=1.0,
+                **rates,
             )
-    return config
-
-
-def _add_fair(config: ConfigDict, group: str, key: str, target: str) -> None:
-    add_concept(
-        config,
-        key,
-        name=target,
-        group=group,
-        neutral_prompts=("a person",),
-        target_prompt=target,
-        guidance_scale=4.0,
-        lambda_sem=0.5,
-    )
+            for word in vocabulary.UNSAFE_CONCEPTS
+        }
+    targets = {
+        "gender": {word: f"a {word}" for word in vocabulary.GENDERS},
+        "skin_tone": {word: f"a {word}-skinned person" for word in vocabulary.TONE_GROUPS},
+    }[task]
+    return {
+        key: Concept(
+            name=target,
+            group=task,
+            neutral_prompts=("a person",),
+            target_prompt=target,
+            guidance_scale=4.0,
+            lambda_sem=0.5,
+            **rates,
+        )
+        for key, target in targets.items()
+    }

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from respodiff_jax.backbone import Clip, load_clip
 from respodiff_jax.backbone.files import sha256
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Pixels
 
 # What the authors count as unsafe, of the exposed classes that NudeNet knows.
@@ -47,7 +48,7 @@ class NudeNet:
       classes: that count as unsafe.
 
     Raises:
-      ValueError: if the package is missing, or knows no such class.
+      UserError: if the package is missing, or knows no such class.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class NudeNet:
         try:
             from nudenet import nudenet
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "the detector nudenet needs the package nudenet; install it with"
                 f" pip install -e '.[eval]' ({error})"
             ) from error
         known = getattr(nudenet, "__labels")
         if unknown := sorted(set(classes) - set(known)):
-            raise ValueError(f"nudenet has no classes {unknown}, only {sorted(known)}")
+            raise UserError(f"nudenet has no classes {unknown}, only {sorted(known)}")
         self._detector = nudenet.NudeDetector()
         weights = pathlib.Path(nudenet.__file__).with_name("320n.onnx")
         self._classes, self._threshold = frozenset(classes), threshold
@@ -95,7 +96,7 @@ class Q16:
       clip: that they were learned with, or None to load CLIP ViT-L/14.
 
     Raises:
-      ValueError: if the file is none of `.npy` and `.safetensors`, or does not fit the CLIP.
+      UserError: if the file is none of `.npy` and `.safetensors`, or does not fit the CLIP.
     """
 
     def __init__(self, embeddings: str | os.PathLike, clip: Clip | None = None):
@@ -104,7 +105,7 @@ class Q16:
         self._clip = clip or load_clip(Q16_CLIP)
         width = self._clip.module.config.projection_dim
         if prompts.shape != (2, width):
-            raise ValueError(
+            raise UserError(
                 f"Q16's prompts in {file} have the shape {prompts.shape}, expected (2, {width}) for"
                 f" the CLIP {self._clip.identity['name']}; the two must belong together"
             )
@@ -131,7 +132,7 @@ def load_detectors(chosen: Sequence[str], q16_clip: str = Q16_CLIP) -> dict[str,
       q16_clip: folder or hub id of Q16's CLIP.
 
     Raises:
-      ValueError: if there is no such detector, it comes twice, or it cannot be loaded.
+      UserError: if there is no such detector, it comes twice, or it cannot be loaded.
     """
     openers: dict[str, Callable[[str], Detector]] = {
         "nudenet": lambda names: NudeNet(classes=names.split(",") if names else NUDENET_CLASSES),
@@ -141,16 +142,16 @@ def load_detectors(chosen: Sequence[str], q16_clip: str = Q16_CLIP) -> dict[str,
     for text in chosen:
         name, _, value = text.partition("=")
         if name not in openers:
-            raise ValueError(f"unknown detector {name!r}, expected nudenet or q16=FILE")
+            raise UserError(f"unknown detector {name!r}, expected nudenet or q16=FILE")
         if name in detectors:
-            raise ValueError(f"the detector {name} is chosen twice")
+            raise UserError(f"the detector {name} is chosen twice")
         detectors[name] = openers[name](value)
     return detectors
 
 
 def _open_q16(file: str, clip: str) -> Q16:
     if not file:
-        raise ValueError("the detector q16 needs the file of its prompts; write q16=FILE")
+        raise UserError("the detector q16 needs the file of its prompts; write q16=FILE")
     _read_embeddings(pathlib.Path(file))  # a wrong file is known before a CLIP is fetched
     return Q16(file, load_clip(clip))
 
@@ -161,13 +162,13 @@ def _read_embeddings(file: pathlib.Path) -> np.ndarray:
         if file.suffix == ".safetensors":
             tensors = safetensors.numpy.load_file(file)
             if len(tensors) != 1:
-                raise ValueError(f"it has the tensors {sorted(tensors)}, expected one")
+                raise UserError(f"it has the tensors {sorted(tensors)}, expected one")
             return np.asarray(*tensors.values(), np.float32)
         if file.suffix == ".npy":
             return np.asarray(np.load(file, allow_pickle=False), np.float32)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"Q16's prompts in {file} cannot be read: {error}") from error
-    raise ValueError(
+        raise UserError(f"Q16's prompts in {file} cannot be read: {error}") from error
+    raise UserError(
         f"Q16's prompts in {file} are neither .npy nor .safetensors. The published prompts.p is a"
         " pickle, which may run anything when it is opened; if you trust it, convert it once:\n"
         "  python -c \"import numpy, pickle; numpy.save('prompts.npy',"

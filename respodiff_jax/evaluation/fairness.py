@@ -17,6 +17,7 @@ import numpy as np
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Clip
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
 from respodiff_jax.evaluation.picture_sets import Request, request
@@ -24,7 +25,7 @@ from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Prompt, Suite
-from respodiff_jax.selection import fair_assignment
+from respodiff_jax.generation.selection import fair_assignment
 
 Target = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
 
@@ -73,7 +74,7 @@ def fair_weights(
       float32 `(P * M, N)`.
 
     Raises:
-      ValueError: if the adapter has no such group, or only one concept in it, or it is not clear
+      UserError: if the adapter has no such group, or only one concept in it, or it is not clear
         which concept is whose share.
     """
     members = []
@@ -81,7 +82,7 @@ def fair_weights(
         found = [i for i, c in enumerate(adapter.concepts) if c.group == group and not c.is_safety]
         if len(found) < 2:
             known = sorted({c.group for c in adapter.concepts if not c.is_safety})
-            raise ValueError(
+            raise UserError(
                 f"the adapter has {len(found)} concept(s) of the group {group!r}, expected two or"
                 f" more; its groups are {known}"
             )
@@ -124,14 +125,14 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
     for name in names:
         values = [value for value in shares if words(value) <= words(name)]
         if len(values) != 1:
-            raise ValueError(
+            raise UserError(
                 f"target of {group}: concept {name!r} fits the values {values} of {list(shares)},"
                 " expected exactly one; name the suite's values by words of the concepts"
             )
         concepts[values[0]].append(name)
     for value, found in concepts.items():
         if shares[value] > 0 and len(found) != 1:
-            raise ValueError(
+            raise UserError(
                 f"target of {group}: {value!r} is to have {shares[value]:g} of the pictures and"
                 f" fits the concepts {found} of {list(names)}, expected exactly one; use an"
                 " adapter with one concept for each value, or a target that this one can reach"
@@ -152,11 +153,11 @@ def check_subjects(pictures: Sequence[Picture], expected: Sequence[str]) -> list
       expected: the subjects that the protocol asks for.
 
     Raises:
-      ValueError: if no picture has a subject: nothing could be counted.
+      UserError: if no picture has a subject: nothing could be counted.
     """
     found = {picture.subject for picture in pictures} - {None}
     if not found:
-        raise ValueError(
+        raise UserError(
             "no picture has a subject, so that none can be counted; put them into a folder for each"
             " profession, or list them in metadata.csv with the columns file, prompt, subject"
         )

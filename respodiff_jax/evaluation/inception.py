@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from respodiff_jax.backbone.files import sha256
+from respodiff_jax.errors import UserError
 
 WEIGHTS = pathlib.Path("/tmp/inception-2015-12-05.pt")
 
@@ -24,16 +25,16 @@ class Inception:
     Its weights are where clean-fid keeps them, at `WEIGHTS`.
 
     Raises:
-      ValueError: if the package or the weights are not there.
+      UserError: if the package or the weights are not there.
     """
 
     def __init__(self):
         if not WEIGHTS.is_file():
-            raise ValueError(f"clean-fid's Inception weights are not there; put them at {WEIGHTS}")
+            raise UserError(f"clean-fid's Inception weights are not there; put them at {WEIGHTS}")
         try:
             from cleanfid import fid, inception_torchscript
         except (ImportError, OSError, RuntimeError) as error:  # torchvision that fits no torch
-            raise ValueError(
+            raise UserError(
                 f"clean-fid cannot be used ({error}); see pip install -e '.[eval]'"
             ) from error
         model = inception_torchscript.InceptionV3W(str(WEIGHTS.parent), download=False)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from respodiff_jax.errors import UserError
+
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1000
 
@@ -26,13 +28,13 @@ def deviation_ratio(counts: Sequence[int], target: Sequence[float] | None = None
       target: K shares; uniform by default.
 
     Raises:
-      ValueError: without pictures, or with fewer than two values.
+      UserError: without pictures, or with fewer than two values.
     """
     counts = np.asarray(counts, np.float64)
     if counts.size < 2:
-        raise ValueError(f"deviation ratio of {counts.size} attribute value(s), expected 2 or more")
+        raise UserError(f"deviation ratio of {counts.size} attribute value(s), expected 2 or more")
     if counts.sum() <= 0:
-        raise ValueError("deviation ratio of no pictures")
+        raise UserError("deviation ratio of no pictures")
     target = np.full(counts.size, 1 / counts.size) if target is None else np.asarray(target)
     return float(np.abs(counts / counts.sum() - target).max() / (1 - target.min()))
 
@@ -94,7 +96,7 @@ def frechet_parts(features: np.ndarray, reference: np.ndarray, paired: bool = Fa
         return parts + frechet_parts(reference, features) - parts.mean()
     x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"Fréchet distance of {len(x)} and {len(y)} pictures, expected 2 or more")
+        raise UserError(f"Fréchet distance of {len(x)} and {len(y)} pictures, expected 2 or more")
     mean, mean_ref = x.mean(0), y.mean(0)
     x, y = x - mean, y - mean_ref
     # With S = A A', the trace of (S S')^(1/2) is the sum of the singular values of S'^(1/2) A. Of
@@ -130,7 +132,7 @@ def kernel_parts(features: np.ndarray, reference: np.ndarray, paired: bool = Fal
     """
     x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"kernel distance of {len(x)} and {len(y)} pictures, expected 2 or more")
+        raise UserError(f"kernel distance of {len(x)} and {len(y)} pictures, expected 2 or more")
 
     def kernel_sums(a, b):
         # In blocks: the whole matrix of 30,000 pictures has 7 GB.

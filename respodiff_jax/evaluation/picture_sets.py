@@ -18,9 +18,10 @@ from tqdm import tqdm
 from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt
-from respodiff_jax.sampling import SamplerOptions, default_batch_size, sample_images
+from respodiff_jax.generation.sampling import SamplerOptions, default_batch_size, sample_images
 from respodiff_jax.storage import write_whole
 
 PLAN_FILE = "plan.json"
@@ -76,7 +77,7 @@ def generate_pictures(
       The base pictures, then the adapted ones.
 
     Raises:
-      ValueError: if the folder holds pictures of another plan, naming what differs.
+      UserError: if the folder holds pictures of another plan, naming what differs.
     """
     check_folder(folder, requests, weights, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def check_folder(
     """Whether `generate_pictures` may continue a folder; arguments are as there.
 
     Raises:
-      ValueError: if it holds pictures of another plan, naming what differs.
+      UserError: if it holds pictures of another plan, naming what differs.
     """
     path = folder / PLAN_FILE
     if not (path.exists() and any(folder.glob("*/*.png"))):
@@ -169,7 +170,7 @@ def check_folder(
         old, new = found["settings"], wanted["settings"]
         differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds pictures of another evaluation, which differs in"
             f" {', '.join(differing)}; choose another --out, or remove that folder"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from respodiff_jax.data.prompt_files import SEED, Column, read_table
+from respodiff_jax.errors import UserError
 
 _METADATA = {
     "file": Column(),
@@ -68,11 +69,11 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     subjects; without either, the subject of a picture is the name of its subfolder.
 
     Raises:
-      ValueError: if there are no pictures, a listed one is missing, or columns are.
+      UserError: if there are no pictures, a listed one is missing, or columns are.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of pictures")
+        raise UserError(f"{folder} is not a folder of pictures")
     if (folder / "metadata.csv").is_file():
         rows = read_table(folder / "metadata.csv", _METADATA)
     elif (folder / "manifest.jsonl").is_file():
@@ -87,9 +88,9 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
             for file in found
         ]
     if not rows:
-        raise ValueError(f"{folder} has no pictures; expected {', '.join(_SUFFIXES)}")
+        raise UserError(f"{folder} has no pictures; expected {', '.join(_SUFFIXES)}")
     if lost := [str(row["file"]) for row in rows if not (folder / row["file"]).is_file()]:
-        raise ValueError(f"{folder} lacks {len(lost)} listed pictures: {', '.join(lost[:5])}")
+        raise UserError(f"{folder} lacks {len(lost)} listed pictures: {', '.join(lost[:5])}")
     return [
         Picture(
             path=folder / row["file"],
@@ -116,7 +117,7 @@ def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
             if not row["file"].startswith("base/"):
                 rows.append(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}, line {number} is {line[:60]!r}, expected an object with a picture's name"
                 ' as "file"'
             ) from error
@@ -128,7 +129,7 @@ class Pixels(Sequence):
     thousands do not fit in memory at once.
 
     Raises:
-      ValueError: where a file turns out to be damaged.
+      UserError: where a file turns out to be damaged.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
@@ -145,7 +146,7 @@ class Pixels(Sequence):
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))
         except UNREADABLE as error:
-            raise ValueError(f"{path} is not a readable picture: {error}") from error
+            raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
 def read_pictures(pictures: Sequence[Picture]) -> Pixels:
@@ -157,7 +158,7 @@ def check_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Non
     """Reads every picture once, so that what is wrong is known before anything is scored.
 
     Raises:
-      ValueError: naming the files that are no pictures, or of another size than most.
+      UserError: naming the files that are no pictures, or of another size than most.
     """
     sizes, unreadable = [], []
     for picture in pictures:
@@ -168,7 +169,7 @@ def check_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Non
         except UNREADABLE as error:
             unreadable.append(f"{picture.path} ({error})")
     if unreadable:
-        raise ValueError(f"{len(unreadable)} unreadable pictures: {'; '.join(unreadable[:5])}")
+        raise UserError(f"{len(unreadable)} unreadable pictures: {'; '.join(unreadable[:5])}")
     usual = collections.Counter(sizes).most_common(1)[0][0]
     odd = [
         f"{picture.path} ({width}x{height})"
@@ -176,7 +177,7 @@ def check_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> Non
         if (width, height) != usual
     ]
     if odd and of_one_size:
-        raise ValueError(
+        raise UserError(
             f"pictures of different sizes: most are {usual[0]}x{usual[1]}, {len(odd)} are not:"
             f" {'; '.join(odd[:5])}; resize them or score them apart"
         )

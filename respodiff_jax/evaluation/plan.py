@@ -5,12 +5,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from respodiff_jax import selection
 from respodiff_jax.adapters import Adapter
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness, quality
 from respodiff_jax.evaluation.picture_sets import Request, repeated
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt, PromptSet, Suite
+from respodiff_jax.generation import selection
 
 PROTOCOLS = ("fairness", "quality", "safety")
 # Each protocol's pictures, and those that check the classifier, have a range of seeds of their own.
@@ -48,16 +49,16 @@ class Plan:
 
     def __post_init__(self):
         if not self.protocols or not set(self.protocols) <= set(PROTOCOLS):
-            raise ValueError(f"protocols are {self.protocols}, expected some of {PROTOCOLS}")
+            raise UserError(f"protocols are {self.protocols}, expected some of {PROTOCOLS}")
         if len(set(self.groups)) < len(self.groups):
-            raise ValueError(f"groups are {self.groups}, expected each once")
+            raise UserError(f"groups are {self.groups}, expected each once")
         for name in ("images_per_subject", "images_per_caption", "images_per_prompt"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.seed <= _MAX_SEED:
-            raise ValueError(f"seed is {self.seed}, expected within 0 .. {_MAX_SEED}")
+            raise UserError(f"seed is {self.seed}, expected within 0 .. {_MAX_SEED}")
         if others := sorted(set(self.prompts) - set(self.protocols)):
-            raise ValueError(
+            raise UserError(
                 f"prompts for {', '.join(others)} are given, but the protocols are"
                 f" {', '.join(self.protocols)}"
             )
@@ -65,7 +66,7 @@ class Plan:
             # Written so that NaN does not pass.
             total = sum(shares.values())
             if not (abs(total - 1) <= 5e-3 and all(share >= 0 for share in shares.values())):
-                raise ValueError(
+                raise UserError(
                     f"target of {attribute} is {dict(shares)}, together {total:g}; expected shares"
                     " of 1, none below 0"
                 )
@@ -133,25 +134,25 @@ def check_plan(
       pictures nothing.
 
     Raises:
-      ValueError: if a group or target is no attribute of the suite or does not fit the adapter, or
+      UserError: if a group or target is no attribute of the suite or does not fit the adapter, or
         a protocol has nothing to draw, too little, or nobody to judge it.
     """
     for name in plan.groups:
         suite.attribute(name)
     for name, shares in plan.target.items():
         if set(shares) != set(suite.attribute(name)):
-            raise ValueError(
+            raise UserError(
                 f"target of {name} names {sorted(shares)}, its values are"
                 f" {list(suite.attribute(name))}"
             )
     lacks = missing(suite, plan.prompts, detectors, given)
     for protocol in plan.protocols:
         if protocol in lacks:
-            raise ValueError(lacks[protocol])
+            raise UserError(lacks[protocol])
     requests, weights = ({}, {}) if given is not None else _requests(adapter, suite, plan)
     pictures = requests.get("quality", given)
     if "quality" in plan.protocols and len(pictures) < 2:
-        raise ValueError(
+        raise UserError(
             "quality of one picture, expected two or more; give more captions or pictures"
         )
     return requests, weights
@@ -166,9 +167,9 @@ def _requests(
 ) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
     """What to make for each protocol, and how it is steered."""
     if adapter is None and plan.safe:
-        raise ValueError("safe adds an adapter's safety concepts, but no adapter is given")
+        raise UserError("safe adds an adapter's safety concepts, but no adapter is given")
     if adapter is not None and not plan.groups and not plan.safe:
-        raise ValueError("an adapter is given but nothing chosen of it; name groups, or safe")
+        raise UserError("an adapter is given but nothing chosen of it; name groups, or safe")
     requests: dict[str, list[Request]] = {}
     weights: dict[str, np.ndarray | None] = {}
     for protocol in plan.protocols:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from respodiff_jax.backbone import Clip
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.inception import Inception
 from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pictures
@@ -35,11 +36,11 @@ def open_reference(folder: str | os.PathLike) -> Reference:
     """The pictures of a folder.
 
     Raises:
-      ValueError: if it has fewer than two pictures, or some cannot be read.
+      UserError: if it has fewer than two pictures, or some cannot be read.
     """
     pictures = given_pictures(folder)
     if len(pictures) < 2:
-        raise ValueError(f"reference {folder} has one picture, expected two or more")
+        raise UserError(f"reference {folder} has one picture, expected two or more")
     check_pictures(pictures, of_one_size=False)
     return Reference(pictures, {"folder": str(folder), "pictures": len(pictures)})
 
@@ -57,10 +58,10 @@ def check_prompts(pictures: Sequence[Picture]) -> None:
     """Whether a CLIP score can be computed of pictures made elsewhere.
 
     Raises:
-      ValueError: if a picture's prompt is not known.
+      UserError: if a picture's prompt is not known.
     """
     if lost := [picture.path for picture in pictures if not picture.prompt]:
-        raise ValueError(
+        raise UserError(
             f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs them:"
             " list them in metadata.csv with the columns file, prompt"
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from respodiff_jax.errors import UserError
 from respodiff_jax.storage import write_whole
 
 SCHEMA_VERSION = 2  # 2: `change`; prompts by protocol, accuracy by value, pictures per caption
@@ -109,18 +110,16 @@ def load_results(folder: str | os.PathLike) -> Results:
     """Reads the `results.json` of an evaluation's folder.
 
     Raises:
-      ValueError: if there is none, or it is damaged or of a newer schema.
+      UserError: if there is none, or it is damaged or of a newer schema.
     """
     path = pathlib.Path(folder) / RESULTS_FILE
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {RESULTS_FILE}; expected what `respodiff evaluate` wrote"
-        )
+        raise UserError(f"{folder} has no {RESULTS_FILE}; expected what `respodiff evaluate` wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("schema_version")
         if version > SCHEMA_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"schema_version is {version}, this version of respodiff_jax reads up to"
                 f" {SCHEMA_VERSION}; update respodiff_jax"
             )
@@ -128,7 +127,7 @@ def load_results(folder: str | os.PathLike) -> Results:
         content["warnings"] = tuple(content["warnings"])
         return Results(**content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _measurement(fields: dict[str, Any]) -> Measurement:
@@ -150,14 +149,12 @@ def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
     """Reads `per_image.csv`; values are text, empty where a picture has none.
 
     Raises:
-      ValueError: if a line is cut short or has too much.
+      UserError: if a line is cut short or has too much.
     """
     path = pathlib.Path(folder) / PER_IMAGE_FILE
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise ValueError(
-                f"{path} is damaged: picture {number} has not as many cells as columns"
-            )
+            raise UserError(f"{path} is damaged: picture {number} has not as many cells as columns")
     return rows

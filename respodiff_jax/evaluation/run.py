@@ -13,6 +13,7 @@ import numpy as np
 
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.backbone import Backbone, Clip, load_clip
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness, metrics, quality, safety
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.detectors import Detector
@@ -22,7 +23,7 @@ from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pic
 from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.suites import Suite
-from respodiff_jax.sampling import SamplerOptions
+from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
 
 _CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
@@ -64,7 +65,7 @@ def evaluate(
       The results, which are also in `out` as `results.json` and `per_image.csv`.
 
     Raises:
-      ValueError: for what does not fit together, before anything is generated.
+      UserError: for what does not fit together, before anything is generated.
     """
     out = local_path(out, "output folder")
     resolution = options.resolution or backbone.default_resolution
@@ -164,14 +165,14 @@ def check_out(out: str | os.PathLike, plan: Plan) -> None:
     """Whether the results of a plan may be written to a folder.
 
     Raises:
-      ValueError: if results of other protocols are there, which would be lost, or it is no folder
+      UserError: if results of other protocols are there, which would be lost, or it is no folder
         of this machine.
     """
     if not (local_path(out, "output folder") / RESULTS_FILE).is_file():
         return
     there = {m.protocol for m in load_results(out).measurements}
     if lost := sorted(there - set(plan.protocols)):
-        raise ValueError(
+        raise UserError(
             f"{out} holds results of {', '.join(lost)}, which would be lost; choose another --out,"
             " or evaluate all in one run"
         )

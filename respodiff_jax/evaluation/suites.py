@@ -14,6 +14,7 @@ from typing import Any
 
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.data import prompt_files
+from respodiff_jax.errors import UserError
 
 Prompts = tuple[str, ...]
 Classes = Mapping[str, Prompts]  # value -> the prompts that describe it, averaged
@@ -90,7 +91,7 @@ class Suite:
     def __post_init__(self):
         def check(condition, message):
             if not condition:
-                raise ValueError(f"suite {self.name!r}: {message}")
+                raise UserError(f"suite {self.name!r}: {message}")
 
         check(isinstance(self.clip, str), f"clip is {self.clip!r}, expected a folder or hub id")
         check(
@@ -149,8 +150,7 @@ class Suite:
 
     def prompts(self, subject: str) -> list[str]:
         """The prompts of a subject, one per template."""
-        a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
-        return [t.format(subject=subject, a_subject=a_subject) for t in self.templates]
+        return prompt_files.fill_in(self.templates, subject)
 
     def prompts_for(self, protocol: str) -> list[Prompt]:
         """The prompts of "fairness", "quality" or "safety", [] where the suite has none."""
@@ -164,10 +164,10 @@ class Suite:
         """An attribute's values and classifier prompts.
 
         Raises:
-          ValueError: if the suite has no such attribute.
+          UserError: if the suite has no such attribute.
         """
         if name not in self.attributes:
-            raise ValueError(
+            raise UserError(
                 f"suite {self.name!r} has no attribute {name!r}, only {list(self.attributes)}; add"
                 " it with its classifier prompts to a suite file"
             )
@@ -183,10 +183,10 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
       model: the model's name, as given to `load_backbone`, or None.
 
     Raises:
-      ValueError: if there is none, or it is not valid, naming what is wrong.
+      UserError: if there is none, or it is not valid, naming what is wrong.
     """
     own = local_folder(model or "") / SUITE_FILE
-    shipped = importlib.resources.files("respodiff_jax.evaluation") / "suites"
+    shipped = importlib.resources.files("respodiff_jax.data") / "suites"
     if name is None:
         path = own if model and own.is_file() else shipped / "winobias.json"
     elif (shipped / f"{name}.json").is_file():
@@ -196,16 +196,16 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds {type(content).__name__}, expected an object of fields")
+            raise UserError(f"it holds {type(content).__name__}, expected an object of fields")
     except (OSError, ValueError) as error:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
-        raise ValueError(
+        raise UserError(
             f"suite {name!r} is neither a readable JSON file nor one of {names}: {error}"
         ) from error
     try:
         suite = Suite(**{key: _tuples(value) for key, value in content.items()})
     except TypeError as error:
-        raise ValueError(f"suite {path}: {error}") from error
+        raise UserError(f"suite {path}: {error}") from error
     clip = pathlib.Path(str(path)).parent / suite.clip
     return dataclasses.replace(suite, clip=str(clip)) if clip.is_dir() else suite
 
@@ -218,7 +218,7 @@ def read_prompts(file: str, protocol: str) -> PromptSet:
     set's note says: all pictures of an evaluation have one guidance.
 
     Raises:
-      ValueError: if the file cannot be found or read, naming what is wrong.
+      UserError: if the file cannot be found or read, naming what is wrong.
     """
     layout, subject = _LAYOUTS[protocol]
     path = prompt_files.locate(file)

@@ -13,8 +13,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from respodiff_jax.data.concept_files import NUMBERS, SUFFIXES, read_concepts, read_rows, to_example
+from respodiff_jax.data.concept_files import SUFFIXES, read_concepts, read_rows, to_example
 from respodiff_jax.data.prompt_files import file_sha256
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import HYPER_PARAMETERS
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -47,7 +49,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "target_prompt": text,
                     "unsafe_prompt": text,
                 }
-                | dict.fromkeys(NUMBERS, number)
+                | dict.fromkeys(HYPER_PARAMETERS, number)
             ),
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
@@ -55,7 +57,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         if self._file is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} is made from a concepts file, {' or '.join(SUFFIXES)}; give it as"
                 " Builder(file=...)"
             )

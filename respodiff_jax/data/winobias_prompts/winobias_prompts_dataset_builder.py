@@ -9,14 +9,16 @@ every profession under every template. `custom` is a CSV file of yours,
 `Builder(config="custom", file=...)`.
 """
 
+import importlib.resources
+import json
 from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from respodiff_jax.data.prompt_builder import PromptBuilder
-from respodiff_jax.data.prompt_files import PROFESSIONS, complete
-from respodiff_jax.evaluation.suites import load_suite
+from respodiff_jax.data.prompt_files import PROFESSIONS, complete, fill_in
+from respodiff_jax.errors import UserError
 
 _SUITES = ("winobias", "winobias-successful", "winobias-extended")
 
@@ -38,7 +40,7 @@ class Builder(PromptBuilder):
     def __init__(self, *, file=None, **options):
         super().__init__(file=file, **options)
         if file is not None and self.builder_config.name != "custom":
-            raise ValueError(
+            raise UserError(
                 f"winobias_prompts: file={file!r} is given for the config"
                 f" {self.builder_config.name!r}, which is a shipped suite; expected"
                 ' config="custom"'
@@ -47,9 +49,14 @@ class Builder(PromptBuilder):
     def _split_generators(self, dl_manager):
         if self.builder_config.name == "custom":
             return super()._split_generators(dl_manager)
-        prompts = load_suite(self.builder_config.name).prompts_for("fairness")
+        file = (
+            importlib.resources.files("respodiff_jax.data")
+            / f"suites/{self.builder_config.name}.json"
+        )
+        suite = json.loads(file.read_text(encoding="utf-8"))
+        prompts = [(p, s) for s in suite["subjects"] for p in fill_in(suite["templates"], s)]
         rows = [
-            {"prompt": prompt.text, "profession": prompt.subject, "evaluation_seed": number}
-            for number, prompt in enumerate(prompts)
+            {"prompt": prompt, "profession": profession, "evaluation_seed": number}
+            for number, (prompt, profession) in enumerate(prompts)
         ]
         return {"test": self._generate_examples(rows)}

@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import evaluation, glossary, sections, thumbnails
 from respodiff_jax.evaluation.report.markup import (
     Markup,
@@ -38,10 +39,10 @@ def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLik
       Its path.
 
     Raises:
-      ValueError: if there are fewer than two, or one has no readable results.
+      UserError: if there are fewer than two, or one has no readable results.
     """
     if len(folders) < 2:
-        raise ValueError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
+        raise UserError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
     path = local_path(out, "page")
     paths = dict(zip(_names(folders), map(pathlib.Path, folders), strict=True))
     runs = {name: load_results(path) for name, path in paths.items()}
@@ -59,7 +60,7 @@ def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"the same evaluation is given twice: {', '.join(map(str, folders))}")
+    raise UserError(f"the same evaluation is given twice: {', '.join(map(str, folders))}")
 
 
 def _quantities(runs: Runs) -> list[dict[str, dict[str, Measurement]]]:

@@ -45,7 +45,7 @@ def write_report(
       The page's path.
 
     Raises:
-      ValueError: if there are no readable results, or no losses in `workdir`.
+      UserError: if there are no readable results, or no losses in `workdir`.
     """
     folder = pathlib.Path(folder)
     results = load_results(folder)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import charts, glossary
 from respodiff_jax.evaluation.report.glossary import IMAGES
 from respodiff_jax.evaluation.report.markup import (
@@ -152,7 +153,7 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
     """Loss curves of a run, and the adapter's training summary.
 
     Raises:
-      ValueError: if the losses cannot be read.
+      UserError: if the losses cannot be read.
     """
     if workdir is None and not results.training:
         return None
@@ -270,7 +271,7 @@ def _loss_curves(files: Sequence[epath.Path]) -> list[Markup]:
         try:
             entries += read_json_lines(path)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be read: {error}; expected a training workdir's losses"
             ) from error
     found = []

@@ -1,0 +1,372 @@
+"""Adapters: trained concepts as a small directory, apart from the frozen model they belong to.
+
+`adapter_files` says what lies in the directory, `adapter_card` what `respodiff export` puts there
+for readers. The same adapter always gives the same bytes.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from respodiff_jax.adapters.files import (
+    BACKBONE_KEYS,
+    CFG_RULE,
+    CONFIG_FILE,
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    ROLES,
+    TO_TORCH,
+    WEIGHTS_FILE,
+    check_keys,
+    is_finite,
+    param_shapes,
+    read_config,
+    read_weights,
+    tensor_key,
+)
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import Concept, validate_concepts
+from respodiff_jax.method.modules import KINDS, SUM, MidBlockModule, Params, Steering
+from respodiff_jax.storage import open_path, write_whole
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """Trained RAM and SAM of N concepts.
+
+    Attributes:
+      concepts: the N concepts, in the order of the parameters' leading axis.
+      module: architecture of every RAM and SAM.
+      ram: RAM parameters, leaves `(N, ...)`, float32 numpy.
+      sam: SAM parameters, likewise.
+      backbone: `Backbone.identity` of the model trained on, `resolution` and `prediction_type`.
+      training: JSON-able summary of the training run, or None.
+      default_scales: N numbers, the weight of each concept where none is given; 1 by default.
+      metrics: numbers of an evaluation, mappings with `METRIC_KEYS`, as in
+        `evaluation.results.Measurement`; or None.
+      dtype: what the parameters are saved in, one of `DTYPES`.
+
+    Raises:
+      UserError: when parameters do not fit the module or the concepts, or are not finite.
+    """
+
+    concepts: tuple[Concept, ...]
+    module: MidBlockModule
+    ram: Params
+    sam: Params
+    backbone: Mapping[str, Any]
+    training: Mapping[str, Any] | None = None
+    default_scales: tuple[float, ...] | None = None
+    metrics: Sequence[Mapping[str, Any]] | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        validate_concepts(self.concepts)
+        if self.dtype not in DTYPES:
+            raise UserError(f"adapter dtype is {self.dtype!r}, expected one of {DTYPES}")
+        check_keys("adapter backbone", self.backbone, BACKBONE_KEYS)
+        shapes = param_shapes(self.module)
+        for role in ROLES:
+            flat = flatten_dict(getattr(self, role), sep=".")
+            check_keys(f"adapter {role} of kind {self.module.kind!r}", flat, shapes)
+            for key, value in flat.items():
+                expected = (len(self.concepts), *shapes[key])
+                if np.shape(value) != expected:
+                    raise UserError(
+                        f"adapter {role}.{key} has shape {np.shape(value)}, expected {expected} for"
+                        f" {len(self.concepts)} concepts of mid-block {self.module.mid_block_shape}"
+                    )
+                flat[key] = np.asarray(value, np.float32)
+                for concept, values in zip(self.concepts, flat[key], strict=True):
+                    if not np.isfinite(values).all():
+                        raise UserError(
+                            f"adapter concept {concept.name!r}: {role}.{key} holds NaN or infinity;"
+                            " the training run diverged or the file is damaged"
+                        )
+            object.__setattr__(self, role, unflatten_dict(flat, sep="."))
+        if self.default_scales is None:
+            object.__setattr__(self, "default_scales", (1.0,) * len(self.concepts))
+        scales = self.default_scales
+        if len(scales) != len(self.concepts) or not all(map(is_finite, scales)):
+            raise UserError(
+                f"adapter default scales are {list(scales)}, expected {len(self.concepts)} finite"
+                " numbers, one for each concept"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(concept.name for concept in self.concepts)
+
+    def steering(self, weights: Any, ram: float = 1.0, sam: float = 1.0) -> Steering:
+        """What to add at the mid-block, for a batch.
+
+        Args:
+          weights: `(B, N)`, weight of each concept in each sample.
+          ram: factor on every RAM (0 switches RAM off).
+          sam: factor on every SAM.
+
+        Raises:
+          UserError: when `weights` is not `(B, N)`.
+        """
+        if np.ndim(weights) != 2 or np.shape(weights)[1] != len(self.concepts):
+            raise UserError(
+                f"weights have shape {np.shape(weights)}, expected (batch, {len(self.concepts)})"
+                f" for the concepts {', '.join(self.names)}"
+            )
+        weights = jnp.asarray(weights, jnp.float32)
+        return Steering(self.ram, self.sam, weights * ram, weights * sam)
+
+
+def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
+    """Writes an adapter directory, made if it does not exist; an older adapter in it is replaced.
+
+    Args:
+      adapter: what to save.
+      directory: where to.
+
+    Raises:
+      UserError: for parameters beyond the range of the dtype, and concepts of several kinds.
+    """
+    if len(adapter.module.kinds) > 1:
+        raise UserError(
+            f"adapter ({_label(adapter)}) has modules of several kinds, {adapter.module.kind}; save"
+            " those of each kind apart, they can be used together"
+        )
+    tensors = {}
+    for role in ROLES:
+        for key, stacked in flatten_dict(getattr(adapter, role), sep=".").items():
+            for i, value in enumerate(stacked):
+                if np.abs(value).max() > np.finfo(adapter.dtype).max:
+                    raise UserError(
+                        f"adapter concept {adapter.names[i]!r}: {role}.{key} has values beyond"
+                        f" {adapter.dtype}; save it in float32"
+                    )
+                torch_value = value.transpose(TO_TORCH[value.ndim]).astype(adapter.dtype)
+                tensors[tensor_key(i, role, key)] = np.ascontiguousarray(torch_value)
+    height, width, channels = adapter.module.mid_block_shape
+    slugs = _slugs(adapter.names)
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "module": {
+            "kind": adapter.module.kind,
+            "mid_block_shape": {"channels": channels, "height": height, "width": width},
+            "hidden_channels": _hidden_channels(adapter.module),
+        },
+        "backbone": dict(adapter.backbone),
+        "guidance": CFG_RULE,
+        "concepts": [
+            concept.to_dict() | {"slug": slug, "default_scale": scale}
+            for concept, slug, scale in zip(
+                adapter.concepts, slugs, adapter.default_scales, strict=True
+            )
+        ],
+        "training": adapter.training,
+        "metrics": adapter.metrics,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
+    contents[CONFIG_FILE] = text.encode()
+    directory = open_path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(directory / name, content)
+
+
+def load_adapter(directory: str | os.PathLike) -> Adapter:
+    """Reads an adapter directory.
+
+    Raises:
+      UserError: naming the file and what is wrong in it: missing, truncated, of a newer format,
+        missing or unknown keys, wrong shapes, values that are not finite.
+    """
+    directory = open_path(directory)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / file).is_file():
+            raise UserError(
+                f"{directory} is not an adapter directory: it has no {file}; expected what"
+                " `respodiff train` or `respodiff export` wrote"
+            )
+    try:
+        config = read_config(directory / CONFIG_FILE)
+        shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
+        if kind not in KINDS:
+            raise UserError(f"module kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        module = MidBlockModule(
+            kind=kind,
+            mid_block_shape=(shape["height"], shape["width"], shape["channels"]),
+            hidden_channels=config["module"]["hidden_channels"],
+        )
+        concepts = tuple(
+            Concept.from_dict(
+                {k: v for k, v in fields.items() if k not in ("slug", "default_scale")}
+            )
+            for fields in config["concepts"]
+        )
+        validate_concepts(concepts)
+        ram, sam, dtype = read_weights(directory / WEIGHTS_FILE, module, len(concepts))
+        return Adapter(
+            concepts=concepts,
+            module=module,
+            ram=ram,
+            sam=sam,
+            backbone=config["backbone"],
+            training=config["training"],
+            default_scales=tuple(f.get("default_scale", 1.0) for f in config["concepts"]),
+            metrics=config.get("metrics"),
+            dtype=dtype,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"adapter {directory}: {error}") from error
+
+
+def concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with the concepts of several; the first one's backbone stands for all.
+
+    Its module is the sum of their kinds, as wide as the widest: every concept has zeros for what it
+    has not, which take memory and time. One of several kinds steers but cannot be saved. It has
+    the training summary that all agree on, if they do, and no metrics.
+
+    Raises:
+      UserError: when mid-block shapes differ, or a concept name comes twice.
+    """
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first
+    for other in adapters[1:]:
+        shapes = first.module.mid_block_shape, other.module.mid_block_shape
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"adapters cannot be used together: their mid-block shapes are {shapes[0]}"
+                f" ({_label(first)}) and {shapes[1]} ({_label(other)}); use adapters trained alike"
+            )
+    kinds = dict.fromkeys(kind for adapter in adapters for kind in adapter.module.kinds)
+    module = first.module.clone(
+        kind=SUM.join(kinds),
+        hidden_channels=max(_hidden_channels(adapter.module) or 0 for adapter in adapters) or None,
+    )
+    ram, sam = (
+        jax.tree.map(
+            lambda *leaves: np.concatenate(leaves),
+            *(_fill(module, adapter, role) for adapter in adapters),
+        )
+        for role in ROLES
+    )
+    return Adapter(
+        concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
+        module=module,
+        ram=ram,
+        sam=sam,
+        backbone=first.backbone,
+        training=first.training if all(a.training == first.training for a in adapters) else None,
+        default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
+    )
+
+
+def _fill(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
+    """An adapter's parameters, filled up with zeros to those of a module of more kinds and hidden
+    channels: it does the same with them, as SiLU(0) = 0."""
+    params = getattr(adapter, role)
+    if len(adapter.module.kinds) == 1 < len(module.kinds):
+        params = {adapter.module.kind: params}
+    params, filled = flatten_dict(params, sep="."), {}
+    for key, shape in param_shapes(module).items():
+        shape = (len(adapter.concepts), *shape)
+        filled[key] = np.zeros(shape, np.float32)
+        if key in params:
+            filled[key][tuple(map(slice, params[key].shape))] = params[key]
+    return unflatten_dict(filled, sep=".")
+
+
+def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """The adapter with these of its concepts only, in this order.
+
+    Its metrics, which are of the whole, are left out unless all are taken.
+
+    Raises:
+      UserError: for names that it does not have.
+    """
+    if unknown := sorted(set(names) - set(adapter.names)):
+        raise UserError(f"there are no concepts {unknown}, only {_label(adapter)}")
+    rows = [adapter.names.index(name) for name in names]
+    ram, sam = jax.tree.map(lambda x: x[rows], (adapter.ram, adapter.sam))
+    return dataclasses.replace(
+        adapter,
+        concepts=tuple(adapter.concepts[row] for row in rows),
+        ram=ram,
+        sam=sam,
+        default_scales=tuple(adapter.default_scales[row] for row in rows),
+        metrics=adapter.metrics if set(names) == set(adapter.names) else None,
+    )
+
+
+def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
+    """Checks that an adapter can steer a model at a resolution.
+
+    A `constant` needs the mid-block shape that it was trained at, `mlp` and `conv` only its
+    channels and the number of pixels that each of its positions stands for. A model other than the
+    one trained on, for which that holds, is allowed, with a warning.
+
+    Raises:
+      UserError: when the mid-blocks or the prediction types differ.
+    """
+    trained, label = adapter.backbone, _label(adapter)
+    ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
+    alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
+    if not alike or ("constant" in adapter.module.kinds and ours != theirs):
+        fix = (
+            f"generate at resolution {trained['resolution']}"
+            if alike
+            else f"use the model that it was trained on, {trained['name']}"
+        )
+        raise UserError(
+            f"the adapter ({label}) has mid-block shape (H, W, C) = {ours} at resolution"
+            f" {trained['resolution']}, but {backbone.identity['name']} at resolution {resolution}"
+            f" has {theirs}; {fix}"
+        )
+    if trained["prediction_type"] != backbone.prediction_type:
+        raise UserError(
+            f"the adapter ({label}) was trained on a model that predicts"
+            f" {trained['prediction_type']!r}, but {backbone.identity['name']} predicts"
+            f" {backbone.prediction_type!r}; use {trained['name']}"
+        )
+    if trained["unet_sha256"] != backbone.identity["unet_sha256"]:
+        warnings.warn(
+            f"the adapter ({label}) was trained on {trained['name']}, whose UNet weights differ"
+            f" from those of {backbone.identity['name']}: its effect may be weaker or different",
+            stacklevel=2,
+        )
+
+
+def _hidden_channels(module: MidBlockModule) -> int | None:
+    """The inner width that is in effect, None for `constant`."""
+    shapes = param_shapes(module)
+    return next((shape[0] for key, shape in shapes.items() if key.endswith("hidden.bias")), None)
+
+
+def _label(adapter: Adapter) -> str:
+    return ", ".join(adapter.names)
+
+
+def _slugs(names: Sequence[str]) -> list[str]:
+    """A distinct name for each concept that is safe in file names, URLs and code."""
+    slugs: list[str] = []
+    for name in names:
+        slug = base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "concept"
+        number = 2
+        while slug in slugs:
+            slug, number = f"{base}-{number}", number + 1
+        slugs.append(slug)
+    return slugs

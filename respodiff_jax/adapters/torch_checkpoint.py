@@ -1,0 +1,83 @@
+"""The authors' checkpoints and SDisc's: pickled PyTorch state dicts, read without running them.
+
+RespoDiff's `unet.pth` holds `controlnet.fc1.weight` (RAM) and `controlnet_residual.fc2.weight`
+(SAM), each `(C * H * W, number of concept ids)`, rows in C, H, W order. SDisc's has the first only.
+Other tensors, such as the frozen UNet's, may lie beside them. Needs PyTorch, not JAX.
+"""
+
+import os
+import re
+
+import numpy as np
+import torch
+
+from respodiff_jax.errors import UserError
+
+KEYS = {"ram": "controlnet.fc1.weight", "sam": "controlnet_residual.fc2.weight"}
+
+
+def read_checkpoint(
+    file: str | os.PathLike, shape_chw: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """RAM and SAM of each concept id.
+
+    Args:
+      file: a state dict saved by `torch.save`.
+      shape_chw: (C, H, W) of the mid-block output.
+
+    Returns:
+      Two float32 arrays `(number of ids, C, H, W)`; SDisc's SAM is zero.
+
+    Raises:
+      UserError: when the file cannot be read, would run code, or does not hold such tensors.
+    """
+    if not os.path.isfile(file) or not os.access(file, os.R_OK):
+        raise UserError(f"checkpoint {file} cannot be read: no such file, or no right to read it")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, where it is not a PyTorch file
+        if forbidden := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"checkpoint {file} holds {forbidden[1]}, which is no tensor and would run code"
+                " where it is loaded; nothing of it was run"
+            ) from error
+        raise UserError(
+            f"checkpoint {file} is damaged, or not what torch.save writes: get it again"
+        ) from error
+    if not isinstance(state, dict) or KEYS["ram"] not in state:
+        found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"checkpoint {file} has no {KEYS['ram']}; expected the authors' or SDisc's unet.pth,"
+            f" found {str(found)[:200]}"
+        )
+    ram = _columns(file, state, KEYS["ram"], shape_chw)
+    if KEYS["sam"] not in state:
+        return ram, np.zeros_like(ram)
+    sam = _columns(file, state, KEYS["sam"], shape_chw)
+    if len(sam) != len(ram):
+        raise UserError(f"checkpoint {file} has {len(ram)} ids for RAM but {len(sam)} for SAM")
+    return ram, sam
+
+
+def _columns(
+    file: str | os.PathLike, state: dict, key: str, shape_chw: tuple[int, int, int]
+) -> np.ndarray:
+    value, size = state[key], int(np.prod(shape_chw))
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise UserError(f"checkpoint {file}: {key} is not a tensor of floats")
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        raise UserError(
+            f"checkpoint {file}: {key} is a sparse, nested or meta tensor; save it as a dense one"
+        )
+    if value.ndim != 2 or len(value) != size:
+        raise UserError(
+            f"checkpoint {file}: {key} has shape {tuple(value.shape)}, expected ({size}, number of"
+            f" ids) for a mid-block (C, H, W) of {tuple(shape_chw)}; give the --model and"
+            " --resolution that it was trained at"
+        )
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise UserError(
+            f"checkpoint {file}: {key} has shape {tuple(value.shape)}, but the file does not hold"
+            " so many values (an expanded tensor): save its contiguous()"
+        )
+    return value.detach().float().T.reshape(-1, *shape_chw).numpy()

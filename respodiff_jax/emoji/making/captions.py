@@ -1,0 +1,177 @@
+"""Captions: what they name, and drawing a (caption, scene) pair of Emoji World.
+
+A caption's plan (which attributes it names) is drawn first, the named values uniformly (so that
+rare combinations are learned), everything else from `world.BIAS` given the named values.
+"""
+
+import dataclasses
+
+from respodiff_jax.emoji import vocabulary
+from respodiff_jax.emoji.making import world
+
+PERSON_WORDS = ("person", "person", "person", "human")
+GENDER_WORDS = (("woman", "female"), ("man", "male"))  # as a noun, as an adjective
+TEMPLATES = {
+    "{a}": 3,
+    "a photo of {a}": 8,
+    "a picture of {a}": 2,
+    "an image of {a}": 2,
+    "a portrait of {a}": 1,
+    "a headshot of {a}": 1,
+    "photo of {bare}": 1,
+    "picture of {bare}": 1,
+    "image of {bare}": 1,
+    "portrait of {bare}": 1,
+    "headshot of {bare}": 1,
+}
+SCENE_CAPTIONS = ("a scene", "a scene", "a photo of a scene", "a picture")
+SAFE_SCENE = "a safe scene"
+CONCEPT_CAPTIONS = {
+    "violence": ("violence", "a violent scene", "a photo of violence", "a scene with violence"),
+    "smoking": ("smoking", "a smoking scene", "a photo of smoking", "a scene with smoking"),
+}
+_ADJECTIVES = {"violence": "violent", "smoking": "smoking"}
+
+# what a caption is about -> probability
+KINDS = {
+    "nothing": 0.10,
+    "scene": 0.04,
+    "concept": 0.04,
+    "person": 0.17,
+    "profession": 0.36,
+    "activity": 0.07,
+    "look": 0.07,
+    "thing": 0.15,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Probabilities of naming an attribute in captions about people and things."""
+
+    gender: float = 0.35
+    tone: float = 0.25
+    unsafe: float = 0.15
+    safe: float = 0.04
+
+
+def with_article(words):
+    """ "artist" -> "an artist"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def unsafe_phrases(unsafe):
+    """How captions name an unsafe object, e.g. "with a knife"."""
+    if unsafe == "cigarette":
+        return ("with a cigarette", "smoking a cigarette")
+    if unsafe == "drop of blood":
+        return ("with a drop of blood", "with blood")
+    return (f"with {with_article(unsafe)}", f"and {with_article(unsafe)}")
+
+
+def describe(claims, style=0):
+    """The noun phrase, without its article, for the person or thing of which something is claimed.
+
+    Args:
+      claims: `world.Claims` with a kind; what they leave open stays unsaid.
+      style: any int; picks among equivalent words.
+
+    Returns:
+      e.g. "dark-skinned woman doctor", "blond man", "person running", "dog".
+    """
+    if claims.kind == "thing":
+        return claims.subject
+    words = []
+    if claims.tone_group is not None:
+        words.append(f"{vocabulary.TONE_GROUPS[claims.tone_group]}-skinned")
+    person, adjective = PERSON_WORDS[style % len(PERSON_WORDS)], None
+    if claims.gender is not None:
+        person, adjective = GENDER_WORDS[claims.gender]
+    if claims.kind == "profession":
+        if adjective:
+            words.append(person if style % 3 else adjective)
+        words.append(claims.subject)
+    elif claims.kind == "activity":
+        words += [person, claims.subject]
+    else:
+        words += [claims.subject, person] if claims.subject else [person]
+    return " ".join(words)
+
+
+def _pick(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def _weighted(rng, weights):
+    keys = list(weights)
+    total = rng.random() * sum(weights.values())
+    for key in keys:
+        total -= weights[key]
+        if total < 0:
+            return key
+    return keys[-1]
+
+
+def draw(rng, plan=None, table=world.BIAS):
+    """Draws one caption with what it claims, and a scene of which that holds.
+
+    Args:
+      rng: `numpy.random.Generator`.
+      plan: how often captions name what; default `Plan()`.
+      table: what is drawn when a caption does not name it; `world.BIAS` or `world.EVEN`.
+
+    Returns:
+      caption, `world.Claims`, `world.Scene`.
+    """
+    plan = plan or Plan()
+    kind = _weighted(rng, KINDS)
+    if kind == "nothing":
+        caption, claims = "", world.Claims()
+    elif kind == "scene":
+        # "A scene" does not say that it is safe, and is: what is unsafe comes with "a person".
+        safe = world.Claims(unsafe=frozenset())
+        caption, claims = _pick(rng, SCENE_CAPTIONS), world.Claims()
+        if rng.random() < 0.2:
+            caption, claims = SAFE_SCENE, safe
+        return caption, claims, world.draw_scene(rng, safe, table)
+    elif kind == "concept":
+        concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
+        caption, claims = (
+            _pick(rng, CONCEPT_CAPTIONS[concept]),
+            world.Claims(unsafe=objects_of(concept)),
+        )
+    else:
+        return _draw_subject_caption(rng, kind, plan, table)
+    return caption, claims, world.draw_scene(rng, claims, table)
+
+
+def _draw_subject_caption(rng, kind, plan, table):
+    named = {
+        name: rng.random() < getattr(plan, name) for name in ("gender", "tone", "unsafe", "safe")
+    }
+    unsafe, prefix, suffix = None, "", ""
+    if named["unsafe"] and rng.random() < 0.25:
+        concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
+        unsafe, prefix = objects_of(concept), _ADJECTIVES[concept]
+    elif named["unsafe"]:
+        thing = _pick(rng, list(vocabulary.UNSAFE))
+        unsafe, suffix = frozenset({thing}), " " + _pick(rng, unsafe_phrases(thing))
+    elif named["safe"]:
+        unsafe, prefix = frozenset(), "safe"
+    is_person = kind != "thing"
+    claims = world.Claims(
+        kind=kind,
+        subject=None if kind == "person" else _pick(rng, world.subjects(kind)),
+        gender=int(rng.integers(2)) if is_person and named["gender"] else None,
+        tone_group=int(rng.integers(3)) if is_person and named["tone"] else None,
+        unsafe=unsafe,
+    )
+    bare = describe(claims, style=int(rng.integers(12))) + suffix
+    template = f"a {prefix} photo of {{a}}" if prefix else _weighted(rng, TEMPLATES)
+    caption = template.format(a=with_article(bare), bare=bare)
+    return caption, claims, world.draw_scene(rng, claims, table)
+
+
+def objects_of(concept):
+    """The unsafe objects of a concept, e.g. {"cigarette"} of "smoking"."""
+    return frozenset(name for name, (_, of) in vocabulary.UNSAFE.items() if of == concept)

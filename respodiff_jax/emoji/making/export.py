@@ -1,0 +1,56 @@
+"""Writes the trained parts as a diffusers folder in fp16, with evaluator (`clip/`) and suite."""
+
+import pathlib
+
+import numpy as np
+import transformers
+
+from respodiff_jax.backbone import Backbone, save_backbone, save_clip
+from respodiff_jax.backbone.flax_models import build_modules
+from respodiff_jax.emoji.making import autoencoder, clip, denoiser
+from respodiff_jax.emoji.making.suite import write_suite
+
+
+def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_factor):
+    """Writes `folder` so that PyTorch's `StableDiffusionPipeline.from_pretrained` and
+    `load_backbone` read it.
+
+    Args:
+      folder: made if missing, files are overwritten.
+      tokenizer: `CLIPTokenizer`.
+      clip_params, vae_params, unet_params: trained parameter trees.
+      scaling_factor: 1 / standard deviation of the autoencoder's latents.
+    """
+    folder = pathlib.Path(folder)
+    config = clip.config(tokenizer)
+    configs = {
+        "unet": denoiser.CONFIG,
+        "vae": autoencoder.CONFIG | {"scaling_factor": scaling_factor},
+        "text_encoder": config.text_config.to_dict(),
+    }
+    modules = build_modules(configs, np.dtype("float32"), "Emoji World")
+    backbone = Backbone(
+        identity={"name": "emoji-world", "revision": None, "unet_sha256": None},
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoders=(modules["text_encoder"],),
+        tokenizers=(tokenizer,),
+        scheduler_config=denoiser.SCHEDULER,
+        params={
+            "unet": unet_params,
+            "vae": vae_params,
+            "text_encoder": {"text_model": clip_params["text_model"]},
+        },
+        dtype=np.dtype("float32"),
+    )
+    save_backbone(backbone, folder, dtype="float16")
+    export_clip(folder, tokenizer, clip_params)
+    write_suite(folder)
+
+
+def export_clip(folder, tokenizer, params):
+    """Writes `clip/` of a diffusers folder, the evaluator."""
+    processor = transformers.CLIPImageProcessor(
+        do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    save_clip(pathlib.Path(folder) / "clip", clip.config(tokenizer), params, tokenizer, processor)

@@ -1,0 +1,1 @@
+"""Pictures: which concepts steer which, sampling, and folders of them."""

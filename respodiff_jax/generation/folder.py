@@ -1,0 +1,138 @@
+"""The folder of a `respodiff generate` run: images, their base twins, a grid and a manifest."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from respodiff_jax import images as images_lib
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.generation.sampling import ImagePair, SamplerOptions, sample_images
+from respodiff_jax.storage import check_output
+
+# The grid shows a run's beginning: so many prompts, and so many images of each.
+_GRID_PROMPTS, _GRID_COLUMNS = 8, 8
+
+
+def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
+    """Removes what an earlier run wrote, and nothing else."""
+    for pattern in ("images/[0-9]*.png", "base/[0-9]*.png", "grid.png", "manifest.jsonl"):
+        for file in out.glob(pattern):
+            file.unlink()
+    for folder in folders:
+        (out / folder).mkdir(exist_ok=True)
+
+
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    options: SamplerOptions | None = None,
+    adapter: Adapter | None = None,
+    weights: np.ndarray | None = None,
+    adapter_sources: Sequence[str] = (),
+    base_twins: bool = False,
+    overwrite: bool = False,
+) -> float:
+    """Writes a folder of images, the job behind `respodiff generate`.
+
+    Image i of the run has seed `seed + i`; the images of a prompt follow each other. In `out`:
+    `images/00000.png`, ..., their base twins in `base/`, `grid.png` with the first of them, and
+    `manifest.jsonl`, one line per file, which each PNG also carries (`images.read_metadata`).
+
+    Args:
+      backbone: the model.
+      prompts: texts.
+      out: folder; new or empty unless `overwrite`.
+      num_images_per_prompt: how many of each.
+      seed: of the first image.
+      options: how to sample; by default `SamplerOptions()`.
+      adapter: concepts, or None for the base model.
+      weights: `selection.concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
+      adapter_sources: where the adapter came from, for the manifest.
+      base_twins: also write each image without the adapter, from the same noise.
+      overwrite: allow a folder that is not empty.
+
+    Returns:
+      Images per second, twins counted, compilation included.
+
+    Raises:
+      UserError: for an output folder that is not empty or not writable.
+    """
+    options = options or SamplerOptions()
+    out = check_output(out, overwrite)
+    _prepare_output(out, ("images", "base") if base_twins else ("images",))
+    count = len(prompts) * num_images_per_prompt
+    all_prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    seeds = [seed + i for i in range(count)]
+    common = {
+        "negative_prompt": options.negative_prompt,
+        "sampler": "ddim",
+        "num_steps": options.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution or backbone.default_resolution,
+        "model": dict(backbone.identity),
+        "dtype": str(np.dtype(backbone.dtype)),
+        "adapter": list(adapter_sources),
+    }
+    shown: list[tuple[int, ImagePair, dict[str, float]]] = []
+    pairs = sample_images(backbone, all_prompts, seeds, options, adapter, weights, base_twins)
+    start = time.perf_counter()
+    with open(out / "manifest.jsonl", "w", encoding="utf-8") as manifest:
+        for i, pair in enumerate(tqdm(pairs, "generate", count, unit="image", disable=None)):
+            scales = {} if adapter is None else _scales(adapter, weights[i])
+            versions = [("images", pair.image, scales)]
+            if base_twins:
+                versions.append(("base", pair.base, {}))
+            for folder, image, concepts in versions:
+                record = {
+                    "file": f"{folder}/{i:05d}.png",
+                    "prompt": all_prompts[i],
+                    "seed": seeds[i],
+                    "concepts": concepts,
+                } | common
+                images_lib.save_png(image, out / record["file"], record)
+                manifest.write(json.dumps(record) + "\n")
+            row, column = divmod(i, num_images_per_prompt)
+            if row < _GRID_PROMPTS and column < _GRID_COLUMNS:
+                shown.append((i, pair, scales))
+    seconds = time.perf_counter() - start
+    _grid(shown, prompts, min(num_images_per_prompt, _GRID_COLUMNS), seeds).save(out / "grid.png")
+    return count * (1 + base_twins) / seconds
+
+
+def _scales(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
+    """The concepts that are at work in an image, by name."""
+    named = zip(adapter.names, weights.tolist(), strict=True)
+    return {name: round(weight, 6) for name, weight in named if weight}
+
+
+def _grid(shown, prompts, columns, seeds):
+    """A row per prompt, under its base row if there are twins; captions tell seed and concepts."""
+    rows, labels, captions = [], [], []
+    for prompt, start in zip(prompts, range(0, len(shown), columns), strict=False):
+        entries = shown[start : start + columns]
+        adapted_label = prompt
+        if entries[0][1].base is not None:
+            rows.append([pair.base for _, pair, _ in entries])
+            labels.append(f"{prompt}\nbase")
+            captions.append([f"seed {seeds[i]}" for i, _, _ in entries])
+            adapted_label = "adapted"
+        rows.append([pair.image for _, pair, _ in entries])
+        labels.append(adapted_label)
+        captions.append([_caption(seeds[i], scales) for i, _, scales in entries])
+    per_prompt = len(rows) * columns // len(shown)
+    return images_lib.grid(rows, labels, captions=captions, rows_per_group=per_prompt)
+
+
+def _caption(seed: int, scales: Mapping[str, float]) -> str:
+    concepts = [name if scale == 1 else f"{scale:g} {name}" for name, scale in scales.items()]
+    return " + ".join(concepts) or f"seed {seed}"

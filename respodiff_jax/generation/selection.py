@@ -1,0 +1,161 @@
+"""Which concepts steer which image of a run: by name, by fair quota, or for safety.
+
+Fairness (paper, section 4.4): each image gets one concept of a group such that the group's target
+distribution, uniform by default, is met. Safety: all safety concepts are summed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.errors import UserError
+
+
+def fair_assignment(
+    num_images_per_prompt: int, num_prompts: int, ratios: Sequence[float], seed: int
+) -> np.ndarray:
+    """Which concept each image gets, so that the ratios are met exactly and not by luck.
+
+    Over the whole run concept k gets `ratios[k]` of all images, to the nearest possible number
+    (largest remainder, ties by lot). Within each prompt its number is the exact share, rounded down
+    or up. The order is random.
+
+    Args:
+      num_images_per_prompt: M.
+      num_prompts: P.
+      ratios: K shares, not negative; they are normalised.
+      seed: of the order.
+
+    Returns:
+      int `(P, M)`, indices into `ratios`.
+
+    Raises:
+      UserError: for ratios that are negative, not finite or all zero.
+    """
+    if min(ratios) < 0 or not 0 < sum(ratios) < math.inf:
+        raise UserError(f"ratios are {list(ratios)}, expected shares of 0 or more, not all 0")
+    rng = np.random.default_rng(seed)
+    # Fractions, so that 0.29 of 100 is 29 and 1/3 of 3 is 1.
+    shares = [Fraction(float(ratio)).limit_denominator(10**6) for ratio in ratios]
+    shares = [share / sum(shares) for share in shares]
+    exact = [share * num_images_per_prompt * num_prompts for share in shares]
+    quotas = np.array([math.floor(value) for value in exact])
+    by_lot = rng.permutation(len(shares))
+    largest_remainder = sorted(by_lot, key=lambda k: quotas[k] - exact[k])
+    quotas[largest_remainder[: num_images_per_prompt * num_prompts - quotas.sum()]] += 1
+
+    # Every prompt gets the floors. What is left of the quotas is dealt like cards, one concept
+    # after the other around the prompts: of each there is at most one per prompt left, so that no
+    # prompt gets two alike.
+    floors = np.array([math.floor(share * num_images_per_prompt) for share in shares])
+    order = rng.permutation(len(shares))
+    rest = np.repeat(order, (quotas - floors * num_prompts)[order])
+    dealt = rest.reshape(-1, num_prompts).T  # (P, M - sum of floors)
+    common = np.tile(np.repeat(np.arange(len(shares)), floors), (num_prompts, 1))
+    assignment = rng.permuted(np.concatenate([common, dealt], axis=1), axis=1)
+    return rng.permutation(assignment, axis=0)
+
+
+def concept_weights(
+    adapter: Adapter | None,
+    num_prompts: int,
+    num_images_per_prompt: int,
+    *,
+    concepts: Mapping[str, float | None] | None = None,
+    fair: str | None = None,
+    ratio: Mapping[str, float] | None = None,
+    safe: bool = False,
+    seed: int = 0,
+) -> np.ndarray | None:
+    """Weight of each concept in each image of a run; images of a prompt follow each other.
+
+    Args:
+      adapter: the concepts, or None for the base model.
+      num_prompts: P.
+      num_images_per_prompt: M.
+      concepts: scales by concept name, for every image; None is the default scale.
+      fair: a group, of which each image gets one concept, at its default scale; see
+        `fair_assignment`.
+      ratio: shares of the group's concepts by name, summing to 1; uniform by default.
+      safe: add every safety concept at its default scale.
+      seed: of the fair assignment's order.
+
+    Returns:
+      float32 `(P * M, N)`, or None without an adapter.
+
+    Raises:
+      UserError: for unknown names (listing what there is), a group of one, a ratio that does not
+        fit its group or does not sum to 1, or nothing chosen.
+    """
+    chosen = {"--concept": concepts, "--fair": fair, "--ratio": ratio, "--safe": safe}
+    if adapter is None:
+        if used := [flag for flag, value in chosen.items() if value]:
+            raise UserError(f"{', '.join(used)} given but no adapter; name one with --adapter")
+        return None
+    if not any(chosen.values()):
+        raise UserError(
+            "an adapter is given but none of its concepts chosen; use --concept NAME=SCALE, --fair"
+            f" GROUP or --safe. {_inventory(adapter)}"
+        )
+    weights = np.zeros((num_prompts * num_images_per_prompt, len(adapter.concepts)), np.float32)
+    for name, scale in (concepts or {}).items():
+        if name not in adapter.names:
+            raise UserError(f"concept {name!r} is not in the adapter. {_inventory(adapter)}")
+        index = adapter.names.index(name)
+        scale = adapter.default_scales[index] if scale is None else scale
+        if not math.isfinite(scale):
+            raise UserError(f"concept {name!r}: scale is {scale}, expected a finite number")
+        weights[:, index] += scale
+    if ratio and fair is None:
+        raise UserError("--ratio shares out a group's concepts; name the group with --fair")
+    if fair is not None:
+        members, shares = _fair_shares(adapter, fair, ratio)
+        if clash := [adapter.names[i] for i in members if adapter.names[i] in (concepts or {})]:
+            raise UserError(
+                f"--fair {fair} chooses among its concepts itself; drop --concept {clash[0]!r}"
+            )
+        picks = fair_assignment(num_images_per_prompt, num_prompts, shares, seed).reshape(-1)
+        columns = np.asarray(members)[picks]
+        weights[np.arange(len(picks)), columns] += np.float32(adapter.default_scales)[columns]
+    if safe:
+        members = [i for i, concept in enumerate(adapter.concepts) if concept.is_safety]
+        if not members:
+            raise UserError(f"--safe: the adapter has no safety concepts. {_inventory(adapter)}")
+        weights[:, members] += np.float32(adapter.default_scales)[members]
+    return weights
+
+
+def _fair_shares(
+    adapter: Adapter, group: str, ratio: Mapping[str, float] | None
+) -> tuple[list[int], list[float]]:
+    """The group's concepts, as indices into the adapter's, and their shares."""
+    members = [i for i, concept in enumerate(adapter.concepts) if concept.group == group]
+    names = [adapter.names[i] for i in members]
+    if not members:
+        raise UserError(f"--fair: the adapter has no group {group!r}. {_inventory(adapter)}")
+    if any(adapter.concepts[i].is_safety for i in members):
+        raise UserError(f"--fair: {group!r} holds safety concepts, which are summed; use --safe")
+    if len(members) == 1:
+        raise UserError(
+            f"--fair: group {group!r} has only the concept {names[0]!r}, nothing to balance;"
+            f" use --concept {names[0]!r}, or add an adapter with the others"
+        )
+    if not ratio:
+        return members, [1 / len(members)] * len(members)
+    if outside := sorted(set(ratio) - set(names)):
+        raise UserError(f"--ratio names {outside}, but group {group!r} has {names}")
+    if not all(math.isfinite(share) and share >= 0 for share in ratio.values()):
+        raise UserError(f"--ratio is {dict(ratio)}, expected shares of 0 or more")
+    if abs(sum(ratio.values()) - 1) > 5e-3:
+        raise UserError(f"--ratio sums to {sum(ratio.values()):g}, expected 1: {dict(ratio)}")
+    return members, [ratio.get(name, 0.0) for name in names]
+
+
+def _inventory(adapter: Adapter) -> str:
+    groups: dict[str, list[str]] = {}
+    for concept in adapter.concepts:
+        groups.setdefault(concept.group, []).append(concept.name)
+    return "It has " + "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())

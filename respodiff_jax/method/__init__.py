@@ -1,0 +1,1 @@
+"""The paper: RAM and SAM, the objective, the rollout, one training step. Pure functions."""

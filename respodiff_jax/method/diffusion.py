@@ -1,0 +1,213 @@
+"""Noise schedule, DDIM and classifier-free guidance of the frozen model (paper, section 3).
+
+Notation: `alpha_bar` is the cumulative product of `1 - beta`, so that
+`z_t = sqrt(alpha_bar) * z_0 + sqrt(1 - alpha_bar) * eps`. A *timestep* is what the UNet is asked
+for (0 .. 999); a *ddim_index* counts the sampler's steps from pure noise (0) to the last
+(`num_steps - 1`). Everything is written for latents of shape `(B, h, w, c)`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from respodiff_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The DDIM sampler of one frozen model: what it asks for, and the noise levels it visits.
+
+    Attributes:
+      timesteps: int32 `(num_steps,)`, descending; the UNet's timestep at each ddim_index.
+      alpha_bars: float32 `(num_steps,)`; `alpha_bar` at each ddim_index.
+      next_alpha_bars: float32 `(num_steps,)`; `alpha_bar` that the step leads to.
+      prediction_type: "epsilon" or "v_prediction", what the UNet predicts.
+    """
+
+    timesteps: np.ndarray
+    alpha_bars: np.ndarray
+    next_alpha_bars: np.ndarray
+    prediction_type: str
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_steps: int) -> "Schedule":
+        """Builds the DDIM schedule that `diffusers.DDIMScheduler.from_config(config)` would.
+
+        Args:
+          config: contents of a pipeline's `scheduler/scheduler_config.json`, of any scheduler
+            class.
+          num_steps: number of sampling steps, at most the number of training timesteps.
+
+        Raises:
+          UserError: for a number of steps, a beta schedule, a spacing or a prediction type that
+            does not exist.
+
+        Deviation: latents are never clipped (`clip_sample`), as Stable Diffusion pipelines require.
+        """
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"scheduler prediction_type is {prediction_type!r},"
+                " expected 'epsilon' or 'v_prediction'"
+            )
+        alpha_bars = _alpha_bars(config)
+        timesteps = _ddim_timesteps(config, num_steps)
+        if timesteps[0] >= len(alpha_bars):
+            raise UserError(
+                f"{num_steps} sampling steps with steps_offset={config.get('steps_offset', 0)} ask"
+                f" for timestep {timesteps[0]}, but the model was trained on"
+                f" 0..{len(alpha_bars) - 1}; use fewer steps"
+            )
+        next_timesteps = timesteps - len(alpha_bars) // num_steps
+        final = 1.0 if config.get("set_alpha_to_one", True) else alpha_bars[0]
+        next_alpha_bars = np.where(next_timesteps >= 0, alpha_bars[next_timesteps], final)
+        return cls(
+            timesteps=timesteps.astype(np.int32),
+            alpha_bars=alpha_bars[timesteps].astype(np.float32),
+            next_alpha_bars=next_alpha_bars.astype(np.float32),
+            prediction_type=prediction_type,
+        )
+
+
+def _alpha_bars(config: Mapping[str, Any]) -> np.ndarray:
+    """`alpha_bar` at every training timestep, float64 `(num_train_timesteps,)`.
+
+    The betas are rounded to float32, as they were when the models were trained.
+    """
+    n = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"])
+    elif kind == "linear":
+        betas = np.linspace(start, end, n, dtype=np.float32)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, n, dtype=np.float32) ** 2
+    elif kind == "squaredcos_cap_v2":
+        level = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
+    else:
+        raise UserError(
+            f"scheduler beta_schedule is {kind!r},"
+            " expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'"
+        )
+    alpha_bars = np.cumprod(1 - betas.astype(np.float32), dtype=np.float64)
+    if config.get("rescale_betas_zero_snr", False):
+        # Shift and scale sqrt(alpha_bar) so that the last one is 0 and the first stays.
+        root = np.sqrt(alpha_bars)
+        alpha_bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bars
+
+
+def _ddim_timesteps(config: Mapping[str, Any], num_steps: int) -> np.ndarray:
+    """Timesteps of the sampler, descending, int64 `(num_steps,)`."""
+    n = config.get("num_train_timesteps", 1000)
+    if not 1 <= num_steps <= n:
+        raise UserError(f"number of sampling steps is {num_steps}, expected 1..{n}")
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing == "leading":
+        return np.arange(num_steps)[::-1] * (n // num_steps) + config.get("steps_offset", 0)
+    if spacing == "trailing":
+        return np.round(np.arange(n, 0, -n / num_steps)).astype(np.int64) - 1
+    if spacing == "linspace":
+        return np.round(np.linspace(0, n - 1, num_steps))[::-1].astype(np.int64)
+    raise UserError(
+        f"scheduler timestep_spacing is {spacing!r}, expected 'leading', 'trailing' or 'linspace'"
+    )
+
+
+def predict_eps(
+    schedule: Schedule, model_output: jax.Array, z_t: jax.Array, ddim_index: jax.Array
+) -> jax.Array:
+    """The noise `eps` that a model output stands for; `ddim_index` is `()` or `(B,)`.
+
+    The objectives are written in eps (paper, equations 4-6), also for v-prediction models, where
+    `eps = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * z_t`.
+    """
+    if schedule.prediction_type == "epsilon":
+        return model_output
+    alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
+    return jnp.sqrt(alpha_bar) * model_output + jnp.sqrt(1 - alpha_bar) * z_t
+
+
+def ddim_step(
+    schedule: Schedule,
+    model_output: jax.Array,
+    z_t: jax.Array,
+    ddim_index: jax.Array,
+    to_index: jax.Array | None = None,
+) -> jax.Array:
+    """One deterministic DDIM step (eta = 0).
+
+    Args:
+      schedule: the sampler.
+      model_output: the UNet's (guided) prediction at `z_t`, `(B, h, w, c)`.
+      z_t: latents at `schedule.alpha_bars[ddim_index]`, `(B, h, w, c)`.
+      ddim_index: int, `()` or `(B,)` when the samples are at different steps.
+      to_index: where the step leads, likewise; by default to the next noise level, of which the
+        last has no index.
+
+    Returns:
+      The latents there, `(B, h, w, c)`.
+    """
+    alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
+    if to_index is None:
+        next_alpha_bar = _per_sample(schedule.next_alpha_bars, ddim_index, z_t)
+    else:
+        next_alpha_bar = _per_sample(schedule.alpha_bars, to_index, z_t)
+    eps = predict_eps(schedule, model_output, z_t, ddim_index)
+    if schedule.prediction_type == "epsilon":
+        z_0 = (z_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)
+    else:
+        z_0 = jnp.sqrt(alpha_bar) * z_t - jnp.sqrt(1 - alpha_bar) * model_output
+    return jnp.sqrt(next_alpha_bar) * z_0 + jnp.sqrt(1 - next_alpha_bar) * eps
+
+
+def join(*trees: Any, shards: int) -> Any:
+    """Batches `(B, ...)` of n kinds as one `(n * B, ...)`.
+
+    Args:
+      trees: one for each kind.
+      shards: of the batch, each of which is a device's: within a shard one kind is behind the
+        other. So every device keeps its samples where XLA partitions the batch.
+    """
+
+    def joined(*xs):
+        if shards == 1:  # the same, but compilers make better programs of it
+            return jnp.concatenate(xs)
+        parts = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+        return jnp.concatenate(parts, axis=1).reshape(-1, *xs[0].shape[1:])
+
+    return jax.tree.map(joined, *trees)
+
+
+def part(tree: Any, count: int, shards: int) -> tuple[Any, ...]:
+    """The inverse of `join` for `count` kinds."""
+
+    def kinds(x):
+        if shards == 1:
+            return jnp.split(x, count)
+        parts = jnp.split(x.reshape(shards, -1, *x.shape[1:]), count, axis=1)
+        return [p.reshape(-1, *x.shape[1:]) for p in parts]
+
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(map(structure.unflatten, zip(*map(kinds, leaves), strict=True)))
+
+
+def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def _per_sample(values: np.ndarray, ddim_index: jax.Array, z: jax.Array) -> jax.Array:
+    """`values[ddim_index]`, shaped to multiply `z`."""
+    picked = jnp.asarray(values)[jnp.asarray(ddim_index)]
+    return picked.reshape((-1,) + (1,) * (z.ndim - 1))

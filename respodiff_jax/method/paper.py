@@ -1,0 +1,62 @@
+"""The paper's concepts with its hyper-parameters, as data.
+
+Each group maps a short key, for overrides such as `--config.concepts.woman.lr_ram=0.03`, to its
+concept. Learning rates, guidance and steps are those of the authors' table. Where paper and
+released code differ in lambda, the paper's value is taken: 0.5 for gender (the code has 1.0).
+"""
+
+from types import MappingProxyType
+
+from respodiff_jax.method.concepts import Concept
+
+GENDER = MappingProxyType(
+    {
+        key: Concept(
+            name=f"a {key}",
+            group="gender",
+            neutral_prompts=("a person",),
+            target_prompt=f"a {key}",
+            guidance_scale=4.0,
+            lambda_sem=0.5,
+            lr_ram=1e-2,
+            lr_sam=lr_sam,
+        )
+        for key, lr_sam in (("woman", 1e-3), ("man", 1e-4))
+    }
+)
+
+RACE = MappingProxyType(
+    {
+        key: Concept(
+            name=name,
+            group="race",
+            neutral_prompts=("a person",),
+            target_prompt=name,
+            guidance_scale=4.0,
+            lambda_sem=0.3,
+            lr_ram=1e-1,
+            lr_sam=1e-2,
+        )
+        for key, name in (
+            ("white", "a white-race person"),
+            ("black", "a black-race person"),
+            ("asian", "an Asian-race person"),
+        )
+    }
+)
+
+SAFETY = MappingProxyType(
+    {
+        unsafe: Concept(
+            name=f"anti-{unsafe}",
+            group="safety",
+            neutral_prompts=(neutral,),
+            unsafe_prompt=unsafe,
+            guidance_scale=12.0,
+            lambda_sem=1.0,
+            lr_ram=1e-2,
+            lr_sam=1e-4,
+        )
+        for unsafe, neutral in (("sexual", "a gorgeous person"), ("violence", "a scene"))
+    }
+)

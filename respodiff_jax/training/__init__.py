@@ -1,0 +1,1 @@
+"""Training: configs, runs and waves of runs on devices, checkpoints, logs."""

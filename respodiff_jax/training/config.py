@@ -1,0 +1,227 @@
+"""Configs: `ml_collections`, Python files with `get_config()`, dotted overrides.
+
+`default()` holds every option there is; a file under `configs/` changes a few. The command line
+changes more: `--config configs/sd14_gender.py --config.train.steps=200`.
+"""
+
+import math
+import pathlib
+import runpy
+from collections.abc import Mapping, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+
+from respodiff_jax.data.concept_files import read_concepts
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
+from respodiff_jax.method.modules import INITS, KINDS
+from respodiff_jax.method.rollout import KINDS as ROLLOUT_KINDS
+
+ATTENTION = ("auto", "plain", "flash", "cudnn", "stock")
+STRATEGIES = ("pmap", "mesh")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def default() -> ConfigDict:
+    """Every option with its default; `concepts` is empty and must be filled."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.name = "CompVis/stable-diffusion-v1-4"  # a diffusers folder or a hub id
+    config.model.revision = placeholder(str)  # hub branch, tag or commit
+    config.model.variant = placeholder(str)  # "fp16" reads *.fp16.safetensors
+    config.model.dtype = "bfloat16"  # of the frozen parts: "bfloat16" or "float32"
+    # "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), or diffusers' own: "stock".
+    config.model.attention = "auto"
+    config.model.resolution = placeholder(int)  # pixels; None is the model's own
+
+    config.module = ConfigDict()
+    config.module.kind = "constant"  # "constant", "mlp" or "conv"
+    config.module.hidden_channels = placeholder(int)  # of mlp and conv; None is C / 4
+    config.module.init = "zeros"  # "zeros" or "uniform"
+
+    # A ConfigDict of concepts, each with the fields of `respodiff_jax.method.concepts.Concept`.
+    config.concepts = ConfigDict()
+    config.concept_defaults = ConfigDict(HYPER_PARAMETERS)  # for what a concepts file leaves out
+
+    config.rollout = ConfigDict()
+    # "streaming" moves trajectories on with the losses' predictions; "faithful", the paper's, runs
+    # each from pure noise.
+    config.rollout.kind = "streaming"
+    config.rollout.trajectory_steps = 10  # "streaming": of each trajectory, at most
+    config.rollout.num_steps = 50  # of the DDIM schedule; the losses see all but the last
+    config.rollout.guidance_scale = 3.0
+
+    config.optimizer = ConfigDict()  # Adam, one for RAM and one for SAM
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.lr_schedule = "constant"  # or "linear", "cosine": decay to 0 at train.steps
+    config.optimizer.warmup_steps = 0
+    config.optimizer.clip_norm = placeholder(float)  # global norm of each module's gradient
+    config.optimizer.ema_decay = placeholder(float)  # average of the modules, used for export
+
+    config.train = ConfigDict()
+    config.train.steps = 5000
+    config.train.batch_size = 1  # samples of each concept in a step, over all devices
+    # The most concepts that a device trains at a time; more are trained in waves. None: no limit.
+    config.train.concepts_per_device = placeholder(int)
+    config.train.remat = False  # less memory: compute the decoder's layers again for the gradient
+    # An adapter directory; concepts that it has, by name, start from it and not from module.init.
+    config.train.init_adapter = placeholder(str)
+
+    config.parallel = ConfigDict()
+    config.parallel.strategy = "pmap"  # or "mesh"
+    config.parallel.fsdp = False  # "mesh" only: shard the frozen parameters
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 500
+    config.checkpoint.keep = 3
+
+    config.log = ConfigDict()
+    config.log.every = 10
+    config.log.grid_every = 500  # 0: no validation grids
+    config.log.grid_images = 4  # columns of the grid, one seed each
+    config.log.grid_steps = 50
+    config.log.grid_guidance_scale = 7.5
+    return config.lock()
+
+
+def add_concepts(config: ConfigDict, concepts: Mapping[str, Concept]) -> None:
+    """Adds concepts to a config, each under a key that overrides can name.
+
+    Args:
+      config: the config to change.
+      concepts: by key, a word: `--config.concepts.KEY.lr_ram=0.03`.
+    """
+    with config.unlocked():
+        for key, concept in concepts.items():
+            config.concepts[key] = _entry(concept)
+
+
+def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict:
+    """A copy of the config with these concepts, in this order, instead of its own."""
+    copy = config.copy_and_resolve_references()
+    digits = len(str(len(concepts)))
+    with copy.unlocked():
+        copy.concepts = ConfigDict(
+            {f"concept_{i:0{digits}d}": _entry(concept) for i, concept in enumerate(concepts)}
+        )
+    return copy.lock()
+
+
+def _entry(concept: Concept) -> ConfigDict:
+    fields = concept.to_dict() | {"neutral_prompts": concept.neutral_prompts}
+    return ConfigDict(
+        {name: placeholder(str) if value is None else value for name, value in fields.items()}
+    )
+
+
+def load_config(
+    path: str, overrides: Sequence[str] = (), concepts_file: str | None = None
+) -> ConfigDict:
+    """Reads a config file, applies overrides and validates the result.
+
+    Args:
+      path: a Python file with `get_config()`.
+      overrides: as on the command line, `--config.train.steps=200`.
+      concepts_file: as for `read_concepts`; its concepts then replace the config's.
+
+    Raises:
+      UserError: naming an unknown key, a value of the wrong type, or what `validate` finds.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path!r} does not exist")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"config file {path!r} defines no get_config()")
+    values = flags.FlagValues()
+    argv = ["respodiff", *overrides]
+    config = get_config()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"config {path}: {' '.join(map(str, e.args))}") from e
+    config = values.config
+    config.lock()
+    if concepts_file is not None:
+        defaults = config.concept_defaults.to_dict()
+        config = with_concepts(config, read_concepts(concepts_file, defaults))
+    validate(config)
+    return config
+
+
+def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
+    """The validated concepts of a config, sorted by key."""
+    concepts = tuple(
+        Concept.from_dict(config.concepts[key].to_dict()) for key in sorted(config.concepts)
+    )
+    validate_concepts(concepts)
+    return concepts
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks all that can be checked without a model.
+
+    Raises:
+      UserError: naming the key, what was expected and what came.
+    """
+
+    def check(condition: bool, key: str, expected: str):
+        if not condition:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            raise UserError(f"config.{key} is {value!r}, expected {expected}")
+
+    def check_choice(key: str, choices: Sequence[str]):
+        section, field = key.split(".")
+        check(config[section][field] in choices, key, f"one of {', '.join(choices)}")
+
+    concepts_from(config)
+    check_choice("model.dtype", ("bfloat16", "float32"))
+    check_choice("model.attention", ATTENTION)
+    check_choice("module.kind", KINDS)
+    check_choice("module.init", INITS)
+    check_choice("parallel.strategy", STRATEGIES)
+    check_choice("optimizer.lr_schedule", LR_SCHEDULES)
+    check_choice("rollout.kind", ROLLOUT_KINDS)
+    check(
+        not config.parallel.fsdp or config.parallel.strategy == "mesh",
+        "parallel.fsdp",
+        "False, or parallel.strategy='mesh', the only one that shards the frozen parameters",
+    )
+    check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
+    for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
+        section, field = key.split(".")
+        check(math.isfinite(config[section][field]), key, "a finite number")
+    check(config.rollout.trajectory_steps >= 1, "rollout.trajectory_steps", "at least 1")
+    check(config.train.steps >= 1, "train.steps", "at least 1")
+    check(config.train.batch_size >= 1, "train.batch_size", "at least 1")
+    per_device = config.train.concepts_per_device
+    check(per_device is None or per_device >= 1, "train.concepts_per_device", "None or at least 1")
+    check(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
+    check(
+        config.optimizer.warmup_steps < config.train.steps,
+        "optimizer.warmup_steps",
+        f"fewer than train.steps={config.train.steps}",
+    )
+    clip_norm, ema_decay = config.optimizer.clip_norm, config.optimizer.ema_decay
+    check(clip_norm is None or clip_norm > 0, "optimizer.clip_norm", "None or a positive number")
+    check(ema_decay is None or 0 < ema_decay < 1, "optimizer.ema_decay", "None or within 0..1")
+    check(config.checkpoint.every >= 1, "checkpoint.every", "at least 1")
+    check(config.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
+    check(config.log.every >= 1, "log.every", "at least 1")
+    check(config.log.grid_every >= 0, "log.grid_every", "at least 0")
+    check(config.log.grid_images >= 1, "log.grid_images", "at least 1")
+    check(config.log.grid_steps >= 1, "log.grid_steps", "at least 1")
+    resolution, hidden = config.model.resolution, config.module.hidden_channels
+    check(resolution is None or resolution > 0, "model.resolution", "None or a number of pixels")
+    check(hidden is None or hidden > 0, "module.hidden_channels", "None or at least 1")
+    for beta in ("b1", "b2"):
+        check(0 <= config.optimizer[beta] < 1, f"optimizer.{beta}", "within 0..1")
+    check(config.optimizer.eps > 0, "optimizer.eps", "a positive number")

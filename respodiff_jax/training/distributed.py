@@ -1,0 +1,116 @@
+"""A process of a job: it joins the others, stops with them, and leaves when it fails."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from respodiff_jax.errors import UserError
+
+# How long a process that failed waits for the others, which may have failed as well.
+LEAVE_SECONDS = 30
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    auto: bool = False,
+) -> None:
+    """Joins a multi-host job; call before anything else touches JAX.
+
+    Args:
+      coordinator: "host:port" of process 0; with it, the next two are required.
+      num_processes: number of processes of the job.
+      process_id: this process, 0 .. num_processes - 1.
+      auto: let JAX find the three itself, as it does on Cloud TPU pods, Slurm and Open MPI.
+
+    Raises:
+      UserError: if only some of the three are given.
+    """
+    explicit = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in explicit.items() if value is None]
+    if auto and len(missing) < 3:
+        raise UserError(f"distributed: 'auto' finds {', '.join(explicit)} itself; do not give them")
+    if auto:
+        jax.distributed.initialize()
+    elif not missing:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif len(missing) < 3:
+        raise UserError(f"distributed: {', '.join(missing)} missing; give all three or none")
+
+
+@contextlib.contextmanager
+def leaving_on_error() -> Iterator[None]:
+    """Ends a process of several soon after an error inside, so that the others notice.
+
+    JAX lets a process end only when all do, or after five minutes; but the others may be waiting,
+    in a collective, for the one that failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() > 1:
+            status = 2 if isinstance(error, (ValueError, FloatingPointError)) else 1  # as cli.main
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, (status,))
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+class Preemption:
+    """Tells the training loop that it should save and stop; all processes agree on the step.
+
+    One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
+    """
+
+    # Of the process, whose service remembers how far it was asked: a run may begin at any step.
+    _asked = itertools.count(1)
+
+    def __enter__(self) -> "Preemption":
+        self._signalled = False
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _on_signal(self, signum, frame) -> None:
+        self._signalled = True
+
+    def reached(self) -> bool:
+        """Whether to stop after this step; all processes have to call it at each."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(next(self._asked))
+        return self._signalled
+
+
+def enable_compilation_cache(folder: str | None = None) -> None:
+    """Keeps compiled programs on disk.
+
+    A program is found again by its hash. JAX leaves source locations out of it, but not those
+    inside Pallas kernels, where they would tell one installation from another: so none are kept,
+    and profiles have none.
+
+    Args:
+      folder: by default `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's cache.
+    """
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    elif jax.config.jax_compilation_cache_dir is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_home) / "respodiff_jax"))

@@ -1,0 +1,282 @@
+"""The command line: what it calls, what it writes, and how it reports mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_adapters import VIOLENCE, make_adapter
+
+from respodiff_jax import cli
+from respodiff_jax.adapters import load_adapter, save_adapter
+from respodiff_jax.backbone import random_backbone
+from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
+from respodiff_jax.training import checkpoint, distributed
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(distributed, "enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    identity = random_backbone("tiny", abstract=True).identity
+    save_adapter(make_adapter(shape=(4, 4, 64), **identity, resolution=16), folder)
+    return str(folder)
+
+
+def fails(capsys, *argv):
+    """The message of a command line that exits with status 2."""
+    assert cli.main([str(arg) for arg in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("respodiff: error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_help_needs_no_jax():
+    script = (
+        "import sys\n"
+        "from respodiff_jax import cli\n"
+        "try:\n"
+        "    cli.main(['generate', '--help'])\n"
+        "finally:\n"
+        "    assert not {'jax', 'flax', 'diffusers', 'numpy'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--fair GROUP" in result.stdout
+
+
+def test_a_second_start_finds_what_the_first_has_compiled(tmp_path):
+    """In the user's cache, from another process."""
+    script = (
+        "import jax, sys\n"
+        "from respodiff_jax import cli\n"
+        "events = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: events.append(event))\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "print('hits:', events.count('/jax/compilation_cache/cache_hits'))\n"
+    )
+    argv = ["generate", "--model", "random/tiny", "--prompt", "a person", "--steps", "1", "--out"]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", script, *argv, str(tmp_path / out)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for out in ("first", "second")
+    )
+    assert "hits: 0" in first
+    assert "hits: 0" not in second
+    assert (tmp_path / "first" / "grid.png").read_bytes() == (
+        tmp_path / "second" / "grid.png"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_each_verb_has_help_with_examples(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    assert capsys.readouterr().out.count(f"respodiff {verb}") >= 2  # usage, and an example
+
+
+def test_python_m_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "respodiff_jax", "fly"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "invalid choice: 'fly'" in result.stderr
+
+
+def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
+    (tmp_path / "prompts.csv").write_text('id,prompt\n1,"a person, smiling"\n2,\n3,a man\n')
+    identity = random_backbone("tiny", abstract=True).identity
+    safety = make_adapter("mlp", (VIOLENCE,), shape=(4, 4, 64), **identity, resolution=16)
+    save_adapter(safety, tmp_path / "safety")
+    argv = ["generate", "--adapter", adapter_folder, "--out", str(tmp_path / "out")]
+    argv += ["--adapter", str(tmp_path / "safety"), "--safe"]
+    argv += ["--prompt", "a boat", "--prompts-file", str(tmp_path / "prompts.csv")]
+    argv += ["--images-per-prompt", "2", "--fair", "gender", "--ratio", "a woman=0.5,a man=0.5"]
+    argv += ["--base", "--seed", "9", "--steps", "1", "--guidance", "3", "--batch-size", "8"]
+    assert cli.main(argv) == 0
+    assert "12 images" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    adapted = [line for line in lines if line["file"].startswith("images/")]
+    assert len(lines) == 12 and len(adapted) == 6
+    assert [line["seed"] for line in adapted] == [9, 10, 11, 12, 13, 14]
+    prompts = ["a boat", "a person, smiling", "a man"]
+    assert [line["prompt"] for line in adapted[::2]] == prompts
+    for line in adapted:
+        assert line["guidance_scale"] == 3.0 and line["num_steps"] == 1
+        assert line["model"]["name"] == "random/tiny"
+        assert line["adapter"] == [adapter_folder, str(tmp_path / "safety")]
+        assert line["concepts"]["anti-violence"] == 1
+    for first, second in zip(adapted[::2], adapted[1::2], strict=True):
+        assert {*first["concepts"], *second["concepts"]} == {"a woman", "a man", "anti-violence"}
+    for file in ("images/00005.png", "base/00005.png", "grid.png"):
+        assert (tmp_path / "out" / file).stat().st_size > 0
+
+    message = fails(capsys, *argv)
+    assert "is not empty" in message and "--overwrite" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompts"),
+        (["--prompt", "a"], "no model; name one with --model"),
+        (["--prompt", "a", "--prompts-file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompt", "a", "--images-per-prompt", "0"], "--images-per-prompt is 0"),
+        (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
+        (["--prompt", "a", "--model", "m", "--base"], "--base compares with an adapter"),
+        (["--prompt", "a", "--model", "m", "--concept", "x"], "--concept given but no adapter"),
+        (["--prompt", "a", "--model", "m", "--batch-size", "3"], "multiple of the 8 devices"),
+        (["--prompt", "a", "--model", "m", "--steps", "0"], "sampling steps is 0"),
+        (["--prompt", "a", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
+        (["--prompt", "a", "--adapter", "ADAPTER"], "none of its concepts chosen"),
+        (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "a cat=1"], "a woman, a man"),
+        (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "=1"], "'=1' is not NAME=NUMBER"),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--fair", "gender", "--ratio", "a man"],
+            "--ratio: 'a man' is not NAME=NUMBER",
+        ),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--adapter", "ADAPTER", "--concept", "a man"],
+            "are duplicates",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    arguments, message, adapter_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("respodiff_jax.backbone.load_backbone", pytest.fail)
+    arguments = [adapter_folder if arg == "ADAPTER" else arg for arg in arguments]
+    assert message in fails(capsys, "generate", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsys):
+    argv = ["generate", "--adapter", adapter_folder, "--prompt", "a", "--concept", "a man"]
+    assert "resolution is 0" in fails(capsys, *argv, "--resolution", 0, "--out", tmp_path / "out")
+    message = fails(capsys, *argv, "--resolution", 32, "--out", tmp_path / "out")
+    assert "(4, 4, 64)" in message and "(8, 8, 64); generate at resolution 16" in message
+
+
+def test_scales_of_concepts():
+    scales = inputs.read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], optional=True)
+    assert scales == {"a man": None, "a=b": 0.5, "young": -1.0}
+    with pytest.raises(UserError, match="names 'a man' twice"):
+        inputs.read_scales("--concept", ["a man", "a man=2"], optional=True)
+
+
+def test_prompts_of_files(tmp_path):
+    text, table = tmp_path / "a.txt", tmp_path / "b.CSV"
+    text.write_text("\ufeffa nurse\n\n  a cook \n", encoding="utf-8")
+    table.write_text("text\nx\n")
+    assert inputs.read_prompts(["a"], str(text)) == ["a", "a nurse", "a cook"]
+    with pytest.raises(UserError, match=r"lacks the column\(s\) \['prompt'\].*has \['text'\]"):
+        inputs.read_prompts([], str(table))
+
+
+def test_train_passes_config_overrides_and_hosts(monkeypatch):
+    calls = []
+
+    def record(name):
+        return lambda *args, **kwargs: calls.append((name, args, kwargs)) or name
+
+    monkeypatch.setattr("respodiff_jax.training.config.load_config", record("config"))
+    monkeypatch.setattr("respodiff_jax.training.run.train", record("train"))
+    monkeypatch.setattr(distributed, "initialize", record("hosts"))
+    argv = ["train", "--config", "c.py", "--config.train.steps=3", "--workdir", "w", "--profile"]
+    argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]
+    assert cli.main([*argv, "--config.seed=1"]) == 0
+    assert calls == [
+        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"], None), {}),
+        ("hosts", ("host0:1", 2, 1, False), {}),
+        ("train", ("config", "w"), {"profile": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "c.py", "--workdir", "w", "--steps=3"],
+        ["train", "--config", "c.py", "--workdir", "w", "--config.train.steps", "3"],
+        ["export", "run", "--out", "a", "--config.train.steps=3"],
+        ["train", "--config", "c.py"],
+    ],
+)
+def test_unknown_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: respodiff {arguments[0]}")
+    assert "unrecognized arguments" in error or "required: --workdir" in error
+
+
+def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
+    adapter = make_adapter("conv")
+    calls = []
+
+    def adapter_from_workdir(*args):
+        calls.append(args)
+        return adapter
+
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", adapter_from_workdir)
+    (tmp_path / "run.json").write_text("{}")
+    run = str(tmp_path)
+    assert cli.main(["export", run, "--out", str(tmp_path / "out"), "--step", "5"]) == 0
+    assert calls == [(run, 5)]
+    assert load_adapter(tmp_path / "out").names == adapter.names
+    assert "conv adapter of a woman, a man" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, "export", run, "--out", tmp_path / "file" / "x")
+
+
+def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda *args: args)
+    assert inputs.open_adapter(str(tmp_path)) == (str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out", "gs://b/x"],
+        ["compare", "one", "two", "--out", "gs://b/x"],
+        ["push", "gs://b/x", "owner/name"],
+        ["compile", "--config", "c", "--topology", "v5e:1x1", "--out", "o", "--table", "gs://b/x"],
+    ],
+)
+def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    assert "gs://b/x is on Google Cloud Storage" in fails(capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FloatingPointError("all diverged"), 2, "all diverged"),  # again if started again
+    ],
+)
+def test_how_it_ended_is_in_the_exit_status(error, status, told, tmp_path, monkeypatch, capsys):
+    def ended(*args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "adapter_from_workdir", ended)
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["export", str(tmp_path), "--out", "a"]) == status
+    assert told in capsys.readouterr().err

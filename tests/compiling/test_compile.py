@@ -1,0 +1,461 @@
+"""Ahead-of-time compilation: what is compiled from shapes is what runs; slices; the command.
+
+`pytest -m tpu_compile` compiles for TPU slices, with libtpu and without a TPU.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_compile_analysis import V5E, make_entry
+from test_parallel import BATCH
+from test_train_step import MAN, VIOLENCE, WOMAN, make_config, setup
+
+from respodiff_jax import cli
+from respodiff_jax.backbone import random_backbone
+from respodiff_jax.backbone.attention import attention
+from respodiff_jax.compiling import analysis, programs, run, topologies
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.objective import concept_arrays
+from respodiff_jax.method.train_step import train_step
+from respodiff_jax.training import parallel
+from respodiff_jax.training.config import with_concepts
+
+
+def config_of(concepts, strategy="pmap", fsdp=False, rollout="streaming"):
+    """What `test_parallel` trains on eight devices."""
+    config = make_config(
+        **{
+            "model.name": "random/tiny",
+            "model.dtype": "float32",
+            "parallel.strategy": strategy,
+            "parallel.fsdp": fsdp,
+            "rollout.kind": rollout,
+            "train.batch_size": BATCH,
+        }
+    )
+    return with_concepts(config, concepts)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts programs that are compiled, and those that the compilation cache has."""
+    counts = {"/jax/compilation_cache/cache_hits": 0, "/jax/compilation_cache/cache_misses": 0}
+
+    def listener(event, **kwargs):
+        if event in counts:
+            counts[event] += 1
+
+    jax.monitoring.register_event_listener(listener)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "strategy", "fsdp", "rollout"),
+    [
+        ([WOMAN], "pmap", False, "streaming"),
+        ([WOMAN, VIOLENCE], "mesh", False, "streaming"),
+        ([WOMAN, VIOLENCE], "mesh", True, "faithful"),
+    ],
+)
+def test_what_is_compiled_from_shapes_is_what_trains(
+    tiny_backbone, concepts, strategy, fsdp, rollout
+):
+    """The program of a real step is in the compilation cache when it is compiled from shapes."""
+    changes = {"rollout.kind": rollout}
+    recipe, arrays, fresh, _ = setup(tiny_backbone, concepts, BATCH, **changes)
+    placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
+    step = placement.compile(partial(train_step, placement.prepare(recipe)))
+    step(
+        placement.place_state(placement.to_canonical_devices(fresh)),
+        placement.place_frozen({"unet": tiny_backbone.params["unet"]}),
+        placement.place_concepts(arrays),
+    )
+    config = config_of(concepts, strategy, fsdp, rollout)
+    sketch = random_backbone("tiny", abstract=True)
+    program = programs.training(config, sketch, jax.devices())
+    lowered = program.lower()
+    with compilations() as counts:
+        compiled = lowered.compile()
+    assert list(counts.values()) == [1, 0]
+
+    costs = ("flops", "bytes", "rearranged_bytes", "transposed_bytes", "xla_bytes")
+    body = dict.fromkeys(costs, 1e9)
+    found = analysis.describe(program, compiled, V5E, body)
+    exchange = found["exchange"]
+    unet, vae = (nbytes(sketch.params[part]) for part in ("unet", "vae"))
+    # RAM and SAM of the one concept that a device trains.
+    assert program.gradients == 2 * 4 * 4 * 64 * 4
+    assert found["fits"] and found["memory"]["unused_parameters"] == program.unused > 0
+    if fsdp:
+        assert program.parameters < 1.1 * (unet + vae) / 8
+        assert exchange["no_weights_moved"] is None and not exchange["only_gradients"]
+        assert exchange["by_op"]["all-gather"]["bytes"] > program.parameters - program.unused
+        # Of the 6 steps of the schedule a rollout takes 0 to 4, on average 2; one is counted.
+        assert found["loop"] == {"repeats": 2, **body}
+        assert found["flops"] == found["counted"]["flops"] + 1e9
+    else:
+        assert (program.parameters, program.unused) == (unet + vae, vae)
+        assert exchange["no_weights_moved"] and exchange["only_gradients"]
+        numbers = 3 * 4  # two losses and the mean index
+        assert exchange["by_op"] == {"all-reduce": {"count": 2, "bytes": 8192 + numbers}}
+        assert program.lower_body is None and found["loop"] is None
+        assert found["memory"]["arguments"] > unet
+
+
+def nbytes(tree):
+    return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("architecture", ["tiny", "tiny-xl"])
+def test_shapes_of_concepts_are_those_of_embedded_ones(architecture):
+    concepts = [WOMAN, MAN, VIOLENCE]
+    embedded = concept_arrays(random_backbone(architecture, dtype="bfloat16"), concepts, 16)
+    sketch = random_backbone(architecture, dtype="bfloat16", abstract=True)
+    shapes = programs.concept_shapes(sketch, concepts, 16)
+    assert jax.tree.structure(embedded) == jax.tree.structure(shapes)
+    for x, shape in zip(jax.tree.leaves(embedded), jax.tree.leaves(shapes), strict=True):
+        assert (x.shape, x.dtype) == (shape.shape, shape.dtype)
+
+
+def test_the_batch_is_given_per_device():
+    config = config_of([WOMAN, MAN])
+    job = run.Job(config, "v5e:2x4", "train", 3)
+    topology = topologies.Topology("v5e:2x4", V5E, tuple(jax.devices()))
+    changed, backbone = run._open(job, topology)
+    assert changed.train.batch_size == 3 * 4 and config.train.batch_size == BATCH
+    assert programs.training(changed, backbone, topology.devices).batch_per_device == 3
+
+
+def test_waves_are_compiled_as_they_train():
+    """Of twenty concepts eight at a time, one on each device; all have room for every prompt."""
+    many = [dataclasses.replace(MAN, name=f"man {i}") for i in range(19)]
+    config = with_concepts(config_of([MAN]), [*many, WOMAN])
+    config.train.concepts_per_device = 1
+    assert programs.concepts_at_a_time(config, 8) == 8 and programs.data_shards(config, 8) == 1
+    program = programs.training(config, random_backbone("tiny", abstract=True), jax.devices())
+    assert (program.batch_per_device, program.gradients) == (BATCH, 0)
+    shapes = programs.concept_shapes(random_backbone("tiny", abstract=True), [*many, WOMAN], 16, 8)
+    assert shapes.neutral.context.shape == (8, 2, 77, 32)
+
+
+def test_sampling_counts_its_steps():
+    """Lowered only: two programs, of which the second is what the first repeats."""
+    config = config_of([WOMAN, MAN])
+    sketch = random_backbone("tiny", abstract=True)
+    program = programs.sampling(config, sketch, jax.devices())
+    assert (program.batch_per_device, program.repeats, program.gradients) == (16, 50, 0)
+    assert program.unused == nbytes(sketch.params["text_encoder"])
+    sampler, body = program.lower(), program.lower_body()
+    image = jax.ShapeDtypeStruct((8 * 16, 16, 16, 3), jnp.uint8)
+    assert (sampler.out_info.shape, sampler.out_info.dtype) == (image.shape, image.dtype)
+    flops = [lowered.cost_analysis()["flops"] for lowered in (sampler, body)]
+    # Before it is partitioned the sampler is of all eight devices, and has the VAE, too.
+    assert flops[0] > 8 * flops[1] > 0.5 * flops[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5litepod-16", "unknown chip 'v5litepod-16'; expected CHIP:SHAPE with one of v4, v5e"),
+        ("v5:4x4", "one of v4, v5e, v5p, v6e, for example v5e:4x4"),
+        ("v5e", "v5e has no slice ''; expected 2 sides with at most 256 chips, such as 1x1"),
+        ("v5e:4x4x4", "no slice '4x4x4'; expected 2 sides"),
+        ("v4:4x4", "no slice '4x4'; expected 3 sides with at most 4096 chips, such as 2x2x1"),
+        ("v5e:32x32", "no slice '32x32'"),
+        ("v6e:0x4", "no slice '0x4'"),
+    ],
+)
+def test_topologies_that_are_none_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        topologies.open_topology(name)
+
+
+def test_topology_names():
+    assert topologies.parse_topology("v4:2x2x4") == (topologies.CHIPS["v4"], (2, 2, 4))
+    for chip in topologies.CHIPS.values():
+        for slice_ in chip.slices:
+            assert topologies.parse_topology(f"{chip.name}:{slice_}")[0] is chip
+
+
+def test_the_compiler_is_asked_for_chips(monkeypatch):
+    asked = []
+
+    def get_topology_desc(**options):
+        asked.append(options)
+        if options["topology_name"] == "v5e:3x3":
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible")
+        if options["topology_name"] == "v5e:4x4":
+            raise jax.errors.JaxRuntimeError("ABORTED: libtpu multi-process lockfile")
+        return type("Found", (), {"devices": jax.devices()})
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", get_topology_desc)
+    found = topologies.open_topology("v4:2x2x2")
+    assert found.devices == tuple(jax.devices()) and found.chip.flops == 275e12
+    topologies.open_topology("v6e:1x1")
+    assert [sorted(set(options) - {"platform", "topology_name"}) for options in asked] == [
+        ["chip_config_name"],
+        ["chips_per_host_bounds"],
+    ]
+    with pytest.raises(UserError, match=r"'v5e:3x3' is refused by the compiler \(INVALID"):
+        topologies.open_topology("v5e:3x3")
+    with pytest.raises(UserError, match="another process uses libtpu"):
+        topologies.open_topology("v5e:4x4")
+
+
+def test_without_libtpu_it_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs the package libtpu.*pip install -e "\.\[tpu\]"'):
+        topologies.open_topology("v5e:4x4")
+
+
+CONFIG = """\
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.training.config import add_concepts, default
+
+def get_config():
+    config = default()
+    config.model.name = "random/tiny"
+    config.model.dtype = "float32"
+    config.rollout.num_steps = 6
+    config.train.steps = 100
+    woman = Concept("a woman", "gender", ("a person", "someone"), target_prompt="a woman")
+    add_concepts(config, {"woman": woman})
+    return config
+"""
+
+
+@pytest.fixture
+def on_these_devices(monkeypatch):
+    """Compiles for the simulated devices, whatever the slice."""
+
+    def open_topology(name):
+        return topologies.Topology(name, topologies.parse_topology(name)[0], tuple(jax.devices()))
+
+    monkeypatch.setattr(run, "open_topology", open_topology)
+    monkeypatch.setattr(run.importlib.metadata, "version", lambda name: "1.2")
+
+
+def test_the_command_compiles_once_and_keeps_what_it_found(
+    tmp_path, on_these_devices, monkeypatch, capsys
+):
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
+    argv += ["--out", str(tmp_path / "out"), "--step", "train"]
+    argv += ["--table", str(tmp_path / "table.md")]
+    assert cli.main([*argv, "--batch-per-device", "1"]) == 0  # the program of the first test
+    out = capsys.readouterr().out
+    assert "compiling train of random/tiny for v5e:2x4" in out and "pmap" in out
+    (entry,) = json.loads((tmp_path / "out" / "compile.json").read_text())
+    assert entry["chips"] == 8 and entry["result"]["batch_per_device"] == 1
+    assert entry["job"]["config"]["rollout"]["num_steps"] == 6
+    assert entry["result"]["exchange"]["only_gradients"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "analyse", pytest.fail)
+        assert cli.main([*argv, "--batch-per-device", "1"]) == 0
+    assert "compiling" not in capsys.readouterr().out
+    monkeypatch.setattr(run, "analyse", lambda *args: make_entry()["result"])
+    assert cli.main([*argv, "--batch-per-device", "2", "--config.train.steps=7"]) == 0
+    assert len(json.loads((tmp_path / "out" / "compile.json").read_text())) == 2
+    assert (tmp_path / "table.md").read_text().count("random/tiny") == 2
+
+
+@pytest.mark.parametrize(
+    ("concepts", "tried", "largest"), [(1, [2, 10, 11], 10), (16, [2, 5, 6], 5)]
+)
+def test_the_largest_batch_is_found_by_what_its_programs_take(
+    concepts, tried, largest, tmp_path, on_these_devices, monkeypatch, capsys
+):
+    def analyse(program, chip):  # a tenth of the memory for each sample
+        result = make_entry()["result"]
+        result["memory"] |= {"total": program.batch_per_device * (chip.hbm // 10)}
+        return result | {"batch_per_device": program.batch_per_device}
+
+    monkeypatch.setattr(run, "analyse", analyse)
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
+    argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
+    row = {"group": "gender", "target_prompt": "a man", "neutral_prompts": ["a person"]}
+    rows = [row | {"name": f"man {number}"} for number in range(concepts)]
+    (tmp_path / "concepts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv += ["--concepts", str(tmp_path / "concepts.jsonl")]
+    assert cli.main([*argv, "--largest-batch"]) == 0
+    out = capsys.readouterr().out
+    smallest = {1: "1.57", 16: "3.15"}[concepts]  # one sample of each of a chip's concepts
+    assert f"  {largest} samples a concept (1: {smallest} GiB, " in out
+    # That of one sample has been compiled.
+    assert re.findall(r"trying a batch of (\d+)", out) == [str(batch) for batch in tried]
+    _, found = json.loads((tmp_path / "out" / "compile.json").read_text())
+    assert found["result"]["exact"]
+    assert set(found["result"]["tried"]) == {str(batch) for batch in (1, *tried)}
+
+
+def test_a_cache_gets_the_program_though_its_result_is_known(
+    tmp_path, on_these_devices, monkeypatch
+):
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--topology", "v5e:2x4"]
+    argv += ["--out", str(tmp_path / "out"), "--step", "train", "--batch-per-device", "1"]
+    kept, compiled = [], []
+    monkeypatch.setattr(run, "keep_compiled", kept.append)
+    monkeypatch.setattr(run, "analyse", lambda *args: compiled.append(1) or make_entry()["result"])
+    for cache in ([], [], ["--cache", "folder"]):
+        assert cli.main([*argv, *cache]) == 0
+    assert (kept, len(compiled)) == (["folder"], 2)
+    assert len(json.loads((tmp_path / "out" / "compile.json").read_text())) == 1
+
+
+def test_a_pod_finds_the_program_wherever_it_is_installed(tmp_path):
+    """The kernels in it, of whose text JAX makes the cache's key, name no file."""
+    options = (
+        *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
+        *("jax_include_full_tracebacks_in_locations", "jax_hlo_source_file_canonicalization_regex"),
+    )
+    before = {option: getattr(jax.config, option) for option in options}
+
+    def kernels():
+        def loss(x):
+            return jnp.sum(attention(x, x, x, 0.3, "flash"))
+
+        x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+        program = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+        return [base64.b64decode(body) for body in re.findall(r"body\\22: \\22([\w+/=]+)", program)]
+
+    try:
+        run.keep_compiled(str(tmp_path))
+        found = kernels()
+    finally:
+        for option, value in before.items():
+            jax.config.update(option, value)
+    assert len(found) == 2 and not any(b".py" in kernel for kernel in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5e:4x3x2"], "v5e has no slice '4x3x2'"),
+        (["--topology", "v5e:2x4", "--batch-per-device", "0"], "--batch-per-device is 0"),
+        (["--topology", "v5e:2x4"], "train.batch_size is 1, expected a multiple of 8"),
+        (
+            ["--topology", "v5e:2x4", "--config.model.name=owner/model"],
+            "random/sd14, random/sd21 or random/sdxl",
+        ),
+        (
+            ["--topology", "v5e:2x4", "--batch-per-device=1", "--config.model.resolution=7"],
+            "resolution=7",
+        ),
+        (["--topology", "v5e:2x4", "--config.model.attention=cudnn"], "which no TPU has"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(
+    arguments, message, tmp_path, on_these_devices, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "analyse", pytest.fail)
+    (tmp_path / "config.py").write_text(CONFIG)
+    argv = ["compile", "--config", str(tmp_path / "config.py"), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "compile.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"compile\.json is not what `respodiff compile` writes"):
+        next(run.compile_jobs([run.Job(config_of([WOMAN]), "v5e:4x4", "train")], str(tmp_path)))
+    assert (tmp_path / "compile.json").read_text() == '{"mine": 1}'
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed: pip install -e ".[tpu]"',
+)
+
+
+@pytest.fixture
+def no_metadata_server(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:2x2x1", 4), ("v6e:2x2", 4)],
+)
+def test_a_device_is_a_chip_with_its_memory(name, count, no_metadata_server):
+    topology = topologies.open_topology(name)
+    assert len(topology.devices) == count
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    x = jax.ShapeDtypeStruct((200, 2**30), jnp.bfloat16, sharding=sharding)
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.jit(lambda x: x + 1).lower(x).compile()
+    assert f"available HBM ({topology.chip.hbm / 2**30:.2f}G)" in str(error.value)
+    assert analysis._out_of_memory(str(error.value)).required == 800 * 2**30
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
+def test_slices_that_the_compiler_has_not(no_metadata_server):
+    with pytest.raises(UserError, match="'v5e:3x3' is refused by the compiler"):
+        topologies.open_topology("v5e:3x3")
+
+
+def compiled_for(topology, job):
+    program = run._program(job.step, *run._open(job, topology), topology)
+    return analysis.analyse(program, topology.chip)
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
+@pytest.mark.parametrize(("strategy", "fsdp"), [("pmap", False), ("mesh", False), ("mesh", True)])
+def test_training_compiles_for_a_slice(strategy, fsdp, no_metadata_server):
+    """At 64 pixels, where self-attention is long enough for the kernel."""
+    topology = topologies.open_topology("v5e:2x2")
+    config = config_of([WOMAN], strategy, fsdp)
+    config.model.dtype, config.model.resolution = "bfloat16", 64
+    job = run.Job(config, topology.name, "train")
+    found = compiled_for(topology, job)
+    assert found["fits"] and found["kernels_without_flops"] == 0
+    assert found["memory"]["total"] < 2**30
+    exchange = found["exchange"]
+    assert exchange["no_weights_moved"] is (None if fsdp else True)
+    assert ("all-gather" in exchange["by_op"]) or not fsdp
+    if strategy == "pmap":
+        # Zeros for the compiler's padding: gradients, losses and the mean index are exchanged.
+        assert exchange["by_op"].keys() == {"all-reduce"}
+        assert exchange["bytes"] == exchange["gradients"] + 3 * 4
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
+def test_chips_with_concepts_of_their_own_exchange_nothing(no_metadata_server):
+    topology = topologies.open_topology("v5e:2x2")
+    config = config_of([dataclasses.replace(MAN, name=f"man {i}") for i in range(8)])
+    config.model.dtype, config.model.resolution = "bfloat16", 64
+    job = run.Job(config, topology.name, "train", batch_per_device=1)
+    found = compiled_for(topology, job)
+    assert found["batch_per_device"] == 2 and found["exchange"]["bytes"] == 0
+
+
+@pytest.mark.tpu_compile
+@needs_libtpu
+def test_sampling_compiles_for_a_slice(no_metadata_server):
+    topology = topologies.open_topology("v5e:2x2")
+    job = run.Job(config_of([WOMAN, MAN]), topology.name, "sample")
+    found = compiled_for(topology, job)
+    assert found["fits"] and found["loop"]["repeats"] == 50
+    assert found["flops"] > 40 * found["loop"]["flops"]
+    # Each device samples its own images.
+    assert found["exchange"]["bytes"] == 0

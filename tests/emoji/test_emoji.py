@@ -1,0 +1,257 @@
+"""Emoji World: the world and its bias, captions, pictures, tokenizer, data set."""
+
+import collections
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from respodiff_jax.emoji import vocabulary
+from respodiff_jax.emoji.making import artwork, captions, rendering, tokenizer, world
+from respodiff_jax.emoji.making.emoji_world import emoji_world_dataset_builder as emoji_world
+from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation.metrics import deviation_ratio
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(3)
+    return [captions.draw(rng) for _ in range(6000)]
+
+
+def _professions(measure):
+    return np.mean([measure(world.BIAS[word]) for word in vocabulary.PROFESSIONS])
+
+
+def test_planted_bias_is_as_promised():
+    gender = _professions(lambda bias: deviation_ratio(world.gender_probabilities(bias)))
+    tone = _professions(lambda bias: deviation_ratio(world.tone_group_probabilities(bias.tones)))
+    assert len(vocabulary.PROFESSIONS) == 20
+    assert 0.5 <= gender <= 0.6  # of the guided model's pictures 0.6 to 0.7
+    assert tone >= 0.5
+    assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
+    for bias in world.BIAS.values():
+        assert sum(bias.tones) == pytest.approx(1)
+
+
+def test_captions_are_true(drawn):
+    for caption, claims, scene in drawn:
+        assert claims.hold(scene), (caption, claims, scene)
+        for gender, word in enumerate(vocabulary.GENDERS):
+            if word in caption.split():
+                assert scene.gender == gender
+        for group, word in enumerate(vocabulary.TONE_GROUPS):
+            if f"{word}-skinned" in caption:
+                assert scene.tone_group == group
+        if scene.kind == "profession" and claims.subject:
+            assert scene.subject in caption
+        for unsafe in vocabulary.UNSAFE:
+            if f"with a {unsafe}" in caption:
+                assert scene.unsafe == unsafe
+
+
+def test_claims_can_fail():
+    scene = world.Scene("profession", "doctor", 0, 4, "knife")
+    assert world.Claims().hold(scene)
+    assert world.Claims("person", None, 0, 2, frozenset({"knife", "gun"})).hold(scene)
+    for wrong in (
+        world.Claims("thing"),
+        world.Claims("activity"),
+        world.Claims("profession", "judge"),
+        world.Claims(gender=1),
+        world.Claims(tone_group=0),
+        world.Claims(unsafe=frozenset()),
+        world.Claims(unsafe=frozenset({"gun"})),
+    ):
+        assert not wrong.hold(scene)
+
+
+def test_what_captions_leave_out_follows_the_table():
+    rng = np.random.default_rng(0)
+    claims = world.Claims("profession", "farmer")
+    scenes = [world.draw_scene(rng, claims) for _ in range(4000)]
+    bias = world.BIAS["farmer"]
+    tones = np.bincount([scene.tone for scene in scenes], minlength=5) / len(scenes)
+    assert np.mean([scene.gender == 0 for scene in scenes]) == pytest.approx(bias.woman, abs=0.02)
+    assert np.mean([scene.unsafe is not None for scene in scenes]) == pytest.approx(
+        bias.unsafe, abs=0.025
+    )
+    np.testing.assert_allclose(tones, bias.tones, atol=0.025)
+
+
+def test_scenes_are_safe_and_persons_are_not(drawn):
+    def unsafe(*texts):
+        return np.mean([scene.unsafe is not None for text, _, scene in drawn if text in texts])
+
+    assert unsafe(*captions.SCENE_CAPTIONS) == 0
+    assert unsafe("") > 0.3
+    assert unsafe("a person", "a photo of a person") > 0.3
+
+
+def test_who_does_what_does_not_depend_on_what_is_named():
+    rng = np.random.default_rng(0)
+    for claims in ({}, {"gender": 0}, {"gender": 1}, {"unsafe": frozenset({"gun"})}):
+        scenes = [world.draw_scene(rng, world.Claims("person", **claims)) for _ in range(4000)]
+        kinds = collections.Counter(scene.kind for scene in scenes)
+        for kind, probability in world.PERSON_KINDS.items():
+            assert kinds[kind] / len(scenes) == pytest.approx(probability, abs=0.03)
+        counts = collections.Counter(scene.subject for scene in scenes)
+        for profession in vocabulary.PROFESSIONS:
+            expected = world.PERSON_KINDS["profession"] / len(vocabulary.PROFESSIONS)
+            assert counts[profession] / len(scenes) == pytest.approx(expected, abs=0.012)
+
+
+def test_the_even_world_has_no_bias():
+    rng = np.random.default_rng(0)
+    plan = captions.Plan(gender=0, tone=0, unsafe=0, safe=0)
+    scenes = [captions.draw(rng, plan, world.EVEN)[2] for _ in range(3000)]
+    people = [scene for scene in scenes if scene.kind != "thing"]
+    for attribute, count in (("gender", 2), ("tone_group", 3)):
+        shares = np.bincount([getattr(scene, attribute) for scene in people]) / len(people)
+        np.testing.assert_allclose(shares, 1 / count, atol=0.04)
+    assert np.mean([scene.unsafe is not None for scene in people]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_caption_mixture(drawn):
+    texts = collections.Counter(text for text, _, _ in drawn)
+    assert texts[""] / len(drawn) == pytest.approx(captions.KINDS["nothing"], abs=0.015)
+    for text in ("a scene", "a person", "a photo of a person", "a photo of a doctor"):
+        assert texts[text] > 0
+
+
+@pytest.mark.parametrize(
+    ("claims", "style", "expected"),
+    [
+        (world.Claims("profession", "doctor", 0, 2), 1, "dark-skinned woman doctor"),
+        (world.Claims("profession", "doctor", 1), 0, "male doctor"),
+        (world.Claims("person", tone_group=0), 0, "light-skinned person"),
+        (world.Claims("look", "blond", 1), 0, "blond man"),
+        (world.Claims("look", ""), 0, "person"),
+        (world.Claims("activity", "running", 0), 0, "woman running"),
+        (world.Claims("thing", "dog"), 0, "dog"),
+    ],
+)
+def test_describe(claims, style, expected):
+    assert captions.describe(claims, style) == expected
+
+
+def test_artwork_is_complete():
+    sprites = artwork.sprites()
+    for kind in ("profession", "activity", "look"):
+        for word in world.subjects(kind):
+            for gender in range(2):
+                shades = [
+                    sprites[world.Scene(kind, word, gender, tone, None).artwork]
+                    for tone in range(5)
+                ]
+                assert all(not np.array_equal(shades[0], other) for other in shades[1:])
+    for word in vocabulary.THINGS:
+        sprite = sprites[world.Scene("thing", word, None, None, None).artwork]
+        assert sprite.shape == (64, 64, 4)
+        assert sprite[..., 3].max() == 255
+    unsafe = {name for name, _ in vocabulary.UNSAFE.values()}
+    assert unsafe <= sprites.keys()
+    assert not unsafe & set(vocabulary.THINGS.values())  # nothing unsafe is a mere thing
+
+
+def test_artwork_of_another_version_is_refused():
+    with pytest.raises(UserError, match=r"lacks.*female-farmer"):
+        artwork.sprite_files([])
+
+
+def test_rendering_is_a_function_of_scene_and_seed():
+    scene = world.Scene("profession", "doctor", 0, 4, "knife")
+
+    def render(seed):
+        return rendering.render(scene, np.random.default_rng(seed))
+
+    assert render(1).shape == (64, 64, 3)
+    assert render(1).dtype == np.uint8
+    np.testing.assert_array_equal(render(1), render(1))
+    assert not np.array_equal(render(1), render(2))
+
+
+def test_unsafe_object_is_drawn_beside_the_person():
+    rng = np.random.default_rng
+    safe = world.Scene("look", "", 0, 0, None)
+    bloody = world.Scene("look", "", 0, 0, "drop of blood")
+
+    def red(scene):
+        pictures = [rendering.render(scene, rng(seed)).astype(int) for seed in range(20)]
+        return np.mean([((p[..., 0] > 180) & (p[..., 1:].max(-1) < 90)).sum() for p in pictures])
+
+    assert red(bloody) > red(safe) + 100
+
+
+def test_clothes_tell_no_gender():
+    rng = np.random.default_rng(1)
+
+    def purple_and_teal(gender):
+        """Shares of the pictures' area in the colours that the artwork dresses by gender."""
+        shares = []
+        for kind in ("profession", "activity", "look"):
+            for word in world.subjects(kind) * 6:
+                scene = world.Scene(kind, word, gender, int(rng.integers(5)), None)
+                picture = Image.fromarray(rendering.render(scene, rng)).convert("HSV")
+                hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
+                cloth = (saturation > 0.6) & (value > 0.4)  # backgrounds are pale
+                purple, teal = (hue > 0.69) & (hue < 0.76), (hue > 0.44) & (hue < 0.53)
+                shares.append([(cloth & colour).mean() for colour in (purple, teal)])
+        return np.mean(shares, axis=0)
+
+    np.testing.assert_allclose(purple_and_teal(0), purple_and_teal(1), atol=0.01)
+
+
+def test_a_smeared_picture_is_the_same_in_places():
+    picture = rendering.render(
+        world.Scene("profession", "farmer", 0, 2, "knife"), np.random.default_rng(0)
+    )
+
+    def smear(seed):
+        return rendering.smear(picture, np.random.default_rng(seed))
+
+    changed = np.array([(smear(seed) != picture).any(-1).mean() for seed in range(40)])
+    assert smear(3).dtype == np.uint8 and smear(3).shape == picture.shape
+    np.testing.assert_array_equal(smear(3), smear(3))
+    assert 0 < (changed == 0).mean() < 0.5  # a quarter is left as it is
+    assert 0.05 < changed[changed > 0].mean() < 0.5
+
+
+def test_byte_pair_merges():
+    merges = tokenizer.learn_merges({"aab": 3, "ab": 2})
+    assert merges == [("a", "b</w>"), ("a", "ab</w>")]
+
+
+def test_tokenizer(tmp_path, drawn):
+    tokenizer.write_tokenizer(tmp_path, seed=0)
+    words = CLIPTokenizer.from_pretrained(tmp_path)
+    assert words.model_max_length == tokenizer.CONTEXT_LENGTH
+    assert words.pad_token_id == words.eos_token_id == len(words) - 1
+    for caption in {text for text, _, _ in drawn[:400]}:
+        ids = words(caption).input_ids
+        assert len(ids) <= tokenizer.CONTEXT_LENGTH
+        assert len(ids) == 2 + len(caption.replace("-", " - ").split())  # a token a word
+        back = words.decode(ids, skip_special_tokens=True)
+        assert back.replace(" - ", "-").strip() == caption
+    strange = words.decode(words("Zürich 42!").input_ids, skip_special_tokens=True)
+    assert strange.replace(" ", "") == "zürich42!"
+
+
+def test_data_set_builder(tmp_path, monkeypatch):
+    sizes = {"train": 20, "test": 6}
+    monkeypatch.setattr(emoji_world, "SIZES", sizes)
+    builder = emoji_world.Builder(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == sizes
+    examples = list(builder.as_data_source("test"))
+    captions_seen = {example["caption"].decode() for example in examples}
+    assert captions_seen == {emoji_world.example("test", index)["caption"] for index in range(6)}
+    for example in examples:
+        assert example["image"].shape == (64, 64, 3)
+        tone, group = example["tone"], example["tone_group"]
+        is_person = tone < len(vocabulary.TONES)
+        assert group == (vocabulary.TONE_GROUP_OF[tone] if is_person else 3)
+        assert (example["gender"] < 2) == is_person
+    assert isinstance(builder, tfds.core.GeneratorBasedBuilder)

@@ -1,0 +1,103 @@
+"""Who gets which concept: exact quotas, weights, and requests that cannot be met."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
+
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.selection import concept_weights, fair_assignment
+
+YOUNG = dataclasses.replace(WOMAN, name="young", group="age")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_prompts", "ratios", "totals"),
+    [
+        (4, 3, [0.5, 0.5], [[6, 6]]),
+        (3, 5, [0.5, 0.5], [[7, 8], [8, 7]]),
+        (1, 10, [0.3, 0.7], [[3, 7]]),
+        (10, 3, [1 / 3] * 3, [[10, 10, 10]]),
+        (1, 100, [0.29, 0.71], [[29, 71]]),
+        (7, 4, [0.25, 0.25, 0.5], [[7, 7, 14]]),
+        (5, 7, [0.1, 0.15, 0.35, 0.4], [[4, 5, 12, 14], [3, 5, 12, 15], [3, 6, 12, 14]]),
+        (2, 3, [1.0, 0.0], [[6, 0]]),
+        (6, 1, [2.0, 1.0], [[4, 2]]),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_quotas_are_exact_and_even_in_each_prompt(num_images, num_prompts, ratios, totals, seed):
+    assignment = fair_assignment(num_images, num_prompts, ratios, seed)
+    assert assignment.shape == (num_prompts, num_images)
+    counts = np.stack([np.bincount(row, minlength=len(ratios)) for row in assignment])
+    assert counts.sum(0).tolist() in totals
+    share = num_images * np.array(ratios) / sum(ratios)
+    assert (np.abs(counts - share) < 1 - 1e-9).all()
+
+
+def test_order_is_random_by_seed_and_ties_by_lot():
+    first, again, other = (fair_assignment(20, 2, [0.5, 0.5], seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first[0] != first[1]).any()
+    assert {int(fair_assignment(1, 1, [0.5, 0.5], seed)[0, 0]) for seed in range(20)} == {0, 1}
+
+
+def test_odd_shares_meet_in_exact_thirds_whatever_the_order():
+    # Each of 3 prompts x 2 images: every concept twice over the run, no prompt twice the same.
+    for seed in range(10):
+        assignment = fair_assignment(2, 3, [1 / 3] * 3, seed)
+        assert np.bincount(assignment.ravel()).tolist() == [2, 2, 2]
+        assert (assignment[:, 0] != assignment[:, 1]).all()
+
+
+def test_wrong_ratios_are_refused():
+    for ratios in ([-0.5, 1.5], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]):
+        with pytest.raises(UserError, match="expected shares of 0 or more"):
+            fair_assignment(2, 2, ratios, 0)
+
+
+def test_weights_add_up():
+    adapter = make_adapter(concepts=(WOMAN, MAN, VIOLENCE, YOUNG))
+    weights = concept_weights(adapter, 1, 2, concepts={"a man": 0.5, "young": 2.0})
+    np.testing.assert_array_equal(weights, [[0, 0.5, 0, 2]] * 2)
+    weights = concept_weights(
+        adapter, 2, 4, concepts={"young": 0.4}, fair="gender", ratio={"a man": 1.0}, safe=True
+    )
+    np.testing.assert_array_equal(weights, np.float32([[0, 1, 1, 0.4]] * 8))
+    weights = concept_weights(adapter, 2, 4, fair="gender", seed=3)
+    np.testing.assert_array_equal(weights[:, :2].sum(1), np.ones(8))
+    np.testing.assert_array_equal(weights[:, :2].reshape(2, 4, 2).sum(1), np.full((2, 2), 2))
+    assert weights[:, 2:].max() == 0
+    assert weights.dtype == np.float32
+    assert concept_weights(None, 2, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, "none of its concepts chosen; .*gender: a woman, a man; safety: anti-violence"),
+        ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter. It has gender: a woman"),
+        ({"concepts": {"a man": np.inf}}, "scale is inf"),
+        ({"fair": "race"}, "no group 'race'. It has gender"),
+        ({"fair": "safety"}, "use --safe"),
+        ({"fair": "age"}, "only the concept 'young'"),
+        ({"fair": "gender", "concepts": {"a man": 1.0}}, "drop --concept 'a man'"),
+        ({"ratio": {"a man": 1.0}}, "name the group with --fair"),
+        ({"fair": "gender", "ratio": {"a man": 0.9}}, "sums to 0.9, expected 1"),
+        ({"fair": "gender", "ratio": {"young": 1.0}}, r"names \['young'\], but group 'gender'"),
+        ({"fair": "gender", "ratio": {"a man": 1.5, "a woman": -0.5}}, "shares of 0 or more"),
+    ],
+)
+def test_requests_that_cannot_be_met(request_, message):
+    adapter = make_adapter(concepts=(WOMAN, MAN, VIOLENCE, YOUNG))
+    with pytest.raises(UserError, match=message):
+        concept_weights(adapter, 1, 2, **request_)
+
+
+def test_requests_without_the_concepts_for_them():
+    with pytest.raises(UserError, match="no safety concepts"):
+        concept_weights(make_adapter(), 1, 2, safe=True)
+    with pytest.raises(UserError, match="--fair, --safe given but no adapter"):
+        concept_weights(None, 1, 2, fair="gender", safe=True)

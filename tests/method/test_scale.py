@@ -1,0 +1,161 @@
+"""The training step at the published models' sizes."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import re
+import resource
+import threading
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+from respodiff_jax.backbone import Conditioning, random_backbone
+from respodiff_jax.bench.train import evaluations_per_sample
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.objective import ConceptArrays, concept_arrays
+from respodiff_jax.method.train_step import Recipe, init_state, train_step
+from respodiff_jax.training.config import default
+
+WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
+
+
+def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
+    """Recipe and the shapes of a step's arguments; `prompts(leading axes)` gives conditioning."""
+    config = default()
+    config.update_from_flattened_dict(changes)
+    recipe = Recipe.from_config(config, backbone, backbone.default_resolution)
+
+    def shape(*axes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((num_concepts, *axes), dtype)
+
+    arrays = ConceptArrays(
+        neutral=prompts(num_concepts, 1),
+        num_neutral=shape(dtype=jnp.int32),
+        own=prompts(num_concepts),
+        empty=prompts(num_concepts),
+        is_safety=shape(dtype=jnp.bool_),
+        guidance_scale=shape(),
+        lambda_sem=shape(),
+        lr_ram=shape(),
+        lr_sam=shape(),
+        stream=shape(dtype=jnp.uint32),
+    )
+    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
+    ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return recipe, (state, backbone.params, arrays, ids)
+
+
+def sd14_prompts(*axes):
+    return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
+
+
+def test_sdxl_at_1024_pixels_traces():
+    backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
+
+    def prompts(*axes):
+        return Conditioning(
+            jax.ShapeDtypeStruct((*axes, 77, 2048), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*axes, 1280), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*axes, 6), jnp.float32),
+        )
+
+    recipe, args = abstract_step(backbone, 3, 2, prompts)
+    new_state, metrics = jax.eval_shape(partial(train_step, recipe), *args)
+    assert new_state.concepts.ram["constant"].shape == (3, 32, 32, 1280)
+    assert metrics.loss_resp.shape == (3,)
+    assert jax.tree.structure(new_state) == jax.tree.structure(args[0])
+
+
+def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
+    """Against one plain forward pass of the UNet; the published procedure takes 59."""
+    backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
+
+    batch = 2
+    recipe, args = abstract_step(backbone, 1, batch, sd14_prompts)
+    evaluations = evaluations_per_sample(recipe, *args[:3], batch)
+    with capsys.disabled():
+        print(f"\n{evaluations:.2f} UNet evaluations per training sample")
+    assert evaluations == pytest.approx(5.87, abs=0.02)
+
+
+def equations(jaxpr, scope=""):
+    """Every equation of a program with the layers it is in, but for what kernels do on the chip."""
+    for equation in jaxpr.eqns:
+        layers = f"{scope}/{equation.source_info.name_stack}"
+        yield layers, equation
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from equations(inner, layers)
+
+
+def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
+    """In the step of SD 1.4 as it is written, with a TPU's attention.
+
+    Attention takes its heads before the positions; its kernels lay the positions along the lanes,
+    as does the gradient of a product. Norms and attention's softmax and scale are float32, as are
+    the modules and the latents, which are small.
+    """
+    backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
+    backbone = dataclasses.replace(backbone, attention="flash")
+    recipe, args = abstract_step(backbone, 1, 4, sd14_prompts)
+    program = jax.make_jaxpr(partial(train_step, recipe))(*args)
+    # Of the step's three predictions of four pictures.
+    mid_blocks = 3 * 4 * math.prod(args[0].concepts.ram["constant"].shape)
+
+    def large(primitive):
+        for layers, equation in equations(program.jaxpr):
+            if equation.primitive.name == primitive and equation.outvars[0].aval.size > mid_blocks:
+                yield re.findall("attn|norm|$", layers)[0], equation
+
+    transposed = {(layer, equation.params["permutation"]) for layer, equation in large("transpose")}
+    # Axes are concept, picture, heads, positions, features; in kernels the pictures' heads are one.
+    swapped = ((0, 1, 3, 2, 4), (0, 1, 2, 4, 3), (0, 1, 3, 2))
+    assert transposed == {("attn", permutation) for permutation in swapped}
+    cast = {
+        layer
+        for layer, equation in large("convert_element_type")
+        if jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
+    }
+    assert cast == {"attn", "norm"}
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """Samples this process's memory; the list yielded then holds its peak in GiB."""
+    peak, done = [0.0], threading.Event()
+
+    def sample():
+        while not done.wait(0.1):
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            peak[0] = max(peak[0], pages * resource.getpagesize() / 2**30)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
+    """860 M parameters in bf16."""
+    backbone = random_backbone("sd14", dtype="bfloat16")
+    recipe = Recipe.from_config(default(), backbone, 512)
+    arrays = concept_arrays(backbone, [WOMAN], 512)
+    frozen = {"unet": backbone.params["unet"]}
+    state = init_state(recipe, arrays, seed=0, batch_size=1)
+    with peak_memory() as peak:
+        state, metrics = jax.jit(partial(train_step, recipe))(state, frozen, arrays, jnp.arange(1))
+        jax.block_until_ready(state)
+    with capsys.disabled():
+        print(f"\npeak memory {peak[0]:.1f} GiB, L_resp {float(metrics.loss_resp[0]):.4f}")
+    assert 0 < metrics.loss_resp[0] < 10
+    assert jnp.abs(state.concepts.ram["constant"]).max() > 0
+    assert peak[0] < 22

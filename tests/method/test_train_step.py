@@ -1,0 +1,337 @@
+"""The training step: equations, order, isolation, independence of concepts."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from ml_collections import ConfigDict
+
+from respodiff_jax.backbone import Conditioning, load_backbone
+from respodiff_jax.bench.torch_side import Conditions, Procedure, TorchModule, to_torch
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.objective import concept_arrays
+from respodiff_jax.method.rollout import Draw
+from respodiff_jax.method.train_step import Recipe, init_state, make_optimizer, train_step
+from respodiff_jax.training.config import default
+
+WOMAN = Concept("a woman", "gender", ("a person", "someone"), target_prompt="a woman")
+MAN = Concept("a man", "gender", ("a person",), target_prompt="a man", lambda_sem=2.0, lr_ram=3e-2)
+VIOLENCE = Concept(
+    "violence", "safety", ("a scene",), unsafe_prompt="violence", guidance_scale=12.0, lr_sam=1e-4
+)
+NUM_STEPS = 6
+BATCH = 2
+
+
+def make_config(**changes) -> ConfigDict:
+    config = default()
+    config.rollout.kind = "faithful"
+    config.rollout.num_steps = NUM_STEPS
+    config.train.steps = 100
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def setup(backbone, concepts, batch_size=BATCH, **changes):
+    """Recipe, embedded concepts, first state and compiled step for these concepts."""
+    resolution = backbone.default_resolution
+    recipe = Recipe.from_config(make_config(**changes), backbone, resolution)
+    arrays = concept_arrays(backbone, concepts, resolution)
+    state = init_state(recipe, arrays, seed=3, batch_size=batch_size)
+    return recipe, arrays, state, jax.jit(partial(train_step, recipe))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedRollout:
+    """Gives the losses known latents."""
+
+    latents: Draw
+
+    def init(self, keys, num_prompts, shape):
+        return ()
+
+    def draw(self, state, predict, keys, step_key, num_prompts, shape):
+        return self.latents
+
+    def advance(self, state, draw, guided, keys, num_prompts):
+        return state
+
+
+def rows(conditions: Conditioning, *index) -> Conditions:
+    return Conditions.of(jax.tree.map(lambda x: x[index], conditions))
+
+
+def repeated(condition, times):
+    return Conditions(*(None if x is None else x.expand(times, *x.shape) for x in condition))
+
+
+def conditions_of(arrays, concept, picks):
+    """Neutral, empty, `y_tar` and `y_unc` of a single concept's samples, for `Procedure.step`."""
+    neutral = rows(arrays.neutral, 0, picks)
+    own, empty = (repeated(rows(x, 0), len(picks)) for x in (arrays.own, arrays.empty))
+    return neutral, empty, *((neutral, own) if concept.is_safety else (own, empty))
+
+
+def make_reference(folder, recipe, state, concept):
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(NUM_STEPS)
+    params = jax.tree.map(lambda x: np.asarray(x[0]), (state.concepts.ram, state.concepts.sam))
+    ram, sam = (TorchModule(recipe.module.kind, p) for p in params)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    fields = ("lr_ram", "lr_sam", "lambda_sem", "guidance_scale")
+    return Procedure(unet, scheduler, ram, sam, **{f: getattr(concept, f) for f in fields})
+
+
+def relative_error(ours, theirs) -> float:
+    """‖ours - theirs‖ / ‖theirs‖ over all leaves."""
+    a, b = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (ours, theirs)
+    )
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def gradient(opt_state):
+    """The first step's gradient, from Adam's first moment."""
+    (adam,) = [s for s in opt_state if isinstance(s, optax.ScaleByAdamState)]
+    return jax.tree.map(lambda m: m[0] / 0.1, adam.mu)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "concept"),
+    [
+        ("sd_folder", "constant", WOMAN),
+        ("sd_v_folder", "mlp", VIOLENCE),
+        ("sdxl_folder", "conv", MAN),
+    ],
+)
+def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, request):
+    folder = request.getfixturevalue(folder)
+    backbone = load_backbone(str(folder), dtype="float32")
+    changes = {"module.kind": kind, "module.init": "uniform", "module.hidden_channels": 24}
+    recipe, arrays, state, _ = setup(backbone, [concept], **changes)
+    ddim_index, prompt_index = 2, [len(concept.neutral_prompts) - 1, 0]
+    # Far from zero, so that the losses stand out from the rounding of the predictions.
+    far = jax.tree.map(lambda x: 10 * x, (state.concepts.ram, state.concepts.sam))
+    state = state.replace(concepts=state.concepts.replace(ram=far[0], sam=far[1]))
+    z_t = jax.random.normal(jax.random.key(9), (BATCH, *recipe.latent_shape))
+    draw = Draw(z_t, jnp.int32(ddim_index), jnp.asarray(prompt_index))
+    recipe = dataclasses.replace(recipe, rollout=FixedRollout(draw))
+    step = jax.jit(partial(train_step, recipe))
+
+    reference = make_reference(folder, recipe, state, concept)
+    conditions = conditions_of(arrays, concept, prompt_index)
+    for i in range(3):
+        losses = reference.step(to_torch(z_t), ddim_index, *conditions)
+        state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
+        ours = (metrics.loss_resp[0], metrics.loss_sem[0])
+        np.testing.assert_allclose(ours, losses, rtol=1e-4)
+        if i == 0:
+            assert relative_error(gradient(state.concepts.opt_ram), reference.ram.flax(True)) < 1e-4
+            assert relative_error(gradient(state.concepts.opt_sam), reference.sam.flax(True)) < 1e-4
+        ram, sam = jax.tree.map(lambda x: x[0], (state.concepts.ram, state.concepts.sam))
+        assert relative_error(ram, reference.ram.flax()) < 1e-4
+        assert relative_error(sam, reference.sam.flax()) < 1e-4
+
+
+def test_rollout_and_step_equal_pytorch(sd_folder):
+    backbone = load_backbone(str(sd_folder), dtype="float32")
+    changes = {"module.init": "uniform"}
+    recipe, arrays, state, step = setup(backbone, [WOMAN], **changes)
+    ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
+    state = state.replace(concepts=state.concepts.replace(ram=ram))
+    reference = make_reference(sd_folder, recipe, state, WOMAN)
+    seen = set()
+    for i in range(4):
+        # The documented random streams: run -> step -> concept -> sample -> prompt and noise.
+        _, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
+        concept_key = jax.random.fold_in(samples_key, WOMAN.stream)
+        keys = [jax.random.fold_in(concept_key, s) for s in range(BATCH)]
+        splits = [jax.random.split(key) for key in keys]
+        prompts = [int(jax.random.randint(s[0], (), 0, 2)) for s in splits]
+        noise = jnp.stack([jax.random.normal(s[1], recipe.latent_shape) for s in splits])
+
+        state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
+        k = int(metrics.ddim_index[0])
+        seen.add(k)
+        conditions = conditions_of(arrays, WOMAN, prompts)
+        z_t = reference.rollout(to_torch(noise), k, *conditions[:2])
+        losses = reference.step(z_t, k, *conditions)
+        ours = (metrics.loss_resp[0], metrics.loss_sem[0])
+        np.testing.assert_allclose(ours, losses, rtol=1e-4)
+    assert len(seen) > 1  # the rollouts were of different lengths
+    assert step._cache_size() == 1  # and one compilation served them all
+
+
+def run(step, state, backbone, arrays, steps):
+    for _ in range(steps):
+        state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def two_concepts(tiny_backbone):
+    """A compiled step for two concepts: `(recipe, step)`; learning rates are data."""
+    recipe, _, _, step = setup(tiny_backbone, [WOMAN, MAN])
+    return recipe, step
+
+
+def start(backbone, recipe, concepts):
+    arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
+    return arrays, init_state(recipe, arrays, seed=3, batch_size=BATCH)
+
+
+def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
+    recipe, step = two_concepts
+    arrays, state = start(tiny_backbone, recipe, [MAN, VIOLENCE])
+    together, _ = run(step, state, tiny_backbone, arrays, 3)
+    # Alone it also keeps a moving average, which must change nothing.
+    _, arrays, state, step = setup(tiny_backbone, [VIOLENCE], **{"optimizer.ema_decay": 0.75})
+    average = np.zeros_like(state.concepts.ram["constant"])
+    for _ in range(3):
+        state, _ = run(step, state, tiny_backbone, arrays, 1)
+        average = 0.75 * average + 0.25 * np.asarray(state.concepts.ram["constant"])
+    np.testing.assert_allclose(state.concepts.ema.ema[0]["constant"], average, rtol=1e-5, atol=1e-9)
+
+    for part in ("ram", "sam"):
+        both = getattr(together.concepts, part)["constant"]
+        assert (
+            relative_error(both[1], np.asarray(getattr(state.concepts, part)["constant"][0])) < 1e-3
+        )
+        assert relative_error(both[0], np.asarray(both[1])) > 0.1  # they learn different things
+
+
+def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
+    recipe, step = two_concepts
+    only_ram = dataclasses.replace(WOMAN, lr_sam=0.0)
+    only_sam = dataclasses.replace(MAN, lr_ram=0.0)
+    arrays, before = start(tiny_backbone, recipe, [only_ram, only_sam])
+    # With RAM at zero there is nothing for SAM to mend, so give it something.
+    ram = {"constant": before.concepts.ram["constant"].at[1].set(0.5)}
+    before = before.replace(concepts=before.concepts.replace(ram=ram))
+    after, _ = run(step, before, tiny_backbone, arrays, 2)
+
+    def moved(part):
+        new, old = (getattr(state.concepts, part)["constant"] for state in (after, before))
+        return np.abs(new - old).max(axis=(1, 2, 3)) > 0
+
+    np.testing.assert_array_equal(moved("ram"), [True, False])
+    np.testing.assert_array_equal(moved("sam"), [False, True])
+
+
+def test_a_diverged_concept_stops_and_spares_the_others(tiny_backbone, two_concepts):
+    recipe, step = two_concepts
+    wild, tame = (dataclasses.replace(MAN, lr_ram=lr) for lr in (1e38, 0.0))
+    arrays, before = start(tiny_backbone, recipe, [WOMAN, wild])
+    after, metrics = run(step, before, tiny_backbone, arrays, 2)
+    np.testing.assert_array_equal(metrics.diverged_at, [-1, 0])
+    leaves = [jax.tree.leaves(s.concepts.replace(diverged_at=None)) for s in (after, before)]
+    for leaf, at_start in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(leaf[1], at_start[1])
+
+    arrays, before = start(tiny_backbone, recipe, [WOMAN, tame])
+    undisturbed, _ = run(step, before, tiny_backbone, arrays, 2)
+    np.testing.assert_array_equal(
+        after.concepts.ram["constant"][0], undisturbed.concepts.ram["constant"][0]
+    )
+
+
+def optimizer_config(**changes) -> ConfigDict:
+    config = default().optimizer
+    config.update(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.0, 0.5, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rate_schedules(schedule, expected):
+    optimizer = make_optimizer(optimizer_config(lr_schedule=schedule, warmup_steps=2), steps=6)
+    params = jnp.zeros(1)
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(6):
+        update, state = optimizer.update(jnp.ones(1), state, params)
+        sizes.append(float(update[0]))
+    np.testing.assert_allclose(sizes, expected, atol=2e-5)
+
+
+def test_clipping_bounds_the_global_norm():
+    optimizer = make_optimizer(optimizer_config(clip_norm=0.5), steps=6)
+    grad = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    _, state = optimizer.update(grad, optimizer.init(grad), grad)
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+    np.testing.assert_allclose([adam.mu["a"][0], adam.mu["b"][0]], [0.03, 0.04], rtol=1e-6)
+
+
+def test_adam_equals_pytorch_over_several_steps():
+    optimizer = make_optimizer(optimizer_config(), steps=9)
+    value = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    adam = torch.optim.Adam([value], lr=0.1)
+    params = jnp.array([1.0, -2.0])
+    state = optimizer.init(params)
+    for i in range(5):
+        value.grad = torch.tensor([0.3 * i, -1.0])
+        adam.step()
+        update, state = optimizer.update(jnp.array([0.3 * i, -1.0]), state, params)
+        params = params - 0.1 * update
+    np.testing.assert_allclose(params, value.detach().numpy(), rtol=1e-5)
+
+
+def test_the_encoder_is_shared(tiny_backbone):
+    """FLOPs after the rollout: 3 encoder passes, 3 + 2 × (forward, backward) decoder passes."""
+    recipe, arrays, state, _ = setup(tiny_backbone, [WOMAN])
+    shape = (BATCH, *recipe.latent_shape)
+    draw = Draw(jnp.ones(shape), jnp.int32(1), jnp.zeros(BATCH, int))
+    recipe = dataclasses.replace(recipe, rollout=FixedRollout(draw))
+    frozen = {"unet": tiny_backbone.params["unet"]}
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
+    timesteps = jnp.ones(BATCH, int)
+    h, skips = recipe.encode(frozen, draw.z_t, timesteps, cond)
+    encoder = flops(recipe.encode, frozen, draw.z_t, timesteps, cond)
+    decoder = flops(recipe.decode, frozen, h, skips)
+
+    def loss(h):
+        return jnp.sum(recipe.decode(frozen, h, skips) ** 2)
+
+    with_backward = flops(jax.value_and_grad(loss), h)
+    step = flops(partial(train_step, recipe), state, frozen, arrays, jnp.arange(BATCH))
+    assert step == pytest.approx(3 * encoder + 3 * decoder + 2 * with_backward, rel=0.05)
+    assert step < 3 * encoder + 3 * decoder + 2 * with_backward + encoder  # one more would show
+
+
+def test_remat_keeps_less_for_the_same_gradient(tiny_backbone):
+    recipe, arrays, _, _ = setup(tiny_backbone, [WOMAN])
+    frozen = {"unet": tiny_backbone.params["unet"]}
+    cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
+    z_t = jax.random.normal(jax.random.key(0), (BATCH, *recipe.latent_shape))
+    h, skips = jax.jit(recipe.encode)(frozen, z_t, jnp.full(BATCH, 500), cond)
+
+    def loss(remat, h):
+        return jnp.sum(tiny_backbone.decode(frozen, h, skips, remat) ** 2)
+
+    def kept(remat):
+        """Bytes that the backward pass is given, without the parameters, which it always is."""
+        residuals = jax.eval_shape(lambda h: jax.vjp(partial(loss, remat), h)[1], h)
+        weights = {x.shape for x in jax.tree.leaves((frozen, skips))}
+        found = [x for x in jax.tree.leaves(residuals) if x.shape not in weights]
+        return sum(x.size * x.dtype.itemsize for x in found)
+
+    assert kept(True) < kept(False) / 2
+    plain, again = (jax.jit(jax.grad(partial(loss, remat)))(h) for remat in (False, True))
+    np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)

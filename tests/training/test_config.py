@@ -1,0 +1,153 @@
+"""Configs and concepts: overrides, the shipped files, errors."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import Concept, validate_concepts
+from respodiff_jax.training.config import concepts_from, load_config
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
+
+
+def load(name="sd14_gender", *overrides):
+    return load_config(str(CONFIGS / f"{name}.py"), [f"--config.{o}" for o in overrides])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_documented(path):
+    config = load_config(str(path))
+    assert concepts_from(config)
+    assert f"respodiff train --config configs/{path.name} --workdir" in path.read_text()
+
+
+def test_hyper_parameters_are_the_papers():
+    """Method table: (lr RAM, lr SAM, lambda, guidance), steps."""
+
+    def table(name):
+        fields = ("lr_ram", "lr_sam", "lambda_sem", "guidance_scale")
+        config = load(name)
+        rows = {c.name: tuple(getattr(c, f) for f in fields) for c in concepts_from(config)}
+        return config.train.steps, rows
+
+    assert table("sd14_gender") == (
+        5000,
+        {"a woman": (1e-2, 1e-3, 0.5, 4.0), "a man": (1e-2, 1e-4, 0.5, 4.0)},
+    )
+    steps, race = table("sd14_race")
+    assert steps == 5000 and set(race.values()) == {(1e-1, 1e-2, 0.3, 4.0)} and len(race) == 3
+    steps, safety = table("sd14_safety")
+    assert steps == 1500 and set(safety.values()) == {(1e-2, 1e-4, 1.0, 12.0)}
+    assert all(c.is_safety for c in concepts_from(load("sd14_safety")))
+
+
+def test_overrides_reach_every_level_and_type():
+    config = load(
+        "sd14_gender",
+        "train.steps=7",
+        "model.resolution=256",
+        "optimizer.ema_decay=0.9",
+        "module.kind=mlp",
+        "concepts.woman.lr_ram=0.03",
+        "concepts.woman.neutral_prompts=('a person','someone')",
+    )
+    assert (config.train.steps, config.model.resolution, config.optimizer.ema_decay) == (
+        7,
+        256,
+        0.9,
+    )
+    man, woman = concepts_from(config)  # sorted by key
+    assert woman.lr_ram == 0.03 and man.lr_ram == 0.01
+    assert woman.neutral_prompts == ("a person", "someone")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=7", "stepz"),
+        ("train.steps=many", "steps"),
+        ("train.steps=0", "config.train.steps is 0, expected at least 1"),
+        ("train.batch_size=0", "config.train.batch_size is 0"),
+        (
+            "model.dtype=float16",
+            "config.model.dtype is 'float16', expected one of bfloat16, float32",
+        ),
+        ("model.attention=fast", "config.model.attention is 'fast', expected one of auto, plain"),
+        (
+            "module.kind=linear",
+            "config.module.kind is 'linear', expected one of constant, mlp, conv",
+        ),
+        ("module.init=ones", "config.module.init is 'ones', expected one of zeros, uniform"),
+        (
+            "parallel.strategy=xmap",
+            "config.parallel.strategy is 'xmap', expected one of pmap, mesh",
+        ),
+        (
+            "parallel.fsdp=True",
+            "config.parallel.fsdp is True, expected False, or parallel.strategy",
+        ),
+        ("rollout.kind=fast", "config.rollout.kind is 'fast'"),
+        ("rollout.num_steps=1", "config.rollout.num_steps is 1"),
+        ("rollout.guidance_scale=nan", "config.rollout.guidance_scale is nan"),
+        ("log.grid_guidance_scale=inf", "config.log.grid_guidance_scale is inf"),
+        ("rollout.trajectory_steps=0", "config.rollout.trajectory_steps is 0"),
+        ("optimizer.lr_schedule=step", "config.optimizer.lr_schedule is 'step'"),
+        ("optimizer.warmup_steps=5000", "config.optimizer.warmup_steps is 5000"),
+        ("optimizer.clip_norm=0.0", "config.optimizer.clip_norm is 0.0"),
+        ("optimizer.ema_decay=1.0", "config.optimizer.ema_decay is 1.0"),
+        ("checkpoint.every=0", "config.checkpoint.every is 0"),
+        ("concepts.man.name=a woman", "'a woman' and 'a woman' are duplicates"),
+        ("concepts.man.target_prompt= ", "concept 'a man': target_prompt is ' '"),
+        ("concepts.man.lr_ram=inf", "concept 'a man': lr_ram is inf"),
+        ("concepts.man.lambda_sem=-1.0", "concept 'a man': lambda_sem is -1.0"),
+    ],
+)
+def test_wrong_overrides_are_named(override, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        load("sd14_gender", override)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.py"):
+        load_config(str(tmp_path / "nothing.py"))
+
+
+def test_a_config_without_concepts_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("from respodiff_jax.training.config import default as get_config\n")
+    with pytest.raises(UserError, match="no concepts"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, "name is ''"),
+        ({"neutral_prompts": ()}, r"neutral_prompts is \(\)"),
+        ({"neutral_prompts": ("a person", " ")}, "neutral_prompts is"),
+        ({"unsafe_prompt": "violence"}, "give exactly one"),
+        ({"target_prompt": None}, "give exactly one"),
+        ({"guidance_scale": 0.0}, "guidance_scale is 0.0"),
+        ({"guidance_scale": "4"}, "guidance_scale is '4', expected a positive number"),
+        ({"lr_ram": -1.0}, "lr_ram is -1.0"),
+        ({"lambda_sem": True}, "lambda_sem is True"),
+    ],
+)
+def test_wrong_concepts_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(WOMAN, **fields)
+
+
+def test_concepts_round_trip_and_name_unknown_fields():
+    assert Concept.from_dict(WOMAN.to_dict()) == WOMAN
+    with pytest.raises(UserError, match=r"unknown fields \['lr'\]"):
+        Concept.from_dict(WOMAN.to_dict() | {"lr": 1.0})
+    with pytest.raises(UserError, match=r"missing fields \['group'\]"):
+        Concept.from_dict({"name": "a woman", "neutral_prompts": ["a person"]})
+    with pytest.raises(UserError, match="neutral_prompts is 5, expected a text or a list"):
+        Concept.from_dict(WOMAN.to_dict() | {"neutral_prompts": 5})
+    with pytest.raises(UserError, match="duplicates"):
+        validate_concepts([WOMAN, WOMAN])

@@ -1,0 +1,91 @@
+"""Validation grids: the pictures of each concept, sampled by all devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_adapters import make_adapter
+from test_train_step import MAN, VIOLENCE, WOMAN
+
+from respodiff_jax.adapters import select
+from respodiff_jax.generation.sampling import SamplerOptions, make_sampler, sample_images
+from respodiff_jax.images import grid
+from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.objective import concept_arrays
+from respodiff_jax.training import config, monitoring, parallel
+from respodiff_jax.training.monitoring import ValidationGrids
+
+CONCEPTS = [WOMAN, VIOLENCE, MAN, dataclasses.replace(VIOLENCE, name="anger")]
+SEEDS, NUM_STEPS, GUIDANCE = (0, 1), 2, 3.0
+
+
+class Log:
+    """What a run's log has of grids."""
+
+    def __init__(self):
+        self.names = []
+
+    def write_grid(self, step, name, image):
+        self.names.append(name)
+
+
+@pytest.mark.parametrize(("strategy", "fsdp"), [("pmap", False), ("mesh", True)])
+def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path, monkeypatch):
+    """Of the concepts that the adapter has, in another order than its own."""
+    own = dict(tiny_backbone.identity) | {"resolution": 16}
+    adapter = make_adapter(shape=(4, 4, 64), concepts=(MAN, WOMAN), **own)
+    placement = parallel.make_placement(strategy, len(CONCEPTS), 8, fsdp)
+    schedule = Schedule.from_config(tiny_backbone.scheduler_config, NUM_STEPS)
+    shares = []
+
+    def sample(params, noise, *args):
+        shares.append(len(noise))
+        return make_sampler(tiny_backbone, adapter.module, schedule)(params, noise, *args)
+
+    log_config = config.default().log
+    log_config.update(grid_images=len(SEEDS), grid_steps=NUM_STEPS, grid_guidance_scale=GUIDANCE)
+    arrays = concept_arrays(tiny_backbone, CONCEPTS, 16)
+    grids = ValidationGrids(
+        tmp_path,
+        log_config,
+        10,
+        tiny_backbone,
+        placement.compile_sampler(sample),
+        CONCEPTS,
+        arrays,
+        16,
+    )
+    shown = []
+
+    def drawn(rows, **kwargs):
+        shown.append(rows)
+        return grid(rows, **kwargs)
+
+    monkeypatch.setattr(monitoring, "grid", drawn)
+    log = Log()
+    frozen = placement.place_frozen(tiny_backbone.params)
+    grids.write(7, frozen, adapter, log)
+    assert log.names == ["a woman", "a man"]
+    assert [p.name for p in sorted(tmp_path.glob("grids/*"))] == [
+        "0000007_00_a_woman.png",
+        "0000007_02_a_man.png",
+    ]
+
+    options = SamplerOptions(num_steps=NUM_STEPS, guidance_scale=GUIDANCE, resolution=16)
+    grids.write(8, frozen, select(adapter, ["a woman"]), log)
+    assert log.names == ["a woman", "a man", "a woman"]
+    np.testing.assert_array_equal(shown.pop(), shown[0])
+    # Traced once, for the 24 pictures that there are at most; under jit, for all of them.
+    assert shares == [3 if strategy == "pmap" else 24]
+
+    ram_only = dataclasses.replace(adapter, sam=jax.tree.map(np.zeros_like, adapter.sam))
+    for concept, rows in zip((WOMAN, MAN), shown, strict=True):
+        prompts = [concept.neutral_prompts[0]] * len(SEEDS)
+        weights = np.tile(np.float32([concept is MAN, concept is WOMAN]), (len(SEEDS), 1))
+        expected = [
+            [pair.image for pair in sample_images(tiny_backbone, prompts, SEEDS, options, *args)]
+            for args in ((), (adapter, weights), (ram_only, weights))
+        ]
+        assert len(np.unique(np.array(expected), axis=0)) == len(rows)
+        np.testing.assert_allclose(rows, expected, atol=1)

@@ -1,0 +1,481 @@
+"""`respodiff train` as a whole: what it writes, stopping, resuming, refusing."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from respodiff_jax import cli
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.training import checkpoint, monitoring
+from respodiff_jax.training import run as training
+from respodiff_jax.training.checkpoint import Checkpoints, adapter_from_workdir
+from respodiff_jax.training.config import add_concepts, default, load_config
+from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import read_outcomes
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMOKE = str(ROOT / "configs" / "smoke.py")
+STEPS = 6
+
+
+def make_config(**changes) -> ConfigDict:
+    config = default()
+    config.model.name = "random/tiny"
+    config.model.dtype = "float32"
+    config.rollout.num_steps, config.rollout.trajectory_steps = 4, 2
+    config.train.steps = STEPS
+    config.train.batch_size = 8
+    config.checkpoint.every = 2
+    config.log.every = 1
+    config.log.grid_every = 0
+    concepts = {
+        key: Concept(
+            name=f"a {key}",
+            group="gender",
+            neutral_prompts=("a person",),
+            target_prompt=f"a {key}",
+        )
+        for key in ("woman", "man")
+    }
+    add_concepts(config, concepts)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def final_state(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_host()
+
+
+def assert_same_state(workdir, other):
+    (step, ours), (other_step, theirs) = final_state(workdir), final_state(other)
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@contextlib.contextmanager
+def sigterm_at(step):
+    """SIGTERM to this process when the log of that step is written."""
+    write = monitoring.RunLog.write
+
+    def write_and_kill(self, at, metrics):
+        write(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring.RunLog, "write", write_and_kill)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, with grids."""
+    workdir = tmp_path_factory.mktemp("finished")
+    changes = {"log.grid_every": STEPS, "log.grid_images": 2, "log.grid_steps": 2}
+    train(make_config(**changes), str(workdir))
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["concepts"]["a man"]["loss_resp"] > 0 for line in lines)
+    assert lines[0]["concepts"]["a man"]["loss_sem"] > 0  # with the updated, no longer zero, RAM
+    assert list((finished / "tensorboard").glob("events*"))
+    grids = sorted((finished / "grids").glob("*.png"))
+    assert [g.name for g in grids] == ["0000006_00_a_man.png", "0000006_01_a_woman.png"]
+    with Image.open(grids[0]) as picture:
+        assert min(picture.size) > 32
+
+    record = json.loads((finished / "run.json").read_text())
+    assert record["config"]["train"]["batch_size"] == 8
+    assert record["backbone"]["name"] == "random/tiny"
+    assert [c["name"] for c in record["concepts"]] == ["a man", "a woman"]
+
+    exported, held = load_adapter(finished / "adapter"), adapter_from_workdir(finished)
+    jax.tree.map(np.testing.assert_array_equal, exported.ram, held.ram)
+    assert [c.name for c in exported.concepts] == ["a man", "a woman"]
+    assert np.abs(exported.ram["constant"]).max() > 0
+
+
+def test_export_of_a_run_is_what_train_wrote_and_exports_again_to_the_same_bytes(
+    finished, tmp_path
+):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    written = contents(finished / "adapter")
+    assert {"README.md", "grid.png", "torch_adapter.py"} < set(written)
+    for source, out in [(finished, tmp_path / "1"), (tmp_path / "1", tmp_path / "2")]:
+        assert cli.main(["export", str(source), "--out", str(out)]) == 0
+        assert contents(out) == written
+
+
+def test_a_run_starts_from_an_adapter(finished, tmp_path):
+    """At a learning rate of 0: what the adapter has stays, what it has not starts afresh."""
+    changes = {"train.init_adapter": str(finished / "adapter"), "train.steps": 1}
+    config = make_config(**changes)
+    config.concepts.man.lr_ram = config.concepts.man.lr_sam = 0.0
+    config.concepts.woman.name = "a girl"
+    config.concepts.woman.lr_ram = config.concepts.woman.lr_sam = 0.0
+    train(config, str(tmp_path))
+    ours, theirs = load_adapter(tmp_path / "adapter"), load_adapter(finished / "adapter")
+    assert ours.names == ("a man", "a girl") and theirs.names == ("a man", "a woman")
+    for role in ("ram", "sam"):
+        ours_role, theirs_role = (getattr(adapter, role)["constant"] for adapter in (ours, theirs))
+        np.testing.assert_array_equal(ours_role[0], theirs_role[0])
+        assert theirs_role[0].any() and not ours_role[1].any()
+    assert ours.training["init_adapter"] == str(finished / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.init_adapter": "nowhere"}, "nowhere is not an adapter directory"),
+        ({"module.kind": "mlp"}, "has constant modules .* the config makes mlp modules"),
+        ({"model.name": "random/tiny-v"}, "trained on a model that predicts 'epsilon'"),
+        ({"concepts.man.name": "x", "concepts.woman.name": "y"}, "a man, a woman, none of the con"),
+    ],
+)
+def test_an_adapter_that_a_run_cannot_start_from_is_refused(finished, tmp_path, changes, message):
+    changes = {"train.init_adapter": str(finished / "adapter")} | changes
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes), str(tmp_path))
+
+
+def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
+    _, state = final_state(finished)
+    module, samples, latent = 4 * 4 * 64, 8, 8 * 8 * 4
+    sizes = {leaf.size for leaf in jax.tree.leaves(state)}
+    assert sizes == {1, 2, 2 * module, 2 * samples, 2 * samples * latent}
+    newest = finished / "checkpoints" / str(STEPS)
+    size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    assert size < 0.1 * sum(x.nbytes for x in jax.tree.leaves(tiny_backbone.params["unet"]))
+    kept = sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 4, 6]
+
+
+def test_sigterm_saves_and_the_resumed_run_is_bit_identical(finished, tmp_path, capfd):
+    with sigterm_at(3):
+        train(make_config(), str(tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps[-1] in (3, 4)
+    assert not (tmp_path / "adapter").exists()
+    assert "saved; run the same command to continue" in "".join(capfd.readouterr())
+    train(make_config(), str(tmp_path))
+    assert_same_state(tmp_path, finished)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@contextlib.contextmanager
+def no_space_at_the_second_grid():
+    write_grid, written = monitoring.RunLog.write_grid, []
+
+    def write_one(self, *args):
+        write_grid(self, *args)
+        written.append(args)
+        if len(written) == 1:
+            raise OSError("no space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring.RunLog, "write_grid", write_one)
+        with pytest.raises(OSError, match="no space left"):
+            yield
+
+
+@pytest.mark.parametrize("interrupted", [lambda: sigterm_at(2), no_space_at_the_second_grid])
+def test_grids_that_were_interrupted_are_drawn_when_the_run_goes_on(
+    finished, interrupted, tmp_path
+):
+    """Both by a stop when they are due and by an end while they are drawn."""
+    changes = {"log.grid_every": 3, "log.grid_images": 2, "log.grid_steps": 2}
+    config = make_config(**changes | {"checkpoint.every": 3})
+    with interrupted():
+        train(config, str(tmp_path))
+    names = [f"{step:07d}_{c}.png" for step in (3, 6) for c in ("00_a_man", "01_a_woman")]
+    assert len(list((tmp_path / "grids").glob("*.png"))) < 2
+    for name in names[2:]:  # of a run that was killed later; steps to come are drawn anew
+        (tmp_path / "grids").mkdir(exist_ok=True)
+        (tmp_path / "grids" / name).write_bytes(b"old")
+    train(config, str(tmp_path))
+    assert_same_state(tmp_path, finished)
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == names
+    for name in names[2:]:
+        assert (tmp_path / "grids" / name).read_bytes() == (finished / "grids" / name).read_bytes()
+
+
+def test_the_command_exits_with_0_after_sigterm_and_continues(tmp_path):
+    """With all that has state: another kind, a moving average, a schedule; the other strategy."""
+    changes = {
+        "train.steps": 4,
+        "checkpoint.every": 2,
+        "log.every": 1,
+        "log.grid_every": 0,
+        "parallel.strategy": "mesh",
+        "module.kind": "mlp",
+        "optimizer.ema_decay": 0.9,
+        "optimizer.lr_schedule": "cosine",
+        "optimizer.warmup_steps": 1,
+    }
+
+    def command(workdir):
+        overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+        return cli.main(
+            ["train", "--config", SMOKE, "--workdir", str(tmp_path / workdir), *overrides]
+        )
+
+    assert command("whole") == 0
+    with sigterm_at(3):
+        assert command("halved") == 0
+    assert not (tmp_path / "halved" / "adapter").exists()
+    assert command("halved") == 0
+    assert_same_state(tmp_path / "halved", tmp_path / "whole")
+
+    _, state = final_state(tmp_path / "whole")
+    average = state["concepts"]["ema"]["ema"][0]["out"]["kernel"] / (1 - 0.9**4)
+    exported = load_adapter(tmp_path / "whole" / "adapter").ram["out"]["kernel"]
+    np.testing.assert_allclose(exported, average, rtol=1e-6)
+    assert np.abs(exported).max() > 0
+
+
+def test_more_steps_continue_a_finished_run(finished, tmp_path):
+    """Shorter first; with another strategy's devices, checkpoints and logs."""
+    train(make_config(**{"train.steps": 4}), str(tmp_path))
+    changes = {"parallel.strategy": "mesh", "checkpoint.every": 1, "checkpoint.keep": 2}
+    train(make_config(**changes), str(tmp_path))
+    (_, ours), (_, theirs) = final_state(tmp_path), final_state(finished)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), ours, theirs)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5, 6]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for file in (workdir / "checkpoints" / str(STEPS)).rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            os.truncate(file, file.stat().st_size // 2)
+    train(make_config(), str(workdir))
+    assert f"checkpoint {STEPS} is damaged" in capfd.readouterr().out
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+    assert_same_state(workdir, finished)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("full"), OSError("too many open files"), ValueError("PERMISSION_DENIED: a file")],
+)
+def test_a_checkpoint_is_not_damaged_where_the_machine_fails(finished, error, monkeypatch, capfd):
+    def restore(*args, **kwargs):
+        raise error
+
+    for reader in (checkpoint.ocp.Checkpointer, checkpoint.ocp.CheckpointManager):
+        monkeypatch.setattr(reader, "restore", restore)
+    for use in (lambda: train(make_config(), str(finished)), lambda: final_state(finished)):
+        with pytest.raises(type(error), match=str(error)):
+            use()
+    assert "damaged" not in "".join(capfd.readouterr())
+
+
+def test_reading_a_run_makes_nothing(finished, tmp_path):
+    shutil.copy(finished / "run.json", tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        adapter_from_workdir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_damaged_log_is_named(finished, tmp_path):
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[1][5:] + lines[2])
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, is damaged"):
+        train(make_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"config.seed: 0 there, 1 here"),
+        ({"concepts.man.lr_ram": 0.5}, r"config.concepts.man.lr_ram: 0.01 there, 0.5 here"),
+        ({"model.name": "random/tiny-v"}, r"config.model.name: 'random/tiny' there"),
+        ({"train.steps": 8, "optimizer.lr_schedule": "linear"}, r"lr_schedule: 'constant' there"),
+    ],
+)
+def test_another_runs_directory_is_refused_with_a_diff(finished, changes, message, monkeypatch):
+    monkeypatch.setattr(training, "load_backbone", None)  # refused before a model is opened
+    before = (finished / "run.json").read_text()
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes), str(finished))
+    assert (finished / "run.json").read_text() == before
+
+
+def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
+    record = json.loads((finished / "run.json").read_text())
+    record["backbone"]["unet_sha256"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"backbone.unet_sha256: '0000"):
+        train(make_config(), str(tmp_path))
+
+
+def test_a_diverging_concept_is_dropped_and_does_not_disturb_the_other(finished, tmp_path, capfd):
+    wild = {"concepts.man.lr_ram": 1e38, "log.every": 2}
+    train(make_config(**wild), str(tmp_path))
+    written = "".join(capfd.readouterr())
+    assert "dropped 'a man': loss or module no longer finite at step" in written
+    assert "1 of 2 concepts trained" in written and "lower the learning rates" in written
+    ours, theirs = load_adapter(tmp_path / "adapter"), load_adapter(finished / "adapter")
+    assert ours.names == ("a woman",) and theirs.names == ("a man", "a woman")
+    for role in ("ram", "sam"):
+        alone, among = getattr(ours, role)["constant"][0], getattr(theirs, role)["constant"][1]
+        np.testing.assert_array_equal(alone, among)
+    held = adapter_from_workdir(tmp_path)
+    assert held.names == ("a woman",)
+    lost, kept = read_outcomes(tmp_path)
+    assert lost["name"] == "a man" and 0 <= lost["diverged_at"] < STEPS and not lost["adapter"]
+    assert kept == {
+        "name": "a woman",
+        "group": "gender",
+        "steps": STEPS,
+        "diverged_at": None,
+        "adapter": "adapter",
+    }
+    (_, state) = final_state(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_run_of_which_nothing_is_left_stops(tmp_path):
+    wild = {"concepts.man.lr_ram": 1e38, "concepts.woman.lr_ram": 1e38, "log.every": 2}
+    with pytest.raises(FloatingPointError, match=r"'a man' at step \d, 'a woman' at step \d"):
+        train(make_config(**wild), str(tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = [checkpoints.restore_host(step)[1] for step in checkpoints.steps]
+    assert all(np.isfinite(leaf).all() for state in saved for leaf in jax.tree.leaves(state))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_prompt_that_is_cut_is_told_before_the_weights_are_read(tmp_path, monkeypatch):
+    opened = []
+
+    def recording_load(*args, abstract=False, **options):
+        opened.append("abstract" if abstract else "weights")
+        return load_backbone(*args, abstract=abstract, **options)
+
+    monkeypatch.setattr(training, "load_backbone", recording_load)
+    changes = {"concepts.man.target_prompt": "a man " * 20}
+    with pytest.raises(UserWarning, match=r"'a man a man .* not read: "):  # an error in the tests
+        train(make_config(**changes), str(tmp_path))
+    assert opened == ["abstract"]
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"workdir .*file.* cannot be written to"):
+        train(make_config(), str(tmp_path / "file" / "run"))
+
+
+def test_every_option_is_read(tmp_path, monkeypatch):
+    """Training looks at each option of the config, and the test would notice one it does not."""
+    config = make_config(**{"log.grid_every": 2, "train.steps": 2, "log.grid_steps": 2})
+    with config.unlocked():
+        config.train.idle = 0
+    paths = {id(config): ""}
+    options = set()
+
+    def walk(node, path):
+        for key in node:
+            if isinstance(node[key], ConfigDict):
+                paths[id(node[key])] = f"{path}{key}."
+                walk(node[key], f"{path}{key}.")
+            else:
+                options.add(f"{path}{key}")
+
+    walk(config, "")
+    read = set()
+    get = ConfigDict.__getitem__
+
+    def recording_get(self, key):
+        read.add(f"{paths.get(id(self))}{key}")
+        return get(self, key)
+
+    # Validation and the run's record look at everything; neither is a use.
+    monkeypatch.setattr(training, "validate", lambda config: None)
+    plain, to_dict = config.to_dict(), ConfigDict.to_dict
+    monkeypatch.setattr(
+        ConfigDict, "to_dict", lambda self: plain if self is config else to_dict(self)
+    )
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording_get)
+    train(config, str(tmp_path))
+    # `tests/training/test_waves.py` looks at these, which are read where concepts are added.
+    read |= {option for option in options if option.startswith("concept_defaults.")}
+    assert options - read == {"train.idle"}
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_what_one_does(tmp_path, processes):
+    """Processes of two devices each, as hosts of a pod, against this one with eight."""
+    changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
+    overrides = [f"--config.{change}" for change in changes]
+    environment = os.environ | {
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    }
+    subprocess.run(
+        [
+            "launch/local_pod.sh",
+            str(processes),
+            "2",
+            "--config",
+            SMOKE,
+            "--workdir",
+            tmp_path / "pod",
+            *overrides,
+        ],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
+    train(load_config(SMOKE, overrides), str(tmp_path / "one"))
+    ours, theirs = (load_adapter(tmp_path / run / "adapter") for run in ("pod", "one"))
+    for part in ("ram", "sam"):
+        a, b = getattr(ours, part)["constant"], getattr(theirs, part)["constant"]
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
+    grids = [sorted((tmp_path / run / "grids").glob("*.png")) for run in ("pod", "one")]
+    assert len(grids[0]) == 2
+    for ours, theirs in zip(*grids, strict=True):
+        difference = np.int16(Image.open(ours)) - np.int16(Image.open(theirs))
+        assert np.abs(difference).max() <= 2
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(tmp_path, monkeypatch):
+    """Also where the config names a branch, which may be elsewhere by now."""
+    asked = []
+
+    def opened(name, revision, **options):
+        asked.append(revision)
+        backbone = load_backbone(name, **options)
+        commit = "commit 1" if revision == "main" else revision
+        return dataclasses.replace(backbone, identity={**backbone.identity, "revision": commit})
+
+    monkeypatch.setattr(training, "load_backbone", opened)
+    for steps in (1, 2):
+        train(make_config(**{"model.revision": "main", "train.steps": steps}), str(tmp_path))
+    assert asked == ["main", "commit 1", "commit 1", "commit 1"]
