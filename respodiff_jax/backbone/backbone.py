@@ -39,6 +39,7 @@ class Backbone:
       zeros_for_empty_prompt: SDXL's `force_zeros_for_empty_prompt`; see `encode_prompts`.
       attention: implementation in UNet and VAE, "plain", "flash", "cudnn" or "stock"; see
         `flax_models.with_attention`.
+      load: of a model opened with `abstract=True`: reads the weights of the same files.
     """
 
     identity: Mapping[str, str | None]
@@ -51,6 +52,11 @@ class Backbone:
     dtype: np.dtype
     zeros_for_empty_prompt: bool = False
     attention: str = "plain"
+    load: Callable[[], "Backbone"] | None = dataclasses.field(default=None, repr=False)
+
+    def loaded(self) -> "Backbone":
+        """This model with its weights: itself, unless it was opened with `abstract=True`."""
+        return self if self.load is None else self.load()
 
     @property
     def vae_factor(self) -> int:

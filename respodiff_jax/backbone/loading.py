@@ -1,5 +1,7 @@
 """A diffusers folder or hub id -> `Backbone`."""
 
+import dataclasses
+import functools
 import pathlib
 
 from transformers import CLIPTokenizer
@@ -36,8 +38,9 @@ def load_backbone(
       attention: of UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), "auto", or
         "stock", diffusers' own.
       cache_dir: instead of the default Hugging Face cache, or the cache of copies from gs://.
-      abstract: `params` are `ShapeDtypeStruct`s. For checking whether all fits together before the
-        weights are loaded; they are fetched all the same, since the identity has their digest.
+      abstract: `params` are `ShapeDtypeStruct`s, and `Backbone.loaded` reads the weights later. For
+        checking whether everything fits together before that. The weight files are fetched all the
+        same, since the identity has their digest.
 
     Returns:
       The `Backbone`, with its parameters as numpy arrays. Its identity records the snapshot's
@@ -49,6 +52,30 @@ def load_backbone(
         that the Flax models do not compute, or its weights are damaged or do not fit the config;
         or if this backend or dtype does not have that attention.
     """
+    if abstract:
+        sketch = _open(name_or_path, revision, variant, dtype, attention, cache_dir, abstract=True)
+        load = functools.partial(
+            load_backbone,
+            name_or_path,
+            revision=sketch.identity["revision"],
+            variant=variant,
+            dtype=dtype,
+            attention=attention,
+            cache_dir=cache_dir,
+        )
+        return dataclasses.replace(sketch, load=load)
+    return _open(name_or_path, revision, variant, dtype, attention, cache_dir, abstract=False)
+
+
+def _open(
+    name_or_path: str | pathlib.Path,
+    revision: str | None,
+    variant: str | None,
+    dtype: str,
+    attention: str,
+    cache_dir: str | pathlib.Path | None,
+    abstract: bool,
+) -> Backbone:
     name = str(name_or_path)
     kind = flax_models.compute_dtype(dtype)
     attention = choose_attention(attention, kind)
