@@ -1,4 +1,4 @@
-"""The error of what a user can fix."""
+"""What a caller may want to tell apart: a user's mistake, and a training that was stopped."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,17 @@ class UserError(ValueError):
     public API stand in backticks; the command line shows them as its own options. Every other
     exception is a fault of this package or of the machine, and keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """A training was told to stop, by SIGTERM or a preemption, before its end.
+
+    Its state is saved: the same call continues it, bit for bit. The command exits with status 75.
+
+    Attributes:
+      step: number of steps done.
+    """
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step

@@ -26,7 +26,7 @@ from respodiff_jax.training import waves
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.config import with_concepts
 from respodiff_jax.training.monitoring import Profiler
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 
 CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 1, "log.grid_steps": 2}
 ROOT = pathlib.Path(__file__).parents[1]

@@ -2,11 +2,22 @@
 
 from respodiff_jax.adapters.adapter import (
     Adapter,
+    CombinedAdapter,
     check_fits,
-    concatenate,
+    combine,
     load_adapter,
     save_adapter,
     select,
+    steerings,
 )
 
-__all__ = ["Adapter", "check_fits", "concatenate", "load_adapter", "save_adapter", "select"]
+__all__ = [
+    "Adapter",
+    "CombinedAdapter",
+    "check_fits",
+    "combine",
+    "load_adapter",
+    "save_adapter",
+    "select",
+    "steerings",
+]

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -38,7 +37,7 @@ from respodiff_jax.adapters.files import (
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
-from respodiff_jax.method.modules import KINDS, SUM, MidBlockModule, Params, Steering
+from respodiff_jax.method.modules import KINDS, MidBlockModule, Params, Steering
 from respodiff_jax.storage import open_path, write_whole
 
 
@@ -109,24 +108,10 @@ class Adapter:
     def names(self) -> tuple[str, ...]:
         return tuple(concept.name for concept in self.concepts)
 
-    def steering(self, weights: Any, ram: float = 1.0, sam: float = 1.0) -> Steering:
-        """What to add at the mid-block, for a batch.
-
-        Args:
-          weights: `(B, N)`, weight of each concept in each sample.
-          ram: factor on every RAM (0 switches RAM off).
-          sam: factor on every SAM.
-
-        Raises:
-          UserError: when `weights` is not `(B, N)`.
-        """
-        if np.ndim(weights) != 2 or np.shape(weights)[1] != len(self.concepts):
-            raise UserError(
-                f"weights have shape {np.shape(weights)}, expected (batch, {len(self.concepts)})"
-                f" for the concepts {', '.join(self.names)}"
-            )
-        weights = jnp.asarray(weights, jnp.float32)
-        return Steering(self.ram, self.sam, weights * ram, weights * sam)
+    @property
+    def parts(self) -> tuple["Adapter", ...]:
+        """Itself: an adapter is a `CombinedAdapter` of one part."""
+        return (self,)
 
 
 def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
@@ -137,13 +122,8 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
       directory: where to.
 
     Raises:
-      UserError: for parameters beyond the range of the dtype, and concepts of several kinds.
+      UserError: for parameters beyond the range of the dtype.
     """
-    if len(adapter.module.kinds) > 1:
-        raise UserError(
-            f"adapter ({_label(adapter)}) has modules of several kinds, {adapter.module.kind}; save"
-            " those of each kind apart, they can be used together"
-        )
     tensors = {}
     for role in ROLES:
         for key, stacked in flatten_dict(getattr(adapter, role), sep=".").items():
@@ -232,19 +212,48 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
         raise UserError(f"adapter {directory}: {error}") from error
 
 
-def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter with the concepts of several; the first one's backbone stands for all.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CombinedAdapter:
+    """Adapters of different architectures that steer together. It has no file of its own.
 
-    Its module is the sum of their kinds, as wide as the widest: every concept has zeros for what it
-    has not, which take memory and time. One of several kinds steers but cannot be saved. It has
-    the training summary that all agree on, if they do, and no metrics.
+    Attributes:
+      parts: the adapters. Their concepts are numbered through.
+    """
+
+    parts: tuple[Adapter, ...]
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        return tuple(concept for part in self.parts for concept in part.concepts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(concept.name for concept in self.concepts)
+
+    @property
+    def default_scales(self) -> tuple[float, ...]:
+        return tuple(scale for part in self.parts for scale in part.default_scales)
+
+    @property
+    def backbone(self) -> Mapping[str, Any]:
+        """The first adapter's model."""
+        return self.parts[0].backbone
+
+    @property
+    def training(self) -> Mapping[str, Any] | None:
+        """The training summary that all parts agree on, or None."""
+        return _common_training(self.parts)
+
+
+def combine(adapters: Sequence[Adapter]) -> Adapter | CombinedAdapter:
+    """Adapters that are used together, with the concepts of all of them.
+
+    Adapters of one architecture become one adapter, without metrics.
 
     Raises:
       UserError: when mid-block shapes differ, or a concept name comes twice.
     """
     first = adapters[0]
-    if len(adapters) == 1:
-        return first
     for other in adapters[1:]:
         shapes = first.module.mid_block_shape, other.module.mid_block_shape
         if shapes[0] != shapes[1]:
@@ -252,54 +261,81 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
                 f"adapters cannot be used together: their mid-block shapes are {shapes[0]}"
                 f" ({_label(first)}) and {shapes[1]} ({_label(other)}); use adapters trained alike"
             )
-    kinds = dict.fromkeys(kind for adapter in adapters for kind in adapter.module.kinds)
-    module = first.module.clone(
-        kind=SUM.join(kinds),
-        hidden_channels=max(_hidden_channels(adapter.module) or 0 for adapter in adapters) or None,
-    )
+    validate_concepts([concept for adapter in adapters for concept in adapter.concepts])
+    alike: dict[Any, list[Adapter]] = {}
+    for adapter in adapters:
+        kind = adapter.module.kind, _hidden_channels(adapter.module)
+        alike.setdefault(kind, []).append(adapter)
+    parts = tuple(map(_concatenate, alike.values()))
+    return parts[0] if len(parts) == 1 else CombinedAdapter(parts)
+
+
+def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with the concepts of several of one architecture."""
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first
     ram, sam = (
-        jax.tree.map(
-            lambda *leaves: np.concatenate(leaves),
-            *(_fill(module, adapter, role) for adapter in adapters),
-        )
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(getattr(a, role) for a in adapters))
         for role in ROLES
     )
     return Adapter(
         concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
-        module=module,
+        module=first.module,
         ram=ram,
         sam=sam,
         backbone=first.backbone,
-        training=first.training if all(a.training == first.training for a in adapters) else None,
+        training=_common_training(adapters),
         default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
     )
 
 
-def _fill(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
-    """An adapter's parameters, filled up with zeros to those of a module of more kinds and hidden
-    channels: it does the same with them, as SiLU(0) = 0."""
-    params = getattr(adapter, role)
-    if len(adapter.module.kinds) == 1 < len(module.kinds):
-        params = {adapter.module.kind: params}
-    params, filled = flatten_dict(params, sep="."), {}
-    for key, shape in param_shapes(module).items():
-        shape = (len(adapter.concepts), *shape)
-        filled[key] = np.zeros(shape, np.float32)
-        if key in params:
-            filled[key][tuple(map(slice, params[key].shape))] = params[key]
-    return unflatten_dict(filled, sep=".")
+def _common_training(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
+    first = adapters[0].training
+    return first if all(adapter.training == first for adapter in adapters) else None
 
 
-def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    """The adapter with these of its concepts only, in this order.
+def steerings(
+    adapter: Adapter | CombinedAdapter, weights: Any, ram: float = 1.0, sam: float = 1.0
+) -> tuple[Steering, ...]:
+    """What an adapter adds at the mid-block of a batch, one `Steering` for each part.
 
-    Its metrics, which are of the whole, are left out unless all are taken.
+    Args:
+      adapter: of N concepts.
+      weights: `(B, N)`, weight of each concept in each sample.
+      ram: factor on every RAM; 0 switches RAM off.
+      sam: factor on every SAM.
 
     Raises:
-      UserError: for names that it does not have.
+      UserError: when `weights` is not `(B, N)`.
+    """
+    if np.ndim(weights) != 2 or np.shape(weights)[1] != len(adapter.concepts):
+        raise UserError(
+            f"weights have shape {np.shape(weights)}, expected (batch, {len(adapter.concepts)})"
+            f" for the concepts {', '.join(adapter.names)}"
+        )
+    weights = np.asarray(weights, np.float32)
+    ends = np.cumsum([len(part.concepts) for part in adapter.parts])
+    return tuple(
+        Steering(part.ram, part.sam, scales * np.float32(ram), scales * np.float32(sam))
+        for part, scales in zip(adapter.parts, np.split(weights, ends[:-1], axis=1), strict=True)
+    )
+
+
+def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter | CombinedAdapter:
+    """The adapter with these of its concepts only, in this order within each part.
+
+    Metrics describe the whole adapter: they are dropped unless all concepts are taken.
+
+    Raises:
+      UserError: for names that the adapter lacks.
     """
     if unknown := sorted(set(names) - set(adapter.names)):
         raise UserError(f"there are no concepts {unknown}, only {_label(adapter)}")
+    if isinstance(adapter, CombinedAdapter):
+        chosen = ([n for n in names if n in part.names] for part in adapter.parts)
+        parts = [select(p, own) for p, own in zip(adapter.parts, chosen, strict=True) if own]
+        return parts[0] if len(parts) == 1 else CombinedAdapter(tuple(parts))
     rows = [adapter.names.index(name) for name in names]
     ram, sam = jax.tree.map(lambda x: x[rows], (adapter.ram, adapter.sam))
     return dataclasses.replace(
@@ -325,7 +361,7 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     trained, label = adapter.backbone, _label(adapter)
     ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
     alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
-    if not alike or ("constant" in adapter.module.kinds and ours != theirs):
+    if not alike or (adapter.module.kind == "constant" and ours != theirs):
         fix = (
             f"generate at resolution {trained['resolution']}"
             if alike

@@ -18,10 +18,11 @@ from respodiff_jax.bench import measure
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.objective import ConceptArrays, concept_arrays
-from respodiff_jax.method.train_step import Recipe, TrainState, init_state
+from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
+from respodiff_jax.method.state import StepSpec, TrainState, init_state
 from respodiff_jax.training.config import concepts_from
-from respodiff_jax.training.waves import fill_up
+from respodiff_jax.training.run import fill_up
+from respodiff_jax.training.spec import step_spec
 
 
 def open_model(config: ConfigDict) -> tuple[Backbone, int]:
@@ -49,8 +50,8 @@ class Job:
     concepts: tuple[Concept, ...]
     backbone: Backbone
     resolution: int
-    recipe: Recipe
-    arrays: ConceptArrays
+    spec: StepSpec
+    arrays: EmbeddedConcepts
     state: TrainState
 
     @classmethod
@@ -64,11 +65,11 @@ class Job:
         count = concepts_at_a_time(config, jax.device_count())
         concepts = fill_up(all_concepts[:count], count)
         backbone, resolution = open_model(config)
-        recipe = Recipe.from_config(config, backbone, resolution)
-        most_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
-        arrays = concept_arrays(backbone, concepts, resolution, most_neutral)
-        state = init_state(recipe, arrays, config.seed, config.train.batch_size)
-        return cls(config, concepts, backbone, resolution, recipe, arrays, state)
+        spec = step_spec(config, backbone, resolution)
+        max_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
+        arrays = embed_concepts(backbone, concepts, resolution, max_neutral)
+        state = init_state(spec, arrays, config.seed, config.train.batch_size)
+        return cls(config, concepts, backbone, resolution, spec, arrays, state)
 
     @property
     def samples_per_step(self) -> int:
@@ -115,7 +116,7 @@ def environment(torch: bool) -> dict[str, Any]:
 
 
 def forward_flops(
-    model: Backbone | Recipe, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
+    model: Backbone | StepSpec, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
 ) -> float:
     """FLOPs of one plain forward pass of the UNet.
 

@@ -16,9 +16,9 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.train_step import make_lr_schedule
 from respodiff_jax.storage import local_path
 from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.spec import make_lr_schedule
 
 if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
@@ -71,7 +71,7 @@ def make_training(job: Job) -> "torch_side.Training":
             empty=empty,
         )
         concepts.append((procedure, prompts))
-    height, width, channels = job.recipe.latent_shape
+    height, width, channels = job.spec.latent_shape
     return torch_side.Training(
         concepts, (channels, height, width), config.train.batch_size, config.seed
     )
@@ -148,7 +148,7 @@ def _adapter(job: Job, training: "torch_side.Training", step: int, seconds: floa
     config = job.config
     return Adapter(
         concepts=job.concepts,
-        module=job.recipe.module,
+        module=job.spec.module,
         ram=stacked("ram"),
         sam=stacked("sam"),
         backbone=job.backbone.trained_at(job.resolution),

@@ -16,45 +16,46 @@ from respodiff_jax.bench import measure, published
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.bench.report import Report, Side
-from respodiff_jax.method.objective import ConceptArrays
+from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.rollout import last_index
-from respodiff_jax.method.train_step import Metrics, Recipe, TrainState, train_step
-from respodiff_jax.training.parallel import make_placement
+from respodiff_jax.method.state import StepSpec, TrainState
+from respodiff_jax.method.train_step import Metrics, train_step
+from respodiff_jax.training.parallel import Placement
 
 if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
 
 
 def evaluations_per_sample(
-    recipe: Recipe, state: TrainState, frozen: Any, arrays: ConceptArrays, batch_size: int
+    spec: StepSpec, state: TrainState, frozen: Any, arrays: EmbeddedConcepts, batch_size: int
 ) -> float:
     """Evaluations of the UNet that a training sample takes on average, by FLOPs, against one plain
     forward pass of the same batch. Arrays or their shapes do.
 
     Args:
-      recipe: of the step.
+      spec: of the step.
       state: leaves `(N, ...)`.
       frozen: the UNet's parameters.
       arrays: leaves `(N, ...)`.
       batch_size: B.
     """
     ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    step = measure.flops(partial(train_step, recipe), state, frozen, arrays, ids)
+    step = measure.flops(partial(train_step, spec), state, frozen, arrays, ids)
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arrays.empty)
-    latents = jax.ShapeDtypeStruct((batch_size, *recipe.latent_shape), jnp.float32)
-    one = model_lib.forward_flops(recipe, frozen, latents, prompt)
+    latents = jax.ShapeDtypeStruct((batch_size, *spec.latent_shape), jnp.float32)
+    one = model_lib.forward_flops(spec, frozen, latents, prompt)
     num_concepts = arrays.guidance_scale.shape[0]
-    return step / (num_concepts * one) + _uncounted_rollout(recipe)
+    return step / (num_concepts * one) + _uncounted_rollout(spec)
 
 
-def _uncounted_rollout(recipe: Recipe) -> float:
+def _uncounted_rollout(spec: StepSpec) -> float:
     """Evaluations that XLA's count leaves out: it takes a loop's body once.
 
     A step of a faithful rollout is a guided prediction, two evaluations.
     """
-    if recipe.rollout.uses_losses:
+    if spec.rollout.uses_losses:
         return 0.0
-    return 2 * (last_index(recipe.schedule) / 2 - 1)
+    return 2 * (last_index(spec.schedule) / 2 - 1)
 
 
 class _Ours:
@@ -62,21 +63,17 @@ class _Ours:
 
     def __init__(self, job: Job):
         config, self._job = job.config, job
-        self._placement = make_placement(
-            config.parallel.strategy,
-            len(job.concepts),
-            config.train.batch_size,
-            config.parallel.fsdp,
+        self._placement = Placement(
+            config.parallel.strategy, len(job.concepts), config.train.batch_size
         )
-        self._function = partial(train_step, self._placement.prepare(job.recipe))
-        self._frozen = self._placement.place_frozen(job.frozen)
+        self._function = partial(train_step, job.spec)
+        self._frozen = self._placement.replicate(job.frozen)
         self._concepts = self._placement.place_concepts(job.arrays)
-        state = self._placement.to_canonical_devices(job.state)
-        self._state = self._placement.place_state(state)
+        self._state = self._placement.place_state(job.state)
         self._starts = None
-        if not job.recipe.rollout.uses_losses:
+        if not job.spec.rollout.uses_losses:
             self._starts = itertools.cycle(
-                _balanced_steps(config.seed, last_index(job.recipe.schedule))
+                _balanced_steps(config.seed, last_index(job.spec.schedule))
             )
         self.program()
 
@@ -159,7 +156,7 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     sides = {"ours": ours.take_pairs}
     if torch_side:
         theirs = _Torch(
-            published.make_training(job), last_index(job.recipe.schedule), torch_side.synchronise
+            published.make_training(job), last_index(job.spec.schedule), torch_side.synchronise
         )
         sides["theirs"] = theirs.take_pairs
     best = measure.Peak(config.model.dtype)
@@ -168,11 +165,11 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
 
     batch_size = config.train.batch_size
     prompt = jax.tree.map(lambda x: x[0], job.arrays.empty)
-    latents = jax.ShapeDtypeStruct((1, *job.recipe.latent_shape), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, *job.spec.latent_shape), jnp.float32)
     plain = model_lib.with_plain_attention(job.backbone)
     # As the model is, without what fused attention hides and what `train.remat` repeats.
-    recipe = dataclasses.replace(job.recipe, encode=plain.encode, decode=plain.decode)
-    forward = model_lib.forward_flops(recipe, job.frozen, latents, prompt)
+    spec = dataclasses.replace(job.spec, encode=plain.encode, decode=plain.decode)
+    forward = model_lib.forward_flops(spec, job.frozen, latents, prompt)
 
     def side(name, pairs, evaluations, **others):
         rate = pairs * (2 * job.samples_per_step)
@@ -180,7 +177,7 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, evaluations, flops, utilisation, **others)
 
-    evaluations = evaluations_per_sample(recipe, job.state, job.frozen, job.arrays, batch_size)
+    evaluations = evaluations_per_sample(spec, job.state, job.frozen, job.arrays, batch_size)
     measured = [
         side(
             f"JAX, {config.rollout.kind}",

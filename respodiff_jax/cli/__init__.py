@@ -4,6 +4,7 @@ JAX and the models are imported when a verb runs, so that `--help` answers at on
 """
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from respodiff_jax.cli import (
     push,
     train,
 )
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import Interrupted, UserError
 
 # A verb's module has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args); one that
 # TAKES_OVERRIDES has run(args, overrides).
@@ -56,7 +57,7 @@ From a config to pictures:
       --images-per-prompt 8 --base --out pictures
   respodiff export runs/gender --out adapters/gender
 
-`respodiff VERB --help` tells more.
+`respodiff VERB --help` explains a verb.
 """
 
 _OVERRIDE = "--config."
@@ -66,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's.
 
     Returns:
-      The exit status: 0, 2 after what another start does not mend (a user's mistake, or losses that
-      are no longer finite), 130 after Ctrl-C. Bad options and `--help` exit by themselves, as
-      argparse does.
+      The exit status: 0 when the command is finished; 2 for a user's mistake and for a training
+      whose concepts all diverged, where another start does not help; 75 for a training that was
+      stopped and saved, which the same command continues; 130 after Ctrl-C. Bad options and
+      `--help` exit by themselves, as argparse does. Other errors keep their traceback, status 1.
     """
     args, rest = _parser().parse_known_args(argv)
     verb = _VERBS[args.verb]
@@ -82,15 +84,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb.run(args, overrides) if takes_overrides else verb.run(args)
     except UserError as error:
-        print(f"respodiff: error: {error}", file=sys.stderr)
+        print(f"respodiff: error: {_with_options(str(error), args.parser)}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"respodiff: stopped: {error}", file=sys.stderr)
-        return 2
+    except Interrupted as stop:
+        print(f"respodiff: {stop}; run the same command to continue", file=sys.stderr)
+        return 75  # EX_TEMPFAIL
     except KeyboardInterrupt:
         print("respodiff: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_options(message: str, parser: argparse.ArgumentParser) -> str:
+    """A library message, whose `parameters` are in backticks, with the command's own options."""
+    options = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
+    return re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), message)
 
 
 def _warning_line(message: Warning | str, *_: object, **__: object) -> str:

@@ -3,7 +3,6 @@
 import argparse
 
 from respodiff_jax.cli import inputs
-from respodiff_jax.errors import UserError
 
 SUMMARY = "generate images"
 
@@ -35,7 +34,14 @@ Choose what steers the images:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated",
+    )
     add(
         "--prompts-file",
         metavar="FILE",
@@ -52,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("concepts").add_argument
     add(
         "--concept",
+        dest="concepts",
         action="append",
         default=[],
         metavar="NAME[=SCALE]",
@@ -67,76 +74,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--safe", action="store_true", help="add all safety concepts")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=int, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
-    add("--guidance", type=float, default=7.5, metavar="SCALE", help="default: %(default)s")
+    add(
+        "--steps",
+        dest="num_steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="DDIM steps (default: %(default)s)",
+    )
+    add(
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        default=7.5,
+        metavar="SCALE",
+        help="default: %(default)s",
+    )
     add("--negative-prompt", default="", metavar="TEXT", help="default: empty")
     add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, else the model's")
     add("--batch-size", type=int, metavar="N", help="over all devices (default: by resolution)")
 
 
 def run(args: argparse.Namespace) -> None:
-    # First all that can be wrong without the model, which takes long to load.
-    prompts = inputs.read_prompts(args.prompt, args.prompts_file)
-    if args.images_per_prompt < 1:
-        raise UserError(f"--images-per-prompt is {args.images_per_prompt}, expected at least 1")
-    count, last = len(prompts) * args.images_per_prompt, 2**32 - 1
-    if not 0 <= args.seed <= last - count:
-        raise UserError(f"--seed is {args.seed}, expected 0 .. {last - count} for {count} images")
-    if args.base and not args.adapter:
-        raise UserError("--base compares with an adapter, but none is given with --adapter")
-    if not args.model and not args.adapter:
-        raise UserError("no model; name one with --model, or give --adapter to use the adapter's")
+    prompts = inputs.read_prompts(args.prompts, args.prompts_file)
+    concepts = inputs.read_scales("--concept", args.concepts, optional=True)
+    ratio = inputs.read_scales("--ratio", args.ratio.split(",")) if args.ratio else None
 
-    from respodiff_jax import storage
-    from respodiff_jax.adapters import adapter as adapters
-    from respodiff_jax.generation import folder as generation
-    from respodiff_jax.generation import sampling, selection
-    from respodiff_jax.training import distributed
+    import respodiff_jax as rd
+    from respodiff_jax.training.distributed import enable_compilation_cache
 
-    distributed.enable_compilation_cache()
-    loaded = [inputs.open_adapter(path) for path in args.adapter]
-    adapter = adapters.concatenate(loaded) if loaded else None
-    weights = selection.concept_weights(
-        adapter,
-        len(prompts),
-        args.images_per_prompt,
-        concepts=inputs.read_scales("--concept", args.concept, optional=True),
-        fair=args.fair,
-        ratio=inputs.read_scales("--ratio", args.ratio.split(",")) if args.ratio else None,
-        safe=args.safe,
-        seed=args.seed,
-    )
-    trained_on = adapter.backbone if adapter else {}
-    resolution = trained_on.get("resolution") if args.resolution is None else args.resolution
-    options = sampling.SamplerOptions(
-        num_steps=args.steps,
-        guidance_scale=args.guidance,
-        negative_prompt=args.negative_prompt,
-        resolution=resolution,
-        batch_size=args.batch_size,
-    )
-    storage.check_output(args.out, args.overwrite)
-
-    model = args.model or trained_on["name"]
-    sketch = inputs.open_backbone(args, model, trained_on, abstract=True)
-    for one in loaded:
-        adapters.check_fits(one, sketch, options.resolution)
-    sketch.tokenise([*prompts, options.negative_prompt])
-    sketch.latent_shape(options.resolution or sketch.default_resolution)
-    print(f"loading {model}", flush=True)
-    backbone = inputs.open_backbone(args, model, trained_on)
-    images_per_second = generation.generate(
-        backbone,
+    enable_compilation_cache()
+    adapters = [rd.load_adapter(path) for path in args.adapter]
+    model = inputs.open_model(args, adapters)
+    print(f"loading {model.identity['name']}", flush=True)
+    images_per_second = rd.generate_folder(
+        model,
         prompts,
         args.out,
-        num_images_per_prompt=args.images_per_prompt,
+        adapter=adapters or None,
+        concepts=concepts,
+        fair=args.fair,
+        ratio=ratio,
+        safe=args.safe,
+        images_per_prompt=args.images_per_prompt,
         seed=args.seed,
-        options=options,
-        adapter=adapter,
-        weights=weights,
-        adapter_sources=args.adapter,
-        base_twins=args.base,
+        num_steps=args.num_steps,
+        guidance_scale=args.guidance_scale,
+        negative_prompt=args.negative_prompt,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        base=args.base,
         overwrite=args.overwrite,
+        adapter_sources=args.adapter,
     )
-    rate = f"{images_per_second:.2f} a second, compiling included"
-    print(f"{args.out}: {count * (1 + args.base)} images, {rate}")
+    count = len(prompts) * args.images_per_prompt * (1 + args.base)
+    print(f"{args.out}: {count} images, {images_per_second:.2f} a second, compiling included")

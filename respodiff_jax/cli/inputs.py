@@ -2,8 +2,7 @@
 
 import argparse
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from respodiff_jax.errors import UserError
@@ -13,58 +12,8 @@ if TYPE_CHECKING:
     from respodiff_jax.backbone import Backbone
 
 
-def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -> "Adapter":
-    """Reads an adapter.
-
-    Args:
-      path: an adapter directory, a training workdir, or "owner/name" or "owner/name@revision" on
-        the Hugging Face hub.
-      step: of a workdir that is a single run; by default the newest.
-      only: names of the concepts to take; by default all.
-    """
-    from respodiff_jax.adapters import select
-    from respodiff_jax.training.waves import is_batch, load_batch
-
-    check_only(only)
-    if step is None and is_batch(path):
-        return load_batch(path, only)
-    adapter = _open_whole(path, step)
-    return select(adapter, only) if only else adapter
-
-
-def _open_whole(path: str, step: int | None) -> "Adapter":
-    from respodiff_jax.adapters import load_adapter
-    from respodiff_jax.training.checkpoint import adapter_from_workdir
-
-    if is_workdir(path):
-        return adapter_from_workdir(path, step)
-    if step is not None:
-        raise UserError(f"--step is of a training workdir, but {path} is none: it has no run.json")
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@(\S+))?", path)
-    if hub_id and not pathlib.Path(path).exists():
-        from respodiff_jax.adapters.hub import fetch
-
-        return load_adapter(fetch(*hub_id.groups()))
-    return load_adapter(path)
-
-
-def check_only(names: Sequence[str]) -> None:
-    """Checks that --only names nothing twice."""
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"--only names {twice} more than once")
-
-
-def is_workdir(path: str) -> bool:
-    """Whether this is a run's directory, and not an adapter's."""
-    from respodiff_jax.storage import open_path
-    from respodiff_jax.training.checkpoint import RUN_FILE
-
-    folder = open_path(path)
-    return (folder / RUN_FILE).exists() and not (folder / "adapter_config.json").exists()
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
-    """The options that `open_adapter` and `open_backbone` read; returns their group's
+    """The options that choose adapters and a model; returns their group's
     `add_argument`, for more."""
     add = parser.add_argument_group("model and adapter").add_argument
     add(
@@ -86,21 +35,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
     return add
 
 
-def open_backbone(
-    args: argparse.Namespace, model: str, trained_on: Mapping[str, Any], abstract: bool = False
-) -> "Backbone":
-    """The model of a command with --revision, --variant and --dtype, by default as in training."""
-    import jax
+def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Backbone":
+    """The command's model, by default the first adapter's; its weights are not read yet."""
+    import respodiff_jax as rd
 
-    from respodiff_jax.backbone import load_backbone
-
-    same = model == trained_on.get("name")
-    return load_backbone(
-        model,
-        revision=args.revision or (trained_on["revision"] if same else None),
-        variant=args.variant or (trained_on["variant"] if same else None),
-        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-        abstract=abstract,
+    return rd.load_model(
+        args.model,
+        adapter=adapters[0] if adapters else None,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=args.dtype,
+        abstract=True,
     )
 
 

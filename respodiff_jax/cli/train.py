@@ -72,14 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import respodiff_jax as rd
     from respodiff_jax.training import distributed
-    from respodiff_jax.training.config import load_config
-    from respodiff_jax.training.run import train
 
-    config = load_config(args.config, overrides, args.concepts)
+    config = rd.load_config(args.config, overrides, concepts=args.concepts)
     distributed.initialize(
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
     )
     distributed.enable_compilation_cache()
     with distributed.leaving_on_error():
-        train(config, args.workdir, profile=args.profile)
+        rd.train(config, args.workdir, profile=args.profile)

@@ -12,15 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.generation.sampling import default_batch_size, denoise, make_program
+from respodiff_jax.generation.sampling import default_batch_size, denoise, make_sampler
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import Steering
-from respodiff_jax.method.objective import ConceptArrays
 from respodiff_jax.method.rollout import last_index
-from respodiff_jax.method.train_step import Recipe, init_state, train_step
+from respodiff_jax.method.state import StepSpec, init_state
+from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.config import concepts_from
-from respodiff_jax.training.parallel import devices_per_concept, make_placement
+from respodiff_jax.training.parallel import Placement, devices_per_concept
+from respodiff_jax.training.spec import step_spec
 from respodiff_jax.training.waves import wave_size
 
 P = PartitionSpec
@@ -37,7 +39,6 @@ class Program:
       parameters: bytes of frozen parameters that a device holds.
       unused: those of them that are no argument of the program.
       gradients: bytes that the devices of a concept have to exchange.
-      sharded: whether the frozen parameters are, so that each layer's are exchanged.
       weights: `(dtype, dims)` of the frozen parameters with more than one axis.
       repeats: how often its loop runs, on average; None if it has none.
       lower_body: makes one pass of the loop, as a program of its own.
@@ -48,7 +49,6 @@ class Program:
     parameters: int
     unused: int
     gradients: int = 0
-    sharded: bool = False
     weights: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
     repeats: float | None = None
     lower_body: Callable[[], jax.stages.Lowered] | None = None
@@ -67,21 +67,21 @@ def data_shards(config: ConfigDict, num_devices: int) -> int:
 
 def concept_shapes(
     backbone: Backbone, concepts: Sequence[Concept], resolution: int, count: int | None = None
-) -> ConceptArrays:
-    """Shapes and dtypes of `objective.concept_arrays`, of all or of `count` concepts at a time.
+) -> EmbeddedConcepts:
+    """Shapes and dtypes of `embed_concepts`, of all or of `count` concepts at a time.
 
     No prompt is embedded.
     """
     prompt = jax.eval_shape(
         lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
     )
-    n, most_neutral = count or len(concepts), max(len(c.neutral_prompts) for c in concepts)
+    n, max_neutral = count or len(concepts), max(len(c.neutral_prompts) for c in concepts)
 
     def prompts(*axes):
         return jax.tree.map(lambda x: Shape((*axes, *x.shape[1:]), x.dtype), prompt)
 
-    return ConceptArrays(
-        neutral=prompts(n, most_neutral),
+    return EmbeddedConcepts(
+        neutral=prompts(n, max_neutral),
         num_neutral=Shape((n,), np.int32),
         own=prompts(n),
         empty=prompts(n),
@@ -98,46 +98,32 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     """The training step, as `respodiff train` runs it on these devices.
 
     Raises:
-      UserError: as `make_placement`.
+      UserError: as `Placement`.
     """
     concepts, batch_size = concepts_from(config), config.train.batch_size
     count = concepts_at_a_time(config, len(devices))
-    placement = make_placement(
-        config.parallel.strategy, count, batch_size, config.parallel.fsdp, devices
-    )
+    placement = Placement(config.parallel.strategy, count, batch_size, devices)
     resolution = config.model.resolution or backbone.default_resolution
-    recipe = Recipe.from_config(config, backbone, resolution)
+    spec = step_spec(config, backbone, resolution)
     arrays = concept_shapes(backbone, concepts, resolution, count)
-    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
+    state = jax.eval_shape(partial(init_state, spec, seed=0, batch_size=batch_size), arrays)
     frozen = {"unet": backbone.params["unet"]}
     for_grids = backbone.params["vae"] if config.log.grid_every else {}
-
-    def per_device(tree):
-        return sum(
-            math.prod(sharding(x).shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-        )
-
-    def sharding(x):
-        return NamedSharding(placement.mesh, placement.frozen_spec(x.shape))
 
     samples = batch_size // placement.data_shards
     batch_per_device = count // placement.concept_shards * samples
     modules = state.concepts.ram, state.concepts.sam
-    loops = not recipe.rollout.uses_losses
+    loops = not spec.rollout.uses_losses
     return Program(
-        lower=lambda: placement.lower(
-            partial(train_step, placement.prepare(recipe)), state, frozen, arrays
-        ),
+        lower=lambda: placement.lower(partial(train_step, spec), state, frozen, arrays),
         batch_per_device=batch_per_device,
-        parameters=per_device(frozen) + per_device(for_grids),
-        unused=per_device(for_grids),
+        parameters=_nbytes((frozen, for_grids)),
+        unused=_nbytes(for_grids),
         gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
-        sharded=config.parallel.fsdp,
         weights=_matrices(frozen),
-        repeats=last_index(recipe.schedule) / 2 if loops else None,
+        repeats=last_index(spec.schedule) / 2 if loops else None,
         lower_body=partial(
-            _lower_ddim_step, backbone, recipe, arrays, batch_per_device, 1, devices[0]
+            _lower_ddim_step, backbone, spec, arrays, batch_per_device, 1, devices[0]
         )
         if loops
         else None,
@@ -153,16 +139,16 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     devices = [d for d in devices if d.process_index == devices[0].process_index]
     concepts = concepts_from(config)
     resolution = config.model.resolution or backbone.default_resolution
-    recipe = Recipe.from_config(config, backbone, resolution)
+    spec = step_spec(config, backbone, resolution)
     arrays = concept_shapes(backbone, concepts, resolution)
     num_steps, guidance_scale = config.log.grid_steps, config.log.grid_guidance_scale
     batch_size = default_batch_size(2**20, len(devices), resolution)
     mesh = Mesh(np.asarray(devices), ("data",))
-    program = make_program(backbone, recipe.module, num_steps, mesh)
+    program = make_sampler(backbone, (spec.module,), num_steps, mesh)
 
     def lower():
-        args = _sampler_shapes(recipe, arrays, batch_size, len(concepts))
-        specs = (P("data"), P("data"), P(), Steering(P(), P(), P("data"), P("data")))
+        args = _sampler_shapes(spec, arrays, batch_size, len(concepts))
+        specs = (P("data"), P("data"), P(), (Steering(P(), P(), P("data"), P("data")),))
         args = (backbone.params, *args)
         placed = jax.tree.map(
             lambda spec, tree: jax.tree.map(
@@ -185,7 +171,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         lower_body=partial(
             _lower_ddim_step,
             backbone,
-            recipe,
+            spec,
             arrays,
             batch_per_device,
             len(concepts),
@@ -194,27 +180,27 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     )
 
 
-def _lower_ddim_step(backbone, recipe, arrays, batch_size, num_concepts, device):
+def _lower_ddim_step(backbone, spec, arrays, batch_size, num_concepts, device):
     """One guided, steered DDIM step on a device, what rollouts and sampling repeat."""
     schedule = Schedule.from_config(backbone.scheduler_config, 1)
-    shapes = _sampler_shapes(recipe, arrays, batch_size, num_concepts)
+    shapes = _sampler_shapes(spec, arrays, batch_size, num_concepts)
     args = ({"unet": backbone.params["unet"]}, *shapes)
     on_device = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=on_device), args)
-    return jax.jit(partial(denoise, backbone, recipe.module, schedule)).lower(*args, 1.0)
+    return jax.jit(partial(denoise, backbone, (spec.module,), schedule)).lower(*args, 1.0)
 
 
 def _sampler_shapes(
-    recipe: Recipe, arrays: ConceptArrays, batch_size: int, num_concepts: int
+    spec: StepSpec, arrays: EmbeddedConcepts, batch_size: int, num_concepts: int
 ) -> tuple[Any, ...]:
     """Noise, conditioning of prompts and of the negative prompt, and steering of a batch."""
     keys = jax.random.split(jax.random.key(0), num_concepts)
-    modules = jax.eval_shape(jax.vmap(recipe.module.init_params), keys)
+    modules = jax.eval_shape(jax.vmap(spec.module.init_params), keys)
     scales = Shape((batch_size, num_concepts), np.float32)
     cond = jax.tree.map(lambda x: Shape((batch_size, *x.shape[1:]), x.dtype), arrays.empty)
     uncond = jax.tree.map(lambda x: Shape((1, *x.shape[1:]), x.dtype), arrays.empty)
-    noise = Shape((batch_size, *recipe.latent_shape), np.float32)
-    return noise, cond, uncond, Steering(modules, modules, scales, scales)
+    noise = Shape((batch_size, *spec.latent_shape), np.float32)
+    return noise, cond, uncond, (Steering(modules, modules, scales, scales),)
 
 
 def _nbytes(tree: Any) -> int:

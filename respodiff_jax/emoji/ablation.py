@@ -24,7 +24,7 @@ from respodiff_jax.evaluation.results import Results
 from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.generation.sampling import SamplerOptions
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 
 EVALUATION_SEED = 700_000
 # What each variant changes in the config of a task; fields of `concepts.*` in every concept.

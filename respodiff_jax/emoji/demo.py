@@ -17,7 +17,7 @@ from respodiff_jax.evaluation.run import Plan, evaluate
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 
 GROUP = "gender"
 IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20

@@ -1,4 +1,4 @@
-"""The folder of a `respodiff generate` run: images, their base twins, a grid and a manifest."""
+"""A folder of pictures: images, their base twins, a grid and a manifest."""
 
 import json
 import os
@@ -10,17 +10,17 @@ import numpy as np
 from tqdm import tqdm
 
 from respodiff_jax import images as images_lib
-from respodiff_jax.adapters import Adapter
+from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.generation.sampling import ImagePair, SamplerOptions, sample_images
 from respodiff_jax.storage import check_output
 
-# The grid shows a run's beginning: so many prompts, and so many images of each.
+# The grid shows the first prompts, and the first images of each.
 _GRID_PROMPTS, _GRID_COLUMNS = 8, 8
 
 
 def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
-    """Removes what an earlier run wrote, and nothing else."""
+    """Removes the files of an earlier call, and nothing else."""
     for pattern in ("images/[0-9]*.png", "base/[0-9]*.png", "grid.png", "manifest.jsonl"):
         for file in out.glob(pattern):
             file.unlink()
@@ -28,7 +28,7 @@ def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
         (out / folder).mkdir(exist_ok=True)
 
 
-def generate(
+def write_folder(
     backbone: Backbone,
     prompts: Sequence[str],
     out: str | os.PathLike,
@@ -36,17 +36,13 @@ def generate(
     num_images_per_prompt: int = 1,
     seed: int = 0,
     options: SamplerOptions | None = None,
-    adapter: Adapter | None = None,
+    adapter: Adapter | CombinedAdapter | None = None,
     weights: np.ndarray | None = None,
     adapter_sources: Sequence[str] = (),
     base_twins: bool = False,
     overwrite: bool = False,
 ) -> float:
-    """Writes a folder of images, the job behind `respodiff generate`.
-
-    Image i of the run has seed `seed + i`; the images of a prompt follow each other. In `out`:
-    `images/00000.png`, ..., their base twins in `base/`, `grid.png` with the first of them, and
-    `manifest.jsonl`, one line per file, which each PNG also carries (`images.read_metadata`).
+    """Samples and writes the files that `generate_folder` describes.
 
     Args:
       backbone: the model.
@@ -56,13 +52,13 @@ def generate(
       seed: of the first image.
       options: how to sample; by default `SamplerOptions()`.
       adapter: concepts, or None for the base model.
-      weights: `selection.concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
+      weights: from `concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
       adapter_sources: where the adapter came from, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
       overwrite: allow a folder that is not empty.
 
     Returns:
-      Images per second, twins counted, compilation included.
+      Images per second, base twins counted, compiling included.
 
     Raises:
       UserError: for an output folder that is not empty or not writable.
@@ -109,14 +105,15 @@ def generate(
     return count * (1 + base_twins) / seconds
 
 
-def _scales(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
-    """The concepts that are at work in an image, by name."""
+def _scales(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
+    """The weights of the concepts that steer an image, by name."""
     named = zip(adapter.names, weights.tolist(), strict=True)
     return {name: round(weight, 6) for name, weight in named if weight}
 
 
 def _grid(shown, prompts, columns, seeds):
-    """A row per prompt, under its base row if there are twins; captions tell seed and concepts."""
+    """A row for each prompt, below its base row if there are twins; captions name the concepts or,
+    without any, the seed."""
     rows, labels, captions = [], [], []
     for prompt, start in zip(prompts, range(0, len(shown), columns), strict=False):
         entries = shown[start : start + columns]

@@ -9,6 +9,7 @@ base twin start from the same noise.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from respodiff_jax.adapters import Adapter, select
+from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.diffusion import Schedule, cfg_combine, ddim_step, join, part
+from respodiff_jax.method.diffusion import Schedule, ddim_step, guided_output
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 
 
@@ -73,28 +74,28 @@ def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> j
 
 def denoise(
     backbone: Backbone,
-    module: MidBlockModule | None,
+    modules: Sequence[MidBlockModule],
     schedule: Schedule,
     params: Mapping[str, Any],
     noise: jax.Array,
     cond: Conditioning,
     uncond: Conditioning,
-    steering: Steering | None,
+    steerings: Sequence[Steering],
     guidance_scale: jax.Array | float,
 ) -> jax.Array:
     """The whole sampling loop, `z_T -> z_0`.
 
-    Each step asks the UNet once, with 2B samples.
+    Each step evaluates the UNet once, with 2B samples.
 
     Args:
       backbone: the model's functions; its own `params` are not used.
-      module: architecture of RAM and SAM; None with `steering` None.
+      modules: architectures of RAM and SAM; () samples the base model.
       schedule: DDIM schedule.
       params: frozen parameters.
       noise: `z_T`, float32 `(B, h, w, c)`.
-      cond: the prompts' conditioning, leading axis B.
-      uncond: the negative prompts', leading axis B, or 1 for all.
-      steering: what to add to the conditional half of `h`; None is the base model.
+      cond: conditioning of the prompts, leading axis B.
+      uncond: conditioning of the negative prompts, leading axis B, or 1 for all.
+      steerings: one for each module: what is added to the conditional half of `h`.
       guidance_scale: `()`, may be traced; 1 or below gives the conditional prediction alone.
 
     Returns:
@@ -102,18 +103,20 @@ def denoise(
     """
     guidance_scale = jnp.maximum(guidance_scale, 1.0)
     uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
-    # On however many devices the batch is, each has whole samples.
-    shards = len(noise)
-    both = join(cond, uncond, shards=shards)
 
     def body(z_t, ddim_index):
-        timestep = jnp.asarray(schedule.timesteps)[ddim_index]
-        timesteps = jnp.broadcast_to(timestep, (2 * len(z_t),))
-        h, skips = backbone.encode(params, join(z_t, z_t, shards=shards), timesteps, both)
-        if steering is not None:
-            h_cond, h_uncond = part(h, 2, shards)
-            h = join(steer(module, steering, h_cond), h_uncond, shards=shards)
-        output = cfg_combine(*part(backbone.decode(params, h, skips), 2, shards), guidance_scale)
+        timesteps = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (len(z_t),))
+        output = guided_output(
+            backbone.encode,
+            backbone.decode,
+            params,
+            z_t,
+            timesteps,
+            cond,
+            uncond,
+            guidance_scale,
+            partial(steer, modules, steerings),
+        )
         return ddim_step(schedule, output, z_t, ddim_index), None
 
     z_0, _ = lax.scan(body, noise, jnp.arange(schedule.num_steps))
@@ -121,23 +124,33 @@ def denoise(
 
 
 def make_sampler(
-    backbone: Backbone, module: MidBlockModule | None, schedule: Schedule
+    backbone: Backbone, modules: Sequence[MidBlockModule], num_steps: int, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """A pure function from noise to images, to be jitted by the caller.
+    """A jitted function from noise to images, in which each device samples its own images.
+
+    Args:
+      backbone: the model's functions; its own `params` are not used.
+      modules: architectures of RAM and SAM; () samples the base model.
+      num_steps: DDIM steps.
+      mesh: devices; the batch is split over all of them.
 
     Returns:
-      `sample(params, noise, cond, uncond, steering, guidance_scale)`, arguments as of `denoise`,
-      giving images uint8 `(B, H, W, 3)`. Adapters, weights and guidance are traced arguments:
-      changing them compiles nothing.
+      `sample(params, noise, cond, uncond, steerings, guidance_scale)`, arguments as in `denoise`,
+      giving images uint8 `(B, H, W, 3)`. B is a multiple of the number of devices. Adapters,
+      weights and guidance are traced arguments: changing them compiles nothing.
     """
+    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
 
-    def sample(params, noise, cond, uncond, steering, guidance_scale):
-        z_0 = denoise(
-            backbone, module, schedule, params, noise, cond, uncond, steering, guidance_scale
-        )
+    def sample(params, *args):
+        z_0 = denoise(backbone, modules, schedule, params, *args)
         return jnp.round(backbone.decode_latents(params, z_0) * 255).astype(jnp.uint8)
 
-    return sample
+    by_image, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
+    steerings = (Steering(replicated, replicated, by_image, by_image),) * len(modules)
+    specs = (replicated, by_image, by_image, replicated, steerings, replicated)
+    return jax.jit(
+        jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=by_image, check_vma=False)
+    )
 
 
 class ImagePair(NamedTuple):
@@ -147,8 +160,13 @@ class ImagePair(NamedTuple):
     base: np.ndarray | None
 
 
-class Begun(NamedTuple):
-    """A batch on the devices, about to be sampled: noise and conditioning."""
+class Batch(NamedTuple):
+    """A batch on the devices, ready to be sampled.
+
+    Attributes:
+      noise: `z_T`, float32 `(B, h, w, c)`.
+      cond: conditioning of the prompts, leading axis B.
+    """
 
     noise: jax.Array
     cond: Conditioning
@@ -162,80 +180,65 @@ class Sampler:
 
     Args:
       backbone: the model.
-      options: how; the batch size is that of what it is given.
+      options: how to sample; the batch size is that of the batches.
       adapter: the concepts, or None for the base model.
 
     Attributes:
-      program: the jitted function of `arguments`.
+      program: `make_sampler`'s function of `arguments`.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         options: SamplerOptions,
-        adapter: Adapter | None = None,
+        adapter: Adapter | CombinedAdapter | None = None,
     ):
         self._backbone, self._adapter = backbone, adapter
         self._guidance_scale = options.guidance_scale
         self._resolution = options.resolution or backbone.default_resolution
         mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
-        replicated = NamedSharding(mesh, PartitionSpec())
-        self._by_sample = NamedSharding(mesh, PartitionSpec("data"))
-        key = adapter and adapter.module, options.num_steps, mesh
+        self._by_image = NamedSharding(mesh, PartitionSpec("data"))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        parts = adapter.parts if adapter else ()
+        key = tuple(part.module for part in parts), options.num_steps, mesh
         if key not in backbone.programs:
-            # Which then does not hold the backbone that holds it, nor its parameters.
-            functions = dataclasses.replace(backbone, params={})
-            backbone.programs[key] = make_program(functions, *key)
+            # Drop the parameters: the backbone caches this program, and the program must not keep
+            # the weights alive.
+            functions = dataclasses.replace(backbone, params={}, load=None)
+            backbone.programs[key] = make_sampler(functions, *key)
         self.program = backbone.programs[key]
-        self._params = jax.device_put(backbone.params, replicated)
-        self._uncond = jax.device_put(
-            backbone.encode_prompts([options.negative_prompt], self._resolution, self._params),
-            replicated,
-        )
-        if adapter is not None:
-            self._modules = jax.device_put((adapter.ram, adapter.sam), replicated)
+        self._params = jax.device_put(backbone.params, self._replicated)
+        uncond = backbone.encode_prompts([options.negative_prompt], self._resolution, self._params)
+        self._uncond = jax.device_put(uncond, self._replicated)
+        self._modules = jax.device_put([(p.ram, p.sam) for p in parts], self._replicated)
 
-    def begin(self, prompts: Sequence[str], seeds: Sequence[int]) -> Begun:
+    def prepare(self, prompts: Sequence[str], seeds: Sequence[int]) -> Batch:
         """Embeds a batch's prompts and draws its noise."""
         cond = self._backbone.encode_prompts(prompts, self._resolution, self._params)
         noise = initial_noise(seeds, self._backbone.latent_shape(self._resolution))
-        return Begun(*jax.device_put((noise, cond), self._by_sample))
+        return Batch(*jax.device_put((noise, cond), self._by_image))
 
-    def arguments(self, begun: Begun, weights: np.ndarray | None = None) -> tuple[Any, ...]:
-        """What `program` is called with; see `__call__`."""
-        steering = None
-        if self._adapter is not None:
-            scales = self._adapter.steering(weights).ram_scale
-            scales = jax.device_put(scales, self._by_sample)
-            steering = Steering(*self._modules, scales, scales)
-        return (self._params, *begun, self._uncond, steering, self._guidance_scale)
+    def arguments(self, batch: Batch, weights: np.ndarray | None = None) -> tuple[Any, ...]:
+        """The arguments of `program`; see `__call__`."""
+        chosen = steerings(self._adapter, weights) if self._adapter else ()
+        scales = jax.device_put([steering.ram_scale for steering in chosen], self._by_image)
+        on_devices = tuple(
+            Steering(*modules, scale, scale)
+            for modules, scale in zip(self._modules, scales, strict=True)
+        )
+        return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 
-    def __call__(self, begun: Begun, weights: np.ndarray | None = None) -> jax.Array:
+    def __call__(self, batch: Batch, weights: np.ndarray | None = None) -> jax.Array:
         """Samples a batch; does not wait for it.
 
         Args:
-          begun: the batch.
+          batch: of B images.
           weights: `(B, N)`, weight of each of the adapter's concepts in each image.
 
         Returns:
           Images, uint8 `(B, H, W, 3)`.
         """
-        return self.program(*self.arguments(begun, weights))
-
-
-def make_program(
-    backbone: Backbone, module: MidBlockModule | None, num_steps: int, mesh: Mesh
-) -> Callable[..., jax.Array]:
-    """`make_sampler`'s function, jitted for a mesh whose devices share a batch along "data"."""
-    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
-    sample = make_sampler(backbone, module, schedule)
-
-    @jax.jit
-    def program(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for fused attention
-            return sample(*args)
-
-    return program
+        return self.program(*self.arguments(batch, weights))
 
 
 def sample_images(
@@ -243,7 +246,7 @@ def sample_images(
     prompts: Sequence[str],
     seeds: Sequence[int],
     options: SamplerOptions,
-    adapter: Adapter | None = None,
+    adapter: Adapter | CombinedAdapter | None = None,
     weights: np.ndarray | None = None,
     base_twins: bool = False,
 ) -> Iterator[ImagePair]:
@@ -274,11 +277,11 @@ def sample_images(
     sampler = Sampler(backbone, options, adapter)
 
     def dispatch(rows):
-        begun = sampler.begin([prompts[row] for row in rows], [seeds[row] for row in rows])
+        batch = sampler.prepare([prompts[row] for row in rows], [seeds[row] for row in rows])
         if adapter is None:
-            return sampler(begun), sampler(begun) if base_twins else None
+            return sampler(batch), sampler(batch) if base_twins else None
         chosen = weights[rows]
-        return sampler(begun, chosen), sampler(begun, 0 * chosen) if base_twins else None
+        return sampler(batch, chosen), sampler(batch, 0 * chosen) if base_twins else None
 
     def collect(count, images, base):
         images, base = np.asarray(images), None if base is None else np.asarray(base)

@@ -1,4 +1,4 @@
-"""Which concepts steer which image of a run: by name, by fair quota, or for safety.
+"""Which concepts steer which image: by name, by fair quota, or for safety.
 
 Fairness (paper, section 4.4): each image gets one concept of a group such that the group's target
 distribution, uniform by default, is met. Safety: all safety concepts are summed.
@@ -10,23 +10,23 @@ from fractions import Fraction
 
 import numpy as np
 
-from respodiff_jax.adapters import Adapter
+from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.errors import UserError
 
 
 def fair_assignment(
     num_images_per_prompt: int, num_prompts: int, ratios: Sequence[float], seed: int
 ) -> np.ndarray:
-    """Which concept each image gets, so that the ratios are met exactly and not by luck.
+    """Which concept each image gets: the ratios are met exactly, not by luck.
 
-    Over the whole run concept k gets `ratios[k]` of all images, to the nearest possible number
-    (largest remainder, ties by lot). Within each prompt its number is the exact share, rounded down
-    or up. The order is random.
+    Concept k gets `ratios[k]` of all images, to the nearest possible number (largest remainder,
+    ties by lot). Within each prompt it gets its exact share, rounded down or up. The order is
+    random.
 
     Args:
       num_images_per_prompt: M.
       num_prompts: P.
-      ratios: K shares, not negative; they are normalised.
+      ratios: K shares, 0 or more; they are normalised.
       seed: of the order.
 
     Returns:
@@ -47,9 +47,9 @@ def fair_assignment(
     largest_remainder = sorted(by_lot, key=lambda k: quotas[k] - exact[k])
     quotas[largest_remainder[: num_images_per_prompt * num_prompts - quotas.sum()]] += 1
 
-    # Every prompt gets the floors. What is left of the quotas is dealt like cards, one concept
-    # after the other around the prompts: of each there is at most one per prompt left, so that no
-    # prompt gets two alike.
+    # Every prompt gets the floors. The rest of the quotas is dealt like cards around the prompts,
+    # one concept after the other. Each concept has at most one card for each prompt left, so no
+    # prompt gets the same concept twice.
     floors = np.array([math.floor(share * num_images_per_prompt) for share in shares])
     order = rng.permutation(len(shares))
     rest = np.repeat(order, (quotas - floors * num_prompts)[order])
@@ -60,7 +60,7 @@ def fair_assignment(
 
 
 def concept_weights(
-    adapter: Adapter | None,
+    adapter: Adapter | CombinedAdapter | None,
     num_prompts: int,
     num_images_per_prompt: int,
     *,
@@ -70,7 +70,7 @@ def concept_weights(
     safe: bool = False,
     seed: int = 0,
 ) -> np.ndarray | None:
-    """Weight of each concept in each image of a run; images of a prompt follow each other.
+    """Weight of each concept in each image; the images of a prompt follow each other.
 
     Args:
       adapter: the concepts, or None for the base model.
@@ -87,18 +87,18 @@ def concept_weights(
       float32 `(P * M, N)`, or None without an adapter.
 
     Raises:
-      UserError: for unknown names (listing what there is), a group of one, a ratio that does not
+      UserError: for unknown names (listing the known ones), a group of one, a ratio that does not
         fit its group or does not sum to 1, or nothing chosen.
     """
-    chosen = {"--concept": concepts, "--fair": fair, "--ratio": ratio, "--safe": safe}
+    chosen = {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe}
     if adapter is None:
-        if used := [flag for flag, value in chosen.items() if value]:
-            raise UserError(f"{', '.join(used)} given but no adapter; name one with --adapter")
+        if used := [f"`{name}`" for name, value in chosen.items() if value]:
+            raise UserError(f"{', '.join(used)} given but no adapter; give `adapter`")
         return None
     if not any(chosen.values()):
         raise UserError(
-            "an adapter is given but none of its concepts chosen; use --concept NAME=SCALE, --fair"
-            f" GROUP or --safe. {_inventory(adapter)}"
+            "an adapter is given but none of its concepts is chosen; choose with `concepts`, `fair`"
+            f" or `safe`. {_inventory(adapter)}"
         )
     weights = np.zeros((num_prompts * num_images_per_prompt, len(adapter.concepts)), np.float32)
     for name, scale in (concepts or {}).items():
@@ -110,12 +110,13 @@ def concept_weights(
             raise UserError(f"concept {name!r}: scale is {scale}, expected a finite number")
         weights[:, index] += scale
     if ratio and fair is None:
-        raise UserError("--ratio shares out a group's concepts; name the group with --fair")
+        raise UserError("`ratio` divides a group's concepts; name the group with `fair`")
     if fair is not None:
         members, shares = _fair_shares(adapter, fair, ratio)
         if clash := [adapter.names[i] for i in members if adapter.names[i] in (concepts or {})]:
             raise UserError(
-                f"--fair {fair} chooses among its concepts itself; drop --concept {clash[0]!r}"
+                f"`fair` {fair} chooses among its concepts itself; drop {clash[0]!r} from"
+                " `concepts`"
             )
         picks = fair_assignment(num_images_per_prompt, num_prompts, shares, seed).reshape(-1)
         columns = np.asarray(members)[picks]
@@ -123,38 +124,38 @@ def concept_weights(
     if safe:
         members = [i for i, concept in enumerate(adapter.concepts) if concept.is_safety]
         if not members:
-            raise UserError(f"--safe: the adapter has no safety concepts. {_inventory(adapter)}")
+            raise UserError(f"`safe`: the adapter has no safety concepts. {_inventory(adapter)}")
         weights[:, members] += np.float32(adapter.default_scales)[members]
     return weights
 
 
 def _fair_shares(
-    adapter: Adapter, group: str, ratio: Mapping[str, float] | None
+    adapter: Adapter | CombinedAdapter, group: str, ratio: Mapping[str, float] | None
 ) -> tuple[list[int], list[float]]:
     """The group's concepts, as indices into the adapter's, and their shares."""
     members = [i for i, concept in enumerate(adapter.concepts) if concept.group == group]
     names = [adapter.names[i] for i in members]
     if not members:
-        raise UserError(f"--fair: the adapter has no group {group!r}. {_inventory(adapter)}")
+        raise UserError(f"`fair`: the adapter has no group {group!r}. {_inventory(adapter)}")
     if any(adapter.concepts[i].is_safety for i in members):
-        raise UserError(f"--fair: {group!r} holds safety concepts, which are summed; use --safe")
+        raise UserError(f"`fair`: {group!r} holds safety concepts, which are summed; use `safe`")
     if len(members) == 1:
         raise UserError(
-            f"--fair: group {group!r} has only the concept {names[0]!r}, nothing to balance;"
-            f" use --concept {names[0]!r}, or add an adapter with the others"
+            f"`fair`: group {group!r} has only the concept {names[0]!r}, nothing to balance; name"
+            " it in `concepts`, or add an adapter with the others"
         )
     if not ratio:
         return members, [1 / len(members)] * len(members)
     if outside := sorted(set(ratio) - set(names)):
-        raise UserError(f"--ratio names {outside}, but group {group!r} has {names}")
+        raise UserError(f"`ratio` names {outside}, but group {group!r} has {names}")
     if not all(math.isfinite(share) and share >= 0 for share in ratio.values()):
-        raise UserError(f"--ratio is {dict(ratio)}, expected shares of 0 or more")
+        raise UserError(f"`ratio` is {dict(ratio)}, expected shares of 0 or more")
     if abs(sum(ratio.values()) - 1) > 5e-3:
-        raise UserError(f"--ratio sums to {sum(ratio.values()):g}, expected 1: {dict(ratio)}")
+        raise UserError(f"`ratio` sums to {sum(ratio.values()):g}, expected 1: {dict(ratio)}")
     return members, [ratio.get(name, 0.0) for name in names]
 
 
-def _inventory(adapter: Adapter) -> str:
+def _inventory(adapter: Adapter | CombinedAdapter) -> str:
     groups: dict[str, list[str]] = {}
     for concept in adapter.concepts:
         groups.setdefault(concept.group, []).append(concept.name)

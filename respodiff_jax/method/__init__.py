@@ -1,1 +1,45 @@
-"""The paper: RAM and SAM, the objective, the rollout, one training step. Pure functions."""
+"""The paper, pure: what one needs to write a training loop of one's own.
+
+spec = respodiff_jax.training.step_spec(config, model)
+concepts = embed_concepts(model, GENDER.values())
+state = init_state(spec, concepts, seed=0, batch_size=8)
+step = jax.jit(partial(train_step, spec))
+state, metrics = step(state, model.params, concepts, jnp.arange(8))
+"""
+
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
+from respodiff_jax.method.modules import MidBlockModule
+from respodiff_jax.method.paper import GENDER, RACE, SAFETY
+from respodiff_jax.method.rollout import FaithfulRollout, StreamingRollout, run_trajectory
+from respodiff_jax.method.state import StepSpec, TrainState, init_state
+from respodiff_jax.method.train_step import (
+    StepValues,
+    algorithm_1,
+    guided_prediction,
+    step_values,
+    train_step,
+)
+
+__all__ = [
+    "GENDER",
+    "RACE",
+    "SAFETY",
+    "Concept",
+    "EmbeddedConcepts",
+    "FaithfulRollout",
+    "MidBlockModule",
+    "Schedule",
+    "StepSpec",
+    "StepValues",
+    "StreamingRollout",
+    "TrainState",
+    "algorithm_1",
+    "embed_concepts",
+    "guided_prediction",
+    "init_state",
+    "run_trajectory",
+    "step_values",
+    "train_step",
+]

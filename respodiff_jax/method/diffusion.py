@@ -7,7 +7,7 @@ for (0 .. 999); a *ddim_index* counts the sampler's steps from pure noise (0) to
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -171,40 +171,57 @@ def ddim_step(
     return jnp.sqrt(next_alpha_bar) * z_0 + jnp.sqrt(1 - next_alpha_bar) * eps
 
 
-def join(*trees: Any, shards: int) -> Any:
-    """Batches `(B, ...)` of n kinds as one `(n * B, ...)`.
-
-    Args:
-      trees: one for each kind.
-      shards: of the batch, each of which is a device's: within a shard one kind is behind the
-        other. So every device keeps its samples where XLA partitions the batch.
-    """
-
-    def joined(*xs):
-        if shards == 1:  # the same, but compilers make better programs of it
-            return jnp.concatenate(xs)
-        parts = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
-        return jnp.concatenate(parts, axis=1).reshape(-1, *xs[0].shape[1:])
-
-    return jax.tree.map(joined, *trees)
+def concatenate(*trees: Any) -> Any:
+    """Batches `(B, ...)` as one batch `(n * B, ...)`, leaf by leaf."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
-def part(tree: Any, count: int, shards: int) -> tuple[Any, ...]:
-    """The inverse of `join` for `count` kinds."""
-
-    def kinds(x):
-        if shards == 1:
-            return jnp.split(x, count)
-        parts = jnp.split(x.reshape(shards, -1, *x.shape[1:]), count, axis=1)
-        return [p.reshape(-1, *x.shape[1:]) for p in parts]
-
+def split(tree: Any, count: int) -> tuple[Any, ...]:
+    """The inverse of `concatenate`: `count` batches of equal size."""
     leaves, structure = jax.tree.flatten(tree)
-    return tuple(map(structure.unflatten, zip(*map(kinds, leaves), strict=True)))
+    parts = (jnp.split(x, count) for x in leaves)
+    return tuple(map(structure.unflatten, zip(*parts, strict=True)))
 
 
 def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
     """Classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`."""
     return uncond + guidance_scale * (cond - uncond)
+
+
+def guided_output(
+    encode: Callable,
+    decode: Callable,
+    params: Any,
+    z_t: jax.Array,
+    timesteps: jax.Array,
+    cond: Any,
+    uncond: Any,
+    guidance_scale: jax.Array | float,
+    steer: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The guided model output, steered on the conditional half only (paper, section 4.4).
+
+    The UNet is evaluated once, with 2B samples.
+
+    Args:
+      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`.
+      decode: `g(params, h, skips) -> output`.
+      params: frozen parameters.
+      z_t: latents, `(B, h, w, c)`.
+      timesteps: int32 `(B,)`.
+      cond, uncond: conditioning of the prompts and of the empty or negative prompts, leading
+        axis B.
+      guidance_scale: `()`.
+      steer: changes the conditional half's mid-block output, `(B, H, W, C)`.
+
+    Returns:
+      `(B, h, w, c)`.
+    """
+    both = concatenate(z_t, z_t), concatenate(timesteps, timesteps), concatenate(cond, uncond)
+    h, skips = encode(params, *both)
+    h_cond, h_uncond = split(h, 2)
+    outputs = decode(params, concatenate(steer(h_cond), h_uncond), skips)
+    return cfg_combine(*split(outputs, 2), guidance_scale)
 
 
 def _per_sample(values: np.ndarray, ddim_index: jax.Array, z: jax.Array) -> jax.Array:

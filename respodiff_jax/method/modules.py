@@ -3,9 +3,10 @@
 RAM (Responsible Alignment Module, `T_resp`) steers the mid-block output `h` towards the concept,
 SAM (Semantic Alignment Module, `T_sem`) keeps the picture faithful to the neutral prompt. Both are
 additive: `eps(z_t, y; delta) = g(h + delta)` with `delta = T_resp(h) + T_sem(h)`. They share one
-architecture, `MidBlockModule`, in three kinds and their sums.
+architecture, `MidBlockModule`, in three kinds.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,10 +16,9 @@ import jax.numpy as jnp
 from respodiff_jax.errors import UserError
 
 KINDS = ("constant", "mlp", "conv")
-SUM = "+"
 INITS = ("zeros", "uniform")
 
-# One concept's or, with a leading concept axis on each leaf, several concepts' parameters.
+# Parameters of one concept or, with a leading concept axis on every leaf, of several.
 Params = Any
 
 
@@ -28,19 +28,17 @@ class MidBlockModule(nn.Module):
     * `constant`: a learned tensor of `h`'s shape, independent of `h`, timestep and prompt.
     * `mlp`: dense, SiLU, dense over the channels of each position.
     * `conv`: 3×3 convolution, SiLU, 3×3 convolution.
-    * several of them joined by `SUM`, as in `constant+mlp`: their sum, so that concepts of several
-      kinds steer in one batch, each with zeros for the other kinds (`adapters.concatenate`).
 
     Attributes:
-      kind: of `KINDS`, one or several joined by `SUM`.
+      kind: one of `KINDS`.
       mid_block_shape: `(H, W, C)` of `h`.
       hidden_channels: inner width of `mlp` and `conv`; None is a quarter of `C`.
-      init_scheme: of what is added. "zeros": the untrained module changes nothing. "uniform":
-        U(±1/sqrt(10)) for `constant`, as the authors' code initialises it; U(±1/sqrt(fan in)) for
-        the output layer of the others.
+      init_scheme: how the output layer starts. "zeros": the untrained module changes nothing.
+        "uniform": U(±1/sqrt(10)) for `constant`, as in the authors' code; U(±1/sqrt(fan in)) for
+        `mlp` and `conv`.
 
-    Deviation: the authors' constant is a bias-free linear map of a one-hot concept vector, a
-    column of which is the tensor here, and starts uniform; ours starts at zero by default.
+    Deviation: the authors' constant is a bias-free linear map of a one-hot concept vector and
+    starts uniform. One column of that map is the tensor here, which starts at zero by default.
     """
 
     kind: str
@@ -49,12 +47,8 @@ class MidBlockModule(nn.Module):
     init_scheme: str = "zeros"
 
     def __post_init__(self):
-        kinds = self.kinds if isinstance(self.kind, str) else (self.kind,)
-        if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
-            raise UserError(
-                f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}, or different"
-                f" ones joined by {SUM}"
-            )
+        if self.kind not in KINDS:
+            raise UserError(f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.init_scheme not in INITS:
             raise UserError(
                 f"module init is {self.init_scheme!r}, expected one of {', '.join(INITS)}"
@@ -65,17 +59,9 @@ class MidBlockModule(nn.Module):
             )
         super().__post_init__()
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What `kind` sums."""
-        return tuple(self.kind.split(SUM))
-
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
-        """`T(h)` for mid-block outputs `(B, H, W, C)`; float32, broadcastable to `h`'s shape."""
-        if len(self.kinds) > 1:
-            parts = (self.clone(parent=self, kind=kind, name=kind) for kind in self.kinds)
-            return sum(part(h) for part in parts)
+        """`T(h)` for mid-block outputs `(B, H, W, C)`: float32, broadcastable to `h`'s shape."""
         channels = self.mid_block_shape[-1]
         hidden = self.hidden_channels or max(channels // 4, 1)
         if self.kind == "constant":
@@ -107,13 +93,13 @@ class MidBlockModule(nn.Module):
 
 
 class Steering(NamedTuple):
-    """What is added at the mid-block of each sample of a batch: weighted concepts.
+    """The weighted concepts of one module that steer each sample of a batch.
 
     Attributes:
       ram: RAM parameters, leaves `(N, ...)`.
       sam: SAM parameters, leaves `(N, ...)`.
       ram_scale: float `(B, N)`, weight of each concept's RAM in each sample.
-      sam_scale: float `(B, N)`, likewise for SAM.
+      sam_scale: float `(B, N)`, weight of each concept's SAM in each sample.
     """
 
     ram: Params
@@ -127,14 +113,25 @@ def add_delta(h: jax.Array, delta: jax.Array) -> jax.Array:
     return (h.astype(jnp.float32) + delta).astype(h.dtype)
 
 
-def steer(module: MidBlockModule, steering: Steering, h: jax.Array) -> jax.Array:
-    """`h + sum_n ram_scale[:, n] RAM_n(h) + sam_scale[:, n] SAM_n(h)` for `h` `(B, H, W, C)`."""
+def steer(
+    modules: Sequence[MidBlockModule], steerings: Sequence[Steering], h: jax.Array
+) -> jax.Array:
+    """`h + sum_n ram_scale[:, n] RAM_n(h) + sam_scale[:, n] SAM_n(h)`, over all modules.
 
-    def weighted(params, scale):
+    Args:
+      modules: architectures, one for each steering.
+      steerings: weighted concepts.
+      h: mid-block output, `(B, H, W, C)`.
+    """
+
+    def weighted(module, params, scale):
         deltas = jax.vmap(module.delta, in_axes=(0, None))(params, h)  # (N, 1 or B, H, W, C)
-        if deltas.shape[1] == 1:  # the same in all samples
+        if deltas.shape[1] == 1:  # the same for all samples
             return jnp.einsum("bn,nhwc->bhwc", scale, deltas[:, 0])
         return jnp.einsum("bn,nbhwc->bhwc", scale, deltas)
 
-    delta = weighted(steering.ram, steering.ram_scale) + weighted(steering.sam, steering.sam_scale)
-    return add_delta(h, delta)
+    deltas = [
+        weighted(module, s.ram, s.ram_scale) + weighted(module, s.sam, s.sam_scale)
+        for module, s in zip(modules, steerings, strict=True)
+    ]
+    return add_delta(h, sum(deltas)) if deltas else h

@@ -1,68 +1,57 @@
-"""One training step of RAM and SAM, and the state it advances (paper, section 4 and algorithm 1).
+"""One training step of RAM and SAM (paper, section 4, Algorithm 1).
 
-`train_step` is pure. It is written for N concepts: one concept is N = 1. What a concept does is one
-function, `_concept_step`, `vmap`ped over the leading concept axis; the frozen UNet has none.
-Devices are the caller's business (`training.parallel`): under `pmap` the step sees its
-device's share of the samples and averages gradients over `axis_name`; under `jit` it sees all of
-them.
+`algorithm_1` is the paper's step for one concept. `train_step` maps it over N concepts with `vmap`;
+the frozen UNet has no concept axis. Both are pure. Where devices share a batch, the caller runs
+`train_step` on each device's samples and gives it `average`, the mean over these devices.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.backbone import Conditioning, Skips
 from respodiff_jax.method import diffusion, objective
-from respodiff_jax.method.modules import MidBlockModule, Params, add_delta
-from respodiff_jax.method.objective import ConceptArrays
-from respodiff_jax.method.rollout import Rollout, make_rollout
+from respodiff_jax.method.diffusion import concatenate, split
+from respodiff_jax.method.embedding import EmbeddedConcepts
+from respodiff_jax.method.modules import Params, add_delta
+from respodiff_jax.method.rollout import Latents, Samples
+from respodiff_jax.method.state import ConceptState, StepSpec, TrainState
+
+Average = Callable[[Any], Any]  # the mean of a tree over the devices that share a batch
 
 
-class ConceptState(flax.struct.PyTreeNode):
-    """What is trained; all leaves have a leading concept axis N.
-
-    Attributes:
-      ram, sam: parameters.
-      opt_ram, opt_sam: Optax states.
-      ema: `optax.EmaState` of `(ram, sam)`, not yet debiased, or None.
-      rollout: the rollout's state, leaves `(N, B, ...)`.
-      diverged_at: int32 `(N,)`; step of the first non-finite loss, from which on the concept is
-        left as it was before that step; -1 if all is well.
-    """
-
-    ram: Params
-    sam: Params
-    opt_ram: optax.OptState
-    opt_sam: optax.OptState
-    ema: optax.EmaState | None
-    rollout: Any
-    diverged_at: jax.Array
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """All that a checkpoint holds.
+class StepValues(NamedTuple):
+    """The intermediate values of a step; in the results of `step_values` with a leading axis N.
 
     Attributes:
-      step: int32 `()`, optimiser steps taken.
-      key: uint32 `(2,)`, data of the run's random key; step n uses `fold_in(key, n)`.
-      concepts: the concepts' states.
+      latents: `z_t`, its place on the schedule and its neutral prompt.
+      eps_neutral, eps_own, eps_empty: the base model's predictions, `(B, h, w, c)`.
+      eps_target: target of RAM's loss, `(B, h, w, c)`.
+      eps_ram: prediction with RAM as it was before the step, `(B, h, w, c)`.
+      eps_ram_sam: prediction with the updated RAM, and SAM as it was before, `(B, h, w, c)`.
+      loss_resp, loss_sem: L_resp and L_sem, `()`.
+      grad_ram, grad_sam: their gradients, shaped as the parameters of one concept.
     """
 
-    step: jax.Array
-    key: jax.Array
-    concepts: ConceptState
+    latents: Latents
+    eps_neutral: jax.Array
+    eps_own: jax.Array
+    eps_empty: jax.Array
+    eps_target: jax.Array
+    eps_ram: jax.Array
+    eps_ram_sam: jax.Array
+    loss_resp: jax.Array
+    loss_sem: jax.Array
+    grad_ram: Params
+    grad_sam: Params
 
 
 class Metrics(NamedTuple):
-    """Of one step; leaves `(N,)`."""
+    """Numbers of one step, `(N,)` each."""
 
     loss_resp: jax.Array
     loss_sem: jax.Array
@@ -72,306 +61,224 @@ class Metrics(NamedTuple):
     diverged_at: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Recipe:
-    """What is fixed for a run: functions and hyper-parameters, no arrays.
+def algorithm_1(
+    spec: StepSpec,
+    state: ConceptState,
+    frozen: dict,
+    concept: EmbeddedConcepts,
+    samples: Samples,
+    average: Average = lambda tree: tree,
+) -> tuple[ConceptState, StepValues]:
+    """Algorithm 1 of the paper for one concept: leaves have no concept axis.
 
-    Attributes:
-      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`, up to and with the mid-block.
-      decode: `g(params, h, skips) -> model output`.
-      latent_shape: `(h, w, c)`.
-      module: architecture of RAM and SAM.
-      schedule: DDIM schedule of the rollout; the losses' timesteps are its.
-      rollout: where the losses are evaluated.
-      rollout_guidance_scale: guidance of the neutral trajectories.
-      optimizer: gradient transformation, up to the factor `-learning_rate`.
-      ema_decay: of the moving averages, or None.
-      batch_shards: devices that share the batch where XLA partitions the step, see
-        `diffusion.join`.
+    RAM's update comes first; SAM's loss then sees the updated RAM.
     """
+    predict = partial(guided_prediction, spec, frozen, concept, state.ram, state.sam)
+    latents = spec.rollout.draw(state.rollout, samples, predict)
+    base = base_predictions(spec, frozen, concept, latents)
+    eps_neutral, eps_own, eps_empty = (_to_eps(spec, y, latents) for y in base.outputs)
+    eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
 
-    encode: Callable
-    decode: Callable
-    latent_shape: tuple[int, int, int]
-    module: MidBlockModule
-    schedule: diffusion.Schedule
-    rollout: Rollout
-    rollout_guidance_scale: float
-    optimizer: optax.GradientTransformation
-    ema_decay: float | None
-    batch_shards: int = 1
+    def loss_resp(ram):
+        eps_ram = _to_eps(spec, steered_output(spec, frozen, base, ram), latents)
+        return objective.responsible_loss(eps_ram, eps_target), eps_ram
 
-    @classmethod
-    def from_config(
-        cls,
-        config: ConfigDict,
-        backbone: Backbone,
-        resolution: int,
-    ) -> "Recipe":
-        schedule = diffusion.Schedule.from_config(
-            backbone.scheduler_config, config.rollout.num_steps
-        )
-        return cls(
-            encode=backbone.encode,
-            decode=partial(backbone.decode, remat=config.train.remat),
-            latent_shape=backbone.latent_shape(resolution),
-            module=MidBlockModule(
-                kind=config.module.kind,
-                mid_block_shape=backbone.mid_block_shape(resolution),
-                hidden_channels=config.module.hidden_channels,
-                init_scheme=config.module.init,
-            ),
-            schedule=schedule,
-            rollout=make_rollout(config.rollout, schedule),
-            rollout_guidance_scale=config.rollout.guidance_scale,
-            optimizer=make_optimizer(config.optimizer, config.train.steps),
-            ema_decay=config.optimizer.ema_decay,
-        )
+    (resp, eps_ram), grad_ram = jax.value_and_grad(loss_resp, has_aux=True)(state.ram)
+    resp, grad_ram = average((resp, grad_ram))
+    ram, opt_ram = _update(spec, grad_ram, state.opt_ram, state.ram, concept.lr_ram)
 
+    def loss_sem(sam):
+        output = steered_output(spec, frozen, base, ram, sam)
+        eps_ram_sam = _to_eps(spec, output, latents)
+        loss = objective.semantic_loss(eps_ram_sam, eps_neutral, concept.lambda_sem)
+        return loss, (output, eps_ram_sam)
 
-def make_lr_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """What learning rates are multiplied by at each of the training's steps: warm-up and decay."""
-    decay_steps = steps - config.warmup_steps
-    decay = {
-        "constant": optax.constant_schedule(1.0),
-        "linear": optax.linear_schedule(1.0, 0.0, decay_steps),
-        "cosine": optax.cosine_decay_schedule(1.0, decay_steps),
-    }[config.lr_schedule]
-    if not config.warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    (sem, (output, eps_ram_sam)), grad_sam = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
+    sem, grad_sam = average((sem, grad_sam))
+    sam, opt_sam = _update(spec, grad_sam, state.opt_sam, state.sam, concept.lr_sam)
 
-
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Adam with optional clipping, warm-up and decay; updates still lack `-learning_rate`.
-
-    Learning rates differ between concepts and modules, so that they multiply outside.
-    """
-    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    return optax.chain(*clip, adam, optax.scale_by_schedule(make_lr_schedule(config, steps)))
-
-
-def init_state(recipe: Recipe, concepts: ConceptArrays, seed: int, batch_size: int) -> TrainState:
-    """The state before the first step: the same for a concept alone or among others."""
-    key = jax.random.key(seed)
-
-    def init_concept(stream, num_neutral):
-        concept_key = jax.random.fold_in(key, stream)
-        ram_key, sam_key, rollout_key = jax.random.split(concept_key, 3)
-        ram, sam = recipe.module.init_params(ram_key), recipe.module.init_params(sam_key)
-        rollout_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-            rollout_key, jnp.arange(batch_size)
-        )
-        return ConceptState(
-            ram=ram,
-            sam=sam,
-            opt_ram=recipe.optimizer.init(ram),
-            opt_sam=recipe.optimizer.init(sam),
-            ema=None if recipe.ema_decay is None else _ema(recipe).init((ram, sam)),
-            rollout=recipe.rollout.init(rollout_keys, num_neutral, recipe.latent_shape),
-            diverged_at=jnp.int32(-1),
-        )
-
-    return TrainState(
-        step=jnp.int32(0),
-        key=jax.random.key_data(key),
-        concepts=jax.vmap(init_concept)(
-            jnp.asarray(concepts.stream), jnp.asarray(concepts.num_neutral)
-        ),
+    guided = diffusion.cfg_combine(output, base.outputs[-1], spec.rollout_guidance_scale)
+    rollout = spec.rollout.advance(state.rollout, samples, latents, guided)
+    values = StepValues(
+        *(latents, eps_neutral, eps_own, eps_empty, eps_target, eps_ram, eps_ram_sam),
+        *(resp, sem, grad_ram, grad_sam),
     )
-
-
-def start_from(state: TrainState, places: Sequence[int], ram: Params, sam: Params) -> TrainState:
-    """A fresh state in which some concepts start from trained modules.
-
-    Args:
-      state: of N concepts.
-      places: which of them; M.
-      ram, sam: their parameters, leaves `(M, ...)`.
-    """
-    places = np.array(places, np.int32)
-
-    def replace(fresh, trained):
-        return fresh.at[places].set(trained)
-
-    ram = jax.tree.map(replace, state.concepts.ram, ram)
-    sam = jax.tree.map(replace, state.concepts.sam, sam)
-    return state.replace(concepts=state.concepts.replace(ram=ram, sam=sam))
+    new = state.replace(ram=ram, sam=sam, opt_ram=opt_ram, opt_sam=opt_sam, rollout=rollout)
+    return new, values
 
 
 def train_step(
-    recipe: Recipe,
+    spec: StepSpec,
     state: TrainState,
     frozen: dict,
-    concepts: ConceptArrays,
+    concepts: EmbeddedConcepts,
     sample_ids: jax.Array,
-    axis_name: str | None = None,
-    axis_index_groups: list[list[int]] | None = None,
-    concept_axis: str | None = None,
+    average: Average = lambda tree: tree,
 ) -> tuple[TrainState, Metrics]:
     """Advances N concepts by one step.
 
     Args:
-      recipe: static.
+      spec: static.
       state: leaves of `state.concepts` are `(N, ...)`.
       frozen: the backbone's parameters, never changed.
       concepts: leaves `(N, ...)`.
-      sample_ids: int32 `(B,)`, which samples of the global batch these are; they name the samples'
-        random streams, so that a batch is the same however it is split.
-      axis_name: of the mapped axis that the rest of the batch lies on, if any.
-      axis_index_groups: which of its positions share concepts.
-      concept_axis: of the mesh, that N is sharded over where XLA partitions the step.
+      sample_ids: int32 `(B,)`, the numbers of these samples in the global batch, `arange(B)` on one
+        device. They name the samples' random streams: a batch is the same however it is split.
+      average: the mean over the devices that share the batch.
 
     Returns:
       The new state and the step's metrics.
     """
-    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    rollout_key, samples_key = jax.random.split(step_key)
-
-    def pmean(tree):
-        if axis_name is None:
-            return tree
-        return jax.lax.pmean(tree, axis_name, axis_index_groups=axis_index_groups)
-
-    def one_concept(concept_state, concept):
-        concept_key = jax.random.fold_in(samples_key, concept.stream)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(concept_key, sample_ids)
-        return _concept_step(
-            recipe, concept_state, frozen, concept, keys, rollout_key, state.step, pmean
-        )
-
-    all_concepts = jax.vmap(one_concept, spmd_axis_name=concept_axis)
-    new_concepts, metrics = all_concepts(state.concepts, concepts)
+    new_concepts, metrics, _ = _advance(spec, state, frozen, concepts, sample_ids, average)
     return state.replace(step=state.step + 1, concepts=new_concepts), metrics
 
 
-def _guided_prediction(
-    recipe: Recipe,
-    state: ConceptState,
+def step_values(
+    spec: StepSpec,
+    state: TrainState,
     frozen: dict,
-    concept: ConceptArrays,
+    concepts: EmbeddedConcepts,
+    sample_ids: jax.Array,
+) -> StepValues:
+    """What `train_step` with the same arguments computes on its way; leaves `(N, ...)`."""
+    return _advance(spec, state, frozen, concepts, sample_ids, lambda tree: tree)[2]
+
+
+def _advance(spec, state, frozen, concepts, sample_ids, average):
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    rollout_key, samples_key = jax.random.split(step_key)
+
+    def one_concept(old, concept):
+        concept_key = jax.random.fold_in(samples_key, concept.stream)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(concept_key, sample_ids)
+        samples = Samples(keys, concept.num_neutral, spec.latent_shape, rollout_key)
+        new, values = algorithm_1(spec, old, frozen, concept, samples, average)
+        if spec.ema_decay is not None:
+            new = new.replace(ema=spec.ema.update((new.ram, new.sam), old.ema)[1])
+        new = _unless_diverged(new, old, values, state.step)
+        return new, _metrics(values, new, average), values
+
+    return jax.vmap(one_concept)(state.concepts, concepts)
+
+
+def _unless_diverged(new: ConceptState, old: ConceptState, values: StepValues, step: jax.Array):
+    """The new state; the old one, marked, from the first step on that gives non-finite numbers."""
+    trained = (new.ram, new.sam, new.opt_ram, new.opt_sam)
+    finite = _all_finite((values.loss_resp, values.loss_sem, *trained))
+    healthy = finite & (old.diverged_at < 0)
+    diverged_at = jnp.where(healthy | (old.diverged_at >= 0), old.diverged_at, step)
+    kept = jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
+    return kept.replace(diverged_at=diverged_at)
+
+
+def _metrics(values: StepValues, state: ConceptState, average: Average) -> Metrics:
+    mean_index = jnp.mean(jnp.asarray(values.latents.ddim_index, jnp.float32))
+    return Metrics(
+        loss_resp=values.loss_resp,
+        loss_sem=values.loss_sem,
+        grad_norm_ram=optax.tree.norm(values.grad_ram),
+        grad_norm_sam=optax.tree.norm(values.grad_sam),
+        ddim_index=average(mean_index),
+        diverged_at=state.diverged_at,
+    )
+
+
+class BasePredictions(NamedTuple):
+    """What the base model makes of the latents.
+
+    Attributes:
+      h: mid-block output for the neutral prompt, `(B, H, W, C)`.
+      skips: what the decoder needs beside `h`.
+      outputs: model outputs for the neutral, the concept's own and the empty prompt,
+        `(B, h, w, c)` each.
+    """
+
+    h: jax.Array
+    skips: Skips
+    outputs: tuple[jax.Array, jax.Array, jax.Array]
+
+
+def base_predictions(
+    spec: StepSpec, frozen: dict, concept: EmbeddedConcepts, latents: Latents
+) -> BasePredictions:
+    """Evaluates the base model for the three prompts as one batch: one pass of e, one of g."""
+    z_t, batch_size = latents.z_t, len(latents.z_t)
+    conditions = concatenate(
+        _pick(concept.neutral, latents.prompt_index),
+        _repeat(concept.own, batch_size),
+        _repeat(concept.empty, batch_size),
+    )
+    t = _timesteps(spec, latents.ddim_index, batch_size)
+    h, skips = spec.encode(frozen, concatenate(z_t, z_t, z_t), concatenate(t, t, t), conditions)
+    outputs = split(spec.decode(frozen, h, skips), 3)
+    h, skips = split((h, skips), 3)[0]
+    return BasePredictions(h, skips, outputs)
+
+
+def steered_output(
+    spec: StepSpec, frozen: dict, base: BasePredictions, ram: Params, sam: Params | None = None
+) -> jax.Array:
+    """The model output `(B, h, w, c)` for the neutral prompt with RAM, or with RAM and SAM."""
+    delta = spec.module.delta(ram, base.h)
+    if sam is not None:
+        delta = delta + spec.module.delta(sam, base.h)
+    return spec.decode(frozen, add_delta(base.h, delta), base.skips)
+
+
+def guided_prediction(
+    spec: StepSpec,
+    frozen: dict,
+    concept: EmbeddedConcepts,
+    ram: Params,
+    sam: Params,
     z_t: jax.Array,
     ddim_index: jax.Array,
     prompt_index: jax.Array,
 ) -> jax.Array:
-    """The model's guided output with RAM and SAM on the conditional half only; of one concept."""
-    cond = _pick(concept.neutral, prompt_index)
-    uncond = _repeat(concept.empty, len(prompt_index))
-    join = partial(diffusion.join, shards=recipe.batch_shards)
-    t = _timesteps(recipe.schedule, ddim_index, len(z_t))
-    h, skips = recipe.encode(frozen, join(z_t, z_t), join(t, t), join(cond, uncond))
-    h_cond, h_uncond = diffusion.part(h, 2, recipe.batch_shards)
-    delta = recipe.module.delta(state.ram, h_cond) + recipe.module.delta(state.sam, h_cond)
-    output = recipe.decode(frozen, join(add_delta(h_cond, delta), h_uncond), skips)
-    outputs = diffusion.part(output, 2, recipe.batch_shards)
-    return diffusion.cfg_combine(*outputs, recipe.rollout_guidance_scale)
+    """One concept's guided model output, with RAM and SAM on the conditional half only.
 
+    Args:
+      spec: of the training.
+      frozen: the backbone's parameters.
+      concept: embedded, without a concept axis.
+      ram, sam: parameters of one concept.
+      z_t: latents, float32 `(B, h, w, c)`.
+      ddim_index: int32 `()` or `(B,)`, their place on the schedule.
+      prompt_index: int32 `(B,)`, which neutral prompt.
 
-def _concept_step(
-    recipe: Recipe,
-    state: ConceptState,
-    frozen: dict,
-    concept: ConceptArrays,
-    keys: jax.Array,
-    rollout_key: jax.Array,
-    step: jax.Array,
-    pmean: Callable,
-) -> tuple[ConceptState, Metrics]:
-    """Latents, RAM's update, SAM's with the updated RAM, the trajectories' step; one concept, no
-    leading axis."""
-    module = recipe.module
-    draw = recipe.rollout.draw(
-        state.rollout,
-        partial(_guided_prediction, recipe, state, frozen, concept),
-        keys,
-        rollout_key,
-        concept.num_neutral,
-        recipe.latent_shape,
-    )
-    z_t, batch_size = draw.z_t, len(draw.z_t)
+    Returns:
+      `(B, h, w, c)`.
+    """
 
-    def to_eps(output):
-        return diffusion.predict_eps(recipe.schedule, output, z_t, draw.ddim_index)
+    def steer(h):
+        return add_delta(h, spec.module.delta(ram, h) + spec.module.delta(sam, h))
 
-    # The base model's predictions as one batch: one pass of the encoder, one of the decoder.
-    conditions = (
-        _pick(concept.neutral, draw.prompt_index),
-        _repeat(concept.own, batch_size),
-        _repeat(concept.empty, batch_size),
-    )
-    t = _timesteps(recipe.schedule, draw.ddim_index, batch_size)
-    join = partial(diffusion.join, shards=recipe.batch_shards)
-    h_all, skips_all = recipe.encode(frozen, join(z_t, z_t, z_t), join(t, t, t), join(*conditions))
-    predictions = recipe.decode(frozen, h_all, skips_all)
-    outputs = diffusion.part(predictions, 3, recipe.batch_shards)
-    eps_neutral, eps_own, eps_empty = map(to_eps, outputs)
-    output_empty = outputs[2]
-    eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
-    h, skips = diffusion.part((h_all, skips_all), 3, recipe.batch_shards)[0]
-
-    def loss_resp(ram):
-        output = recipe.decode(frozen, add_delta(h, module.delta(ram, h)), skips)
-        return objective.responsible_loss(to_eps(output), eps_target)
-
-    ram_loss, ram_grad = pmean(jax.value_and_grad(loss_resp)(state.ram))
-    ram, opt_ram = _update(recipe, ram_grad, state.opt_ram, state.ram, concept.lr_ram)
-    ram_delta = module.delta(ram, h)
-
-    def loss_sem(sam):
-        output = recipe.decode(frozen, add_delta(h, ram_delta + module.delta(sam, h)), skips)
-        return objective.semantic_loss(to_eps(output), eps_neutral, concept.lambda_sem), output
-
-    (sam_loss, output_steered), sam_grad = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
-    mean_index = jnp.mean(jnp.asarray(draw.ddim_index, jnp.float32))
-    sam_loss, sam_grad, mean_index = pmean((sam_loss, sam_grad, mean_index))
-    sam, opt_sam = _update(recipe, sam_grad, state.opt_sam, state.sam, concept.lr_sam)
-
-    rollout_state = recipe.rollout.advance(
-        state.rollout,
-        draw,
-        lambda: diffusion.cfg_combine(output_steered, output_empty, recipe.rollout_guidance_scale),
-        keys,
-        concept.num_neutral,
+    return diffusion.guided_output(
+        spec.encode,
+        spec.decode,
+        frozen,
+        z_t,
+        _timesteps(spec, ddim_index, len(z_t)),
+        _pick(concept.neutral, prompt_index),
+        _repeat(concept.empty, len(z_t)),
+        spec.rollout_guidance_scale,
+        steer,
     )
 
-    ema = state.ema
-    if recipe.ema_decay is not None:
-        _, ema = _ema(recipe).update((ram, sam), state.ema)
 
-    finite = _all_finite((ram_loss, sam_loss, ram, sam, opt_ram, opt_sam))
-    healthy = finite & (state.diverged_at < 0)
-    advanced = state.replace(
-        ram=ram, sam=sam, opt_ram=opt_ram, opt_sam=opt_sam, ema=ema, rollout=rollout_state
-    )
-    new_state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), advanced, state)
-    diverged_at = jnp.where(healthy | (state.diverged_at >= 0), state.diverged_at, step)
-    metrics = Metrics(
-        loss_resp=ram_loss,
-        loss_sem=sam_loss,
-        grad_norm_ram=optax.tree.norm(ram_grad),
-        grad_norm_sam=optax.tree.norm(sam_grad),
-        ddim_index=mean_index,
-        diverged_at=diverged_at,
-    )
-    return new_state.replace(diverged_at=diverged_at), metrics
+def _to_eps(spec: StepSpec, output: jax.Array, latents: Latents) -> jax.Array:
+    return diffusion.predict_eps(spec.schedule, output, latents.z_t, latents.ddim_index)
 
 
-def _ema(recipe: Recipe) -> optax.GradientTransformation:
-    """The moving average of the modules; what starts at zero is debiased where it is read."""
-    return optax.ema(recipe.ema_decay, debias=False)
-
-
-def _update(recipe, grad, opt_state, params, learning_rate):
-    updates, opt_state = recipe.optimizer.update(grad, opt_state, params)
+def _update(spec: StepSpec, grad: Params, opt_state, params: Params, learning_rate: jax.Array):
+    updates, opt_state = spec.optimizer.update(grad, opt_state, params)
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     return optax.apply_updates(params, updates), opt_state
 
 
-def _timesteps(schedule, ddim_index, batch_size) -> jax.Array:
+def _timesteps(spec: StepSpec, ddim_index: jax.Array, batch_size: int) -> jax.Array:
     """The UNet's timesteps, int32 `(batch_size,)`."""
-    return jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (batch_size,))
+    return jnp.broadcast_to(jnp.asarray(spec.schedule.timesteps)[ddim_index], (batch_size,))
 
 
 def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:

@@ -1,174 +1,36 @@
-"""The working directory of a run: what it is (`run.json`) and where it stands (`checkpoints/`).
+"""Orbax checkpoints of a run.
 
-Checkpoints hold the training state, that is modules, optimisers, trajectories in flight, step and
-random key, and never a base weight. `run.json` beside them holds the resolved config, the concepts
-and the backbone's identity: a directory is only continued by the run that it belongs to.
+Checkpoints hold the training state: modules, optimisers, trajectories in flight, step and random
+key; never a base weight.
 """
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import Adapter
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.modules import MidBlockModule, Params
-from respodiff_jax.method.train_step import TrainState
-from respodiff_jax.storage import is_remote, open_path, write_whole
+from respodiff_jax.method.state import TrainState
+from respodiff_jax.storage import is_remote, open_path
 
-RUN_FILE = "run.json"
-
-# Options that do not change what is trained; they may differ when a run is continued. (The concepts
-# have taken what they needed of the defaults.)
-_FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
-
-# What TensorStore's errors, all of one kind, say where a good checkpoint cannot be read now.
-_NOT_NOW = (
-    *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
-    *("RESOURCE_EXHAUSTED", "CANCELLED"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a working directory belongs to; `run.json`.
-
-    Attributes:
-      config: the resolved config.
-      concepts: in the order of the state's concept axis.
-      module: fields of the `MidBlockModule`.
-      backbone: identity of the frozen model, resolution and prediction type.
-    """
-
-    config: Mapping[str, Any]
-    concepts: Sequence[Mapping[str, Any]]
-    module: Mapping[str, Any]
-    backbone: Mapping[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        config: ConfigDict,
-        concepts: Sequence[Concept],
-        module: MidBlockModule,
-        backbone: Mapping[str, Any],
-    ) -> "RunRecord":
-        module_fields = {
-            "kind": module.kind,
-            "mid_block_shape": list(module.mid_block_shape),
-            "hidden_channels": module.hidden_channels,
-        }
-        record = cls(
-            config.to_dict(), [c.to_dict() for c in concepts], module_fields, dict(backbone)
-        )
-        # As it will be read back: tuples become lists.
-        return cls(**json.loads(json.dumps(dataclasses.asdict(record))))
-
-    @classmethod
-    def read(cls, workdir: epath.PathLike) -> "RunRecord | None":
-        """The record of a directory, or None where there is none."""
-        path = open_path(workdir) / RUN_FILE
-        if not path.exists():
-            return None
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as e:
-            raise UserError(f"{path} is not a run record that this version can read: {e}") from e
-
-    def write(self, workdir: epath.PathLike) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        write_whole(epath.Path(workdir) / RUN_FILE, text)
-
-    def summary(self, step: int) -> dict[str, Any]:
-        """How an adapter of this run was trained, for its config."""
-        config = self.config
-        sections = {name: config[name] for name in ("rollout", "optimizer", "module")}
-        return {
-            "steps": step,
-            "batch_size": config["train"]["batch_size"],
-            "seed": config["seed"],
-            "dtype": config["model"]["dtype"],
-            "init_adapter": config["train"].get("init_adapter"),
-        } | sections
-
-    def check_continues(self, saved: "RunRecord", workdir: epath.PathLike) -> None:
-        """Checks that this run may continue a saved one.
-
-        Raises:
-          UserError: listing each difference that changes what is trained.
-        """
-        ours = {"config": _binding(self.config), "module": self.module, "backbone": self.backbone}
-        theirs = {
-            "config": _binding(saved.config),
-            "module": saved.module,
-            "backbone": saved.backbone,
-        }
-        _check_equal(ours, theirs, workdir)
-
-
-def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Checks, before any model is loaded, that a directory is new or belongs to this config.
-
-    Raises:
-      UserError: listing each difference that changes what is trained.
-    """
-    if saved := RunRecord.read(workdir):
-        ours = json.loads(json.dumps(config.to_dict()))
-        _check_equal({"config": _binding(ours)}, {"config": _binding(saved.config)}, workdir)
-
-
-def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that must not change when a run is continued."""
-    free = {"concepts_per_device", "remat"}
-    if config["optimizer"]["lr_schedule"] == "constant":  # more steps then change none before
-        free.add("steps")
-    train = {k: v for k, v in config["train"].items() if k not in free}
-    model = {k: v for k, v in config["model"].items() if k != "attention"}
-    binding = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
-    return binding | {"train": train, "model": model}
-
-
-def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
-    ours, theirs = _flatten(ours), _flatten(theirs)
-    differences = [
-        f"  {key}: {theirs.get(key, '(absent)')!r} there, {ours.get(key, '(absent)')!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key, "(absent)") != theirs.get(key, "(absent)")
-    ]
-    if differences:
-        raise UserError(
-            f"workdir {workdir} belongs to another run:\n"
-            + "\n".join(differences)
-            + "\nuse another --workdir, or the saved values to continue it"
-        )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+# What damaged files look like: missing, not UTF-8, not JSON, or one of these TensorStore statuses.
+_DAMAGE = (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError)
+_DAMAGE_STATUSES = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run, saved asynchronously.
+    """The checkpoints in a run's working directory, saved asynchronously.
 
     Args:
       workdir: of the run, absolute or relative.
-      every: save each time that this many steps are done.
-      keep: how many to keep, the newest.
-      create: the directory, if it is not there.
+      every: steps between saves.
+      keep: how many of the newest to keep; None keeps all.
+      create: make the directory if it does not exist.
     """
 
     def __init__(
@@ -178,7 +40,7 @@ class Checkpoints:
         keep: int | None = None,
         create: bool = True,
     ):
-        # `resolve` takes a URL for a relative path.
+        # `resolve` would take a URL for a relative path.
         path = open_path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()
         self.directory = path / "checkpoints"
         self._every = every
@@ -194,7 +56,7 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for a save under way."""
+        """Waits for unfinished saves."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -208,18 +70,21 @@ class Checkpoints:
         return step % self._every == 0
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a canonical state, unless that step is already there."""
+        """Saves a state, unless that step is already saved."""
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
-        """The newest state that can be read, or None if none was saved.
+        """The newest undamaged state, or None if none was saved.
 
-        Newer ones that cannot are reported and moved to `damaged_checkpoints/` of the working
-        directory.
+        Newer, damaged ones are reported and moved to `damaged_checkpoints/` of the working
+        directory. Every other error is raised: it is the machine's or this package's.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          UserError: if there are checkpoints and none can be read; they stay where they are.
+          UserError: if every checkpoint is damaged. They stay where they are.
         """
         damaged = []
         for step in reversed(self.steps):
@@ -234,18 +99,18 @@ class Checkpoints:
                 self._set_aside(damaged)
                 return state
             reason = _first_line(error) if error else "on another process"
-            print(f"checkpoint {step} is damaged ({reason}); trying the one before", flush=True)
+            print(f"checkpoint {step} is damaged ({reason}); trying an older one", flush=True)
             damaged.append(step)
         if damaged:
             raise UserError(
-                f"none of the checkpoints {damaged} in {self.directory} can be read; were they"
-                " written by another version? They stay where they are: use another --workdir"
+                f"all checkpoints {damaged} in {self.directory} are damaged; they stay where they"
+                " are: use another `workdir`"
             )
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
-        """A state as this process reads it. It waits for no other: where one cannot read its part,
-        the others would not know what it waits for."""
+        """A state as this process reads it, without waiting for other processes: they could not
+        know that this process failed to read its part."""
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
@@ -256,10 +121,13 @@ class Checkpoints:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
     def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
-        """A saved state as nested dicts of host arrays, and its step; the newest by default.
+        """A saved state as nested dicts of host arrays, and its step.
+
+        Args:
+          step: a saved step; None is the newest undamaged one.
 
         Raises:
-          UserError: if it is not there.
+          UserError: if there is no such step, or it is damaged.
         """
         if not self.steps:
             raise UserError(f"{self.directory} holds no checkpoint; has the run saved one yet?")
@@ -268,12 +136,12 @@ class Checkpoints:
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 return candidate, self._restore_host(candidate)
-            except Exception as error:  # as in `restore_latest`, but nothing is moved
+            except Exception as error:
                 if not _is_damage(error):
                     raise
                 print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
         raise UserError(
-            f"no checkpoint in {self.directory} can be read; tried {step or self.steps}"
+            f"all tried checkpoints in {self.directory} are damaged: {step or self.steps}"
         )
 
     def _restore_host(self, step: int) -> dict[str, Any]:
@@ -286,25 +154,25 @@ class Checkpoints:
         return jax.tree.map(np.asarray, state)
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        """Moves checkpoints out of the way of the steps to come."""
+        """Moves damaged checkpoints away, so that later steps can be saved in their place."""
         if steps and jax.process_index() == 0:
             damaged = self.directory.parent / "damaged_checkpoints"
             damaged.mkdir(parents=True, exist_ok=True)
-            # A folder of a bucket is only there with a file in it.
+            # A folder of a bucket exists only with a file in it.
             (damaged / "README").write_text("Checkpoints that could not be read.\n")
             for step in steps:
                 (self.directory / str(step)).replace(damaged / str(step))
-        _all_processes(True)  # none goes on before they are moved
+        _all_processes(True)  # a barrier: no process continues before they are moved
         self._manager.reload()
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether an error of reading a checkpoint is the checkpoint's; if not, the machine failed."""
-    if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError)
-    # JAX's own is such as no memory left on a device.
-    of_machine = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
-    return not of_machine and not any(status in str(error) for status in _NOT_NOW)
+def _is_damage(error: BaseException | None) -> bool:
+    """Whether an error of reading a checkpoint, or what caused it, comes from damaged files."""
+    while error is not None:
+        if isinstance(error, _DAMAGE) or str(error).startswith(_DAMAGE_STATUSES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: Exception) -> str:
@@ -312,63 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _all_processes(ok: bool) -> bool:
-    """Whether all processes say so; a barrier."""
+    """Whether `ok` holds on all processes; a barrier."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.int32(ok)).all())
-
-
-def adapter_from_workdir(workdir: epath.PathLike, step: int | None = None) -> Adapter:
-    """The adapter that a run has trained so far: its moving average, where it keeps one.
-
-    Args:
-      workdir: of the run.
-      step: a saved step; the newest by default.
-
-    Raises:
-      UserError: if the directory is not a run's or has no such checkpoint.
-    """
-    record = RunRecord.read(workdir)
-    if record is None:
-        raise UserError(f"{workdir} is not a training workdir: it has no run.json")
-    with Checkpoints(workdir, create=False) as checkpoints:
-        step, state = checkpoints.restore_host(step)
-    state = state["concepts"]
-    ema = None if state["ema"] is None else optax.EmaState(**state["ema"])
-    adapter = make_adapter(record, state["ram"], state["sam"], ema, state["diverged_at"])
-    if adapter is None:
-        raise UserError(f"{workdir}: every concept diverged, there is nothing to use")
-    return dataclasses.replace(adapter, training=record.summary(step))
-
-
-def make_adapter(
-    record: RunRecord,
-    ram: Params,
-    sam: Params,
-    ema: optax.EmaState | None,
-    diverged_at: np.ndarray,
-) -> Adapter | None:
-    """The adapter of a run's concepts that have not diverged; None if all have.
-
-    Args:
-      record: of the run.
-      ram, sam, ema, diverged_at: host arrays, those fields of its `ConceptState`. Rows past the
-        record's concepts are copies that fill up a wave.
-    """
-    rows = np.flatnonzero(diverged_at[: len(record.concepts)] < 0)
-    if not len(rows):
-        return None
-    if ema is not None:
-        # Those that have not diverged have counted the same steps.
-        debiasing = 1 - record.config["optimizer"]["ema_decay"] ** int(ema.count[rows[0]])
-        ram, sam = jax.tree.map(lambda x: x / debiasing, ema.ema)
-    ram, sam = jax.tree.map(lambda x: x[rows], (ram, sam))
-    return Adapter(
-        concepts=tuple(Concept.from_dict(record.concepts[row]) for row in rows),
-        module=MidBlockModule(
-            **dict(record.module) | {"mid_block_shape": tuple(record.module["mid_block_shape"])}
-        ),
-        ram=ram,
-        sam=sam,
-        backbone=dict(record.backbone),
-    )

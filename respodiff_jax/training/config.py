@@ -5,9 +5,11 @@ changes more: `--config configs/sd14_gender.py --config.train.steps=200`.
 """
 
 import math
+import os
 import pathlib
 import runpy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -17,10 +19,10 @@ from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
 from respodiff_jax.method.modules import INITS, KINDS
-from respodiff_jax.method.rollout import KINDS as ROLLOUT_KINDS
 
 ATTENTION = ("auto", "plain", "flash", "cudnn", "stock")
 STRATEGIES = ("pmap", "mesh")
+ROLLOUTS = ("streaming", "faithful")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -75,7 +77,6 @@ def default() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.strategy = "pmap"  # or "mesh"
-    config.parallel.fsdp = False  # "mesh" only: shard the frozen parameters
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 500
@@ -121,36 +122,41 @@ def _entry(concept: Concept) -> ConfigDict:
 
 
 def load_config(
-    path: str, overrides: Sequence[str] = (), concepts_file: str | None = None
+    path: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    concepts: str | os.PathLike | None = None,
+    **sections: Any,
 ) -> ConfigDict:
-    """Reads a config file, applies overrides and validates the result.
+    """Reads a config file, changes options and validates the result.
 
     Args:
       path: a Python file with `get_config()`.
-      overrides: as on the command line, `--config.train.steps=200`.
-      concepts_file: as for `read_concepts`; its concepts then replace the config's.
+      overrides: as on the command line, `"--config.train.steps=200"`.
+      concepts: a file as for `read_concepts`; its concepts then replace the config's.
+      **sections: options by section, `train={"steps": 200}`, or top-level ones, `seed=1`.
 
     Raises:
-      UserError: naming an unknown key, a value of the wrong type, or what `validate` finds.
+      UserError: naming an unknown option, a value of the wrong type, or what `validate` finds.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"config file {path!r} does not exist")
-    get_config = runpy.run_path(path).get("get_config")
+        raise UserError(f"config file {path} does not exist")
+    get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
-        raise UserError(f"config file {path!r} defines no get_config()")
+        raise UserError(f"config file {path} defines no get_config()")
     values = flags.FlagValues()
     argv = ["respodiff", *overrides]
     config = get_config()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
+        config = values.config.lock()
+        config.update(sections)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"config {path}: {' '.join(map(str, e.args))}") from e
-    config = values.config
-    config.lock()
-    if concepts_file is not None:
+    if concepts is not None:
         defaults = config.concept_defaults.to_dict()
-        config = with_concepts(config, read_concepts(concepts_file, defaults))
+        config = with_concepts(config, read_concepts(concepts, defaults))
     validate(config)
     return config
 
@@ -189,12 +195,7 @@ def validate(config: ConfigDict) -> None:
     check_choice("module.init", INITS)
     check_choice("parallel.strategy", STRATEGIES)
     check_choice("optimizer.lr_schedule", LR_SCHEDULES)
-    check_choice("rollout.kind", ROLLOUT_KINDS)
-    check(
-        not config.parallel.fsdp or config.parallel.strategy == "mesh",
-        "parallel.fsdp",
-        "False, or parallel.strategy='mesh', the only one that shards the frozen parameters",
-    )
+    check_choice("rollout.kind", ROLLOUTS)
     check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
         section, field = key.split(".")

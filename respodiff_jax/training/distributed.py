@@ -1,4 +1,4 @@
-"""A process of a job: it joins the others, stops with them, and leaves when it fails."""
+"""One of several processes: it joins the others, stops with them, and leaves when it fails."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import Interrupted, UserError
 
 # How long a process that failed waits for the others, which may have failed as well.
 LEAVE_SECONDS = 30
@@ -23,12 +23,12 @@ def initialize(
     process_id: int | None = None,
     auto: bool = False,
 ) -> None:
-    """Joins a multi-host job; call before anything else touches JAX.
+    """Joins the other processes of a training; call before anything else touches JAX.
 
     Args:
       coordinator: "host:port" of process 0; with it, the next two are required.
-      num_processes: number of processes of the job.
-      process_id: this process, 0 .. num_processes - 1.
+      num_processes: number of processes.
+      process_id: number of this process, 0 .. num_processes - 1.
       auto: let JAX find the three itself, as it does on Cloud TPU pods, Slurm and Open MPI.
 
     Raises:
@@ -52,16 +52,18 @@ def initialize(
 
 @contextlib.contextmanager
 def leaving_on_error() -> Iterator[None]:
-    """Ends a process of several soon after an error inside, so that the others notice.
+    """Ends one of several processes soon after an error inside, so that the others notice.
 
-    JAX lets a process end only when all do, or after five minutes; but the others may be waiting,
+    JAX lets a process end only when all do, or after five minutes. But the others may be waiting,
     in a collective, for the one that failed.
     """
     try:
         yield
+    except Interrupted:
+        raise  # all processes stop at the same step
     except BaseException as error:
         if jax.process_count() > 1:
-            status = 2 if isinstance(error, (ValueError, FloatingPointError)) else 1  # as cli.main
+            status = 2 if isinstance(error, UserError) else 1  # as cli.main
             timer = threading.Timer(LEAVE_SECONDS, os._exit, (status,))
             timer.daemon = True
             timer.start()
@@ -69,16 +71,19 @@ def leaving_on_error() -> Iterator[None]:
 
 
 class Preemption:
-    """Tells the training loop that it should save and stop; all processes agree on the step.
+    """Tells the training loop when to save and stop; all processes agree on the step.
 
     One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
+
+    Attributes:
+      stopped: what `reached` said last.
     """
 
-    # Of the process, whose service remembers how far it was asked: a run may begin at any step.
+    # Counts over the life of the process, as JAX's service does: a run may begin at any step.
     _asked = itertools.count(1)
 
     def __enter__(self) -> "Preemption":
-        self._signalled = False
+        self.stopped = self._signalled = False
         if jax.process_count() == 1:
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         return self
@@ -91,18 +96,21 @@ class Preemption:
         self._signalled = True
 
     def reached(self) -> bool:
-        """Whether to stop after this step; all processes have to call it at each."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(next(self._asked))
-        return self._signalled
+        """Whether to stop after this step; every process calls it at every step."""
+        self.stopped = (
+            multihost_utils.reached_preemption_sync_point(next(self._asked))
+            if jax.process_count() > 1
+            else self._signalled
+        )
+        return self.stopped
 
 
 def enable_compilation_cache(folder: str | None = None) -> None:
     """Keeps compiled programs on disk.
 
-    A program is found again by its hash. JAX leaves source locations out of it, but not those
-    inside Pallas kernels, where they would tell one installation from another: so none are kept,
-    and profiles have none.
+    JAX finds a program again by its hash, which leaves source locations out, but not those inside
+    Pallas kernels. These would differ between installations, so no locations are kept at all;
+    profiles then have none.
 
     Args:
       folder: by default `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's cache.

@@ -1,39 +1,24 @@
-"""Watching a run: progress bar, TensorBoard, JSON lines and validation grids.
+"""Watching a run: progress bar, `metrics.jsonl` and TensorBoard.
 
-All of it is written below the working directory, by process 0: `metrics.jsonl`, `tensorboard/`,
-`grids/`.
+Process 0 writes them below the working directory.
 """
 
 import contextlib
-import io
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from respodiff_jax.adapters import Adapter
-from respodiff_jax.backbone import Backbone
-from respodiff_jax.generation.sampling import default_batch_size, initial_noise
-from respodiff_jax.images import grid
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.modules import Steering
-from respodiff_jax.method.objective import ConceptArrays
 from respodiff_jax.method.train_step import Metrics
 from respodiff_jax.storage import LocalFolder, append_text, read_json_lines, write_whole
 
-# Of many concepts, nobody looks at more grids than this.
-MAX_GRIDS = 8
-# How often TensorBoard's events are copied to a bucket.
+# Seconds between copies of TensorBoard's events to a bucket.
 PUSH_SECONDS = 120
 
 
@@ -42,10 +27,12 @@ class RunLog:
 
     Args:
       workdir: of the run.
-      concepts: in the order of the metrics' concept axis, which may go on after them.
+      concepts: in the order of the metrics' concept axis. The axis may be longer.
       batch_size: samples of each concept in a step.
       first_step: steps done before, 0 or where a checkpoint resumed; later entries are dropped.
-      steps: to do in all.
+      steps: of the whole run.
+      every: steps between entries.
+      fetch: makes host arrays of a step's metrics.
       label: shown before the bar.
     """
 
@@ -56,8 +43,12 @@ class RunLog:
         batch_size: int,
         first_step: int,
         steps: int,
+        every: int,
+        fetch: Callable[[Metrics], Metrics],
         label: str = "",
     ):
+        self._pending: list[Metrics] = []
+        self._every, self._fetch = every, fetch
         self._names = [c.name for c in concepts]
         self._diverged = np.zeros(len(concepts), bool)
         self._samples_per_step = len(concepts) * batch_size
@@ -89,15 +80,29 @@ class RunLog:
             self._tensorboard.close()
             self._events.close()
 
-    def write(self, step: int, metrics: Sequence[Metrics]) -> int:
-        """Records host metrics of the steps since the last call, of which `step` is the newest.
+    def add(self, metrics: Metrics) -> None:
+        """Keeps a step's metrics until the next `write`; waits for all steps but the last two.
 
-        A concept that has diverged is told of once, and recorded no more.
+        Two unfinished steps keep the devices busy; more would delay a stop.
+        """
+        self._pending.append(metrics)
+        jax.block_until_ready(self._pending[-3:-2])
+
+    def due(self, step: int) -> bool:
+        """Whether the interval says to write after this step."""
+        return step % self._every == 0
+
+    def write(self, step: int) -> int:
+        """Records the metrics added since the last call; `step` is the number of steps done.
+
+        A diverged concept is reported once, and no longer recorded.
 
         Returns:
-          How many concepts have not diverged.
+          The number of concepts that have not diverged.
         """
-        metrics = [Metrics(*(x[: len(self._names)] for x in m)) for m in metrics]
+        fetched = [self._fetch(m) for m in self._pending]
+        self._pending.clear()
+        metrics = [Metrics(*(x[: len(self._names)] for x in m)) for m in fetched]
         diverged_at = metrics[-1].diverged_at
         for i in np.flatnonzero((diverged_at >= 0) & ~self._diverged):
             self.say(
@@ -162,7 +167,7 @@ class Profiler:
     """A trace of a few steps after compilation, for TensorBoard's profile tab.
 
     Args:
-      directory: where to; None for no trace.
+      directory: where the trace is written; None for no trace.
     """
 
     FIRST, LAST = 2, 5  # counted from the first step of this start
@@ -185,132 +190,3 @@ class Profiler:
             self._trace.enter_context(jax.profiler.trace(folder.path))
         elif index > self.LAST:
             self._trace.close()
-
-
-class ValidationGrids:
-    """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, of equal seeds.
-
-    Args:
-      workdir: of the run; grids go to `grids/`.
-      config: the config's `log` section.
-      steps: of the run.
-      backbone: the model's functions; its parameters are not used.
-      sample: from `Placement.compile_sampler`.
-      concepts: the concepts, and
-      arrays: their embeddings.
-      resolution: in pixels.
-    """
-
-    ROWS = ("base", "RAM + SAM", "RAM only")
-    RAM_SCALES, SAM_SCALES = np.array([0, 1, 1], np.float32), np.array([0, 1, 0], np.float32)
-
-    def __init__(
-        self,
-        workdir: epath.Path,
-        config: Any,
-        steps: int,
-        backbone: Backbone,
-        sample: Callable,
-        concepts: Sequence[Concept],
-        arrays: ConceptArrays,
-        resolution: int,
-    ):
-        self._directory = workdir / "grids"
-        self._config = config
-        self._steps = steps
-        self._concepts = concepts[:MAX_GRIDS]
-        self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), arrays.neutral)
-        self._empty = jax.tree.map(lambda x: np.asarray(x[:1]), arrays.empty)
-        self._noise = np.asarray(
-            initial_noise(range(config.grid_images), backbone.latent_shape(resolution))
-        )
-        # All waves have as many modules, and a diverged concept's stay, so that none compiles anew.
-        self._num_modules = min(len(arrays.stream), MAX_GRIDS)
-        # As many images at a time as `generate` gives a device: a grid fits where training does.
-        most = self._num_modules * len(self.ROWS) * config.grid_images
-        self._batch_size = default_batch_size(most, jax.device_count(), resolution)
-        self._sample = sample
-
-    def due(self, step: int) -> bool:
-        """Whether there are to be grids of that step."""
-        return step == self._steps or step % self._config.grid_every == 0
-
-    def missing(self, step: int, adapter: Adapter) -> bool:
-        """Whether that step lacks any, as process 0 sees it; all processes take part."""
-        found = len(list(self._directory.glob(f"{step:07d}_*.png")))
-        some = np.array(found < len(self._shown(adapter)))
-        return bool(multihost_utils.broadcast_one_to_all(some))
-
-    def _shown(self, adapter: Adapter) -> list[int]:
-        return [i for i, c in enumerate(self._concepts) if c.name in adapter.names]
-
-    def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
-        """Samples and writes one grid for each concept that the adapter has; every process takes
-        part."""
-        shown = self._shown(adapter)
-        images = self._images(frozen, adapter, shown) if shown else ()
-        if jax.process_index() != 0:
-            return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for i, rows in zip(shown, images, strict=True):
-            concept = self._concepts[i]
-            title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
-            picture = grid(rows, row_labels=self.ROWS, title=title)
-            name = re.sub(r"\W+", "_", concept.name)
-            content = io.BytesIO()
-            picture.save(content, format="PNG")
-            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", content.getvalue())
-            log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
-
-    def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
-        """Images `(len(shown), 3, grid_images, H, W, 3)`, in batches over all devices."""
-        columns = np.zeros(self._num_modules, int)
-        columns[shown] = [adapter.names.index(self._concepts[i].name) for i in shown]
-        ram, sam = jax.tree.map(lambda x: x[columns], (adapter.ram, adapter.sam))
-        shape = len(shown), len(self.ROWS), len(self._noise)
-        concept, row, seed = (index.ravel() for index in np.indices(shape))
-        concept = np.array(shown)[concept]
-        own = np.eye(self._num_modules, dtype=np.float32)[concept]
-        ram_scale = own * self.RAM_SCALES[row, None]
-        sam_scale = own * self.SAM_SCALES[row, None]
-        guidance_scale = np.float32(self._config.grid_guidance_scale)
-        images = []
-        for start in range(0, len(seed), self._batch_size):
-            # The last batch is filled up, so that all have one shape.
-            now = np.minimum(np.arange(start, start + self._batch_size), len(seed) - 1)
-            cond = jax.tree.map(lambda x, now=now: x[concept[now]], self._neutral)
-            steering = Steering(ram, sam, ram_scale[now], sam_scale[now])
-            noise = self._noise[seed[now]]
-            images.append(self._sample(frozen, noise, cond, self._empty, steering, guidance_scale))
-        return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])
-
-
-def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """A PNG of a run's newest sample grids, one concept's below the other's.
-
-    Args:
-      workdir: of the run.
-      step: up to which grids are looked for; by default all are.
-
-    Returns:
-      The file's content, or None where there are none.
-    """
-    files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
-    steps = [int(path.name.split("_")[0]) for path in files]
-    newest = max((s for s in steps if step is None or s <= step), default=None)
-    if newest is None:
-        return None
-    pictures = [
-        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        for path, its_step in zip(files, steps, strict=True)
-        if its_step == newest
-    ]
-    size = max(p.width for p in pictures), sum(p.height for p in pictures)
-    whole = Image.new("RGB", size, "white")
-    top = 0
-    for picture in pictures:
-        whole.paste(picture, (0, top))
-        top += picture.height
-    content = io.BytesIO()
-    whole.save(content, format="PNG")
-    return content.getvalue()

@@ -1,313 +1,309 @@
-"""`respodiff train`: from a config to checkpoints, pictures and an adapter."""
+"""One run: a set of concepts, trained in a folder of its own from where it stands to the end."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import Adapter, check_fits, load_adapter
+from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.adapters.card import export_adapter
-from respodiff_jax.backbone import load_backbone
-from respodiff_jax.errors import UserError
+from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.generation.sampling import make_sampler
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
 from respodiff_jax.method.modules import MidBlockModule
-from respodiff_jax.method.objective import ConceptArrays, concept_arrays
-from respodiff_jax.method.train_step import (
-    Metrics,
-    Recipe,
-    TrainState,
-    init_state,
-    start_from,
-    train_step,
-)
-from respodiff_jax.storage import is_remote, open_path
-from respodiff_jax.training.checkpoint import (
-    Checkpoints,
-    RunRecord,
-    check_same_config,
-    make_adapter,
-)
-from respodiff_jax.training.config import concepts_from, validate
+from respodiff_jax.method.state import StepSpec, TrainState, init_state, start_from
+from respodiff_jax.method.train_step import train_step
+from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.distributed import Preemption
-from respodiff_jax.training.monitoring import Profiler, RunLog, ValidationGrids, newest_grids
-from respodiff_jax.training.parallel import Placement, make_placement
-from respodiff_jax.training.waves import Wave, gather_outcomes, plan_waves, write_plan
+from respodiff_jax.training.grids import ValidationGrids, newest_grids
+from respodiff_jax.training.monitoring import Profiler, RunLog
+from respodiff_jax.training.parallel import Placement
+from respodiff_jax.training.record import RunRecord
+from respodiff_jax.training.spec import step_spec
+from respodiff_jax.training.trained import load_adapter, make_adapter
 
 
-def train(config: ConfigDict, workdir: str, *, profile: bool = False) -> None:
-    """Trains the config's concepts, continuing where the working directory stands.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Concepts that are trained together.
 
-    More concepts than `train.concepts_per_device` allows at a time are trained in waves
-    (`training.waves`). SIGTERM saves and returns; calling again continues bit for bit. A
-    concept whose loss is no longer finite is dropped and told of; the others go on.
+    Attributes:
+      folder: working directory of the run.
+      config: with these concepts.
+      concepts: N concepts.
+      size: concepts in the training state, at least N. Those past N are copies of the last.
+      label: shown before the progress bar; "" for the only run of a training.
+    """
+
+    folder: epath.Path
+    config: ConfigDict
+    concepts: tuple[Concept, ...]
+    size: int
+    label: str = ""
+
+    @property
+    def filled_up(self) -> tuple[Concept, ...]:
+        """The concepts of the training state."""
+        return fill_up(self.concepts, self.size)
+
+
+def fill_up(concepts: tuple[Concept, ...], size: int) -> tuple[Concept, ...]:
+    """The concepts, followed by copies of the last one up to this size."""
+    return concepts + concepts[-1:] * (size - len(concepts))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Session:
+    """What the runs of a training share: the model on the devices and the compiled programs.
+
+    Attributes:
+      model: abstract.
+      text_encoders: the model with the parameters of its text encoders only, on the host.
+      resolution: in pixels.
+      max_neutral: the largest number of neutral prompts of a concept.
+      spec: of the training step.
+      placement: of a run on the devices.
+      frozen: the parameters of UNet and VAE, on the devices.
+      step: the compiled training step.
+      sample: the compiled sampler of the validation grids; None without grids.
+      start: the adapter that concepts start from, or None.
+    """
+
+    model: Backbone
+    text_encoders: Backbone
+    resolution: int
+    max_neutral: int
+    spec: StepSpec
+    placement: Placement
+    frozen: dict
+    step: Callable
+    sample: Callable | None
+    start: Adapter | None
+
+
+def open_session(
+    config: ConfigDict, concepts: Sequence[Concept], runs: Sequence[Run], placement: Placement
+) -> Session:
+    """Checks the runs, then reads the model and puts it on the devices.
 
     Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      workdir: directory of the run, made if needed.
-      profile: also write a trace of a few steps to `workdir/profile`.
+      config: of the training.
+      concepts: of all runs, finished ones included.
+      runs: to train; all of one size.
+      placement: of such a run.
 
     Raises:
-      UserError: for what the user can mend: config, devices, directory, model.
-      FloatingPointError: if every concept has diverged, naming steps and concepts. What was saved
-        before stays.
+      UserError: for every mistake in config, model, adapter or folders, before weights are read.
     """
-    validate(config)
-    workdir = _writable(workdir)
-    waves = plan_waves(workdir, config, jax.device_count())
-    placement = make_placement(
-        config.parallel.strategy, waves[0].size, config.train.batch_size, config.parallel.fsdp
+    say(f"opening {config.model.name}")
+    records = [RunRecord.read(run.folder) for run in runs]
+    # A training continues with the commit that it began with, wherever the branch is now.
+    begun = next((record.backbone["revision"] for record in records if record), None)
+    model = load_backbone(
+        config.model.name,
+        revision=begun or config.model.revision,
+        variant=config.model.variant,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        abstract=True,
     )
-    for wave in waves:
-        check_same_config(wave.config, wave.folder)
-    to_do = [wave for wave in waves if not (wave.label and wave.is_done)]
-    if to_do:
-        begun = next(filter(None, (RunRecord.read(wave.folder) for wave in waves)), None)
-        job = _Job(config, concepts_from(config), to_do, placement, begun)
+    resolution = config.model.resolution or model.default_resolution
+    spec = step_spec(config, model, resolution)
+    sample = None
+    if config.log.grid_every:
+        sample = make_sampler(model, (spec.module,), config.log.grid_steps, placement.mesh)
+    model.tokenise([prompt for concept in concepts for prompt in concept.prompts])
+    for run, record in zip(runs, records, strict=True):
+        if record:
+            make_record(run, spec, model, resolution).check_continues(record, run.folder)
+    start = None
+    if config.train.init_adapter is not None:
+        start = load_adapter(config.train.init_adapter)
+        check_fits(start, model, resolution)
+        _check_start(start, concepts, spec.module)
+
+    say("loading the weights")
+    params = model.loaded().params
+    parts = ("unet", "vae") if sample else ("unet",)
+    texts = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
+    return Session(
+        model=model,
+        text_encoders=dataclasses.replace(model, params=texts, load=None),
+        resolution=resolution,
+        max_neutral=max(len(concept.neutral_prompts) for concept in concepts),
+        spec=spec,
+        placement=placement,
+        frozen=placement.replicate({part: params[part] for part in parts}),
+        step=placement.compile(partial(train_step, spec)),
+        sample=sample,
+        start=start,
+    )
+
+
+def make_record(run: Run, spec: StepSpec, model: Backbone, resolution: int) -> RunRecord:
+    """The record that the run's folder gets."""
+    return RunRecord.make(run.config, run.concepts, spec.module, model.trained_at(resolution))
+
+
+def train_run(
+    session: Session, run: Run, preemption: Preemption, profile: bool = False
+) -> tuple[int, np.ndarray]:
+    """Trains a run to its end, or until all of its concepts have diverged.
+
+    The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter.
+
+    Args:
+      session: the model and programs.
+      run: what to train.
+      preemption: says when to stop.
+      profile: also write a trace of a few steps to `profile/`.
+
+    Returns:
+      The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.
+
+    Raises:
+      Interrupted: if told to stop before the end; the state is saved.
+    """
+    config, placement, workdir = run.config, session.placement, run.folder
+    steps = config.train.steps
+    record = make_record(run, session.spec, session.model, session.resolution)
+    workdir.mkdir(parents=True, exist_ok=True)
+    embedded = embed_concepts(
+        session.text_encoders, run.filled_up, session.resolution, session.max_neutral
+    )
+    concepts = placement.place_concepts(embedded)
+    grids = _grids(session, run, embedded)
+    with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+        state = _newest_state(session, run, embedded, checkpoints)
+        step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
-            write_plan(workdir, waves)
-            gather_outcomes(workdir, waves)
-        with Preemption() as preemption:
-            for wave in to_do:
-                if not job.run(wave, preemption, profile and wave is to_do[0]):
-                    return
-                if jax.process_index() == 0:
-                    gather_outcomes(workdir, [wave])
-    else:
-        _say(f"all {len(waves)} waves are done: nothing left to train")
-    if jax.process_index() == 0:
-        _report(gather_outcomes(workdir, waves), workdir)
-
-
-class _Job:
-    """What the waves share: the frozen model on the devices, and the compiled step.
-
-    Args:
-      config: of the job.
-      concepts: of all waves.
-      waves: to run; of one size.
-      placement: of such a wave on the devices.
-      begun: the record of a wave that has been begun, or None.
-
-    Raises:
-      UserError: for all that can be wrong, before the weights are read.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        concepts: Sequence[Concept],
-        waves: Sequence[Wave],
-        placement: Placement,
-        begun: RunRecord | None,
-    ):
-        self.config, self.placement = config, placement
-        open_model = partial(
-            load_backbone,
-            config.model.name,
-            variant=config.model.variant,
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-        )
-        _say(f"opening {config.model.name}")
-        # A job goes on with the commit that it began with, wherever the branch is now.
-        revision = (begun and begun.backbone["revision"]) or config.model.revision
-        self.sketch = open_model(revision=revision, abstract=True)
-        self.resolution = config.model.resolution or self.sketch.default_resolution
-        self.recipe = Recipe.from_config(config, self.sketch, self.resolution)
-        sampler = None
-        if config.log.grid_every:
-            schedule = Schedule.from_config(self.sketch.scheduler_config, config.log.grid_steps)
-            sampler = make_sampler(self.sketch, self.recipe.module, schedule)
-        self.sketch.tokenise([prompt for concept in concepts for prompt in concept.prompts])
-        for wave in waves:
-            if of_wave := RunRecord.read(wave.folder):
-                self._record(wave).check_continues(of_wave, wave.folder)
-        self.start = None
-        if config.train.init_adapter is not None:
-            self.start = load_adapter(config.train.init_adapter)
-            check_fits(self.start, self.sketch, self.resolution)
-            _check_start(self.start, concepts, self.recipe.module)
-
-        _say("loading the weights")
-        backbone = open_model(revision=self.sketch.identity["revision"])
-        self.most_neutral = max(len(concept.neutral_prompts) for concept in concepts)
-        parts = ("unet", "vae") if sampler else ("unet",)
-        self.frozen = placement.place_frozen({part: backbone.params[part] for part in parts})
-        # The host keeps the text encoders alone.
-        texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
-        self.backbone = dataclasses.replace(backbone, params=texts)
-        recipe = placement.prepare(self.recipe)
-        self.step = placement.compile(partial(train_step, recipe))
-        self.sample = sampler and placement.compile_sampler(sampler)
-
-    def _record(self, wave: Wave) -> RunRecord:
-        trained_on = self.sketch.trained_at(self.resolution)
-        return RunRecord.of(wave.config, wave.concepts, self.recipe.module, trained_on)
-
-    def _newest_state(
-        self, wave: Wave, arrays: ConceptArrays, checkpoints: Checkpoints
-    ) -> TrainState:
-        """The wave's last checkpoint, or its state before the first step; canonical."""
-        names = self.start.names if self.start else ()
-        rows = {n: names.index(c.name) for n, c in enumerate(wave.concepts) if c.name in names}
-
-        def init(arrays, *trained):
-            fresh = init_state(self.recipe, arrays, self.config.seed, self.config.train.batch_size)
-            return start_from(fresh, [*rows], *trained) if trained else fresh
-
-        args = (arrays,)
-        if rows:
-            chosen = [*rows.values()]
-            args += jax.tree.map(lambda x: x[chosen], (self.start.ram, self.start.sam))
-        restored = checkpoints.restore_latest(self.placement.abstract(jax.eval_shape(init, *args)))
-        return self.placement.init_state(init, *args) if restored is None else restored
-
-    def _grids(self, wave: Wave, arrays: ConceptArrays) -> ValidationGrids | None:
-        if self.sample is None:
-            return None
-        return ValidationGrids(
-            wave.folder,
-            self.config.log,
-            self.config.train.steps,
-            self.sketch,
-            self.sample,
-            wave.concepts,
-            arrays,
-            self.resolution,
-        )
-
-    def run(self, wave: Wave, preemption: Preemption, profile: bool) -> bool:
-        """Trains a wave to its end, or until the job is to stop; says whether it came to its end.
-
-        It also ends when all its concepts have diverged.
-        """
-        config, workdir, placement = self.config, wave.folder, self.placement
-        steps, record = config.train.steps, self._record(wave)
-        workdir.mkdir(parents=True, exist_ok=True)
-        arrays = concept_arrays(self.backbone, wave.filled_up, self.resolution, self.most_neutral)
-        concepts = placement.place_concepts(arrays)
-        grids = self._grids(wave, arrays)
-        with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
-            state = self._newest_state(wave, arrays, checkpoints)
-            step = first_step = int(placement.fetch(state.step))
-            if jax.process_index() == 0:
-                record.write(workdir)
-            state = placement.place_state(state)
-
-            def fetch_adapter():
-                """The modules as they are, and where concepts diverged; all processes take part."""
-                trained = placement.canonical(state).concepts
-                fields = trained.ram, trained.sam, trained.ema, trained.diverged_at
-                fields = placement.fetch(fields)
-                return make_adapter(record, *fields), fields[-1][: len(wave.concepts)]
-
-            def draw_grids():
-                adapter, _ = fetch_adapter()
-                if adapter is not None and (step > first_step or grids.missing(step, adapter)):
-                    grids.write(step, self.frozen, adapter, log)
-
-            with (
-                RunLog(
-                    workdir, wave.concepts, config.train.batch_size, first_step, steps, wave.label
-                ) as log,
-                Profiler(workdir / "profile" if profile else None) as profiler,
-            ):
-                log.say(
-                    f"{len(wave.concepts)} concept(s) on {jax.device_count()}"
-                    f" {jax.devices()[0].platform} device(s): {placement.concept_shards} concept ×"
-                    f" {placement.data_shards} data shard(s), {config.parallel.strategy}"
-                )
-                if step >= steps:
-                    log.say(f"step {step} of {steps} is done: nothing left to train")
-                else:
-                    log.say(f"continuing at step {step}" if step else "compiling the step")
-                if step and grids and grids.due(step):
-                    draw_grids()  # which it did not, if it was stopped or killed at them
-                pending: list[Metrics] = []
-                stopped = False
-                while step < steps and not stopped:
-                    profiler.before_step(step - first_step)
-                    state, metrics = self.step(state, self.frozen, concepts)
-                    pending.append(metrics)
-                    step += 1
-                    # Two steps under way keep the devices busy; more would delay a stop.
-                    jax.block_until_ready(pending[-3:-2])
-
-                    stopped = preemption.reached()
-                    last = step == steps or stopped
-                    saving = last or checkpoints.due(step)
-                    drawing = grids and grids.due(step) and not stopped
-                    if saving or drawing or step % config.log.every == 0:
-                        host_metrics = [placement.fetch(placement.canonical(m)) for m in pending]
-                        pending.clear()
-                        if log.write(step, host_metrics) == 0:
-                            break
-                    if saving:
-                        checkpoints.save(step, placement.canonical(state))
-                    if drawing:
-                        draw_grids()
+            record.write(workdir)
+        with (
+            RunLog(
+                workdir,
+                run.concepts,
+                config.train.batch_size,
+                first_step,
+                steps,
+                config.log.every,
+                placement.fetch,
+                run.label,
+            ) as log,
+            Profiler(workdir / "profile" if profile else None) as profiler,
+        ):
+            _say_start(log, session, run, step)
+            if step and grids and grids.due(step):
+                # The run may have been killed between saving and drawing.
+                _draw(grids, session, record, state, log, only_missing=True)
+            while step < steps:
+                profiler.before_step(step - first_step)
+                state, metrics = session.step(state, session.frozen, concepts)
+                step += 1
+                log.add(metrics)
+                stopped = preemption.reached() and step < steps
+                saving = stopped or step == steps or checkpoints.due(step)
+                drawing = grids and grids.due(step) and not stopped
+                if (saving or drawing or log.due(step)) and log.write(step) == 0:
+                    break
+                if saving:
+                    checkpoints.save(step, state)
+                if drawing:
+                    _draw(grids, session, record, state, log)
                 if stopped:
-                    log.say(f"stopped at step {step}, saved; run the same command to continue")
-                    return False
-                adapter, diverged_at = fetch_adapter()
-                if jax.process_index() == 0:
-                    if adapter is not None:
-                        adapter = dataclasses.replace(adapter, training=record.summary(step))
-                        export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
-                        log.say(f"adapter written to {workdir / 'adapter'}")
-                    wave.write_outcomes(step, diverged_at)
-        return True
+                    raise Interrupted(f"stopped at step {step} of {steps}, saved", step)
+            adapter, diverged_at = _fetch_adapter(session, record, state)
+            if jax.process_index() == 0 and adapter is not None:
+                adapter = dataclasses.replace(adapter, training=record.summary(step))
+                export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
+                log.say(f"adapter written to {workdir / 'adapter'}")
+    return step, diverged_at
 
 
-def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
-    """Tells which concepts diverged.
-
-    Raises:
-      FloatingPointError: if all have.
-    """
-    diverged = [o for o in outcomes if o["diverged_at"] is not None]
-    named = ", ".join(f"{o['name']!r} at step {o['diverged_at']}" for o in diverged)
-    advice = (
-        "In a new --workdir, lower the learning rates or the guidance of such concepts, or set"
-        " optimizer.clip_norm"
+def _say_start(log: RunLog, session: Session, run: Run, step: int) -> None:
+    placement, steps = session.placement, run.config.train.steps
+    log.say(
+        f"{len(run.concepts)} concept(s) on {jax.device_count()} {jax.devices()[0].platform}"
+        f" device(s): {placement.concept_shards} concept × {placement.data_shards} data shard(s),"
+        f" {placement.strategy}"
     )
-    if diverged and len(diverged) == len(outcomes):
-        raise FloatingPointError(
-            f"loss or module no longer finite: {named}; checkpoints in {workdir} are from before"
-            f" and good. {advice}"
-        )
-    if len(outcomes) > 1:
-        _say(f"{len(outcomes) - len(diverged)} of {len(outcomes)} concepts trained")
-    if diverged:
-        _say(f"dropped, loss or module no longer finite: {named}. {advice}")
+    if step >= steps:
+        log.say(f"step {step} of {steps} is done: nothing left to train")
+    else:
+        log.say(f"continuing at step {step}" if step else "compiling the step")
 
 
-def _say(text: str) -> None:
+def _newest_state(
+    session: Session, run: Run, embedded: EmbeddedConcepts, checkpoints: Checkpoints
+) -> TrainState:
+    """The run's last checkpoint, or its state before the first step."""
+    start, config = session.start, run.config
+    names = start.names if start else ()
+    rows = {n: names.index(c.name) for n, c in enumerate(run.concepts) if c.name in names}
+
+    def init(embedded, *trained):
+        fresh = init_state(session.spec, embedded, config.seed, config.train.batch_size)
+        return start_from(fresh, [*rows], *trained) if trained else fresh
+
+    args = (embedded,)
+    if rows:
+        chosen = [*rows.values()]
+        args += jax.tree.map(lambda x: x[chosen], (start.ram, start.sam))
+    placement = session.placement
+    restored = checkpoints.restore_latest(placement.abstract(jax.eval_shape(init, *args)))
+    return placement.init_state(init, *args) if restored is None else restored
+
+
+def _fetch_adapter(
+    session: Session, record: RunRecord, state: TrainState
+) -> tuple[Adapter | None, np.ndarray]:
+    """The modules as they are, None if all diverged; and where. Every process takes part."""
+    trained = state.concepts
+    fields = trained.ram, trained.sam, trained.ema, trained.diverged_at
+    fields = session.placement.fetch(fields)
+    return make_adapter(record, *fields), fields[-1][: len(record.concepts)]
+
+
+def _grids(session: Session, run: Run, embedded: EmbeddedConcepts) -> ValidationGrids | None:
+    if session.sample is None:
+        return None
+    return ValidationGrids(
+        run.folder,
+        run.config.log,
+        run.config.train.steps,
+        session.spec.latent_shape,
+        session.resolution,
+        session.sample,
+        session.placement,
+        run.concepts,
+        embedded,
+    )
+
+
+def _draw(
+    grids: ValidationGrids,
+    session: Session,
+    record: RunRecord,
+    state: TrainState,
+    log: RunLog,
+    only_missing: bool = False,
+) -> None:
+    """Draws the grids of a state's step, unless all concepts have diverged."""
+    step = int(session.placement.fetch(state.step))
+    adapter, _ = _fetch_adapter(session, record, state)
+    if adapter is not None and not (only_missing and not grids.missing(step, adapter)):
+        grids.write(step, session.frozen, adapter, log)
+
+
+def say(text: str) -> None:
+    """Prints a line, on process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def _writable(workdir: str) -> epath.Path:
-    """Makes the directory and checks that it can be written to."""
-    path = open_path(workdir)
-    probe = path / f".write_probe_{jax.process_index()}"
-    try:
-        if not is_remote(workdir):  # there it would make the bucket
-            path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except Exception as e:  # gcsfs and Google's authentication raise kinds of their own
-        raise UserError(
-            f"workdir {workdir} cannot be written to ({getattr(e, 'strerror', None) or e}); give a"
-            " directory that can"
-        ) from e
-    return path
 
 
 def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlockModule) -> None:
@@ -315,9 +311,9 @@ def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlock
     names = [concept.name for concept in concepts]
     if not set(names) & set(adapter.names):
         raise UserError(
-            f"train.init_adapter has the concepts {', '.join(adapter.names)}, none of the config's"
-            f" {', '.join(names)}; they are found by name: give a concept the"
-            " adapter's, or leave train.init_adapter out"
+            f"train.init_adapter has the concepts {', '.join(adapter.names)}, and none of the"
+            f" config's: {', '.join(names)}; concepts are found by name: give a concept the"
+            " adapter's name, or leave train.init_adapter out"
         )
     ours, theirs = (
         jax.eval_shape(m.init_params, jax.random.key(0)) for m in (module, adapter.module)

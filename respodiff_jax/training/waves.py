@@ -1,98 +1,100 @@
-"""Waves: a large batch of concepts, trained so many at a time.
+"""Training all concepts of a config: in one run or, if they are many, in waves of runs.
 
-Each wave is a run of its own in a folder of its own, `waves/0000`, `waves/0001`, ... of the working
-directory: with its `run.json`, checkpoints, logs and, at its end, its adapter. All have the same
-number of concepts, so that one compiled step serves all, and as many on each device; the last is
-filled up with copies of its last concept, which are trained and thrown away. A batch that fits the
-devices is a single wave, in the working directory itself.
-
-`outcomes.jsonl` tells what became of each concept: a line `{"name", "group", "steps",
-"diverged_at", "adapter"}`, where `adapter` is the folder that has it, relative to the file's, or
-null if the concept diverged. Each wave's folder has one of its concepts, the working directory one
-of all waves that have ended; both are written when a wave ends.
+Each wave is a run of its own in `waves/0000`, `waves/0001`, ... of the working directory, with its
+`run.json`, checkpoints, logs and, at its end, its adapter. All waves have the same number of
+concepts, so one compiled step serves all; each device trains the same number of concepts. The last
+wave is filled up with copies of its last concept, which are trained and dropped. A batch that fits
+the devices is a single run in the working directory itself.
 """
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import Adapter, concatenate, load_adapter, select
-from respodiff_jax.errors import UserError
-from respodiff_jax.method.concepts import Concept
-from respodiff_jax.storage import open_path, parse_json, read_json_lines, write_whole
-from respodiff_jax.training.checkpoint import RUN_FILE
-from respodiff_jax.training.config import concepts_from, with_concepts
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.errors import Interrupted, UserError
+from respodiff_jax.storage import is_remote, open_path
+from respodiff_jax.training.config import concepts_from, validate, with_concepts
+from respodiff_jax.training.distributed import Preemption
+from respodiff_jax.training.outcomes import (
+    outcomes_of,
+    read_outcomes,
+    read_waves,
+    write_outcomes,
+    write_waves,
+)
+from respodiff_jax.training.parallel import Placement
+from respodiff_jax.training.record import RUN_FILE, check_same_config
+from respodiff_jax.training.run import Run, open_session, say, train_run
+from respodiff_jax.training.trained import load_adapter
 
-OUTCOMES_FILE = "outcomes.jsonl"
-_PLAN_FILE = "waves.json"
 
+def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> Adapter:
+    """Trains a config's concepts, continuing from where the working directory stands.
 
-@dataclasses.dataclass(frozen=True)
-class Wave:
-    """Concepts that are trained together.
+    More concepts than `train.concepts_per_device` allows at a time are trained in waves. SIGTERM
+    saves and raises `Interrupted`; calling again continues bit for bit. A concept whose loss is no
+    longer finite is reported and dropped; the others continue.
 
-    Attributes:
-      folder: working directory of the wave.
-      config: the job's, with these concepts.
-      concepts: of the wave.
-      size: concepts in the training state; those past `len(concepts)` are copies of the last.
-      label: "" for a single wave, else what to call it.
+    Args:
+      config: as from `load_config`.
+      workdir: directory of the training, made if needed; local or on gs://.
+      profile: also write a trace of a few steps to `workdir/profile`.
+
+    Returns:
+      The adapter of the concepts that have not diverged, which is also on disk.
+
+    Raises:
+      UserError: for mistakes in config, devices, directory or model, before weights are read; and
+        if every concept has diverged, naming steps and concepts. What was saved stays.
+      Interrupted: if SIGTERM or a preemption ended it early; the state is saved.
     """
-
-    folder: epath.Path
-    config: ConfigDict
-    concepts: tuple[Concept, ...]
-    size: int
-    label: str = ""
-
-    @property
-    def filled_up(self) -> tuple[Concept, ...]:
-        """The concepts of the training state."""
-        return fill_up(self.concepts, self.size)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all its concepts have been trained as long as the config says, or diverged."""
-        steps = self.config.train.steps
-        outcomes = read_outcomes(self.folder)
-        return bool(outcomes) and all(
-            o["steps"] == steps or o["diverged_at"] is not None for o in outcomes
-        )
-
-    def write_outcomes(self, steps: int, diverged_at: Iterable[int]) -> None:
-        """Records how the wave ended.
-
-        Args:
-          steps: trained.
-          diverged_at: for each concept the step at which it diverged, or -1.
-        """
-        _write_lines(
-            self.folder / OUTCOMES_FILE,
-            [
-                {
-                    "name": concept.name,
-                    "group": concept.group,
-                    "steps": steps,
-                    "diverged_at": None if step < 0 else int(step),
-                    "adapter": "adapter" if step < 0 else None,
-                }
-                for concept, step in zip(self.concepts, diverged_at, strict=True)
-            ],
-        )
+    validate(config)
+    workdir, concepts = _writable(workdir), concepts_from(config)
+    runs = plan_runs(workdir, config, jax.device_count())
+    placement = Placement(config.parallel.strategy, runs[0].size, config.train.batch_size)
+    for run in runs:
+        check_same_config(run.config, run.folder)
+    waves = [run for run in runs if run.label]
+    to_do = [run for run in runs if not (run.label and is_done(run))]
+    writes = jax.process_index() == 0
+    if to_do:
+        session = open_session(config, concepts, to_do, placement)
+        if writes:
+            if runs[0].size != len(concepts):
+                write_waves(workdir, runs[0].size, len(concepts))
+            gather_outcomes(workdir, waves)
+        with Preemption() as preemption:
+            for run in to_do:
+                steps, diverged_at = train_run(
+                    session, run, preemption, profile and run is to_do[0]
+                )
+                if writes:
+                    outcomes = outcomes_of(run.concepts, steps, diverged_at)
+                    write_outcomes(run.folder, outcomes)
+                    gather_outcomes(workdir, [run] if run.label else [])
+                if preemption.stopped and run is not to_do[-1]:
+                    raise Interrupted(f"stopped after {run.label}, saved", steps)
+    else:
+        say(f"all {len(runs)} waves are done: nothing left to train")
+    if jax.process_count() > 1:  # process 0 has written the outcomes
+        multihost_utils.sync_global_devices("outcomes")
+    _report(read_outcomes(workdir), workdir)
+    return load_adapter(workdir)
 
 
 def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> int:
     """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
 
-    Fewer concepts than devices share the devices; of others each device has as many.
+    Fewer concepts than devices share the devices; otherwise each device has the same number.
 
     Args:
-      num_concepts: of the job.
+      num_concepts: of the training.
       num_devices: over all processes.
       per_device: the most that a device trains at a time; None for no limit.
     """
@@ -102,38 +104,31 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
     return math.ceil(num_concepts / waves / num_devices) * num_devices
 
 
-def fill_up(concepts: tuple[Concept, ...], size: int) -> tuple[Concept, ...]:
-    """So many concepts; those past the given are copies of the last."""
-    return concepts + concepts[-1:] * (size - len(concepts))
+def plan_runs(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Run]:
+    """The runs of a training, in order: one, or a wave each.
 
-
-def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Wave]:
-    """The waves of a job, in order.
-
-    A directory that has been begun keeps its waves on other devices, which have to be able to share
-    its batch.
+    A directory keeps the division that it began with, also on other devices.
 
     Raises:
       UserError: if the directory was begun with another number of concepts.
     """
     workdir, concepts = open_path(workdir), concepts_from(config)
     size = wave_size(len(concepts), num_devices, config.train.concepts_per_device)
-    if (workdir / _PLAN_FILE).exists():
-        plan = parse_json((workdir / _PLAN_FILE).read_text(), str(workdir / _PLAN_FILE))
-        if plan["concepts"] != len(concepts):
+    if begun := read_waves(workdir):
+        if begun["concepts"] != len(concepts):
             raise UserError(
-                f"workdir {workdir} belongs to a batch of {plan['concepts']} concepts, here are"
-                f" {len(concepts)}; use another --workdir for more, or the batch it began with"
+                f"`workdir` {workdir} belongs to a batch of {begun['concepts']} concepts, the"
+                f" config has {len(concepts)}; use another `workdir`, or the batch it began with"
             )
-        size = plan["size"]
+        size = begun["size"]
     elif (workdir / RUN_FILE).exists():
         size = len(concepts)
-    if size >= len(concepts):  # more with copies
-        return [Wave(workdir, config, concepts, size)]
+    if size >= len(concepts):
+        return [Run(workdir, config, concepts, size)]
     parts = [concepts[start : start + size] for start in range(0, len(concepts), size)]
-    bare = with_concepts(config, ())  # thousands of concepts need not be copied for each wave
+    bare = with_concepts(config, ())  # so that not every wave copies thousands of concepts
     return [
-        Wave(
+        Run(
             folder=workdir / "waves" / f"{number:04d}",
             config=with_concepts(bare, part),
             concepts=part,
@@ -144,86 +139,67 @@ def plan_waves(workdir: epath.PathLike, config: ConfigDict, num_devices: int) ->
     ]
 
 
-def write_plan(workdir: epath.PathLike, waves: Sequence[Wave]) -> None:
-    """Makes the waves binding for the directory; for one without copies its `run.json` does."""
-    plan = {"size": waves[0].size, "concepts": sum(len(wave.concepts) for wave in waves)}
-    if plan["size"] != plan["concepts"]:
-        _write_lines(open_path(workdir) / _PLAN_FILE, [plan])
+def is_done(run: Run) -> bool:
+    """Whether each concept of a run was trained as long as the config says, or diverged."""
+    outcomes = read_outcomes(run.folder)
+    return bool(outcomes) and all(
+        o["steps"] == run.config.train.steps or o["diverged_at"] is not None for o in outcomes
+    )
 
 
-def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Wave]) -> list[dict[str, Any]]:
-    """Brings the directory's outcomes up to date with those of the waves that have ended.
+def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> list[dict[str, Any]]:
+    """Brings the outcomes in the working directory up to date with those of these waves.
 
-    Args:
-      workdir: of the job.
-      waves: those to look at; what is known of others stays.
-
-    Returns:
-      All outcomes. A single wave's are the directory's own.
+    Outcomes of other waves stay. Returns all outcomes.
     """
-    workdir = open_path(workdir)
-    labelled = [wave for wave in waves if wave.label]
-    renewed = {concept.name for wave in labelled for concept in wave.concepts}
+    workdir, waves = open_path(workdir), list(waves)
+    renewed = {concept.name for wave in waves for concept in wave.concepts}
     gathered = {o["name"]: o for o in read_outcomes(workdir) if o["name"] not in renewed}
-    for wave in labelled:
+    for wave in waves:
         path = wave.folder.relative_to(workdir)
         for outcome in read_outcomes(wave.folder):
             adapter = outcome["adapter"] and str(path / outcome["adapter"])
             gathered[outcome["name"]] = outcome | {"adapter": adapter}
-    if labelled:
-        _write_lines(workdir / OUTCOMES_FILE, [*gathered.values()])
+    if waves:
+        write_outcomes(workdir, gathered.values())
     return [*gathered.values()]
 
 
-def is_batch(workdir: epath.PathLike) -> bool:
-    """Whether a directory is that of several waves."""
-    workdir = open_path(workdir)
-    return (workdir / _PLAN_FILE).exists() and not (workdir / RUN_FILE).exists()
-
-
-def load_batch(workdir: epath.PathLike, only: Sequence[str] = ()) -> Adapter:
-    """The adapter of the concepts that the waves have trained so far.
-
-    Args:
-      workdir: of several waves.
-      only: names of the concepts to take; by default all.
+def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
+    """Says which concepts diverged.
 
     Raises:
-      UserError: if no wave has ended, or a concept is not there, saying what became of it.
+      UserError: if all have.
     """
-    outcomes = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
-    if not outcomes:
+    diverged = [o for o in outcomes if o["diverged_at"] is not None]
+    named = ", ".join(f"{o['name']!r} at step {o['diverged_at']}" for o in diverged)
+    advice = (
+        "In a new `workdir`, lower the learning rates or the guidance of such concepts, or set"
+        " optimizer.clip_norm"
+    )
+    if diverged and len(diverged) == len(outcomes):
         raise UserError(
-            f"no wave of {workdir} has ended yet: there is no adapter to use; run the training on"
+            f"loss or module no longer finite: {named}; the checkpoints in {workdir} are from"
+            f" before and good. {advice}"
         )
-    for name in only:
-        if name not in outcomes:
-            raise UserError(
-                f"{workdir} has no concept {name!r} yet, see its {OUTCOMES_FILE}; train on, or"
-                " choose one of these"
-            )
-        if outcomes[name]["adapter"] is None:
-            step = outcomes[name]["diverged_at"]
-            raise UserError(
-                f"{workdir}: concept {name!r} diverged at step {step}; choose others, or train it"
-                " again with lower learning rates"
-            )
-    wanted = [outcomes[name] for name in only] or [*outcomes.values()]
-    folders = dict.fromkeys(o["adapter"] for o in wanted if o["adapter"] is not None)
-    if not folders:
+    if len(outcomes) > 1:
+        say(f"{len(outcomes) - len(diverged)} of {len(outcomes)} concepts trained")
+    if diverged:
+        say(f"dropped, loss or module no longer finite: {named}. {advice}")
+
+
+def _writable(workdir: epath.PathLike) -> epath.Path:
+    """Makes the directory and checks that it can be written to."""
+    path = open_path(workdir)
+    probe = path / f".write_probe_{jax.process_index()}"
+    try:
+        if not is_remote(workdir):  # on gs:// it would make the bucket
+            path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except Exception as e:  # gcsfs and Google's authentication raise kinds of their own
         raise UserError(
-            f"{workdir}: all concepts of the waves that have ended diverged, see its"
-            f" {OUTCOMES_FILE}; train again with lower learning rates"
-        )
-    found = concatenate([load_adapter(open_path(workdir) / folder) for folder in folders])
-    return select(found, only) if only else found
-
-
-def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a folder's `outcomes.jsonl`; none where there is none."""
-    path = open_path(folder) / OUTCOMES_FILE
-    return read_json_lines(path) if path.exists() else []
-
-
-def _write_lines(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            f"`workdir` {workdir} cannot be written to ({getattr(e, 'strerror', None) or e}); give"
+            " a directory that can"
+        ) from e
+    return path

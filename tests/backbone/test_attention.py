@@ -26,7 +26,7 @@ from respodiff_jax.backbone.flax_models import with_attention
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.paper import GENDER
 from respodiff_jax.training.config import add_concepts, default
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 
 P = PartitionSpec
 

@@ -19,7 +19,7 @@ from test_waves import modules_of
 from respodiff_jax.errors import UserError
 from respodiff_jax.training import distributed
 from respodiff_jax.training.config import load_config
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 
 
 def test_distributed_arguments_come_together():

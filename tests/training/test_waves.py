@@ -24,7 +24,7 @@ from respodiff_jax.method.train_step import Recipe, init_state, train_step
 from respodiff_jax.training import run as training
 from respodiff_jax.training import waves
 from respodiff_jax.training.config import concepts_from, load_config
-from respodiff_jax.training.run import train
+from respodiff_jax.training.waves import train
 from respodiff_jax.training.waves import plan_waves, read_outcomes, wave_size
 
 ROOT = pathlib.Path(__file__).parents[2]

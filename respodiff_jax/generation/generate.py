@@ -1,0 +1,188 @@
+"""Pictures of prompts: as a list of images, or as a folder of files with a manifest."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from respodiff_jax.adapters import Adapter, CombinedAdapter, check_fits, combine
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.folder import write_folder
+from respodiff_jax.generation.sampling import SamplerOptions, sample_images
+from respodiff_jax.generation.selection import concept_weights
+from respodiff_jax.storage import check_output
+
+Adapters = Adapter | CombinedAdapter | Sequence[Adapter]
+
+_MAX_SEED = 2**32 - 1
+
+
+def generate(
+    model: Backbone,
+    prompts: str | Sequence[str],
+    *,
+    adapter: Adapters | None = None,
+    concepts: Mapping[str, float | None] | None = None,
+    fair: str | None = None,
+    ratio: Mapping[str, float] | None = None,
+    safe: bool = False,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    num_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str = "",
+    resolution: int | None = None,
+    batch_size: int | None = None,
+) -> list[Image.Image]:
+    """Draws pictures on all local devices.
+
+    Image i has seed `seed + i`: the same arguments give the same images, whatever the batch size.
+    The images of a prompt follow each other.
+
+    Args:
+      model: as from `load_model`; an abstract one is loaded after everything else was checked.
+      prompts: one text or several.
+      adapter: the concepts, or several adapters to use together; None draws the base model's.
+      concepts: scales by concept name, for every image; None is a concept's default scale.
+      fair: a group, of which each image gets one concept, in exact proportions.
+      ratio: shares of the group's concepts by name, summing to 1; uniform by default.
+      safe: add every safety concept.
+      images_per_prompt: at least 1.
+      seed: of the first image, 0 .. 2^32-1.
+      num_steps: DDIM steps.
+      guidance_scale: of classifier-free guidance; at 1 or below there is none.
+      negative_prompt: what the unconditional half is given.
+      resolution: of the square images in pixels; None is the adapter's, else the model's own.
+      batch_size: images at a time over all devices; None chooses by resolution.
+
+    Returns:
+      `len(prompts) * images_per_prompt` images.
+
+    Raises:
+      UserError: for arguments that do not fit each other, the adapter or the model.
+    """
+    request = _check(
+        model,
+        [prompts] if isinstance(prompts, str) else list(prompts),
+        adapter,
+        images_per_prompt,
+        seed,
+        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
+        {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
+    )
+    images = sample_images(
+        model.loaded(),
+        [prompt for prompt in request.prompts for _ in range(images_per_prompt)],
+        range(seed, seed + len(request.prompts) * images_per_prompt),
+        request.options,
+        request.adapter,
+        request.weights,
+    )
+    return [Image.fromarray(pair.image) for pair in images]
+
+
+def generate_folder(
+    model: Backbone,
+    prompts: str | Sequence[str],
+    out: str | os.PathLike,
+    *,
+    adapter: Adapters | None = None,
+    concepts: Mapping[str, float | None] | None = None,
+    fair: str | None = None,
+    ratio: Mapping[str, float] | None = None,
+    safe: bool = False,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    num_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str = "",
+    resolution: int | None = None,
+    batch_size: int | None = None,
+    base: bool = False,
+    overwrite: bool = False,
+    adapter_sources: Sequence[str] = (),
+) -> float:
+    """Writes the pictures of `generate` to a folder, with a progress bar.
+
+    `out` gets `images/00000.png`, ..., `grid.png` with the first of them, and `manifest.jsonl`, one
+    line for each file. Each PNG carries its own line.
+
+    Args:
+      model, prompts, ..., batch_size: as in `generate`.
+      out: folder; new or empty unless `overwrite`.
+      base: also write each image without the adapter, from the same noise, to `base/`.
+      overwrite: replace the images of an earlier call in the folder.
+      adapter_sources: where the adapters came from, for the manifest.
+
+    Returns:
+      Images per second, compiling included.
+
+    Raises:
+      UserError: as in `generate`; and for a folder that is not empty or not writable.
+    """
+    if base and adapter is None:
+        raise UserError("`base` compares with an adapter, but `adapter` is not given")
+    request = _check(
+        model,
+        [prompts] if isinstance(prompts, str) else list(prompts),
+        adapter,
+        images_per_prompt,
+        seed,
+        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
+        {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
+    )
+    check_output(out, overwrite)
+    return write_folder(
+        model.loaded(),
+        request.prompts,
+        out,
+        num_images_per_prompt=images_per_prompt,
+        seed=seed,
+        options=request.options,
+        adapter=request.adapter,
+        weights=request.weights,
+        adapter_sources=adapter_sources,
+        base_twins=base,
+        overwrite=overwrite,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    prompts: list[str]
+    adapter: Adapter | CombinedAdapter | None
+    weights: np.ndarray | None
+    options: SamplerOptions
+
+
+def _check(
+    model: Backbone,
+    prompts: list[str],
+    adapter: Adapters | None,
+    images_per_prompt: int,
+    seed: int,
+    options: SamplerOptions,
+    selection: dict,
+) -> _Request:
+    """Everything that can be checked before weights are read."""
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise UserError(f"`prompts` is {prompts!r}, expected a text or a non-empty list of texts")
+    if images_per_prompt < 1:
+        raise UserError(f"`images_per_prompt` is {images_per_prompt}, expected at least 1")
+    count = len(prompts) * images_per_prompt
+    if not 0 <= seed <= _MAX_SEED - count:
+        raise UserError(f"`seed` is {seed}, expected 0 .. {_MAX_SEED - count} for {count} images")
+    adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
+    combined = combine([part for a in adapters for part in a.parts]) if adapters else None
+    weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)
+    if options.resolution is None:
+        resolution = combined.backbone["resolution"] if combined else model.default_resolution
+        options = dataclasses.replace(options, resolution=resolution)
+    for one in adapters:
+        check_fits(one, model, options.resolution)
+    model.latent_shape(options.resolution)
+    model.tokenise([*prompts, options.negative_prompt])
+    return _Request(prompts, combined, weights, options)

@@ -1,0 +1,88 @@
+"""Embedded concepts: the arrays that a training step reads of each concept."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.method.concepts import Concept
+
+
+class EmbeddedConcepts(NamedTuple):
+    """N concepts as arrays. Every leaf has a leading concept axis N.
+
+    Attributes:
+      neutral: `y_neu`, `(N, P, ...)`. A concept with fewer than P neutral prompts repeats its last.
+      num_neutral: int32 `(N,)`, the number of the concept's own neutral prompts, at most P.
+      own: the target prompt of a fairness concept or the unsafe prompt of a safety concept,
+        `(N, ...)`.
+      empty: the empty prompt, `(N, ...)`. It is also the rollout's unconditional half.
+      is_safety: bool `(N,)`.
+      guidance_scale: `s_tar`, float32 `(N,)`.
+      lambda_sem: weight of L_sem, float32 `(N,)`.
+      lr_ram: learning rate of RAM, float32 `(N,)`.
+      lr_sam: learning rate of SAM, float32 `(N,)`.
+      stream: uint32 `(N,)`, names the concept's random stream.
+    """
+
+    neutral: Conditioning
+    num_neutral: jax.Array
+    own: Conditioning
+    empty: Conditioning
+    is_safety: jax.Array
+    guidance_scale: jax.Array
+    lambda_sem: jax.Array
+    lr_ram: jax.Array
+    lr_sam: jax.Array
+    stream: jax.Array
+
+
+def embed_concepts(
+    backbone: Backbone,
+    concepts: Sequence[Concept],
+    resolution: int | None = None,
+    max_neutral: int | None = None,
+) -> EmbeddedConcepts:
+    """Embeds the concepts' prompts, each distinct prompt once.
+
+    Args:
+      backbone: with the parameters of its text encoders.
+      concepts: N concepts.
+      resolution: in pixels; None is the model's own.
+      max_neutral: P; by default the largest number of neutral prompts of these concepts.
+
+    Returns:
+      Host arrays.
+    """
+    resolution = resolution or backbone.default_resolution
+    max_neutral = max_neutral or max(len(c.neutral_prompts) for c in concepts)
+
+    def padded(prompts):
+        return [*prompts, *[prompts[-1]] * (max_neutral - len(prompts))]
+
+    distinct = sorted({"", *itertools.chain(*(c.prompts for c in concepts))})
+    table = jax.tree.map(np.asarray, backbone.encode_prompts(distinct, resolution))
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+
+    def embedded(prompts):
+        rows = np.vectorize(row.get, otypes=[int])(np.asarray(prompts, object))
+        return jax.tree.map(lambda x: x[rows], table)
+
+    def per_concept(field: str, dtype=np.float32):
+        return np.asarray([getattr(c, field) for c in concepts], dtype)
+
+    return EmbeddedConcepts(
+        neutral=embedded([padded(c.neutral_prompts) for c in concepts]),
+        num_neutral=np.asarray([len(c.neutral_prompts) for c in concepts], np.int32),
+        own=embedded([c.own_prompt for c in concepts]),
+        empty=embedded([""] * len(concepts)),
+        is_safety=per_concept("is_safety", np.bool_),
+        guidance_scale=per_concept("guidance_scale"),
+        lambda_sem=per_concept("lambda_sem"),
+        lr_ram=per_concept("lr_ram"),
+        lr_sam=per_concept("lr_sam"),
+        stream=per_concept("stream", np.uint32),
+    )

@@ -1,0 +1,160 @@
+"""Validation grids: pictures of a run's concepts, drawn while it trains, in `grids/`."""
+
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.generation.sampling import default_batch_size, initial_noise
+from respodiff_jax.images import grid
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.method.embedding import EmbeddedConcepts
+from respodiff_jax.method.modules import Steering
+from respodiff_jax.storage import write_whole
+from respodiff_jax.training.monitoring import RunLog
+from respodiff_jax.training.parallel import Placement
+
+# The number of concepts, the first ones, that grids are drawn of.
+MAX_GRIDS = 8
+
+
+class ValidationGrids:
+    """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, from equal seeds.
+
+    Args:
+      workdir: of the run; grids go to `grids/`.
+      config: the config's `log` section.
+      steps: of the run.
+      latent_shape: `(h, w, c)`.
+      resolution: in pixels.
+      sample: `make_sampler`'s function on the placement's devices.
+      placement: of the run.
+      concepts: of the run.
+      embedded: the concepts as the training state has them, copies included.
+    """
+
+    ROWS = ("base", "RAM + SAM", "RAM only")
+    RAM_SCALES, SAM_SCALES = np.array([0, 1, 1], np.float32), np.array([0, 1, 0], np.float32)
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: Any,
+        steps: int,
+        latent_shape: tuple[int, int, int],
+        resolution: int,
+        sample: Callable,
+        placement: Placement,
+        concepts: Sequence[Concept],
+        embedded: EmbeddedConcepts,
+    ):
+        self._directory = workdir / "grids"
+        self._config = config
+        self._steps = steps
+        self._concepts = concepts[:MAX_GRIDS]
+        self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), embedded.neutral)
+        empty = jax.tree.map(lambda x: np.asarray(x[:1]), embedded.empty)
+        self._placement, self._empty = placement, placement.replicate(empty)
+        self._noise = np.asarray(initial_noise(range(config.grid_images), latent_shape))
+        # The number of modules is the same in every wave, diverged concepts included, so the
+        # sampler compiles once.
+        self._num_modules = min(len(embedded.stream), MAX_GRIDS)
+        # The batch of `generate`: a grid fits into memory where training does.
+        most = self._num_modules * len(self.ROWS) * config.grid_images
+        self._batch_size = default_batch_size(most, jax.device_count(), resolution)
+        self._sample = sample
+
+    def due(self, step: int) -> bool:
+        """Whether to draw grids after this step."""
+        return step == self._steps or step % self._config.grid_every == 0
+
+    def missing(self, step: int, adapter: Adapter) -> bool:
+        """Whether grids of that step are missing, as process 0 sees it; a barrier."""
+        found = len(list(self._directory.glob(f"{step:07d}_*.png")))
+        some = np.array(found < len(self._shown(adapter)))
+        return bool(multihost_utils.broadcast_one_to_all(some))
+
+    def _shown(self, adapter: Adapter) -> list[int]:
+        return [i for i, c in enumerate(self._concepts) if c.name in adapter.names]
+
+    def write(self, step: int, frozen: dict, adapter: Adapter, log: RunLog) -> None:
+        """Samples and writes a grid for each concept of the adapter; every process takes part."""
+        shown = self._shown(adapter)
+        images = self._images(frozen, adapter, shown) if shown else ()
+        if jax.process_index() != 0:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for i, rows in zip(shown, images, strict=True):
+            concept = self._concepts[i]
+            title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
+            picture = grid(rows, row_labels=self.ROWS, title=title)
+            name = re.sub(r"\W+", "_", concept.name)
+            content = io.BytesIO()
+            picture.save(content, format="PNG")
+            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", content.getvalue())
+            log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
+
+    def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
+        """Images `(len(shown), 3, grid_images, H, W, 3)`, in batches over all devices."""
+        columns = np.zeros(self._num_modules, int)
+        columns[shown] = [adapter.names.index(self._concepts[i].name) for i in shown]
+        modules = jax.tree.map(lambda x: x[columns], (adapter.ram, adapter.sam))
+        modules = self._placement.replicate(modules)
+        shape = len(shown), len(self.ROWS), len(self._noise)
+        concept, row, seed = (index.ravel() for index in np.indices(shape))
+        concept = np.array(shown)[concept]
+        own = np.eye(self._num_modules, dtype=np.float32)[concept]
+        ram_scale = own * self.RAM_SCALES[row, None]
+        sam_scale = own * self.SAM_SCALES[row, None]
+        guidance_scale = np.float32(self._config.grid_guidance_scale)
+        images = []
+        for start in range(0, len(seed), self._batch_size):
+            # The last batch is filled up, so that all have one shape.
+            now = np.minimum(np.arange(start, start + self._batch_size), len(seed) - 1)
+            cond = jax.tree.map(lambda x, now=now: x[concept[now]], self._neutral)
+            noise, cond, *scales = self._placement.place_by_device(
+                (self._noise[seed[now]], cond, ram_scale[now], sam_scale[now])
+            )
+            steerings = (Steering(*modules, *scales),)
+            batch = self._sample(frozen, noise, cond, self._empty, steerings, guidance_scale)
+            images.append(self._placement.fetch(batch))
+        return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])
+
+
+def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
+    """A PNG of a run's newest sample grids, one concept's below the other's.
+
+    Args:
+      workdir: of the run.
+      step: the newest grids up to this step; None is the newest of all.
+
+    Returns:
+      The file's content, or None where there are none.
+    """
+    files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
+    steps = [int(path.name.split("_")[0]) for path in files]
+    newest = max((s for s in steps if step is None or s <= step), default=None)
+    if newest is None:
+        return None
+    pictures = [
+        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        for path, its_step in zip(files, steps, strict=True)
+        if its_step == newest
+    ]
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    whole = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    content = io.BytesIO()
+    whole.save(content, format="PNG")
+    return content.getvalue()

@@ -1,0 +1,74 @@
+"""`outcomes.jsonl`: how the training of each concept ended.
+
+One line for each concept: `{"name", "group", "steps", "diverged_at", "adapter"}`. `adapter` is the
+folder that holds the concept, relative to the file, or null if the concept diverged. Each run's
+folder has a file for its own concepts; a batch's working directory has one for all finished waves.
+`waves.json` marks such a working directory: `{"size", "concepts"}`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from respodiff_jax.method.concepts import Concept
+from respodiff_jax.storage import open_path, parse_json, read_json_lines, write_whole
+from respodiff_jax.training.record import RUN_FILE
+
+OUTCOMES_FILE = "outcomes.jsonl"
+_WAVES_FILE = "waves.json"
+
+
+def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The outcomes in a folder; [] where there is no file."""
+    path = open_path(folder) / OUTCOMES_FILE
+    return read_json_lines(path) if path.exists() else []
+
+
+def write_outcomes(folder: epath.PathLike, outcomes: Iterable[dict[str, Any]]) -> None:
+    """Replaces the outcomes in a folder."""
+    _write_lines(open_path(folder) / OUTCOMES_FILE, outcomes)
+
+
+def outcomes_of(
+    concepts: Sequence[Concept], steps: int, diverged_at: Iterable[int]
+) -> list[dict[str, Any]]:
+    """The outcomes of a run's concepts.
+
+    Args:
+      concepts: of the run.
+      steps: trained.
+      diverged_at: for each concept the step at which it diverged, or -1.
+    """
+    return [
+        {
+            "name": concept.name,
+            "group": concept.group,
+            "steps": steps,
+            "diverged_at": None if step < 0 else int(step),
+            "adapter": "adapter" if step < 0 else None,
+        }
+        for concept, step in zip(concepts, diverged_at, strict=True)
+    ]
+
+
+def is_batch(workdir: epath.PathLike) -> bool:
+    """Whether a directory is that of several waves."""
+    workdir = open_path(workdir)
+    return (workdir / _WAVES_FILE).exists() and not (workdir / RUN_FILE).exists()
+
+
+def read_waves(workdir: epath.PathLike) -> dict[str, int] | None:
+    """`{"size": concepts of a wave, "concepts": of the batch}`, None where it is not recorded."""
+    path = open_path(workdir) / _WAVES_FILE
+    return parse_json(path.read_text(), str(path)) if path.exists() else None
+
+
+def write_waves(workdir: epath.PathLike, size: int, concepts: int) -> None:
+    """Records how a batch is divided, so that it is the same when the batch is continued."""
+    _write_lines(open_path(workdir) / _WAVES_FILE, [{"size": size, "concepts": concepts}])
+
+
+def _write_lines(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
