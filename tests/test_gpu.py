@@ -101,13 +101,13 @@ def trained(config, steps):
     placement = make_placement(
         config.parallel.strategy, len(job.concepts), config.train.batch_size, False
     )
-    step = placement.compile(partial(train_step, placement.prepare(job.recipe)))
-    frozen = placement.place_frozen(job.frozen)
+    step = placement.compile(partial(train_step, job.spec))
+    frozen = placement.replicate(job.frozen)
     arrays = placement.place_concepts(job.arrays)
-    state = placement.place_state(placement.to_canonical_devices(job.state))
+    state = placement.place_state(job.state)
     for _ in range(steps):
         state, _ = step(state, frozen, arrays)
-    concepts = jax.device_get(placement.canonical(state)).concepts
+    concepts = jax.device_get(state).concepts
     return concepts.ram, concepts.sam
 
 
@@ -129,7 +129,7 @@ def test_pictures_of_bfloat16_are_those_of_float32(monkeypatch):
         config = config_of(dtype, monkeypatch)
         options = SamplerOptions(num_steps=10, guidance_scale=4.0, batch_size=2)
         sampler = Sampler(open_model(config)[0], options)
-        return np.asarray(sampler(sampler.begin(["a person"] * 2, [0, 1])), np.float32)
+        return np.asarray(sampler(sampler.prepare(["a person"] * 2, [0, 1])), np.float32)
 
     exact, found = pictures("float32"), pictures("bfloat16")
     difference = np.abs(found - exact).mean()

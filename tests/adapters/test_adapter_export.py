@@ -22,7 +22,7 @@ from respodiff_jax.evaluation.run import adapter_sha256
 from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import KINDS
-from respodiff_jax.training.monitoring import newest_grids
+from respodiff_jax.training.grids import newest_grids
 
 GENDER = {
     "metric": "deviation_ratio",

@@ -74,9 +74,9 @@ def test_sides_take_turns_and_ratios_are_of_neighbours(monkeypatch):
 
 
 def count(backbone, concepts, **changes):
-    recipe, arrays, state, _ = setup(backbone, concepts, **changes)
+    spec, arrays, state, _ = setup(backbone, concepts, **changes)
     frozen = {"unet": backbone.params["unet"]}
-    return train.evaluations_per_sample(recipe, state, frozen, arrays, batch_size=2)
+    return train.evaluations_per_sample(spec, state, frozen, arrays, batch_size=2)
 
 
 def test_a_faithful_sample_takes_its_mean_rollout_more(tiny_backbone):
@@ -92,12 +92,12 @@ def test_a_faithful_sample_takes_its_mean_rollout_more(tiny_backbone):
 
 
 def test_steps_are_chosen_by_the_lengths_of_their_rollouts(tiny_backbone):
-    recipe, arrays, state, _ = setup(tiny_backbone, [WOMAN])
+    spec, arrays, state, _ = setup(tiny_backbone, [WOMAN])
 
     @jax.jit  # which drops all but what gives the length
     def length(step):
         now = state.replace(step=step)
-        _, metrics = train_step(recipe, now, tiny_backbone.params, arrays, jnp.arange(2))
+        _, metrics = train_step(spec, now, tiny_backbone.params, arrays, jnp.arange(2))
         return metrics.ddim_index[0]
 
     starts = train._balanced_steps(seed=3, longest=4)

@@ -24,7 +24,7 @@ from respodiff_jax.backbone import random_backbone
 from respodiff_jax.backbone.attention import attention
 from respodiff_jax.compiling import analysis, programs, run, topologies
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.objective import concept_arrays
+from respodiff_jax.method.embedding import embed_concepts
 from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training import parallel
 from respodiff_jax.training.config import with_concepts
@@ -74,12 +74,12 @@ def test_what_is_compiled_from_shapes_is_what_trains(
 ):
     """The program of a real step is in the compilation cache when it is compiled from shapes."""
     changes = {"rollout.kind": rollout}
-    recipe, arrays, fresh, _ = setup(tiny_backbone, concepts, BATCH, **changes)
+    spec, arrays, fresh, _ = setup(tiny_backbone, concepts, BATCH, **changes)
     placement = parallel.make_placement(strategy, len(concepts), BATCH, fsdp)
-    step = placement.compile(partial(train_step, placement.prepare(recipe)))
+    step = placement.compile(partial(train_step, spec))
     step(
-        placement.place_state(placement.to_canonical_devices(fresh)),
-        placement.place_frozen({"unet": tiny_backbone.params["unet"]}),
+        placement.place_state(fresh),
+        placement.replicate({"unet": tiny_backbone.params["unet"]}),
         placement.place_concepts(arrays),
     )
     config = config_of(concepts, strategy, fsdp, rollout)
@@ -121,7 +121,7 @@ def nbytes(tree):
 @pytest.mark.parametrize("architecture", ["tiny", "tiny-xl"])
 def test_shapes_of_concepts_are_those_of_embedded_ones(architecture):
     concepts = [WOMAN, MAN, VIOLENCE]
-    embedded = concept_arrays(random_backbone(architecture, dtype="bfloat16"), concepts, 16)
+    embedded = embed_concepts(random_backbone(architecture, dtype="bfloat16"), concepts, 16)
     sketch = random_backbone(architecture, dtype="bfloat16", abstract=True)
     shapes = programs.concept_shapes(sketch, concepts, 16)
     assert jax.tree.structure(embedded) == jax.tree.structure(shapes)

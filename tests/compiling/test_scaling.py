@@ -11,8 +11,9 @@ import jax
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.topologies import CHIPS
-from respodiff_jax.method.train_step import Recipe, init_state
+from respodiff_jax.method.state import init_state
 from respodiff_jax.training.config import concepts_from, load_config
+from respodiff_jax.training.spec import step_spec
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
@@ -83,8 +84,8 @@ def test_memory_of_a_concepts_state():
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
     concepts = concepts_from(config)
     arrays = programs.concept_shapes(backbone, concepts, 1024, 1)
-    recipe = Recipe.from_config(config, backbone, 1024)
-    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=1), arrays).concepts
+    spec = step_spec(config, backbone, 1024)
+    state = jax.eval_shape(partial(init_state, spec, seed=0, batch_size=1), arrays).concepts
     adam = (state.opt_ram, state.opt_sam)
     for name, part in {
         "RAM and SAM": (state.ram, state.sam),

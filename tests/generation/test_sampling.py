@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from test_adapters import make_adapter, torch_delta
 
-from respodiff_jax.adapters import save_adapter, select
+from respodiff_jax.adapters import save_adapter, select, steerings
 from respodiff_jax.backbone import load_backbone, random_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation import sampling
@@ -35,9 +35,9 @@ def tiny_adapter(backbone, kind="constant", **changes):
     return make_adapter(kind, shape=MID_BLOCK, **own, **changes)
 
 
-def jitted_denoise(backbone, module=None, num_steps=3):
+def jitted_denoise(backbone, *modules, num_steps=3):
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
-    return jax.jit(functools.partial(denoise, backbone, module, schedule))
+    return jax.jit(functools.partial(denoise, backbone, modules, schedule))
 
 
 def arguments(backbone, seeds=(0, 1), prompts=PROMPTS):
@@ -52,7 +52,7 @@ def test_50_guided_ddim_steps_equal_diffusers(fixture, request):
     folder = request.getfixturevalue(fixture)
     backbone = load_backbone(folder)
     args = arguments(backbone)
-    latents = jitted_denoise(backbone, num_steps=50)(*args, None, 7.5)
+    latents = jitted_denoise(backbone, num_steps=50)(*args, (), 7.5)
     images = jax.jit(backbone.decode_latents)(backbone.params, latents)
     theirs = torch_latents(folder, args[1], 50)
     assert np.abs(theirs).max() > 3  # untrained models end anywhere in -60 .. 60
@@ -68,7 +68,7 @@ def test_adapted_sampling_equals_a_hook_in_diffusers(kind, sd_folder, tmp_path):
     weights = np.float32([[1.0, 0.0], [0.6, 0.4]])
     args = arguments(backbone)
     sample = jitted_denoise(backbone, adapter.module, num_steps=8)
-    ours = sample(*args, adapter.steering(weights), 7.5)
+    ours = sample(*args, steerings(adapter, weights), 7.5)
 
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
 
@@ -126,8 +126,8 @@ def test_one_step_by_hand(backbone):
     adapter = tiny_adapter(backbone)
     weights = np.float32([[1.0, 0.0], [0.25, 2.0]])
     params, noise, cond, uncond = arguments(backbone)
-    ours = jitted_denoise(backbone, adapter.module, 1)(
-        params, noise, cond, uncond, adapter.steering(weights, sam=0.5), 3.0
+    ours = jitted_denoise(backbone, adapter.module, num_steps=1)(
+        params, noise, cond, uncond, steerings(adapter, weights, sam=0.5), 3.0
     )
     timesteps = jnp.array([1, 1])  # one leading step with steps_offset 1
     h, skips = encode(params, noise, timesteps, cond)
@@ -147,15 +147,16 @@ def test_one_step_by_hand(backbone):
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_adapter_is_the_base_model_bit_for_bit(backbone, kind):
     args = arguments(backbone)
-    base = jitted_denoise(backbone)(*args, None, 7.5)
+    base = jitted_denoise(backbone)(*args, (), 7.5)
     adapter = tiny_adapter(backbone, kind)
     sample = jitted_denoise(backbone, adapter.module)
-    zero_weights = sample(*args, adapter.steering(np.zeros((2, 2))), 7.5)
+    zero_weights = sample(*args, steerings(adapter, np.zeros((2, 2))), 7.5)
     np.testing.assert_array_equal(zero_weights, base)
     untrained = jax.vmap(adapter.module.init_params)(jax.random.split(jax.random.key(0), 2))
-    steering = adapter.steering(np.ones((2, 2)))._replace(ram=untrained, sam=untrained)
-    np.testing.assert_array_equal(sample(*args, steering, 7.5), base)
-    assert np.abs(sample(*args, adapter.steering(np.ones((2, 2))), 7.5) - base).max() > 1e-3
+    (steering,) = steerings(adapter, np.ones((2, 2)))
+    steering = steering._replace(ram=untrained, sam=untrained)
+    np.testing.assert_array_equal(sample(*args, (steering,), 7.5), base)
+    assert np.abs(sample(*args, steerings(adapter, np.ones((2, 2))), 7.5) - base).max() > 1e-3
 
 
 def test_an_image_does_not_depend_on_its_batch(backbone):
@@ -164,12 +165,12 @@ def test_an_image_does_not_depend_on_its_batch(backbone):
     seeds, prompts = (5, 6, 7, 8), ["a person", "a man", "a boat", ""]
     sample = jitted_denoise(backbone, adapter.module)
     args = arguments(backbone, seeds, prompts)
-    together = sample(*args, adapter.steering(weights), 7.5)
+    together = sample(*args, steerings(adapter, weights), 7.5)
     np.testing.assert_array_equal(args[1][2], initial_noise([7], backbone.latent_shape(16))[0])
     for i in range(4):
         alone = sample(
             *arguments(backbone, seeds[i : i + 1], prompts[i : i + 1]),
-            adapter.steering(weights[i : i + 1]),
+            steerings(adapter, weights[i : i + 1]),
             7.5,
         )
         np.testing.assert_allclose(together[i], alone[0], atol=1e-5 * np.abs(together).max())
@@ -189,7 +190,7 @@ def test_guidance_and_adapters_compile_once(backbone):
     sample = jitted_denoise(backbone, tiny_adapter(backbone).module)
     args = arguments(backbone)
     outputs = [
-        sample(*args, tiny_adapter(backbone, seed=seed).steering(weights), guidance)
+        sample(*args, steerings(tiny_adapter(backbone, seed=seed), weights), guidance)
         for seed, weights, guidance in (
             (0, np.eye(2), 7.5),
             (1, np.eye(2), 7.5),
@@ -201,10 +202,10 @@ def test_guidance_and_adapters_compile_once(backbone):
     for a, b in itertools.pairwise(outputs):
         assert np.abs(a - b).max() > 1e-3
     # As in diffusers: at 1 and below the negative prompt has no part.
-    low = sample(*args, tiny_adapter(backbone, seed=1).steering(np.ones((2, 2))), 0.3)
+    low = sample(*args, steerings(tiny_adapter(backbone, seed=1), np.ones((2, 2))), 0.3)
     np.testing.assert_array_equal(low, outputs[-1])
     other_uncond = (*args[:3], backbone.encode_prompts(["a boat"], 16))
-    steering = tiny_adapter(backbone, seed=1).steering(np.ones((2, 2)))
+    steering = steerings(tiny_adapter(backbone, seed=1), np.ones((2, 2)))
     np.testing.assert_allclose(sample(*other_uncond, steering, 1.0), low, atol=2e-5)
 
 
@@ -218,39 +219,32 @@ def test_devices_do_not_talk_to_each_other(backbone):
     params, noise, cond, uncond = arguments(backbone, range(8), ["a person"] * 8)
     params, uncond = jax.device_put((params, uncond), whole)
     noise, cond = jax.device_put((noise, cond), split)
-    steering = adapter.steering(np.ones((8, 2)))
+    (steering,) = steerings(adapter, np.ones((8, 2)))
     steering = steering._replace(
         ram=jax.device_put(steering.ram, whole),
         sam=jax.device_put(steering.sam, whole),
         ram_scale=jax.device_put(steering.ram_scale, split),
         sam_scale=jax.device_put(steering.sam_scale, split),
     )
-    sampler = sampling.make_sampler(
-        backbone, adapter.module, Schedule.from_config(backbone.scheduler_config, 2)
-    )
-    compiled = jax.jit(sampler).lower(params, noise, cond, uncond, steering, 7.5).compile()
+    sampler = sampling.make_sampler(backbone, (adapter.module,), 2, mesh)
+    args = (params, noise, cond, uncond, (steering,), 7.5)
+    compiled = sampler.lower(*args).compile()
     program = compiled.as_text()
     assert "fusion" in program or "convolution" in program
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
-    images = compiled(params, noise, cond, uncond, steering, 7.5)
+    images = compiled(*args)
     assert images.shape == (8, 16, 16, 3) and images.dtype == jnp.uint8
 
 
 def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypatch):
     traces = []
-    make_sampler = sampling.make_sampler
 
-    def make_counting_sampler(*args):
-        sample = make_sampler(*args)
+    def counted(backbone, modules, schedule, params, noise, *args):
+        traces.append(noise.shape)
+        return denoise(backbone, modules, schedule, params, noise, *args)
 
-        def counted(*inputs):
-            traces.append(inputs[1].shape)
-            return sample(*inputs)
-
-        return counted
-
-    monkeypatch.setattr(sampling, "make_sampler", make_counting_sampler)
+    monkeypatch.setattr(sampling, "denoise", counted)
     backbone = dataclasses.replace(backbone)  # which has no programs yet
     adapter = tiny_adapter(backbone)
     other = dataclasses.replace(adapter, ram=jax.tree.map(lambda x: x + 1, adapter.ram))
@@ -272,9 +266,9 @@ def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypat
     for changed in (others, weaker):
         assert not np.array_equal(pairs[0].image, changed[0].image)
     sampler = sampling.Sampler(backbone, SamplerOptions(num_steps=1), adapter)
-    images = sampler(sampler.begin(["a person"] * 8, range(8)), np.ones((8, 2)))
+    images = sampler(sampler.prepare(["a person"] * 8, range(8)), np.ones((8, 2)))
     assert [len(shard.data) for shard in images.addressable_shards] == [1] * 8  # on all devices
-    assert traces == [(8, 8, 8, 4)]
+    assert traces == [(1, 8, 8, 4)]  # one image on each of the eight devices
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8
 
 

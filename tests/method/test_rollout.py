@@ -12,8 +12,9 @@ from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, conditions_of, make_refe
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.bench.torch_side import to_torch
 from respodiff_jax.method.diffusion import Schedule
-from respodiff_jax.method.rollout import StreamingRollout, make_rollout
+from respodiff_jax.method.rollout import Samples, StreamingRollout
 from respodiff_jax.training.config import default
+from respodiff_jax.training.spec import make_rollout
 
 SHAPE = (2, 2, 1)
 
@@ -21,14 +22,14 @@ SHAPE = (2, 2, 1)
 def fly(rollout, num_samples, steps):
     """Indices and prompts seen at each step, `(steps, B)`, with a model that predicts no noise."""
     keys = jax.vmap(jax.random.key)(jnp.arange(num_samples))
-    state = rollout.init(keys, jnp.int32(3), SHAPE)
+    state = rollout.init(Samples(keys, jnp.int32(3), SHAPE))
 
     @jax.jit
     def one(state, step):
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        draw = rollout.draw(state, None, now, None, jnp.int32(3), SHAPE)
-        nothing = jnp.zeros_like(draw.z_t)
-        return rollout.advance(state, draw, lambda: nothing, now, jnp.int32(3)), draw
+        samples = Samples(now, jnp.int32(3), SHAPE)
+        latents = rollout.draw(state, samples, None)
+        return rollout.advance(state, samples, latents, jnp.zeros_like(latents.z_t)), latents
 
     seen, prompts = [], []
     for step in range(steps):
@@ -94,10 +95,10 @@ def check_against_pytorch(folder, concept, steps, stride, **changes):
     backbone = load_backbone(str(folder), dtype="float32")
     changes |= {"module.init": "uniform", "rollout.kind": "streaming"}
     changes |= {"rollout.trajectory_steps": NUM_STEPS // stride}
-    recipe, arrays, state, step = setup(backbone, [concept], 1, **changes)
+    spec, arrays, state, step = setup(backbone, [concept], 1, **changes)
     ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
     state = state.replace(concepts=state.concepts.replace(ram=ram))
-    reference = make_reference(folder, recipe, state, concept)
+    reference = make_reference(folder, spec, state, concept)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(NUM_STEPS)
     restarts = 0
@@ -119,7 +120,7 @@ def check_against_pytorch(folder, concept, steps, stride, **changes):
             _, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
             concept_key = jax.random.fold_in(samples_key, concept.stream)
             noise_key = jax.random.split(jax.random.fold_in(concept_key, 0))[1]
-            expected = jax.random.normal(noise_key, recipe.latent_shape)
+            expected = jax.random.normal(noise_key, spec.latent_shape)
             assert 0 <= int(after.ddim_index) < stride
             assert int(after.last_index) == NUM_STEPS - 2
         else:

@@ -17,23 +17,28 @@ import pytest
 from respodiff_jax.backbone import Conditioning, random_backbone
 from respodiff_jax.bench.train import evaluations_per_sample
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.objective import ConceptArrays, concept_arrays
-from respodiff_jax.method.train_step import Recipe, init_state, train_step
+from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
+from respodiff_jax.method.state import init_state
+from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.config import default
+from respodiff_jax.training.spec import step_spec
 
 WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
 
 
 def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
-    """Recipe and the shapes of a step's arguments; `prompts(leading axes)` gives conditioning."""
+    """The specification and the shapes of a step's arguments.
+
+    `prompts(leading axes)` gives conditioning.
+    """
     config = default()
     config.update_from_flattened_dict(changes)
-    recipe = Recipe.from_config(config, backbone, backbone.default_resolution)
+    spec = step_spec(config, backbone, backbone.default_resolution)
 
     def shape(*axes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((num_concepts, *axes), dtype)
 
-    arrays = ConceptArrays(
+    arrays = EmbeddedConcepts(
         neutral=prompts(num_concepts, 1),
         num_neutral=shape(dtype=jnp.int32),
         own=prompts(num_concepts),
@@ -45,9 +50,9 @@ def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
         lr_sam=shape(),
         stream=shape(dtype=jnp.uint32),
     )
-    state = jax.eval_shape(partial(init_state, recipe, seed=0, batch_size=batch_size), arrays)
+    state = jax.eval_shape(partial(init_state, spec, seed=0, batch_size=batch_size), arrays)
     ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return recipe, (state, backbone.params, arrays, ids)
+    return spec, (state, backbone.params, arrays, ids)
 
 
 def sd14_prompts(*axes):
@@ -64,8 +69,8 @@ def test_sdxl_at_1024_pixels_traces():
             jax.ShapeDtypeStruct((*axes, 6), jnp.float32),
         )
 
-    recipe, args = abstract_step(backbone, 3, 2, prompts)
-    new_state, metrics = jax.eval_shape(partial(train_step, recipe), *args)
+    spec, args = abstract_step(backbone, 3, 2, prompts)
+    new_state, metrics = jax.eval_shape(partial(train_step, spec), *args)
     assert new_state.concepts.ram["constant"].shape == (3, 32, 32, 1280)
     assert metrics.loss_resp.shape == (3,)
     assert jax.tree.structure(new_state) == jax.tree.structure(args[0])
@@ -76,8 +81,8 @@ def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
 
     batch = 2
-    recipe, args = abstract_step(backbone, 1, batch, sd14_prompts)
-    evaluations = evaluations_per_sample(recipe, *args[:3], batch)
+    spec, args = abstract_step(backbone, 1, batch, sd14_prompts)
+    evaluations = evaluations_per_sample(spec, *args[:3], batch)
     with capsys.disabled():
         print(f"\n{evaluations:.2f} UNet evaluations per training sample")
     assert evaluations == pytest.approx(5.87, abs=0.02)
@@ -102,8 +107,8 @@ def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
     """
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
     backbone = dataclasses.replace(backbone, attention="flash")
-    recipe, args = abstract_step(backbone, 1, 4, sd14_prompts)
-    program = jax.make_jaxpr(partial(train_step, recipe))(*args)
+    spec, args = abstract_step(backbone, 1, 4, sd14_prompts)
+    program = jax.make_jaxpr(partial(train_step, spec))(*args)
     # Of the step's three predictions of four pictures.
     mid_blocks = 3 * 4 * math.prod(args[0].concepts.ram["constant"].shape)
 
@@ -147,12 +152,12 @@ def peak_memory():
 def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
     """860 M parameters in bf16."""
     backbone = random_backbone("sd14", dtype="bfloat16")
-    recipe = Recipe.from_config(default(), backbone, 512)
-    arrays = concept_arrays(backbone, [WOMAN], 512)
+    spec = step_spec(default(), backbone, 512)
+    arrays = embed_concepts(backbone, [WOMAN], 512)
     frozen = {"unet": backbone.params["unet"]}
-    state = init_state(recipe, arrays, seed=0, batch_size=1)
+    state = init_state(spec, arrays, seed=0, batch_size=1)
     with peak_memory() as peak:
-        state, metrics = jax.jit(partial(train_step, recipe))(state, frozen, arrays, jnp.arange(1))
+        state, metrics = jax.jit(partial(train_step, spec))(state, frozen, arrays, jnp.arange(1))
         jax.block_until_ready(state)
     with capsys.disabled():
         print(f"\npeak memory {peak[0]:.1f} GiB, L_resp {float(metrics.loss_resp[0]):.4f}")

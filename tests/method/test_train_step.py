@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from respodiff_jax.backbone import Conditioning, load_backbone
 from respodiff_jax.bench.torch_side import Conditions, Procedure, TorchModule, to_torch
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.objective import concept_arrays
-from respodiff_jax.method.rollout import Draw
-from respodiff_jax.method.train_step import Recipe, init_state, make_optimizer, train_step
+from respodiff_jax.method.embedding import embed_concepts
+from respodiff_jax.method.rollout import Latents
+from respodiff_jax.method.state import init_state
+from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.config import default
+from respodiff_jax.training.spec import make_optimizer, step_spec
 
 WOMAN = Concept("a woman", "gender", ("a person", "someone"), target_prompt="a woman")
 MAN = Concept("a man", "gender", ("a person",), target_prompt="a man", lambda_sem=2.0, lr_ram=3e-2)
@@ -39,27 +41,27 @@ def make_config(**changes) -> ConfigDict:
 
 
 def setup(backbone, concepts, batch_size=BATCH, **changes):
-    """Recipe, embedded concepts, first state and compiled step for these concepts."""
+    """Specification, embedded concepts, first state and compiled step for these concepts."""
     resolution = backbone.default_resolution
-    recipe = Recipe.from_config(make_config(**changes), backbone, resolution)
-    arrays = concept_arrays(backbone, concepts, resolution)
-    state = init_state(recipe, arrays, seed=3, batch_size=batch_size)
-    return recipe, arrays, state, jax.jit(partial(train_step, recipe))
+    spec = step_spec(make_config(**changes), backbone, resolution)
+    arrays = embed_concepts(backbone, concepts, resolution)
+    state = init_state(spec, arrays, seed=3, batch_size=batch_size)
+    return spec, arrays, state, jax.jit(partial(train_step, spec))
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedRollout:
     """Gives the losses known latents."""
 
-    latents: Draw
+    latents: Latents
 
-    def init(self, keys, num_prompts, shape):
+    def init(self, samples):
         return ()
 
-    def draw(self, state, predict, keys, step_key, num_prompts, shape):
+    def draw(self, state, samples, predict):
         return self.latents
 
-    def advance(self, state, draw, guided, keys, num_prompts):
+    def advance(self, state, samples, latents, output):
         return state
 
 
@@ -78,11 +80,11 @@ def conditions_of(arrays, concept, picks):
     return neutral, empty, *((neutral, own) if concept.is_safety else (own, empty))
 
 
-def make_reference(folder, recipe, state, concept):
+def make_reference(folder, spec, state, concept):
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(NUM_STEPS)
     params = jax.tree.map(lambda x: np.asarray(x[0]), (state.concepts.ram, state.concepts.sam))
-    ram, sam = (TorchModule(recipe.module.kind, p) for p in params)
+    ram, sam = (TorchModule(spec.module.kind, p) for p in params)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     fields = ("lr_ram", "lr_sam", "lambda_sem", "guidance_scale")
     return Procedure(unet, scheduler, ram, sam, **{f: getattr(concept, f) for f in fields})
@@ -115,17 +117,17 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
     folder = request.getfixturevalue(folder)
     backbone = load_backbone(str(folder), dtype="float32")
     changes = {"module.kind": kind, "module.init": "uniform", "module.hidden_channels": 24}
-    recipe, arrays, state, _ = setup(backbone, [concept], **changes)
+    spec, arrays, state, _ = setup(backbone, [concept], **changes)
     ddim_index, prompt_index = 2, [len(concept.neutral_prompts) - 1, 0]
     # Far from zero, so that the losses stand out from the rounding of the predictions.
     far = jax.tree.map(lambda x: 10 * x, (state.concepts.ram, state.concepts.sam))
     state = state.replace(concepts=state.concepts.replace(ram=far[0], sam=far[1]))
-    z_t = jax.random.normal(jax.random.key(9), (BATCH, *recipe.latent_shape))
-    draw = Draw(z_t, jnp.int32(ddim_index), jnp.asarray(prompt_index))
-    recipe = dataclasses.replace(recipe, rollout=FixedRollout(draw))
-    step = jax.jit(partial(train_step, recipe))
+    z_t = jax.random.normal(jax.random.key(9), (BATCH, *spec.latent_shape))
+    draw = Latents(z_t, jnp.int32(ddim_index), jnp.asarray(prompt_index))
+    spec = dataclasses.replace(spec, rollout=FixedRollout(draw))
+    step = jax.jit(partial(train_step, spec))
 
-    reference = make_reference(folder, recipe, state, concept)
+    reference = make_reference(folder, spec, state, concept)
     conditions = conditions_of(arrays, concept, prompt_index)
     for i in range(3):
         losses = reference.step(to_torch(z_t), ddim_index, *conditions)
@@ -143,10 +145,10 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
 def test_rollout_and_step_equal_pytorch(sd_folder):
     backbone = load_backbone(str(sd_folder), dtype="float32")
     changes = {"module.init": "uniform"}
-    recipe, arrays, state, step = setup(backbone, [WOMAN], **changes)
+    spec, arrays, state, step = setup(backbone, [WOMAN], **changes)
     ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
     state = state.replace(concepts=state.concepts.replace(ram=ram))
-    reference = make_reference(sd_folder, recipe, state, WOMAN)
+    reference = make_reference(sd_folder, spec, state, WOMAN)
     seen = set()
     for i in range(4):
         # The documented random streams: run -> step -> concept -> sample -> prompt and noise.
@@ -155,7 +157,7 @@ def test_rollout_and_step_equal_pytorch(sd_folder):
         keys = [jax.random.fold_in(concept_key, s) for s in range(BATCH)]
         splits = [jax.random.split(key) for key in keys]
         prompts = [int(jax.random.randint(s[0], (), 0, 2)) for s in splits]
-        noise = jnp.stack([jax.random.normal(s[1], recipe.latent_shape) for s in splits])
+        noise = jnp.stack([jax.random.normal(s[1], spec.latent_shape) for s in splits])
 
         state, metrics = step(state, backbone.params, arrays, jnp.arange(BATCH))
         k = int(metrics.ddim_index[0])
@@ -177,19 +179,19 @@ def run(step, state, backbone, arrays, steps):
 
 @pytest.fixture(scope="module")
 def two_concepts(tiny_backbone):
-    """A compiled step for two concepts: `(recipe, step)`; learning rates are data."""
-    recipe, _, _, step = setup(tiny_backbone, [WOMAN, MAN])
-    return recipe, step
+    """A compiled step for two concepts: `(spec, step)`; learning rates are data."""
+    spec, _, _, step = setup(tiny_backbone, [WOMAN, MAN])
+    return spec, step
 
 
-def start(backbone, recipe, concepts):
-    arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
-    return arrays, init_state(recipe, arrays, seed=3, batch_size=BATCH)
+def start(backbone, spec, concepts):
+    arrays = embed_concepts(backbone, concepts, backbone.default_resolution)
+    return arrays, init_state(spec, arrays, seed=3, batch_size=BATCH)
 
 
 def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
-    recipe, step = two_concepts
-    arrays, state = start(tiny_backbone, recipe, [MAN, VIOLENCE])
+    spec, step = two_concepts
+    arrays, state = start(tiny_backbone, spec, [MAN, VIOLENCE])
     together, _ = run(step, state, tiny_backbone, arrays, 3)
     # Alone it also keeps a moving average, which must change nothing.
     _, arrays, state, step = setup(tiny_backbone, [VIOLENCE], **{"optimizer.ema_decay": 0.75})
@@ -208,10 +210,10 @@ def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
 
 
 def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
-    recipe, step = two_concepts
+    spec, step = two_concepts
     only_ram = dataclasses.replace(WOMAN, lr_sam=0.0)
     only_sam = dataclasses.replace(MAN, lr_ram=0.0)
-    arrays, before = start(tiny_backbone, recipe, [only_ram, only_sam])
+    arrays, before = start(tiny_backbone, spec, [only_ram, only_sam])
     # With RAM at zero there is nothing for SAM to mend, so give it something.
     ram = {"constant": before.concepts.ram["constant"].at[1].set(0.5)}
     before = before.replace(concepts=before.concepts.replace(ram=ram))
@@ -226,16 +228,16 @@ def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
 
 
 def test_a_diverged_concept_stops_and_spares_the_others(tiny_backbone, two_concepts):
-    recipe, step = two_concepts
+    spec, step = two_concepts
     wild, tame = (dataclasses.replace(MAN, lr_ram=lr) for lr in (1e38, 0.0))
-    arrays, before = start(tiny_backbone, recipe, [WOMAN, wild])
+    arrays, before = start(tiny_backbone, spec, [WOMAN, wild])
     after, metrics = run(step, before, tiny_backbone, arrays, 2)
     np.testing.assert_array_equal(metrics.diverged_at, [-1, 0])
     leaves = [jax.tree.leaves(s.concepts.replace(diverged_at=None)) for s in (after, before)]
     for leaf, at_start in zip(*leaves, strict=True):
         np.testing.assert_array_equal(leaf[1], at_start[1])
 
-    arrays, before = start(tiny_backbone, recipe, [WOMAN, tame])
+    arrays, before = start(tiny_backbone, spec, [WOMAN, tame])
     undisturbed, _ = run(step, before, tiny_backbone, arrays, 2)
     np.testing.assert_array_equal(
         after.concepts.ram["constant"][0], undisturbed.concepts.ram["constant"][0]
@@ -291,10 +293,10 @@ def test_adam_equals_pytorch_over_several_steps():
 
 def test_the_encoder_is_shared(tiny_backbone):
     """FLOPs after the rollout: 3 encoder passes, 3 + 2 × (forward, backward) decoder passes."""
-    recipe, arrays, state, _ = setup(tiny_backbone, [WOMAN])
-    shape = (BATCH, *recipe.latent_shape)
-    draw = Draw(jnp.ones(shape), jnp.int32(1), jnp.zeros(BATCH, int))
-    recipe = dataclasses.replace(recipe, rollout=FixedRollout(draw))
+    spec, arrays, state, _ = setup(tiny_backbone, [WOMAN])
+    shape = (BATCH, *spec.latent_shape)
+    draw = Latents(jnp.ones(shape), jnp.int32(1), jnp.zeros(BATCH, int))
+    spec = dataclasses.replace(spec, rollout=FixedRollout(draw))
     frozen = {"unet": tiny_backbone.params["unet"]}
 
     def flops(function, *args):
@@ -302,25 +304,25 @@ def test_the_encoder_is_shared(tiny_backbone):
 
     cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
     timesteps = jnp.ones(BATCH, int)
-    h, skips = recipe.encode(frozen, draw.z_t, timesteps, cond)
-    encoder = flops(recipe.encode, frozen, draw.z_t, timesteps, cond)
-    decoder = flops(recipe.decode, frozen, h, skips)
+    h, skips = spec.encode(frozen, draw.z_t, timesteps, cond)
+    encoder = flops(spec.encode, frozen, draw.z_t, timesteps, cond)
+    decoder = flops(spec.decode, frozen, h, skips)
 
     def loss(h):
-        return jnp.sum(recipe.decode(frozen, h, skips) ** 2)
+        return jnp.sum(spec.decode(frozen, h, skips) ** 2)
 
     with_backward = flops(jax.value_and_grad(loss), h)
-    step = flops(partial(train_step, recipe), state, frozen, arrays, jnp.arange(BATCH))
+    step = flops(partial(train_step, spec), state, frozen, arrays, jnp.arange(BATCH))
     assert step == pytest.approx(3 * encoder + 3 * decoder + 2 * with_backward, rel=0.05)
     assert step < 3 * encoder + 3 * decoder + 2 * with_backward + encoder  # one more would show
 
 
 def test_remat_keeps_less_for_the_same_gradient(tiny_backbone):
-    recipe, arrays, _, _ = setup(tiny_backbone, [WOMAN])
+    spec, arrays, _, _ = setup(tiny_backbone, [WOMAN])
     frozen = {"unet": tiny_backbone.params["unet"]}
     cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
-    z_t = jax.random.normal(jax.random.key(0), (BATCH, *recipe.latent_shape))
-    h, skips = jax.jit(recipe.encode)(frozen, z_t, jnp.full(BATCH, 500), cond)
+    z_t = jax.random.normal(jax.random.key(0), (BATCH, *spec.latent_shape))
+    h, skips = jax.jit(spec.encode)(frozen, z_t, jnp.full(BATCH, 500), cond)
 
     def loss(remat, h):
         return jnp.sum(tiny_backbone.decode(frozen, h, skips, remat) ** 2)

@@ -85,10 +85,6 @@ def test_overrides_reach_every_level_and_type():
             "parallel.strategy=xmap",
             "config.parallel.strategy is 'xmap', expected one of pmap, mesh",
         ),
-        (
-            "parallel.fsdp=True",
-            "config.parallel.fsdp is True, expected False, or parallel.strategy",
-        ),
         ("rollout.kind=fast", "config.rollout.kind is 'fast'"),
         ("rollout.num_steps=1", "config.rollout.num_steps is 1"),
         ("rollout.guidance_scale=nan", "config.rollout.guidance_scale is nan"),

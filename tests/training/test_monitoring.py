@@ -9,12 +9,18 @@ from test_adapters import make_adapter
 from test_train_step import MAN, VIOLENCE, WOMAN
 
 from respodiff_jax.adapters import select
-from respodiff_jax.generation.sampling import SamplerOptions, make_sampler, sample_images
+from respodiff_jax.generation import sampling
+from respodiff_jax.generation.sampling import (
+    SamplerOptions,
+    denoise,
+    make_sampler,
+    sample_images,
+)
 from respodiff_jax.images import grid
-from respodiff_jax.method.diffusion import Schedule
-from respodiff_jax.method.objective import concept_arrays
-from respodiff_jax.training import config, monitoring, parallel
-from respodiff_jax.training.monitoring import ValidationGrids
+from respodiff_jax.method.embedding import embed_concepts
+from respodiff_jax.training import config, parallel
+from respodiff_jax.training import grids as grids_lib
+from respodiff_jax.training.grids import ValidationGrids
 
 CONCEPTS = [WOMAN, VIOLENCE, MAN, dataclasses.replace(VIOLENCE, name="anger")]
 SEEDS, NUM_STEPS, GUIDANCE = (0, 1), 2, 3.0
@@ -30,31 +36,31 @@ class Log:
         self.names.append(name)
 
 
-@pytest.mark.parametrize(("strategy", "fsdp"), [("pmap", False), ("mesh", True)])
-def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_grids_show_what_sampling_gives(tiny_backbone, strategy, tmp_path, monkeypatch):
     """Of the concepts that the adapter has, in another order than its own."""
     own = dict(tiny_backbone.identity) | {"resolution": 16}
     adapter = make_adapter(shape=(4, 4, 64), concepts=(MAN, WOMAN), **own)
-    placement = parallel.make_placement(strategy, len(CONCEPTS), 8, fsdp)
-    schedule = Schedule.from_config(tiny_backbone.scheduler_config, NUM_STEPS)
+    placement = parallel.Placement(strategy, len(CONCEPTS), 8)
     shares = []
 
-    def sample(params, noise, *args):
+    def counted(backbone, modules, schedule, params, noise, *args):
         shares.append(len(noise))
-        return make_sampler(tiny_backbone, adapter.module, schedule)(params, noise, *args)
+        return denoise(backbone, modules, schedule, params, noise, *args)
 
     log_config = config.default().log
     log_config.update(grid_images=len(SEEDS), grid_steps=NUM_STEPS, grid_guidance_scale=GUIDANCE)
-    arrays = concept_arrays(tiny_backbone, CONCEPTS, 16)
+    arrays = embed_concepts(tiny_backbone, CONCEPTS, 16)
     grids = ValidationGrids(
         tmp_path,
         log_config,
         10,
-        tiny_backbone,
-        placement.compile_sampler(sample),
+        tiny_backbone.latent_shape(16),
+        16,
+        make_sampler(tiny_backbone, (adapter.module,), NUM_STEPS, placement.mesh),
+        placement,
         CONCEPTS,
         arrays,
-        16,
     )
     shown = []
 
@@ -62,9 +68,10 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path,
         shown.append(rows)
         return grid(rows, **kwargs)
 
-    monkeypatch.setattr(monitoring, "grid", drawn)
+    monkeypatch.setattr(grids_lib, "grid", drawn)
+    monkeypatch.setattr(sampling, "denoise", counted)
     log = Log()
-    frozen = placement.place_frozen(tiny_backbone.params)
+    frozen = placement.replicate(tiny_backbone.params)
     grids.write(7, frozen, adapter, log)
     assert log.names == ["a woman", "a man"]
     assert [p.name for p in sorted(tmp_path.glob("grids/*"))] == [
@@ -76,8 +83,8 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, fsdp, tmp_path,
     grids.write(8, frozen, select(adapter, ["a woman"]), log)
     assert log.names == ["a woman", "a man", "a woman"]
     np.testing.assert_array_equal(shown.pop(), shown[0])
-    # Traced once, for the 24 pictures that there are at most; under jit, for all of them.
-    assert shares == [3 if strategy == "pmap" else 24]
+    # Traced once, for the three of at most 24 pictures that each device samples.
+    assert shares == [3]
 
     ram_only = dataclasses.replace(adapter, sam=jax.tree.map(np.zeros_like, adapter.sam))
     for concept, rows in zip((WOMAN, MAN), shown, strict=True):

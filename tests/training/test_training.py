@@ -25,8 +25,7 @@ from respodiff_jax.training import checkpoint, monitoring
 from respodiff_jax.training import run as training
 from respodiff_jax.training.checkpoint import Checkpoints, adapter_from_workdir
 from respodiff_jax.training.config import add_concepts, default, load_config
-from respodiff_jax.training.waves import train
-from respodiff_jax.training.waves import read_outcomes
+from respodiff_jax.training.waves import read_outcomes, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.py")

@@ -19,13 +19,14 @@ from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.objective import concept_arrays
-from respodiff_jax.method.train_step import Recipe, init_state, train_step
+from respodiff_jax.method.embedding import embed_concepts
+from respodiff_jax.method.state import init_state
+from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training import run as training
 from respodiff_jax.training import waves
 from respodiff_jax.training.config import concepts_from, load_config
-from respodiff_jax.training.waves import train
-from respodiff_jax.training.waves import plan_waves, read_outcomes, wave_size
+from respodiff_jax.training.spec import step_spec
+from respodiff_jax.training.waves import plan_waves, read_outcomes, train, wave_size
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -360,12 +361,12 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(sixty_four):
 
     backbone = load_backbone("emoji-world", dtype="float32")
     resolution = backbone.default_resolution
-    recipe = Recipe.from_config(config, backbone, resolution)
-    step = jax.jit(functools.partial(train_step, recipe))
+    spec = step_spec(config, backbone, resolution)
+    step = jax.jit(functools.partial(train_step, spec))
     worst = 0.0
     for concept in concepts_from(config):
-        arrays = concept_arrays(backbone, [concept], resolution)
-        state = init_state(recipe, arrays, config.seed, config.train.batch_size)
+        arrays = embed_concepts(backbone, [concept], resolution)
+        state = init_state(spec, arrays, config.seed, config.train.batch_size)
         untrained = state.concepts.ram, state.concepts.sam
         for _ in range(config.train.steps):
             state, _ = step(state, backbone.params, arrays, np.arange(2))
@@ -387,14 +388,14 @@ def test_throughput_grows_with_the_concepts_of_a_batch():
     config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
     concepts = concepts_from(config)
     backbone = load_backbone("emoji-world", dtype="float32")
-    recipe = Recipe.from_config(config, backbone, backbone.default_resolution)
-    step = jax.jit(functools.partial(train_step, recipe))
-    all_arrays = concept_arrays(backbone, concepts, backbone.default_resolution)
+    spec = step_spec(config, backbone, backbone.default_resolution)
+    step = jax.jit(functools.partial(train_step, spec))
+    all_arrays = embed_concepts(backbone, concepts, backbone.default_resolution)
     frozen = jax.device_put({"unet": backbone.params["unet"]})
     ids = np.arange(1)
     seconds = {count: [] for count in (1, 2, 4, 8, 16, 32, 64)}
     arrays = {n: jax.tree.map(lambda x, n=n: x[:n], all_arrays) for n in seconds}
-    states = {n: init_state(recipe, arrays[n], config.seed, 1) for n in seconds}
+    states = {n: init_state(spec, arrays[n], config.seed, 1) for n in seconds}
     for turn in range(8):
         for count, found in seconds.items():
             steps = max(32 // count, 1)
