@@ -159,3 +159,26 @@ class LocalFolder:
         self.push()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def check_output_file(path: PathLike, name: str) -> pathlib.Path:
+    """The path of a file on this machine; call it before the work whose result it takes.
+
+    Args:
+      path: the file; it need not exist.
+      name: the parameter that gave the path, for the message.
+
+    Raises:
+      UserError: if the path is remote or a folder, its own folder does not exist, or writing is
+        not permitted.
+    """
+    file = local_path(path, f"`{name}`")
+    if not file.parent.is_dir():
+        raise UserError(
+            f"`{name}` is {file}, but the folder {file.parent} does not exist; create it first"
+        )
+    if file.is_dir():
+        raise UserError(f"`{name}` is {file}, which is a folder; expected a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"`{name}` is {file}, which cannot be written: no permission")
+    return file

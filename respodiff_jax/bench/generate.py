@@ -1,4 +1,4 @@
-"""`respodiff bench generate`: sampling a config's model, and diffusers' pipeline beside it."""
+"""`respodiff bench generate`: sampling with a config's model, compared with diffusers' pipeline."""
 
 import dataclasses
 
@@ -16,42 +16,41 @@ from respodiff_jax.training.config import concepts_from
 
 
 def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
-    """Measures how fast images come, from prompts to host arrays, without an adapter.
+    """Measures sampling without an adapter, from prompts to host arrays.
 
-    `train.batch_size` at a time, in `log.grid_steps` steps with `log.grid_guidance_scale`, of the
-    first concept's neutral prompt.
+    A call samples `train.batch_size` images of the first concept's neutral prompt, in
+    `log.grid_steps` steps with `log.grid_guidance_scale`.
 
     Args:
       config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure diffusers' PyTorch pipeline, in turns with ours.
-      repeats: of each.
+      against_torch: also measure diffusers' PyTorch pipeline, in alternation.
+      repeats: repetitions of each side.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for a mistake in the config or the model, or if PyTorch is missing.
     """
     if config.log.grid_guidance_scale <= 1:
         raise UserError(
-            f"config.log.grid_guidance_scale is {config.log.grid_guidance_scale}: without guidance"
-            " diffusers skips the unconditional half; give more than 1"
+            f"config.log.grid_guidance_scale is {config.log.grid_guidance_scale}, expected more"
+            " than 1: without guidance diffusers skips the unconditional half"
         )
     torch_side = model_lib.torch_side(against_torch)
-    batch_size = config.train.batch_size
+    environment = model_lib.environment(against_torch)
     options = SamplerOptions(
         num_steps=config.log.grid_steps,
         guidance_scale=config.log.grid_guidance_scale,
         resolution=config.model.resolution,
-        batch_size=batch_size,
+        batch_size=config.train.batch_size,
     )
-    environment = model_lib.environment(against_torch)
     backbone, resolution = model_lib.open_model(config)
     neutral_prompt = concepts_from(config)[0].neutral_prompts[0]
-    prompts, seeds = [neutral_prompt] * batch_size, range(batch_size)
+    prompts, seeds = [neutral_prompt] * options.batch_size, range(options.batch_size)
     sampler: Sampler | None = None
 
     def program():
         nonlocal sampler
-        sampler = None  # and its copy of the parameters, before there is another
-        sampler = Sampler(dataclasses.replace(backbone), options)  # which has no programs yet
+        sampler = None  # frees its copy of the parameters before the next is made
+        sampler = Sampler(dataclasses.replace(backbone), options)  # a backbone without programs
         return lambda: sampler(sampler.begin(prompts, seeds))
 
     def ours(calls: int) -> None:
@@ -88,7 +87,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     flops = _flops_per_image(model_lib.with_plain_attention(backbone), resolution, options)
 
     def side(name, batches, **others):
-        rate = batches * batch_size
+        rate = batches * options.batch_size
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, flops=flops, utilisation=utilisation, **others)
 
@@ -101,7 +100,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         "model": config.model.name,
         "resolution": resolution,
         "dtype": config.model.dtype,
-        "batch size": batch_size,
+        "batch size": options.batch_size,
         "DDIM steps": options.num_steps,
         "guidance": options.guidance_scale,
     }
@@ -109,7 +108,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
 
 
 def _flops_per_image(backbone, resolution, options) -> float:
-    """Of the UNet, twice a step, and of the autoencoder."""
+    """FLOPs of the UNet, twice for each step, and of the VAE's decoder."""
     latents = jax.ShapeDtypeStruct((1, *backbone.latent_shape(resolution)), jnp.float32)
     prompt = jax.tree.map(lambda x: x[0], backbone.encode_prompts([""], resolution))
     forward = model_lib.forward_flops(backbone, backbone.params, latents, prompt)

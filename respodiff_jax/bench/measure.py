@@ -1,4 +1,4 @@
-"""How it is measured: FLOPs, rates of sides that take turns, peaks, compile time, hardware."""
+"""Measurements: FLOPs, rates of alternating sides, peaks, compile time, memory, hardware."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from respodiff_jax.compiling.topologies import CHIPS
 
-# A repetition of a side lasts about this long, or as long as one call takes.
+# Length of a repetition of a side, or of one call if that takes longer.
 SECONDS = 1.0
 
-# Peaks of dense bfloat16 matrix products, FLOP/s of one device, from NVIDIA's data sheets; of the
-# names that are part of a device's kind, the first counts.
+# Peaks of dense bfloat16 matrix products, FLOP/s of one device, from NVIDIA's data sheets. The
+# first name contained in a device's kind counts.
 _GPU_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -36,7 +36,7 @@ _GPU_PEAKS = {
     "L40S": 362e12,
     "L4": 121e12,
 }
-# What JAX calls Google's chips.
+# JAX's names for Google's chips.
 _TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
@@ -51,7 +51,7 @@ class Spread:
         return statistics.median(self.values)
 
     def __truediv__(self, other: "Spread") -> "Spread":
-        """The ratios of repetitions that followed each other."""
+        """The ratio of each repetition to the one that followed it."""
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def __mul__(self, factor: float) -> "Spread":
@@ -67,10 +67,14 @@ class Spread:
 
 
 def flops(function: Callable, *args: Any) -> float:
-    """FLOPs of a function of arrays or `ShapeDtypeStruct`s, by XLA's count; nothing is run.
+    """FLOPs of a function, by XLA's count, without running it; a loop's body counts once.
 
-    Counted in the program as written, lowered for the CPU, where XLA sees all of it: compiled for
-    an accelerator it has kernels that XLA does not look into. A loop's body counts once.
+    The program is counted as written, lowered for the CPU. Compiled for an accelerator it has
+    kernels that XLA cannot count.
+
+    Args:
+      function: the function.
+      *args: its arguments, arrays or `ShapeDtypeStruct`s.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -78,16 +82,16 @@ def flops(function: Callable, *args: Any) -> float:
 
 
 def take_turns(sides: Mapping[str, Callable[[int], None]], repeats: int) -> dict[str, Spread]:
-    """How often a second each side can be called.
+    """Calls per second of each side.
 
-    The sides alternate (A B A B ...), so that what else the machine does meets all of them.
+    The sides alternate (A B A B ...), so that other load on the machine affects all of them.
 
     Args:
       sides: by name; `side(n)` does its work n times and waits until it is done.
-      repeats: of each side.
+      repeats: repetitions of each side.
 
     Returns:
-      Calls per second, one value for each repetition.
+      For each side one value per repetition.
     """
     calls = {}
     for name, side in sides.items():
@@ -107,16 +111,16 @@ def _seconds(function: Callable, *args: Any) -> float:
 
 
 def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of a program's first call, tracing and compiling included.
+    """Seconds of a program's first call, including tracing and compiling.
 
-    Within `empty_compilation_cache`. What has been compiled in this process is forgotten.
+    Call this within `empty_compilation_cache`. It clears JAX's caches of this process.
 
     Args:
-      make: gives the program anew, not yet compiled.
+      make: returns a new program, not yet compiled.
 
     Returns:
-      "cold": with nothing compiled before. "cached": as in a new process that finds the compiled
-      program in JAX's persistent cache.
+      "cold": with an empty cache. "cached": as in a new process that finds the compiled program in
+      JAX's persistent cache.
     """
     seconds = {}
     for name in ("cold", "cached"):
@@ -128,7 +132,7 @@ def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def empty_compilation_cache() -> Iterator[None]:
-    """A persistent compilation cache with nothing in it, for all that is compiled inside."""
+    """Uses an empty persistent compilation cache inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "jax_compilation_cache_dir": folder,
@@ -150,35 +154,35 @@ def _configure_cache(options: Mapping[str, Any]) -> None:
 
 
 def peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
-    """Bytes on a device: `{"bytes", "of"}`.
+    """Peak memory on a device, `{"bytes", "of"}`.
 
-    The most that this process has had there, where the backend counts them. Else what XLA says
-    that the compiled program takes: arguments, results and temporaries.
+    It is this process's peak, if the backend counts it. Otherwise it is XLA's figure for the
+    compiled program: arguments, results and temporaries.
     """
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return {"bytes": max(s["peak_bytes_in_use"] for s in stats), "of": "process, measured"}
     sizes = compile_program().memory_analysis()
     taken = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-    return {"bytes": taken - sizes.alias_size_in_bytes, "of": "program, by XLA's account"}
+    return {"bytes": taken - sizes.alias_size_in_bytes, "of": "program, by XLA's count"}
 
 
 class Peak:
-    """FLOP/s that all devices could do at best.
+    """The peak FLOP/s of all devices together.
 
-    The published figure for bfloat16 on a kind of device that is known. Else that of a large matrix
-    product, which is measured as one of the sides that take turns.
+    For bfloat16 on a known device it is the published figure. Otherwise it is the rate of a large
+    matrix product, measured as one more side.
 
     Args:
-      dtype: of the model.
+      dtype: the model's dtype.
 
     Attributes:
-      sides: to be measured too.
+      sides: sides to measure together with the others; empty for a published figure.
     """
 
     def __init__(self, dtype: str):
         device = jax.devices()[0]
-        # A CPU's simulated devices share its cores, all of which a product on one of them uses.
+        # A product on one of a CPU's simulated devices uses all cores.
         self._devices = 1 if device.platform == "cpu" else jax.device_count()
         published = _GPU_PEAKS | {kind: CHIPS[name].flops for kind, name in _TPU_KINDS.items()}
         known = next((k for k in published if re.search(rf"\b{k}\b", device.device_kind)), None)
@@ -198,16 +202,21 @@ class Peak:
         self.sides["matrix product"] = multiply
 
     def to_dict(self, rates: Mapping[str, Spread]) -> dict[str, Any]:
-        """`{"flops_per_second", "of"}`, given the rates of what took turns."""
+        """`{"flops_per_second", "of"}`, from the rates that `take_turns` returned."""
         products = rates["matrix product"].median if self.sides else 1
         return {"flops_per_second": self._devices * products * self._flops, "of": self._of}
 
 
+def leave_gpu_memory_to_torch() -> None:
+    """Keeps JAX from reserving most of a GPU's memory; call this before JAX uses its devices."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Hardware and versions; `load_average` tells what else the machine was doing.
+    """Hardware and package versions; `load_average` shows other load on the machine.
 
     Args:
-      packages: whose versions to name.
+      packages: names of the packages.
     """
     cpu = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.M) if cpu.exists() else []

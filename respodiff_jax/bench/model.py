@@ -1,4 +1,4 @@
-"""The model that is measured: opened for JAX, handed to PyTorch, and the cost of one evaluation."""
+"""The measured model: opened in JAX, saved for PyTorch, and the FLOPs of one evaluation."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from respodiff_jax.training.spec import step_spec
 
 
 def open_model(config: ConfigDict) -> tuple[Backbone, int]:
-    """The model of a config, and the resolution it is used at."""
+    """Opens the model of a config; returns it and the resolution in pixels."""
     backbone = load_backbone(
         config.model.name,
         revision=config.model.revision,
@@ -38,13 +38,13 @@ def open_model(config: ConfigDict) -> tuple[Backbone, int]:
 
 
 def with_plain_attention(backbone: Backbone) -> Backbone:
-    """The model for counting FLOPs: XLA does not look into fused attention."""
+    """The model for counting FLOPs, which XLA cannot count inside fused attention."""
     return dataclasses.replace(backbone, attention="plain")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """What a config trains, on the host; of a job in waves, the first wave."""
+    """What a config trains, on the host. If it trains in waves, this is the first wave."""
 
     config: ConfigDict
     concepts: tuple[Concept, ...]
@@ -59,7 +59,7 @@ class Job:
         """Opens the model of a config.
 
         Raises:
-          UserError: for what the user can mend in config or model.
+          UserError: for a mistake in the config or the model.
         """
         all_concepts = concepts_from(config)
         count = concepts_at_a_time(config, jax.device_count())
@@ -81,10 +81,11 @@ class Job:
 
 
 def torch_side(against_torch: bool = True) -> ModuleType | None:
-    """`bench.torch_side`, where PyTorch has the device that JAX runs on; None if not asked for.
+    """Imports `bench.torch_side`; returns None unless `against_torch`.
 
     Raises:
-      UserError: if there is no PyTorch, or it has no such device.
+      UserError: if PyTorch is not installed, does not support the device that JAX runs on, or JAX
+        runs on several GPUs.
     """
     if not against_torch:
         return None
@@ -104,7 +105,7 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
 
 @contextlib.contextmanager
 def diffusers_folder(backbone: Backbone) -> Iterator[pathlib.Path]:
-    """A folder with the same weights for PyTorch, whatever they were read from."""
+    """A temporary diffusers folder with the model's weights, from which PyTorch can load them."""
     with tempfile.TemporaryDirectory() as folder:
         save_backbone(backbone, folder, dtype=backbone.dtype.name)
         yield pathlib.Path(folder)
@@ -121,10 +122,10 @@ def forward_flops(
     """FLOPs of one plain forward pass of the UNet.
 
     Args:
-      model: with `encode` and `decode`.
-      params: the frozen parameters or their shapes.
+      model: has `encode` and `decode`.
+      params: the frozen parameters, or their shapes.
       latents: shape of the batch, `(B, h, w, c)`.
-      prompt: the conditioning of one prompt or its shapes, without a batch axis.
+      prompt: the conditioning of one prompt without a batch axis, or its shapes.
     """
 
     def forward(params, z, timesteps, cond):

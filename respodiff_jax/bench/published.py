@@ -1,4 +1,4 @@
-"""The published procedure in PyTorch (`torch_side`) on a config's job; its results as adapters."""
+"""Trains a config by the published procedure in PyTorch (`torch_side`), and writes adapters."""
 
 import os
 import pathlib
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import export_adapter
+from respodiff_jax.bench import measure
 from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Job
 from respodiff_jax.compiling.programs import concepts_at_a_time
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def make_training(job: Job) -> "torch_side.Training":
-    """The published procedure for a job: its model, prompts, first RAM and SAM, hyper-parameters.
+    """The published procedure with a job's model, prompts, initial RAM and SAM, hyper-parameters.
 
     Raises:
-      UserError: if PyTorch is not there, or has not the device.
+      UserError: if PyTorch is not installed or does not support the device.
     """
     torch_side, config = model_lib.torch_side(), job.config
     device = torch_side.device_for(jax.default_backend())
@@ -78,25 +79,27 @@ def make_training(job: Job) -> "torch_side.Training":
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
-    """Trains a config by the published procedure in PyTorch, to compare what is learned.
+    """Trains a config by the published procedure in PyTorch, to compare the adapters.
 
-    Whatever `rollout.kind` is, every trajectory is run from pure noise. Every `checkpoint.every`
-    steps and at the end an adapter is written, `000100/` and so on, whose `training` tells the
-    seconds that training took.
+    Every trajectory starts from pure noise; `rollout.kind` is ignored. An adapter is written every
+    `checkpoint.every` steps and at the end, to `000100/` and so on. Its `training` has the seconds
+    of training so far.
 
-    Deviation: the authors' learning rates are constant, here they follow the config's schedule.
+    Deviation: the authors' learning rates are constant; here they follow the config's schedule.
 
     Args:
       config: as from `respodiff_jax.training.config.load_config`.
-      workdir: folder of the adapters, new or empty.
+      workdir: folder for the adapters, new or empty.
 
     Returns:
-      The folder of the last.
+      The folder of the last adapter.
 
     Raises:
-      UserError: for what the user can mend; for options that the procedure does not have.
+      UserError: for an option that the procedure does not have, a `workdir` that is not empty, a
+        mistake in the config or the model, or if PyTorch is missing.
       FloatingPointError: if a loss is no longer finite.
     """
+    measure.leave_gpu_memory_to_torch()
     optimizer = config.optimizer
     for name in ("clip_norm", "ema_decay"):
         if optimizer[name] is not None:
@@ -107,20 +110,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     if config.train.init_adapter is not None:
         raise UserError(
             f"config.train.init_adapter is {config.train.init_adapter!r}, but the published"
-            " procedure starts afresh; leave it out"
+            " procedure trains from scratch; set it to None"
         )
     count = concepts_at_a_time(config, jax.device_count())
     if count != len(concepts_from(config)):
         raise UserError(
-            f"the procedure trains all {len(concepts_from(config))} concepts together, and"
-            f" config.train.concepts_per_device and the devices leave {count} at a time; set it to"
-            " None, and use one device"
+            f"the published procedure trains all {len(concepts_from(config))} concepts together,"
+            f" but with config.train.concepts_per_device and these devices {count} train at a time;"
+            " set it to None, and use one device"
         )
     synchronise = model_lib.torch_side().synchronise
-    out = local_path(workdir, "workdir")
+    out = local_path(workdir, "`workdir`")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise UserError(f"workdir {workdir} is not empty; give a new one")
+        raise UserError(f"`workdir` is {workdir}, which is not empty; expected a new folder")
     job = Job.of(config)
     training = make_training(job)
     lr_schedule = make_lr_schedule(optimizer, config.train.steps)

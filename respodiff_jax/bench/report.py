@@ -1,27 +1,27 @@
-"""What a benchmark found, as JSON and as a Markdown table."""
+"""A benchmark's result, as JSON and as a Markdown table."""
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from respodiff_jax.bench.measure import Spread
-from respodiff_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One implementation's measurements; None where there is none.
+    """The measurements of one implementation; None where not measured.
 
     Attributes:
-      name: of the implementation.
+      name: the implementation.
       rate: samples or images per second.
-      evaluations: of the UNet, per training sample, by FLOPs.
-      flops: per sample or image.
-      utilisation: share of the devices' peak that `rate` times `flops` is.
-      first_call: `measure.first_call`.
-      peak_memory: `measure.peak_memory`.
+      evaluations: UNet evaluations per training sample, by FLOPs.
+      flops: FLOPs per sample or image.
+      utilisation: `rate` times `flops`, as a share of the devices' peak.
+      first_call: from `measure.first_call`.
+      peak_memory: from `measure.peak_memory`.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A benchmark.
+    """The result of a benchmark.
 
     Attributes:
       what: "train" or "generate".
-      unit: what `rate` counts.
-      workload: what was run.
-      environment: `measure.environment`.
-      peak: `measure.Peak`.
-      sides: this package's measurements, then those that it is compared with.
+      unit: what `rate` counts, "samples" or "images".
+      workload: the settings measured.
+      environment: from `measure.environment`.
+      peak: from `measure.Peak`.
+      sides: the measurements of this package, then of PyTorch.
     """
 
     what: str
@@ -53,23 +53,18 @@ class Report:
     peak: Mapping[str, Any]
     sides: tuple[Side, ...]
 
-    def write(self, path: str) -> None:
-        """Writes the JSON file.
-
-        Raises:
-          UserError: if that is not possible.
-        """
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes all numbers as JSON."""
         content = dataclasses.asdict(self)
         for entry, side in zip(content["sides"], self.sides, strict=True):
             entry["rate"] = side.rate.to_dict()
         if len(self.sides) == 2:
             content["speedup"] = (self.sides[0].rate / self.sides[1].rate).to_dict()
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        check_writable(path)
         pathlib.Path(path).write_text(text, encoding="utf-8")
 
     def __str__(self) -> str:
-        """Markdown: a table, and below it the workload and the machine."""
+        """A Markdown table, and below it the workload and the machine."""
         others = self.sides[1:]
         rows = [("", *(side.name for side in self.sides), *("ratio" for _ in others))]
 
@@ -80,12 +75,12 @@ class Report:
                 ratios = [text(values[0] / value) if ratio else "" for value in values[1:]]
                 rows.append((label, *cells, *ratios))
 
-        add(f"{self.unit} a second: median (range)", "rate", _range, ratio=True)
+        add(f"{self.unit}/s: median (range)", "rate", _range, ratio=True)
         add("UNet evaluations per sample", "evaluations", "{:.2f}".format, ratio=True)
         add("FLOP utilisation", "utilisation", "{:.1%}".format)
         add("peak memory", "peak_memory", lambda m: f"{m['bytes'] / 2**20:.0f} MiB ({m['of']})")
         add("first call, compiling", "first_call", lambda c: f"{c['cold']:.1f} s")
-        add("first call, compiled before", "first_call", lambda c: f"{c['cached']:.1f} s")
+        add("first call, cached", "first_call", lambda c: f"{c['cached']:.1f} s")
         env = self.environment
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
         return "\n".join(
@@ -99,19 +94,6 @@ class Report:
                 f"peak: {self.peak['flops_per_second'] / 1e12:.3g} TFLOP/s ({self.peak['of']})",
             ]
         )
-
-
-def check_writable(path: str) -> None:
-    """Makes sure that a file can be written; call it before the work.
-
-    Raises:
-      UserError: if its folder is not there, or it is a folder.
-    """
-    file = pathlib.Path(path)
-    if not file.parent.is_dir():
-        raise UserError(f"--out {path}: the folder {file.parent} does not exist; make it first")
-    if file.is_dir():
-        raise UserError(f"--out {path} is a folder, expected a file, for example {path}/bench.json")
 
 
 def _range(spread: Spread) -> str:

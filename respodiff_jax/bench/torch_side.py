@@ -1,16 +1,16 @@
-"""PyTorch's side of a comparison: the published training procedure, and diffusers' pipeline.
+"""The PyTorch side of a comparison: the published training procedure, and diffusers' pipeline.
 
-`Procedure` trains one concept as the paper's authors do, written in plain PyTorch from the paper's
-equations on diffusers' own UNet, which a forward hook steers at `mid_block`. It shares no code with
+`Procedure` trains one concept as the paper's authors do. It is plain PyTorch, written from the
+paper's equations, on diffusers' own UNet with a forward hook at `mid_block`. It shares no code with
 the rest of the package and does not import JAX; the tests compare the training step with it.
 
 A training sample takes `k ~ U{0 .. num_steps - 2}` guided steps from pure noise, then four
-predictions and two backward passes. As in the authors' code all predictions are made in pairs,
-conditional and unconditional, also the neutral ones at guidance 1, whose unconditional half
-cancels. Gradients of frozen parameters are not computed.
+predictions and two backward passes. As in the authors' code every prediction has a conditional and
+an unconditional half, even the neutral ones at guidance 1, where the unconditional half cancels.
+Gradients of frozen parameters are not computed.
 
-Deviation: the authors ask the UNet for timestep `1000 - 20 k` at the latent of timestep
-`981 - 20 k`; here, as in the rest of the package, the timestep is the latent's.
+Deviation: the authors give the UNet timestep `1000 - 20 k` with the latent of timestep
+`981 - 20 k`; here, as in the rest of the package, it gets the latent's timestep.
 
 Tensors are NCHW.
 """
@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def to_torch(x: Any) -> torch.Tensor:
-    """NHWC array (or any without four axes) -> float32 NCHW tensor."""
+    """NHWC array -> float32 NCHW tensor; an array without four axes keeps its axes."""
     x = torch.tensor(np.asarray(x, np.float32))
     return x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
 
 
 class Conditions(NamedTuple):
-    """What the UNet knows of B prompts: `(B, L, D)`; for SDXL also `(B, P)` and `(B, 6)`."""
+    """The UNet's conditioning on B prompts: `(B, L, D)`; for SDXL also `(B, P)` and `(B, 6)`."""
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -45,11 +45,11 @@ class Conditions(NamedTuple):
 
     @classmethod
     def of(cls, arrays: Sequence[Any], device: str | torch.device = "cpu") -> "Conditions":
-        """From three arrays, or None where there is none."""
+        """Converts three arrays; None stays None."""
         return cls(*(None if x is None else to_torch(x).to(device) for x in arrays))
 
     def rows(self, index: Sequence[int]) -> "Conditions":
-        """The prompts of these numbers."""
+        """The prompts with these indices."""
         return Conditions(*(None if x is None else x[list(index)] for x in self))
 
     def followed_by(self, other: "Conditions") -> "Conditions":
@@ -58,7 +58,7 @@ class Conditions(NamedTuple):
 
 
 class TorchModule(torch.nn.Module):
-    """RAM or SAM from one concept's Flax parameters."""
+    """RAM or SAM with one concept's Flax parameters."""
 
     def __init__(self, kind: str, params: Mapping[str, Any]):
         super().__init__()
@@ -105,15 +105,15 @@ class TorchModule(torch.nn.Module):
 
 
 class Procedure:
-    """One concept's training.
+    """The training of one concept.
 
     Args:
       unet: diffusers' PyTorch UNet, of any float dtype; it is frozen.
       scheduler: a `DDIMScheduler` with its timesteps set.
       ram, sam: the modules, trained in place.
-      lr_ram, lr_sam, lambda_sem, guidance_scale: of the concept.
+      lr_ram, lr_sam, lambda_sem, guidance_scale: the concept's hyper-parameters.
       rollout_guidance_scale: guidance of the neutral trajectories.
-      betas, eps: of both Adam optimisers.
+      betas, eps: options of both Adam optimisers.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Procedure:
         guidance_scale: float,
         modules: Sequence[TorchModule] = (),
     ) -> torch.Tensor:
-        """The UNet's guided output, float32; the modules' sum is added to the conditional half."""
+        """The UNet's guided output, float32; the modules' sum steers the conditional half."""
 
         def add(_, __, h):
             h_uncond, h_cond = h.chunk(2)
@@ -173,7 +173,7 @@ class Procedure:
         return output_uncond + guidance_scale * (output_cond - output_uncond)
 
     def eps(self, z: torch.Tensor, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
-        """The noise that `guided` stands for."""
+        """The noise that `guided` predicts."""
         output = self.guided(z, timestep, *args)
         if self.scheduler.config.prediction_type == "epsilon":
             return output
@@ -184,7 +184,7 @@ class Procedure:
     def rollout(
         self, noise: torch.Tensor, steps: int, neutral: Conditions, empty: Conditions
     ) -> torch.Tensor:
-        """Guided DDIM steps from noise with RAM and SAM at work."""
+        """Guided DDIM steps from noise, steered by RAM and SAM."""
         z, modules = noise, (self.ram, self.sam)
         for timestep in self.scheduler.timesteps[:steps]:
             output = self.guided(z, timestep, neutral, empty, self.rollout_guidance_scale, modules)
@@ -221,8 +221,11 @@ class Procedure:
 
 
 class Prompts(NamedTuple):
-    """One concept's prompts: `neutral` and the `target_cond` of each lead with the number of
-    neutral prompts, the others with 1."""
+    """One concept's prompts.
+
+    The leading axis of `neutral` and `target_cond` is the number of neutral prompts, that of the
+    others is 1.
+    """
 
     neutral: Conditions
     target_cond: Conditions
@@ -231,13 +234,13 @@ class Prompts(NamedTuple):
 
 
 class Training:
-    """Concepts trained side by side, each by its own `Procedure`; they share the UNet only.
+    """The training of several concepts, each by its own `Procedure`; they share only the UNet.
 
     Args:
-      concepts: procedure and prompts of each.
+      concepts: each concept's procedure and prompts.
       latent_shape: `(c, h, w)`.
       batch_size: samples of each concept in a step.
-      seed: of prompts, noise and rollout lengths.
+      seed: seed of prompts, noise and rollout lengths.
     """
 
     def __init__(
@@ -253,14 +256,17 @@ class Training:
         self._generator = torch.Generator().manual_seed(seed)
 
     def scale_learning_rates(self, factor: float) -> None:
-        """Sets all learning rates to so many times those of the concepts."""
+        """Sets all learning rates to `factor` times the concepts' own."""
         for procedure, _ in self.concepts:
             procedure.adam_ram.param_groups[0]["lr"] = factor * procedure.lr_ram
             procedure.adam_sam.param_groups[0]["lr"] = factor * procedure.lr_sam
 
     def step(self, rollout_length: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One step of every concept, by default after a rollout of random length; both losses of
-        each."""
+        """Takes one step of every concept; returns both losses of each.
+
+        Args:
+          rollout_length: DDIM steps before the losses; by default random.
+        """
         losses = []
         for procedure, prompts in self.concepts:
             k = rollout_length
@@ -280,10 +286,10 @@ class Training:
         return losses
 
     def evaluations_per_sample(self) -> float:
-        """Evaluations of the UNet that a training sample takes on average, by FLOPs.
+        """The average number of UNet evaluations for a training sample; takes two training steps.
 
-        Against one plain forward pass of the same batch. Each step of a rollout costs the same, so
-        that two lengths tell the mean. Takes two training steps.
+        It is the FLOPs of a training step over those of one plain forward pass with the same batch.
+        Every step of a rollout costs the same, so two lengths give the mean.
         """
         procedure, prompts = self.concepts[0]
         batch_size = self._shape[0]
@@ -303,8 +309,8 @@ class Training:
 
 
 def _flops(function: Callable[[], Any]) -> int:
-    """FLOPs of a call, its backward passes included."""
-    # Fused attention is not counted on every device; what it computes is.
+    """FLOPs of a call, including its backward passes."""
+    # The counter misses fused attention on some devices, but never plain attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -313,11 +319,11 @@ def _flops(function: Callable[[], Any]) -> int:
 def load_unet(
     folder: pathlib.Path, num_steps: int, dtype: str, device: str
 ) -> tuple[UNet2DConditionModel, DDIMScheduler]:
-    """The UNet of a diffusers folder, and its DDIM schedule of `num_steps` steps."""
+    """Loads the UNet of a diffusers folder, and its DDIM schedule with `num_steps` steps."""
     options = {"subfolder": "unet", "torch_dtype": getattr(torch, dtype)}
     with _quiet():
         unet = UNet2DConditionModel.from_pretrained(folder, **options)
-    # As pipelines do: latents are not pictures, to be clipped to [-1, 1].
+    # As in pipelines: latents are not clipped to [-1, 1].
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False)
     scheduler.set_timesteps(num_steps)
     return unet.to(device).eval(), scheduler
@@ -332,15 +338,15 @@ def load_sampler(
     guidance_scale: float,
     resolution: int,
 ) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
-    """diffusers' pipeline of a folder with DDIM.
+    """Loads diffusers' pipeline from a folder, with DDIM.
 
     Returns:
-      A function of prompts and seeds that gives images, float32 `(B, H, W, 3)` in [0, 1].
+      A function from prompts and seeds to images, float32 `(B, H, W, 3)` in [0, 1].
     """
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
     pipe = pipe.to(device)
-    if device == "cuda":  # as diffusers' own page on speed has it
+    if device == "cuda":  # as diffusers' documentation recommends for speed
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         for part in ("unet", "vae"):
@@ -365,10 +371,10 @@ def load_sampler(
 
 
 def device_for(backend: str) -> str:
-    """The torch device that stands beside a JAX backend ("cpu", "gpu" or "tpu").
+    """The torch device for a JAX backend ("cpu", "gpu" or "tpu").
 
     Raises:
-      ValueError: if this PyTorch has none such.
+      ValueError: if this PyTorch does not support it.
     """
     if backend == "cpu":
         return "cpu"
@@ -381,19 +387,19 @@ def device_for(backend: str) -> str:
 
 
 def synchronise() -> None:
-    """Waits for what has been started on a GPU."""
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_memory() -> int | None:
-    """Most bytes that tensors took on the GPU; None on a CPU, where PyTorch does not count them."""
+    """Peak bytes of tensors on the GPU; None on a CPU, where PyTorch does not count them."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars for parts that load in a second."""
+    """Hides progress bars of parts that load in a second."""
     shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:

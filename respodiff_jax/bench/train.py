@@ -1,4 +1,4 @@
-"""`respodiff bench train`: a config's training step, and the published procedure beside it."""
+"""`respodiff bench train`: a config's training step, compared with the published procedure."""
 
 import dataclasses
 import itertools
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 def evaluations_per_sample(
     spec: StepSpec, state: TrainState, frozen: Any, arrays: EmbeddedConcepts, batch_size: int
 ) -> float:
-    """Evaluations of the UNet that a training sample takes on average, by FLOPs, against one plain
-    forward pass of the same batch. Arrays or their shapes do.
+    """The average number of UNet evaluations for a training sample.
+
+    It is the FLOPs of a training step over those of one plain forward pass with the same batch.
+    Arguments are arrays or their shapes.
 
     Args:
-      spec: of the step.
+      spec: the step's specification.
       state: leaves `(N, ...)`.
       frozen: the UNet's parameters.
       arrays: leaves `(N, ...)`.
-      batch_size: B.
+      batch_size: samples of each concept in a step.
     """
     ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     step = measure.flops(partial(train_step, spec), state, frozen, arrays, ids)
@@ -49,9 +51,9 @@ def evaluations_per_sample(
 
 
 def _uncounted_rollout(spec: StepSpec) -> float:
-    """Evaluations that XLA's count leaves out: it takes a loop's body once.
+    """Evaluations that XLA does not count, because it counts a loop's body once.
 
-    A step of a faithful rollout is a guided prediction, two evaluations.
+    Each step of a faithful rollout is a guided prediction, which takes two evaluations.
     """
     if spec.rollout.uses_losses:
         return 0.0
@@ -59,7 +61,7 @@ def _uncounted_rollout(spec: StepSpec) -> float:
 
 
 class _Ours:
-    """The program that `respodiff train` runs, on all devices."""
+    """The training step of `respodiff train`, on all devices."""
 
     def __init__(self, job: Job):
         config, self._job = job.config, job
@@ -78,7 +80,7 @@ class _Ours:
         self.program()
 
     def program(self) -> Callable[[], Metrics]:
-        """Makes the program anew; returns a function that takes one step."""
+        """Makes a new program, not yet compiled; returns a function that takes one step."""
         self._step = self._placement.compile(self._function)
         return self._one
 
@@ -87,7 +89,7 @@ class _Ours:
         return metrics
 
     def take_pairs(self, count: int) -> None:
-        """Takes `count` pairs of steps, of mean rollout length."""
+        """Takes `count` pairs of steps; each pair has the mean rollout length."""
         for _ in range(count):
             if self._starts is not None:
                 step = self._state.step
@@ -98,17 +100,17 @@ class _Ours:
         jax.block_until_ready(self._state)
 
     def compile(self) -> jax.stages.Compiled:
-        """The program, for analysis."""
+        """Compiles the program ahead of time, for its memory analysis."""
         job = self._job
         shapes = jax.eval_shape(lambda *args: args, job.state, job.frozen, job.arrays)
         return self._placement.lower(self._function, *shapes).compile()
 
 
 def _balanced_steps(seed: int, longest: int) -> list[int]:
-    """Training steps n of a seed whose rollout and the next one's are `longest` long together.
+    """Training steps whose rollout and the next step's are together `longest` long.
 
-    Time grows linearly with a rollout's length: pairs of mean length show the mean time without
-    waiting for the lengths to average out.
+    A step's time grows linearly with the length of its rollout, so each such pair of steps takes
+    the mean time, and few pairs are enough.
     """
 
     def length(step):
@@ -120,14 +122,14 @@ def _balanced_steps(seed: int, longest: int) -> list[int]:
 
 
 class _Torch:
-    """The published procedure, one concept after the other."""
+    """The published procedure in PyTorch, one concept after the other."""
 
     def __init__(self, training: "torch_side.Training", longest: int, synchronise: Callable):
         self.training, self._longest, self._synchronise = training, longest, synchronise
         self._rng = random.Random(0)
 
     def take_pairs(self, count: int) -> None:
-        """Takes `count` pairs of steps, of mean rollout length."""
+        """Takes `count` pairs of steps; each pair has the mean rollout length."""
         for _ in range(count):
             length = self._rng.randint(0, self._longest)
             self.training.step(length)
@@ -140,11 +142,11 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
 
     Args:
       config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure the published procedure in PyTorch, in turns with ours.
-      repeats: of each.
+      against_torch: also measure the published procedure in PyTorch, in alternation.
+      repeats: repetitions of each side.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for a mistake in the config or the model, or if PyTorch is missing.
     """
     torch_side = model_lib.torch_side(against_torch)
     environment = model_lib.environment(against_torch)
@@ -167,7 +169,7 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     prompt = jax.tree.map(lambda x: x[0], job.arrays.empty)
     latents = jax.ShapeDtypeStruct((1, *job.spec.latent_shape), jnp.float32)
     plain = model_lib.with_plain_attention(job.backbone)
-    # As the model is, without what fused attention hides and what `train.remat` repeats.
+    # The plain model's FLOPs: all of fused attention's, and none that `train.remat` repeats.
     spec = dataclasses.replace(job.spec, encode=plain.encode, decode=plain.decode)
     forward = model_lib.forward_flops(spec, job.frozen, latents, prompt)
 

@@ -1,10 +1,9 @@
-"""`respodiff compile`: what a job costs on a TPU, found by compiling it where there is none.
+"""`respodiff compile`: what a program costs on a TPU, found by compiling it without one.
 
-`topologies.py` knows the chips, `programs.py` lowers what `train` and `generate` run, from shapes
-alone, `hlo.py` reads collectives, kernels and memory traffic of a compiled program, `analysis.py`
-makes numbers of it, and `report.py` shows them; `run.py` is the job.
+`environment.py` prepares the process, `topologies.py` knows the chips, `programs.py` lowers what
+`train` and `generate` run from shapes alone, `hlo.py` reads collectives, kernels and memory traffic
+from a compiled program, `analysis.py` computes its cost, `ahead_of_time.py` compiles configs for
+topologies and keeps the results, and `report.py` prints them.
+
+This module imports nothing: `environment.py` has to run before JAX is imported.
 """
-
-from respodiff_jax.compiling.run import Job, compile_jobs
-
-__all__ = ["Job", "compile_jobs"]

@@ -1,22 +1,24 @@
-"""Numbers of a compiled program: memory, arithmetic, traffic, exchanges, and the roofline."""
+"""The cost of a compiled program: memory, FLOPs, traffic, collectives, and the roofline."""
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from respodiff_jax.compiling import hlo
+from respodiff_jax.compiling.hlo import TRANSPOSING, Array, Collective, HloModule
 from respodiff_jax.compiling.programs import Program
 from respodiff_jax.compiling.topologies import Chip
 
-# Scalars that devices exchange beside gradients, and what the compiler pads them to.
+# Bytes of the scalars that devices exchange besides gradients, with the compiler's padding.
 _SCALARS = 4096
+
+LARGEST_BATCH = "largest batch"  # `find_largest_batch` as a step of `compile.json`
 
 
 class OutOfMemory(Exception):
-    """The compiler found that a program does not fit; `required` is in bytes."""
+    """The program needs more memory than a device has; `required` is in bytes."""
 
     def __init__(self, required: int):
         super().__init__(f"{required} bytes")
@@ -24,10 +26,10 @@ class OutOfMemory(Exception):
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles.
+    """Compiles a lowered program.
 
     Raises:
-      OutOfMemory: if the compiler says so.
+      OutOfMemory: if the compiler reports it.
     """
     try:
         return lowered.compile()
@@ -45,15 +47,15 @@ def _out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def analyse(program: Program, chip: Chip) -> dict[str, Any]:
-    """Compiles a program and says what it costs on each device.
+    """Compiles a program and computes its cost on each device.
 
     Args:
-      program: to compile.
-      chip: that the devices are.
+      program: the program.
+      chip: the kind of its devices.
 
     Returns:
-      A JSON-able description; see `describe` and `loop_cost`. Of a program that does not fit only
-      `batch_per_device`, `fits`, `memory` with what it requires, and `compile_seconds`.
+      `describe`'s result and `compile_seconds`. If the program does not fit, only
+      `batch_per_device`, `fits`, `memory` with the required total, and `compile_seconds`.
     """
     start = time.perf_counter()
     try:
@@ -74,23 +76,22 @@ def describe(
     program: Program,
     compiled: jax.stages.Compiled,
     chip: Chip,
-    body: dict[str, float] | None = None,
+    body: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What a compiled program costs on each device.
+    """The cost of a compiled program on each device, as JSON-able values.
 
     Args:
-      program: that was compiled.
-      compiled: for devices of any kind.
-      chip: to compare with.
-      body: what `_cost` counts in one pass of the program's loop, if it has one.
-        Counts have a loop's body once; what is returned has it as often as it runs.
+      program: the program.
+      compiled: the program, compiled for devices of any kind.
+      chip: the kind of device to compare with.
+      body: `_cost` of one pass of the program's loop, if it has one. XLA counts a loop's body once;
+        the result counts it as often as it runs.
     """
+    module = HloModule(compiled.as_text())
     memory = _memory(program, compiled, chip)
     counted = _cost(compiled)
     repeats = 1 if program.repeats is None else program.repeats
-    more = {key: (repeats - 1) * body[key] if body else 0.0 for key in counted}
-    cost = {key: counted[key] + more[key] for key in counted}
-    text = compiled.as_text()
+    cost = {key: n + ((repeats - 1) * body[key] if body else 0.0) for key, n in counted.items()}
     return {
         "batch_per_device": program.batch_per_device,
         "fits": memory["total"] <= chip.hbm,
@@ -98,14 +99,14 @@ def describe(
         "counted": counted,
         "loop": None if program.repeats is None else {"repeats": repeats, **(body or {})},
         **cost,
-        "kernels_without_flops": sum(kernel.flops is None for kernel in hlo.kernels(text)),
+        "kernels_without_flops": sum(kernel.flops is None for kernel in module.kernels()),
         "roofline": roofline(cost["flops"], cost["bytes"], chip),
-        "exchange": _exchange(program, hlo.collectives(text), repeats),
+        "exchange": _exchange(program, module.collectives(), repeats),
     }
 
 
 def roofline(flops: float, nbytes: float, chip: Chip) -> dict[str, Any]:
-    """The least time that a chip needs, and whether arithmetic ("compute") or memory binds."""
+    """The least time that a chip needs, and whether it is bound by "compute" or "memory"."""
     compute, memory = flops / chip.flops, nbytes / chip.bandwidth
     return {
         "seconds": max(compute, memory),
@@ -116,8 +117,11 @@ def roofline(flops: float, nbytes: float, chip: Chip) -> dict[str, Any]:
 
 
 def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
-    """Bytes; `total` is all that must be there at once, with parameters that are not the
-    program's, `peak` XLA's own figure for the program."""
+    """Bytes on a device.
+
+    `total` is the memory needed at once, with frozen parameters that the program does not use;
+    `peak` is XLA's own figure for the program.
+    """
     sizes = compiled.memory_analysis()
     parts = {
         "arguments": sizes.argument_size_in_bytes,
@@ -126,7 +130,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
         "aliased": sizes.alias_size_in_bytes,
         "code": sizes.generated_code_size_in_bytes,
     }
-    held = sum(parts.values()) - 2 * parts["aliased"]  # those outputs are in arguments' place
+    held = sum(parts.values()) - 2 * parts["aliased"]  # they are in arguments and in outputs
     return {
         "parameters": program.parameters,
         **parts,
@@ -140,29 +144,26 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
     """FLOPs and bytes.
 
-    FLOPs are XLA's and, of the kernels, which it counts as nothing, our own; bytes those from and
-    to HBM, those of them that are only rearranged, and of these what is transposed or cast. XLA's
-    bytes count what is kept on the chip as well.
+    XLA counts no FLOPs for kernels; ours are added. `bytes` move between HBM and the chip,
+    `rearranged_bytes` are those that compute nothing, `transposed_bytes` those of transposes and
+    casts. `xla_bytes` also count accesses on the chip.
     """
-    cost, text = compiled.cost_analysis(), compiled.as_text()
-    kernels = hlo.kernels(text)
+    cost, module = compiled.cost_analysis(), HloModule(compiled.as_text())
+    kernels = module.kernels()
     return {
         "flops": float(cost["flops"]) + sum(kernel.flops or 0 for kernel in kernels),
-        "bytes": float(hlo.traffic(text)),
-        "rearranged_bytes": float(hlo.rearranged(text)),
-        "transposed_bytes": float(hlo.rearranged(text, hlo.TRANSPOSING)),
+        "bytes": float(module.traffic()),
+        "rearranged_bytes": float(module.rearranged()),
+        "transposed_bytes": float(module.rearranged(TRANSPOSING)),
         "xla_bytes": float(cost["bytes accessed"]) + sum(kernel.nbytes for kernel in kernels),
     }
 
 
-def _exchange(
-    program: Program, collectives: list[hlo.Collective], repeats: float
-) -> dict[str, Any]:
-    """What devices exchange; bytes are those of `Collective.nbytes`, in all passes of a loop.
+def _exchange(program: Program, collectives: list[Collective], repeats: float) -> dict[str, Any]:
+    """What devices exchange, in bytes of `Collective.nbytes`, over all passes of a loop.
 
-    `only_gradients` says that there is no more than the gradients and some scalars;
-    `no_weights_moved` that nothing has dtype and shape of a frozen parameter, None where they
-    are sharded and have to move.
+    `only_gradients` means that they exchange at most the gradients and some scalars.
+    `no_weights_moved` means that no exchanged array has dtype and shape of a frozen parameter.
     """
     by_op: dict[str, dict[str, float]] = {}
     for collective in collectives:
@@ -171,64 +172,58 @@ def _exchange(
         entry["count"] += times
         entry["bytes"] += times * collective.nbytes
     total = sum(entry["bytes"] for entry in by_op.values())
-    moved = [array for c in collectives for array in (*c.operands, *c.results)]
+    weights = {_canonical(weight) for weight in program.weights}
+    moved = {_canonical(array) for c in collectives for array in (*c.operands, *c.results)}
     return {
         "bytes": total,
         "by_op": by_op,
         "gradients": program.gradients,
         "only_gradients": total <= program.gradients + _SCALARS,
-        "no_weights_moved": None
-        if program.sharded
-        else not any(_same_shape(array, program.weights) for array in moved),
+        "no_weights_moved": moved.isdisjoint(weights),
     }
 
 
-def _same_shape(array, weights) -> bool:
-    """Whether it may be one of them; the compiler transposes, and adds axes of length 1."""
-
-    def squeezed(array):
-        dtype, dims = array
-        return dtype, sorted(n for n in dims if n > 1)
-
-    return squeezed(array) in [squeezed(weight) for weight in weights]
+def _canonical(array: Array) -> Array:
+    """The same for an array transposed or with axes of length 1, as the compiler changes them."""
+    dtype, dims = array
+    return dtype, tuple(sorted(n for n in dims if n > 1))
 
 
-def largest_batch(
+def find_largest_batch(
     required: Callable[[int], int], available: int, first: int, trials: int = 5
 ) -> dict[str, Any]:
-    """The largest batch per device that fits, by few compilations.
+    """Finds the largest batch per device that fits, by few compilations.
 
-    Memory grows about linearly with the batch: two batches tell where the limit is, and what is
-    found there is compiled, and the next if need be, until the limit lies between two neighbours
-    or the trials are used up.
+    Memory grows about linearly with the batch, so two batches predict the limit. The prediction is
+    compiled, and predicted again with its memory, until one batch fits and the next does not, or
+    until the trials are used up.
 
     Args:
-      required: bytes that a batch per device takes.
-      available: bytes that there are.
+      required: gives the bytes that a batch per device needs.
+      available: bytes of a device.
       first: batch to begin with.
-      trials: the most batches to try.
+      trials: most batches to try.
 
     Returns:
-      `{"largest": the largest batch that was found to fit, or 0, "exact": whether the next does
-      not, "tried": {batch: bytes}}`.
+      `{"largest": largest batch that fits, or 0, "exact": whether the next one was found not to
+      fit, "tried": {batch: bytes}}`.
     """
-    tried = {first: required(first)}
-    while len(tried) < trials:
-        fitting = max((b for b, n in tried.items() if n <= available), default=0)
-        failing = min((b for b, n in tried.items() if n > available), default=None)
-        if failing == fitting + 1:
-            break
-        batch = _next_batch(tried, available, fitting, failing)
+    tried: dict[int, int] = {}
+    batch = first
+    while True:
         tried[batch] = required(batch)
-    fitting = max((b for b, n in tried.items() if n <= available), default=0)
-    return {"largest": fitting, "exact": tried.get(fitting + 1, 0) > available, "tried": tried}
+        fitting = max((b for b, n in tried.items() if n <= available), default=0)
+        failing = min((b for b in tried if b > fitting), default=None)
+        exact = failing == fitting + 1
+        if exact or len(tried) == trials:
+            return {"largest": fitting, "exact": exact, "tried": tried}
+        batch = _next_batch(tried, available, fitting, failing)
 
 
 def _next_batch(tried: dict[int, int], available: int, fitting: int, failing: int | None) -> int:
-    """Where two tried batches, the nearest to the limit, meet it; within what is still open."""
+    """The limit predicted by the two tried batches nearest to it, between fitting and failing."""
     if len(tried) == 1:
-        (batch,) = tried
-        return 2 * batch if failing is None else max(batch // 2, 1)
+        return 2 * fitting if failing is None else max(failing // 2, 1)
     (b0, n0), (b1, n1) = sorted(
         sorted(tried.items(), key=lambda item: abs(item[1] - available))[:2]
     )

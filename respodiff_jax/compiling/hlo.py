@@ -1,38 +1,42 @@
 """Collectives, kernels and memory traffic of a compiled program, read from its HLO text."""
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+_ENTRY = re.compile(r"^ENTRY %?([\w.\-]+)", re.MULTILINE)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
-# With its layout, where "S(1)" says that it is kept on the chip and not in HBM.
+# With its layout, in which "S(1)" means kept on the chip, not in HBM.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = re.compile(r"S\([1-9]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
-# Kernels of Splash attention by part of their names -> matrix products.
+# Part of a Splash attention kernel's name -> number of its matrix products.
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 
-# What the compiler makes of a collective that computation overlaps with: several fusions, each of
-# which holds a copy of the instruction.
+# The compiler turns a collective that overlaps with computation into several fusions, each with a
+# copy of the instruction; the copies share these two numbers.
 _COPIES = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 
-# What moves nothing by itself, and what reads no more of its operands than it gives.
+_CONTROL_FLOW = ("while", "conditional", "call")
+# Instructions that move nothing themselves, and those that read only what they return.
 _NO_TRAFFIC = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id"),
+    *(*_CONTROL_FLOW, "opt-barrier", "partition-id", "replica-id"),
 )
 _READS_A_PART = ("slice", "dynamic-slice", "gather")
 TRANSPOSING = {"transpose", "convert"}
-REARRANGING = {"copy", *TRANSPOSING}  # copies are from one layout to another
+REARRANGING = {"copy", *TRANSPOSING}  # a copy changes the layout
+_COMPUTES_NOTHING = {*REARRANGING, "reshape", *_NO_TRAFFIC}
 
 Array = tuple[str, tuple[int, ...]]  # dtype, dims
 
@@ -45,7 +49,7 @@ class _Value(NamedTuple):
 
 
 class _Instruction(NamedTuple):
-    """`rest` is what stands behind the opcode."""
+    """One line of a computation; `rest` is the text behind the opcode."""
 
     computation: str
     name: str
@@ -66,9 +70,9 @@ class Collective:
 
     Attributes:
       op: one of `COLLECTIVES`.
-      operands: what each device puts in.
-      results: what each device gets.
-      in_loop: within a loop's body, that is as often as the loop runs.
+      operands: arrays that each device sends.
+      results: arrays that each device receives.
+      in_loop: whether it stands in a loop's body, and repeats with the loop.
     """
 
     op: str
@@ -78,17 +82,18 @@ class Collective:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole: of what all-gather gives, and what the others are given."""
+        """Bytes of the whole array: the result of an all-gather, the operand of the others."""
         return max(_nbytes(self.operands), _nbytes(self.results))
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One call of a Pallas kernel, into which XLA's own counts do not look.
+    """One call of a Pallas kernel; XLA's cost analysis does not look inside.
 
     Attributes:
-      name: the instruction's, which has the kernel's in it.
-      operands, results: arrays.
+      name: the instruction's name, which contains the kernel's.
+      operands: arrays.
+      results: arrays.
     """
 
     name: str
@@ -97,16 +102,16 @@ class Kernel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of operands and results, each once."""
+        """Bytes of operands and results, each counted once."""
         return _nbytes(self.operands) + _nbytes(self.results)
 
     @property
     def flops(self) -> int | None:
-        """Of the matrix products in Splash attention; None of another kernel.
+        """FLOPs of a Splash attention kernel's matrix products; None for other kernels.
 
-        Queries are `(..., heads, D, T)`, keys `(..., heads, D, S)`; in front are the concepts of a
-        device. Forward there are two products of `T x S x D` a head, backward five: the scores
-        again, and the gradients of all but them.
+        Queries are `(..., heads, D, T)` and keys `(..., heads, D, S)`; the leading axes are the
+        concepts of a device. The forward pass has two products of `T x S x D` a head. The backward
+        pass has five: the scores again, and four gradients.
         """
         products = next((n for part, n in _SPLASH.items() if part in self.name), None)
         if products is None:
@@ -115,101 +120,117 @@ class Kernel:
         return 2 * products * math.prod(query) * key[-1]
 
 
-def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program.
-
-    Args:
-      text: `compiled.as_text()`; an asynchronous collective is counted once, where it starts.
-    """
-    found, called, loops = {}, {}, set()
-    for i in _instructions(text):
-        called.setdefault(i.computation, set()).update(i.callees)
-        loops.update(_BODY.findall(i.rest) if i.opcode == "while" else ())
-        op = i.opcode.removesuffix("-start")
-        if op not in COLLECTIVES:
-            continue
-        operands, results = _arrays(i.operands), _arrays(i.results)
-        if len(results) > len(operands):  # one that starts gives its operands and more as well
-            results = results[len(operands) : 2 * len(operands)]
-        copies = _COPIES.search(i.rest)
-        key = copies.groups() if copies else (i.computation, i.name)
-        found.setdefault(key, (op, operands, results, i.computation))
-    looping = _reachable(loops, called)
-    return [Collective(*parts, where in looping) for *parts, where in found.values()]
-
-
-def kernels(text: str) -> list[Kernel]:
-    """The calls of Pallas kernels in a compiled program."""
-    return [
-        Kernel(i.name, _arrays(i.operands), _arrays(i.results))
-        for i in _instructions(text)
-        if 'custom_call_target="tpu_custom_call"' in i.rest
-    ]
-
-
-def traffic(text: str) -> int:
-    """Bytes that a compiled program moves between HBM and the chip; loops are run once.
-
-    Every instruction reads its operands and writes its results once. What the compiler keeps on the
-    chip, where it also copies ahead what is read next, is not counted; XLA's own "bytes accessed"
-    does count it. A fusion that needs but a part of an operand is counted with all of it.
-    """
-    return sum(_moved(i) for i in _executed(list(_instructions(text)), text))
-
-
-def rearranged(text: str, opcodes: Set[str] = REARRANGING) -> int:
-    """The part of `traffic` of what computes nothing: copies, transposes and casts of arrays, by
-    themselves or fused with one another. Those fused with a computation cost no traffic.
+class HloModule:
+    """A compiled program.
 
     Args:
       text: `compiled.as_text()`.
-      opcodes: one of them has to be there.
     """
-    instructions = list(_instructions(text))
-    inside: dict[str, set[str]] = {}
-    for i in instructions:
-        inside.setdefault(i.computation, set()).add(i.opcode)
 
-    def only_rearranges(i: _Instruction) -> bool:
-        done = {i.opcode}
-        if i.opcode == "fusion":
-            done = set().union(*(inside.get(name, ()) for name in i.callees))
-        return bool(done & opcodes) and done <= REARRANGING | {"reshape", *_NO_TRAFFIC}
+    def __init__(self, text: str):
+        self._instructions = list(_parse(text))
+        self._entry = _ENTRY.findall(text)
 
-    return sum(_moved(i) for i in _executed(instructions, text) if only_rearranges(i))
+    def collectives(self) -> list[Collective]:
+        """All collectives; an asynchronous one counts once, where it starts."""
+        found, loops = {}, set()
+        for i in self._instructions:
+            if i.opcode == "while":
+                loops.update(_BODY.findall(i.rest))
+            op = i.opcode.removesuffix("-start")
+            if op not in COLLECTIVES:
+                continue
+            operands, results = _arrays(i.operands), _arrays(i.results)
+            if len(results) > len(operands):  # a start also returns its operands and a context
+                results = results[len(operands) : 2 * len(operands)]
+            copies = _COPIES.search(i.rest)
+            key = copies.groups() if copies else (i.computation, i.name)
+            found.setdefault(key, (op, operands, results, i.computation))
+        looping = self._reachable(loops)
+        return [Collective(*parts, where in looping) for *parts, where in found.values()]
 
+    def kernels(self) -> list[Kernel]:
+        """All calls of Pallas kernels."""
+        return [
+            Kernel(i.name, _arrays(i.operands), _arrays(i.results))
+            for i in self._instructions
+            if 'custom_call_target="tpu_custom_call"' in i.rest
+        ]
 
-def _executed(instructions: Sequence[_Instruction], text: str) -> list[_Instruction]:
-    """Those that run as they stand: not the insides of fusions."""
-    called: dict[str, set[str]] = {}
-    for i in instructions:
-        if i.opcode in ("while", "conditional", "call"):
-            called.setdefault(i.computation, set()).update(i.callees)
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    run = _reachable([entry[1]], called) if entry else set()
-    return [i for i in instructions if i.computation in run]
+    def traffic(self) -> int:
+        """Bytes moved between HBM and the chip; a loop's body counts once.
+
+        Every instruction reads its operands and writes its results once. Arrays that the compiler
+        keeps on the chip do not count, although they do in XLA's "bytes accessed". A fusion that
+        reads a part of an operand counts as reading all of it.
+        """
+        return sum(_moved(i) for i in self._executed())
+
+    def rearranged(self, opcodes: Collection[str] = REARRANGING) -> int:
+        """The part of `traffic` that computes nothing: copies, transposes and casts.
+
+        They count if they stand alone or are fused with one another. Fused with a computation they
+        cost no traffic.
+
+        Args:
+          opcodes: count only instructions with at least one of these.
+        """
+        inside = collections.defaultdict(set)
+        for i in self._instructions:
+            inside[i.computation].add(i.opcode)
+
+        def only_rearranges(i: _Instruction) -> bool:
+            done = {i.opcode}
+            if i.opcode == "fusion":
+                done = set().union(*(inside[name] for name in i.callees))
+            return not done.isdisjoint(opcodes) and done <= _COMPUTES_NOTHING
+
+        return sum(_moved(i) for i in self._executed() if only_rearranges(i))
+
+    def _executed(self) -> list[_Instruction]:
+        """Instructions that run one by one, without the insides of fusions."""
+        run = self._reachable(self._entry, _CONTROL_FLOW)
+        return [i for i in self._instructions if i.computation in run]
+
+    def _reachable(self, start: Iterable[str], opcodes: Collection[str] | None = None) -> set[str]:
+        """The computations that `start` calls, directly or not, and itself.
+
+        Args:
+          start: names of computations.
+          opcodes: follow only calls by these instructions; by default all.
+        """
+        called = collections.defaultdict(list)
+        for i in self._instructions:
+            if opcodes is None or i.opcode in opcodes:
+                called[i.computation] += i.callees
+        reached, pending = set(), list(start)
+        while pending:
+            if (name := pending.pop()) not in reached:
+                reached.add(name)
+                pending += called[name]
+        return reached
 
 
 def _moved(i: _Instruction) -> int:
-    """Bytes from and to HBM."""
+    """Bytes that an instruction reads from HBM and writes to it."""
     if i.opcode in _NO_TRAFFIC or i.opcode.endswith("-done"):
         return 0
     operands, results = i.operands, i.results
-    if i.opcode == "copy-start":  # gives the copy, what it is of, and a context
+    if i.opcode == "copy-start":  # returns the copy, its source and a context
         results = results[:1]
-    elif i.opcode.endswith("-start"):  # gives its operands first
+    elif i.opcode.endswith("-start"):  # returns its operands first
         results = results[len(operands) :]
     read = sum(_nbytes([value.array]) for value in operands if not value.on_chip)
     written = sum(_nbytes([value.array]) for value in results if not value.on_chip)
     if i.opcode == "slice-start" or i.opcode in _READS_A_PART:
         read = min(read, _nbytes(_arrays(results[:1])))
     if i.opcode == "dynamic-update-slice":  # in place
-        part = operands[1:2]
-        return min(read, _nbytes(_arrays(part))) + min(written, _nbytes(_arrays(part)))
+        part = _nbytes(_arrays(operands[1:2]))
+        return min(read, part) + min(written, part)
     return read + written
 
 
-def _instructions(text: str) -> Iterator[_Instruction]:
+def _parse(text: str) -> Iterator[_Instruction]:
     shapes: dict[str, tuple[_Value, ...]] = {}
     computation = ""
     for line in text.splitlines():
@@ -223,15 +244,6 @@ def _instructions(text: str) -> Iterator[_Instruction]:
             yield _Instruction(computation, name, opcode, rest, operands, shapes[name])
 
 
-def _reachable(start: Iterable[str], called: dict[str, set[str]]) -> set[str]:
-    reached, open_ = set(), list(start)
-    while open_:
-        if (name := open_.pop()) not in reached:
-            reached.add(name)
-            open_ += called.get(name, ())
-    return reached
-
-
 def _values(shape: str) -> tuple[_Value, ...]:
     return tuple(
         _Value(
@@ -242,7 +254,7 @@ def _values(shape: str) -> tuple[_Value, ...]:
     )
 
 
-def _arrays(values: Sequence[_Value]) -> tuple[Array, ...]:
+def _arrays(values: Iterable[_Value]) -> tuple[Array, ...]:
     return tuple(value.array for value in values)
 
 

@@ -31,17 +31,17 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A program to compile, and what its numbers are to be compared with.
+    """A program to compile, and the facts that `analysis` compares with its cost.
 
     Attributes:
-      lower: makes it.
+      lower: lowers the program.
       batch_per_device: samples on a device, over all of its concepts.
-      parameters: bytes of frozen parameters that a device holds.
-      unused: those of them that are no argument of the program.
-      gradients: bytes that the devices of a concept have to exchange.
+      parameters: bytes of frozen parameters on a device.
+      unused: bytes of frozen parameters on a device that the program does not take as arguments.
+      gradients: bytes of gradients that the devices of a concept exchange.
       weights: `(dtype, dims)` of the frozen parameters with more than one axis.
-      repeats: how often its loop runs, on average; None if it has none.
-      lower_body: makes one pass of the loop, as a program of its own.
+      repeats: how often the program's loop runs, on average; None without a loop.
+      lower_body: lowers one pass of the loop as a program of its own.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -55,22 +55,26 @@ class Program:
 
 
 def concepts_at_a_time(config: ConfigDict, num_devices: int) -> int:
-    """How many of the config's concepts are trained together."""
+    """The number of concepts that train together."""
     per_device = config.train.concepts_per_device
     return wave_size(len(concepts_from(config)), num_devices, per_device)
 
 
 def data_shards(config: ConfigDict, num_devices: int) -> int:
-    """The devices that share the batch of a concept."""
+    """The number of devices that share the batch of a concept."""
     return devices_per_concept(concepts_at_a_time(config, num_devices), num_devices)
 
 
 def concept_shapes(
     backbone: Backbone, concepts: Sequence[Concept], resolution: int, count: int | None = None
 ) -> EmbeddedConcepts:
-    """Shapes and dtypes of `embed_concepts`, of all or of `count` concepts at a time.
+    """Shapes and dtypes of `embed_concepts`, without embedding a prompt.
 
-    No prompt is embedded.
+    Args:
+      backbone: the model's shapes.
+      concepts: all concepts; the one with the most neutral prompts sets the length of that axis.
+      resolution: pixels.
+      count: the number of concepts that train together; by default all.
     """
     prompt = jax.eval_shape(
         lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
@@ -95,7 +99,7 @@ def concept_shapes(
 
 
 def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Device]) -> Program:
-    """The training step, as `respodiff train` runs it on these devices.
+    """The training step that `respodiff train` runs on these devices.
 
     Raises:
       UserError: as `Placement`.
@@ -131,11 +135,11 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
 
 
 def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Device]) -> Program:
-    """Sampling as `respodiff generate` does it on a host, with an adapter of the config's concepts.
+    """The sampler that `respodiff generate` runs on one host, with an adapter of all concepts.
 
-    Steps, guidance and resolution are those of the training's grids.
+    Steps and guidance are those of the config's validation grids.
     """
-    # A process uses the devices of its own host.
+    # A process samples on the devices of its own host.
     devices = [d for d in devices if d.process_index == devices[0].process_index]
     concepts = concepts_from(config)
     resolution = config.model.resolution or backbone.default_resolution
@@ -181,7 +185,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
 
 
 def _lower_ddim_step(backbone, spec, arrays, batch_size, num_concepts, device):
-    """One guided, steered DDIM step on a device, what rollouts and sampling repeat."""
+    """Lowers one guided, steered DDIM step on a device; rollouts and sampling repeat it."""
     schedule = Schedule.from_config(backbone.scheduler_config, 1)
     shapes = _sampler_shapes(spec, arrays, batch_size, num_concepts)
     args = ({"unet": backbone.params["unet"]}, *shapes)
@@ -193,7 +197,7 @@ def _lower_ddim_step(backbone, spec, arrays, batch_size, num_concepts, device):
 def _sampler_shapes(
     spec: StepSpec, arrays: EmbeddedConcepts, batch_size: int, num_concepts: int
 ) -> tuple[Any, ...]:
-    """Noise, conditioning of prompts and of the negative prompt, and steering of a batch."""
+    """Shapes of a batch's noise, its prompts, the negative prompt and the steering."""
     keys = jax.random.split(jax.random.key(0), num_concepts)
     modules = jax.eval_shape(jax.vmap(spec.module.init_params), keys)
     scales = Shape((batch_size, num_concepts), np.float32)

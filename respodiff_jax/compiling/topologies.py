@@ -1,4 +1,4 @@
-"""TPU chips, and slices of them that programs can be compiled for with no TPU present."""
+"""TPU chips, and the slices that programs can be compiled for without a TPU."""
 
 import dataclasses
 import difflib
@@ -14,16 +14,16 @@ from respodiff_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip can do.
+    """The capacity of one chip.
 
     Attributes:
-      name: Google's, as topologies are named after it.
+      name: Google's name, with which topology names begin.
       flops: peak of bfloat16 matrix products, FLOP/s.
-      bandwidth: of its memory (HBM), bytes/s.
-      hbm: bytes of memory that a program may take.
-      slices: shapes that can be rented; there are more of v4 and v5p.
-      pod: chips of the largest slice.
-      options: of the compiler, for a JAX device to be a chip.
+      bandwidth: memory (HBM) bandwidth, bytes/s.
+      hbm: bytes of memory available to a program.
+      slices: shapes for rent; v4 and v5p have more.
+      pod: number of chips in the largest slice.
+      options: compiler options that make each chip one JAX device.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()
 
 
-def _usable(gib: float) -> int:
-    return int(gib * 2**30)
+def _gib(n: float) -> int:
+    return int(n * 2**30)
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -48,23 +48,15 @@ _CUBIC = (
 # Peaks and bandwidths as published: docs.cloud.google.com/tpu/docs/v4 (275 TFLOPs; 32 GiB,
 # 1200 GBps), /v5e (197 TFLOPs; 16 GB, 819 GBps), /v5p (459 TFLOPs; 95 GB, 2765 GBps) and /v6e
 # (918 TFLOPs; 32 GB, 1600 GBps; earlier versions of the page: 1640). The memory is what libtpu
-# 0.0.42 says is available when a program needs more: a little less than published, but for v5p's.
+# 0.0.42 reports as available when a program needs more: a little less than published, except v5p's.
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Without the option each of its two cores would be a device, with half of the memory.
-        Chip(
-            "v4",
-            275e12,
-            1200e9,
-            _usable(30.75),
-            _CUBIC,
-            4096,
-            (("chip_config_name", "megacore"),),
-        ),
-        Chip("v5e", 197e12, 819e9, _usable(15.75), _FLAT, 256),
-        Chip("v5p", 459e12, 2765e9, _usable(95.74), (*_CUBIC, "16x16x24"), 6144),
-        Chip("v6e", 918e12, 1600e9, _usable(31.25), _FLAT, 256),
+        # Without this option each of v4's two cores is a device, with half of the memory.
+        Chip("v4", 275e12, 1200e9, _gib(30.75), _CUBIC, 4096, (("chip_config_name", "megacore"),)),
+        Chip("v5e", 197e12, 819e9, _gib(15.75), _FLAT, 256),
+        Chip("v5p", 459e12, 2765e9, _gib(95.74), (*_CUBIC, "16x16x24"), 6144),
+        Chip("v6e", 918e12, 1600e9, _gib(31.25), _FLAT, 256),
     )
 }
 
@@ -75,8 +67,8 @@ class Topology:
 
     Attributes:
       name: for example "v5e:4x4".
-      chip: what it consists of.
-      devices: its chips, which can be compiled for and nothing else.
+      chip: the kind of its chips.
+      devices: the chips; programs can be compiled for them, but not run.
     """
 
     name: str
@@ -85,10 +77,10 @@ class Topology:
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape of a topology's name.
+    """Splits a topology's name into chip and shape.
 
     Raises:
-      UserError: if there is no such chip or slice, saying which there are.
+      UserError: if no such chip or slice exists; the message lists those that do.
     """
     chip_name, _, shape = name.partition(":")
     chip = CHIPS.get(chip_name)
@@ -110,20 +102,22 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def open_topology(name: str) -> Topology:
-    """A topology to compile for.
+    """Opens a topology to compile for.
 
-    The process should have `JAX_PLATFORMS=cpu` and `TPU_SKIP_MDS_QUERY=1`, so that JAX looks for no
-    TPU and no metadata server.
+    The process needs the environment of `environment.set_environment`.
+
+    Args:
+      name: CHIP:SHAPE, for example "v5e:4x4".
 
     Raises:
       UserError: as `parse_topology`; if libtpu is missing or in use by another process; or if the
-        compiler knows no such slice.
+        compiler does not support the slice.
     """
     chip, sides = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for TPU needs the package libtpu, which is not installed; it runs without a"
-            ' TPU: pip install -e ".[tpu]"'
+            "compiling for TPU needs the package libtpu, which is not installed and works without"
+            ' a TPU; install it: pip install -e ".[tpu]"'
         )
     options = dict(chip.options)
     if math.prod(sides) == 1:  # by default a host has 2 × 2 chips
@@ -133,11 +127,11 @@ def open_topology(name: str) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(
-                "another process uses libtpu, which only one can at a time; wait for it, or, if"
-                f" there is none, remove the lock that one left behind ({error})"
+                "another process uses libtpu, and only one can at a time; wait until it ends. If"
+                f" no process uses libtpu, remove the lock file that one left behind ({error})"
             ) from error
         raise UserError(
-            f"topology {name!r} is refused by the compiler ({error}); {chip.name} has"
-            f" {', '.join(chip.slices)}"
+            f"topology {name!r} is refused by the compiler ({error}); expected a slice"
+            f" such as {', '.join(chip.slices)}"
         ) from error
     return Topology(name, chip, tuple(found.devices))

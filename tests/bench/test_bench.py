@@ -1,4 +1,4 @@
-"""`respodiff bench`: what it counts, what it prints and writes, and PyTorch's side of it."""
+"""`respodiff bench`: its counts, its output, and its PyTorch side."""
 
 import ast
 import dataclasses
@@ -16,9 +16,19 @@ from test_train_step import MAN, VIOLENCE, WOMAN, setup
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
-from respodiff_jax.bench import generate, measure, model, published, report, torch_side, train
+from respodiff_jax.bench import (
+    benchmark,
+    generate,
+    measure,
+    model,
+    published,
+    report,
+    torch_side,
+    train,
+)
 from respodiff_jax.bench.measure import Spread
 from respodiff_jax.bench.report import Report, Side
+from respodiff_jax.errors import UserError
 from respodiff_jax.method.train_step import train_step
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "smoke.py")
@@ -36,12 +46,12 @@ def short_repetitions(monkeypatch):
 
 
 def fails(capsys, *argv):
-    """The message of a command line that exits with status 2."""
+    """The error message of a command line that exits with status 2."""
     assert cli.main(["bench", *map(str, argv)]) == 2
     return capsys.readouterr().err
 
 
-def test_flops_are_those_of_the_program_as_written():
+def test_flops_are_counted_in_the_program_as_written():
     a, b = jnp.zeros((8, 32)), jax.ShapeDtypeStruct((32, 4), jnp.float32)
     assert measure.flops(jnp.matmul, a, b) == 2 * 8 * 32 * 4
 
@@ -52,7 +62,7 @@ def test_flops_are_those_of_the_program_as_written():
     assert once == pytest.approx(2 * 64**3, rel=0.01)  # a loop's body counts once
 
 
-def test_sides_take_turns_and_ratios_are_of_neighbours(monkeypatch):
+def test_sides_alternate_and_ratios_are_of_neighbours(monkeypatch):
     monkeypatch.setattr(measure, "SECONDS", 1.0)
     calls, clock = [], [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
@@ -79,22 +89,22 @@ def count(backbone, concepts, **changes):
     return train.evaluations_per_sample(spec, state, frozen, arrays, batch_size=2)
 
 
-def test_a_faithful_sample_takes_its_mean_rollout_more(tiny_backbone):
+def test_faithful_samples_cost_the_mean_rollout_more(tiny_backbone):
     streaming = count(tiny_backbone, [WOMAN, MAN], **{"rollout.kind": "streaming"})
-    # k is 0 .. num_steps - 2, and each step a guided prediction of two evaluations.
+    # k is 0 .. num_steps - 2; each step is a guided prediction of two evaluations.
     for num_steps in (6, 50):
         faithful = count(tiny_backbone, [WOMAN], **{"rollout.num_steps": num_steps})
         assert faithful == pytest.approx(streaming + num_steps - 2, rel=0.01)
-    # Safety has its target, and the empty prompt for the trajectories, from as many predictions.
+    # Safety needs the same number of predictions, for its target and for the trajectories.
     for concepts in ([WOMAN, VIOLENCE], [VIOLENCE]):
         with_safety = count(tiny_backbone, concepts, **{"rollout.kind": "streaming"})
         assert with_safety == pytest.approx(streaming, rel=1e-3)
 
 
-def test_steps_are_chosen_by_the_lengths_of_their_rollouts(tiny_backbone):
+def test_step_pairs_have_the_mean_rollout_length(tiny_backbone):
     spec, arrays, state, _ = setup(tiny_backbone, [WOMAN])
 
-    @jax.jit  # which drops all but what gives the length
+    @jax.jit  # drops everything that does not determine the length
     def length(step):
         now = state.replace(step=step)
         _, metrics = train_step(spec, now, tiny_backbone.params, arrays, jnp.arange(2))
@@ -108,7 +118,7 @@ def test_steps_are_chosen_by_the_lengths_of_their_rollouts(tiny_backbone):
 
 
 def meta_training(kind="constant", num_steps=50, batch_size=1):
-    """The published procedure on SD 1.4's UNet, of which nothing is allocated."""
+    """The published procedure on SD 1.4's UNet, without allocating it."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
         prompt = torch_side.Conditions(torch.zeros(1, 77, 768))
@@ -123,15 +133,15 @@ def meta_training(kind="constant", num_steps=50, batch_size=1):
     return torch_side.Training([(procedure, prompts)], (4, 64, 64), batch_size, seed=0)
 
 
-def test_the_published_procedure_on_sd14(capsys):
+def test_published_procedure_takes_59_evaluations_on_sd14(capsys):
     evaluations = meta_training().evaluations_per_sample()
     with capsys.disabled():
         print(f"\n{evaluations:.2f} UNet evaluations per training sample, published procedure")
-    # 48 of the rollout, 8 of the losses' predictions, the rest in two backward passes.
+    # 48 for the rollout, 8 for the losses' predictions, the rest for two backward passes.
     assert 58 < evaluations < 61
 
 
-def test_train_alone_on_streamed_trajectories(capsys):
+def test_train_without_torch_on_streaming_rollouts(capsys):
     argv = ["bench", "train", *SMALL, "--repeats", "1"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
@@ -150,7 +160,7 @@ def test_train_against_torch(tmp_path, capsys):
     ours, theirs = result["sides"]
     assert result["workload"]["concepts"] == 2 and result["environment"]["devices"] == 8
     assert len(ours["rate"]["values"]) == 2 and ours["rate"]["median"] > 0
-    # Rollouts are of 0 .. 2 steps.
+    # Rollouts have 0 .. 2 steps.
     assert ours["evaluations"] == pytest.approx(2 + 5.9, abs=0.5)
     assert theirs["evaluations"] == pytest.approx(2 + 8 + 2.6, abs=0.6)
     assert ours["first_call"]["cold"] > ours["first_call"]["cached"] > 0
@@ -165,7 +175,7 @@ def test_generate_against_torch(tmp_path, capsys):
     out = tmp_path / "generate.json"
     argv = ["bench", "generate", *SMALL, "--repeats", "1", "--against", "torch", "--out", str(out)]
     assert cli.main(argv) == 0
-    assert "images a second" in capsys.readouterr().out
+    assert "images/s" in capsys.readouterr().out
     result = json.loads(out.read_text())
     ours, theirs = result["sides"]
     assert ours["flops"] == theirs["flops"] > 0
@@ -173,8 +183,7 @@ def test_generate_against_torch(tmp_path, capsys):
     assert result["workload"]["DDIM steps"] == 2 and result["workload"]["batch size"] == 8
 
 
-def test_both_sides_sample_the_same_model(tiny_backbone):
-    """From the same noise: what is handed to PyTorch is the model that JAX runs."""
+def test_torch_side_loads_the_model_that_jax_runs(tiny_backbone):
     with model.diffusers_folder(tiny_backbone) as folder:
         unet, scheduler = torch_side.load_unet(folder, 5, "float32", "cpu")
     z = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
@@ -190,7 +199,7 @@ def test_both_sides_sample_the_same_model(tiny_backbone):
     assert not scheduler.config.clip_sample
 
 
-def test_torch_trains_adapters(tmp_path, capsys):
+def test_torch_train_writes_adapters(tmp_path, capsys):
     folder = tmp_path / "torch"
     argv = ["bench", "torch-train", *SMALL, "--workdir", str(folder)]
     argv += ["--config.train.steps=3", "--config.checkpoint.every=2", "--config.module.kind=mlp"]
@@ -201,20 +210,20 @@ def test_torch_trains_adapters(tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["000002", "000003"]
     assert three.names == ("a man", "a woman") and three.module.kind == "mlp"
     assert three.training["steps"] == 3 and three.training["seconds"] > two.training["seconds"]
-    # Adam's first steps are of about the learning rate, of RAM 1e-2 and in the last a third of it.
+    # Adam's first steps are about the learning rate: RAM's is 1e-2, in the last step a third of it.
     moved = np.abs(three.ram["out"]["bias"] - two.ram["out"]["bias"]).max(axis=1)
     assert (moved > 1e-4).all() and (moved < 0.4e-2).all()
     assert np.abs(three.ram["out"]["bias"][0] - three.ram["out"]["bias"][1]).max() > 1e-4
-    assert "is not empty" in fails(capsys, "torch-train", *SMALL, "--workdir", folder)
+    assert "which is not empty" in fails(capsys, "torch-train", *SMALL, "--workdir", folder)
 
 
-def test_mistakes_are_told_before_the_work(tmp_path, capsys, monkeypatch):
+def test_mistakes_are_reported_before_measuring(tmp_path, capsys, monkeypatch):
     def refused(*argv):
         return fails(capsys, *argv, "--config", CONFIG)
 
-    monkeypatch.setattr(model, "open_model", None)  # none of these gets that far
-    assert "--repeats is 0" in refused("train", "--repeats", "0")
-    assert "does not exist; make it first" in refused("train", "--out", tmp_path / "no" / "a.json")
+    monkeypatch.setattr(model, "open_model", None)  # no case gets that far
+    assert "is 0, expected at least 1" in refused("train", "--repeats", "0")
+    assert "does not exist; create it" in refused("train", "--out", tmp_path / "no" / "a.json")
     assert "is a folder" in refused("generate", "--out", tmp_path)
     assert "give both or neither" in refused("torch-train")
     assert "give both or neither" in refused("train", "--workdir", tmp_path / "w")
@@ -228,8 +237,22 @@ def test_mistakes_are_told_before_the_work(tmp_path, capsys, monkeypatch):
     assert "needs PyTorch" in message and 'pip install -e ".[torch]"' in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"what": "sample"}, "`what` is 'sample', expected one of train, generate"),
+        ({"against": "tf"}, "`against` is 'tf', expected 'torch' or None"),
+        ({"repeats": 0}, "`repeats` is 0, expected at least 1"),
+        ({"out": "gs://bucket/a.json"}, "`out` gs://bucket/a.json is on Google Cloud"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.benchmark(**{"what": "train", "config": None} | arguments)
+
+
 def imports(module):
-    """The packages that a file imports, anywhere in it."""
+    """The packages that a file imports anywhere."""
     names = []
     for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
         if isinstance(node, ast.Import):
@@ -240,13 +263,13 @@ def imports(module):
 
 
 def test_neither_side_imports_the_other():
-    for module in (generate, measure, model, published, report, train):
+    for module in (benchmark, generate, measure, model, published, report, train):
         assert "torch" not in imports(module)
     assert "torch" in imports(torch_side)
     assert not {"jax", "flax", "respodiff_jax"} & imports(torch_side)
 
 
-def test_table():
+def test_report_prints_a_markdown_table():
     environment = {
         "cpu": "CPU",
         "cpu_cores": 2,
@@ -275,11 +298,11 @@ def test_table():
     assert rows == [
         ["", "JAX", "PyTorch", "ratio"],
         rows[1],
-        ["samples a second: median (range)", "5 (4–6)", "2 (1–2)", "3 (2–5)"],
+        ["samples/s: median (range)", "5 (4–6)", "2 (1–2)", "3 (2–5)"],
         ["UNet evaluations per sample", "6.00", "60.00", "0.10"],
         ["peak memory", "3 MiB (process, measured)", "–", ""],
         ["first call, compiling", "31.2 s", "–", ""],
-        ["first call, compiled before", "2.0 s", "–", ""],
+        ["first call, cached", "2.0 s", "–", ""],
     ]
     assert str(result).endswith("peak: 2 TFLOP/s (chip)")
     alone = str(dataclasses.replace(result, sides=(ours,)))
@@ -299,7 +322,7 @@ def test_known_devices_have_published_peaks(monkeypatch):
         assert not best.sides and best.to_dict({})["flops_per_second"] == 4 * peak
 
 
-def test_other_peaks_are_measured_in_turns():
+def test_unknown_peaks_are_measured_as_a_side():
     best = measure.Peak("float32")
     assert list(best.sides) == ["matrix product"]
     best.sides["matrix product"](1)

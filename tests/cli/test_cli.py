@@ -255,7 +255,6 @@ def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
         ["demo", "--out", "gs://b/x"],
         ["compare", "one", "two", "--out", "gs://b/x"],
         ["push", "gs://b/x", "owner/name"],
-        ["compile", "--config", "c", "--topology", "v5e:1x1", "--out", "o", "--table", "gs://b/x"],
     ],
 )
 def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Numbers of compiled programs, from texts as the TPU compiler writes them, and their tables."""
+"""The cost of compiled programs, from HLO texts as the TPU compiler writes them, and its report."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_train_step import WOMAN, make_config
 
-from respodiff_jax.compiling import analysis, hlo, programs, report, run, topologies
+from respodiff_jax.compiling import ahead_of_time, analysis, hlo, programs, report, topologies
+from respodiff_jax.compiling.hlo import HloModule
 from respodiff_jax.training.config import with_concepts
 
 V5E = topologies.CHIPS["v5e"]
@@ -77,17 +78,18 @@ collective-permute-done(%collective-permute-start.5)
 """
 
 
-def test_collectives_of_a_program_text():
-    found = hlo.collectives(TPU_TEXT)
+def test_collectives_are_read_from_hlo_text():
+    module = HloModule(TPU_TEXT)
+    found = module.collectives()
     assert [(c.op, c.nbytes, c.in_loop) for c in found] == [
-        ("all-gather", 32 * 64 * 2, False),  # in two fusions, one exchange; what it gives
+        ("all-gather", 32 * 64 * 2, False),  # its result; one exchange in two fusions
         ("reduce-scatter", 8 * 8 * 2, True),
         ("all-reduce", 4 * 4 + 4 * 4 * 64 * 4, False),
-        ("all-reduce", 4 * 4, False),  # of the same channel, another exchange
+        ("all-reduce", 4 * 4, False),  # another exchange on the same channel
         ("collective-permute", 5, False),
     ]
     assert found[2].operands == (("f32", (4,)), ("f32", (1, 4, 4, 64)))
-    kernels = hlo.kernels(TPU_TEXT)
+    kernels = module.kernels()
     assert [(kernel.nbytes, kernel.flops) for kernel in kernels] == [(32, None)] * 2
 
 
@@ -105,11 +107,11 @@ custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call"
 """
 
 
-def test_attention_kernels_are_counted():
-    forward, backward = hlo.kernels(SPLASH_TEXT)
+def test_flops_of_attention_kernels_are_counted():
+    forward, backward = HloModule(SPLASH_TEXT).kernels()
     product = 2 * 16 * 4096 * 128 * 40
     assert (forward.flops, backward.flops) == (2 * product, 5 * product)
-    query, key = [("bf16", (2, 8, 40, n)) for n in (4096, 128)]  # of two concepts
+    query, key = [("bf16", (2, 8, 40, n)) for n in (4096, 128)]  # two concepts
     assert hlo.Kernel("splash_mha_fwd", (query, key), ()).flops == 2 * product
     read = 8 + 2 * 16 * 40 * (4096 + 2 * 128)
     assert forward.nbytes == read + 4 * 512 * 128 + 2 * 16 * 4096 * 40
@@ -146,14 +148,14 @@ slice-start(%p), slice={[0:2], [0:4]}
 """
 
 
-def test_traffic_is_what_leaves_or_enters_the_chip():
+def test_traffic_counts_what_leaves_or_enters_the_chip():
     whole, part, row = 8 * 4 * 4, 2 * 4 * 4, 4 * 4
     copied = whole + whole  # in, and back
     sliced = part + 2 * row + row  # copied ahead; read and written; written
-    branch = 8 * 4  # one of the two is run, and reads
+    branch = 8 * 4  # one of the two runs, and reads
     updated = part + part
-    assert hlo.traffic(TRAFFIC_TEXT) == copied + sliced + branch + updated
-    assert hlo.traffic("") == 0
+    assert HloModule(TRAFFIC_TEXT).traffic() == copied + sliced + branch + updated
+    assert HloModule("").traffic() == 0
 
 
 REARRANGING_TEXT = """\
@@ -178,12 +180,13 @@ ENTRY %main (p: f32[8,4]) -> f32[4,8] {
 """
 
 
-def test_what_only_rearranges_is_told_from_what_computes():
+def test_rearranged_counts_only_what_computes_nothing():
     fused, alone = 8 * 4 * (4 + 2), 2 * 8 * 4 * 4
-    assert hlo.rearranged(REARRANGING_TEXT) == fused + alone
-    assert hlo.rearranged(REARRANGING_TEXT, hlo.TRANSPOSING) == fused
-    assert hlo.traffic(REARRANGING_TEXT) == fused + alone + 2 * 8 * 4 * 4
-    assert hlo.rearranged(TRAFFIC_TEXT) == hlo.rearranged("") == 0
+    module = HloModule(REARRANGING_TEXT)
+    assert module.rearranged() == fused + alone
+    assert module.rearranged(hlo.TRANSPOSING) == fused
+    assert module.traffic() == fused + alone + 2 * 8 * 4 * 4
+    assert HloModule(TRAFFIC_TEXT).rearranged() == HloModule("").rearranged() == 0
 
 
 def make_program(**fields):
@@ -193,7 +196,7 @@ def make_program(**fields):
 
 @dataclasses.dataclass
 class FakeCompiled:
-    """A compiled program that has a text and costs of our own."""
+    """A compiled program with a given text and fixed costs."""
 
     text: str
 
@@ -209,7 +212,7 @@ class FakeCompiled:
         return type("Sizes", (), sizes | {"peak_memory_in_bytes": 90})
 
 
-def test_numbers_of_a_program():
+def test_describe_adds_up_the_cost_of_a_program():
     chip = dataclasses.replace(V5E, hbm=133)
     program = make_program(unused=11, gradients=4096, repeats=3.0)
     found = analysis.describe(
@@ -246,21 +249,20 @@ def test_numbers_of_a_program():
 
 
 @pytest.mark.parametrize(
-    ("weight", "sharded", "moved"),
+    ("weight", "moved"),
     [
-        (("bf16", (16, 32)), False, False),  # the compiler may transpose
-        (("bf16", (32, 1, 16)), False, False),
-        (("bf16", (64, 32)), False, False),  # gathered
-        (("f32", (32, 16)), False, True),
-        (("bf16", (64, 8)), False, True),
-        (("bf16", (16, 32)), True, None),
+        (("bf16", (16, 32)), False),  # the compiler may transpose
+        (("bf16", (32, 1, 16)), False),
+        (("bf16", (64, 32)), False),  # gathered
+        (("f32", (32, 16)), True),
+        (("bf16", (64, 8)), True),
     ],
 )
-def test_moved_weights_are_found(weight, sharded, moved):
-    program = make_program(weights=frozenset([weight]), sharded=sharded)
+def test_exchanged_weights_are_found(weight, moved):
+    program = make_program(weights=frozenset([weight]))
     exchange = analysis.describe(program, FakeCompiled(TPU_TEXT), V5E)["exchange"]
     assert exchange["no_weights_moved"] is moved
-    # Besides the gradients there may be some scalars, 4096 bytes and no more.
+    # Besides the gradients, up to 4096 bytes of scalars are allowed.
     assert exchange["bytes"] == 4096 + 128 + 4112 + 16 + 5
     for gradients, only in ((4261, True), (4260, False)):
         program = make_program(gradients=gradients)
@@ -268,8 +270,8 @@ def test_moved_weights_are_found(weight, sharded, moved):
         assert exchange["only_gradients"] is only
 
 
-def test_roofline():
-    """At the published peaks of v5e: 197 TFLOP/s and 819 GB/s."""
+def test_roofline_takes_the_longer_of_compute_and_memory():
+    """With v5e's published peaks: 197 TFLOP/s and 819 GB/s."""
     assert analysis.roofline(394e12, 819e9, V5E) == {
         "seconds": 2.0,
         "bound": "compute",
@@ -279,8 +281,8 @@ def test_roofline():
     assert analysis.roofline(197e12, 1638e9, V5E)["bound"] == "memory"
 
 
-def test_a_program_on_all_devices_is_analysed():
-    """One step of gradient descent with a replicated weight, on simulated devices."""
+def test_analyse_compiles_a_program_for_all_devices():
+    """The program is the gradient of a replicated weight, on simulated devices."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
 
     def lower():
@@ -315,7 +317,7 @@ OUT_OF_MEMORY = (
 
 
 @pytest.mark.parametrize(("message", "required"), OUT_OF_MEMORY)
-def test_what_the_compiler_finds_too_large_does_not_fit(message, required):
+def test_program_refused_for_its_memory_does_not_fit(message, required):
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError(message)
@@ -325,7 +327,7 @@ def test_what_the_compiler_finds_too_large_does_not_fit(message, required):
     assert found["memory"] == {"total": required + 9, "available": V5E.hbm}
 
 
-def test_other_errors_of_the_compiler_are_its_own():
+def test_other_compiler_errors_are_raised():
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError("INTERNAL: 1.0G of 2.0G hbm")
@@ -344,15 +346,15 @@ def test_other_errors_of_the_compiler_are_its_own():
         (lambda b: 2000 * b, 8, 0, 4),
     ],
 )
-def test_the_largest_batch_is_found_in_few_trials(required, first, largest, trials):
-    found = analysis.largest_batch(required, 1000, first)
+def test_largest_batch_is_found_in_few_trials(required, first, largest, trials):
+    found = analysis.find_largest_batch(required, 1000, first)
     assert (found["largest"], found["exact"]) == (largest, True)
     assert len(found["tried"]) <= trials
     assert all(n == required(batch) for batch, n in found["tried"].items())
 
 
-def test_what_was_not_tried_is_not_claimed():
-    found = analysis.largest_batch(lambda b: b * b, 10_000, 1, trials=3)
+def test_largest_batch_is_inexact_when_trials_run_out():
+    found = analysis.find_largest_batch(lambda b: b * b, 10_000, 1, trials=3)
     assert found["largest"] in found["tried"] and found["largest"] < 100
     assert not found["exact"]
 
@@ -384,7 +386,7 @@ def make_entry(step="train", **changes):
         "compile_seconds": 273.1,
     }
     return {
-        "job": run.Job(config, "v5e:4x4", step).to_dict(),
+        "job": ahead_of_time.Compilation(config, "v5e:4x4", step).to_dict(),
         "chips": 16,
         "model": "random/sd14",
         "resolution": 512,
@@ -393,30 +395,69 @@ def make_entry(step="train", **changes):
     }
 
 
-def test_results_for_the_eye(monkeypatch):
-    monkeypatch.setattr(run.importlib.metadata, "version", lambda name: "1.2")
+def test_summary_and_table_of_results(monkeypatch):
+    monkeypatch.setattr(ahead_of_time.importlib.metadata, "version", lambda name: "1.2")
     text = report.summary(make_entry())
     assert "random/sd14, 512 px, float32, train, 1 concept, streaming, pmap, flash" in text
     assert "8.00 GiB of 15.75: fits" in text
     assert "6.20 TFLOP, 31.47 ms at best" in text and "81.9 GB, 100 ms at best" in text
-    assert "1.2 GB of it copies to another layout, 0.5 GB transposes and casts" in text
-    assert "memory binds: at best 40 samples/s a chip" in text
-    assert "1440 concepts an hour a chip, of 100 steps with batch size 1" in text
-    assert "counted 24 times" in text and "3 Pallas kernels" in text
+    assert "1.2 GB of copies to another layout and 0.5 GB of transposes and casts" in text
+    assert "bound by    memory: at best 40 samples/s a chip" in text
+    assert "1440 concepts/hour a chip, with 100 steps of batch size 1" in text
+    assert "counts 24 times" in text and "3 Pallas kernels" in text
     assert "all-reduce 0.66 MB; gradients are 0.66 MB" in text
     assert "base weights stay where they are: yes" in text
     too_large = make_entry(fits=False)
     del too_large["result"]["roofline"]
     assert "DOES NOT FIT" in report.summary(too_large)
-    limit = make_entry(run.LARGEST)
+    limit = make_entry(analysis.LARGEST_BATCH)
     limit["result"] = {"largest": 9, "exact": True, "tried": {"9": 2**30, "10": 2**35}}
     assert "  9 samples a concept (9: 1.00 GiB, 10: 32.00 GiB)" in report.summary(limit)
 
     table = report.markdown([make_entry(), too_large, limit]).splitlines()
     cells = [line.count("|") for line in table if line.startswith("|")]
     assert cells == [13] * 4 + [5] * 3
-    # 100 steps of batch 1 take 2.5 s of a chip that has 40 samples a second.
+    # A chip with 40 samples/s takes 2.5 s for 100 steps of batch size 1.
     assert table[2].endswith("| 8.00 of 15.75 | 6.20 | 81.9 | 0.1 | memory | 40 | 1440 | 0.66 |")
     assert "does not fit | – | –" in table[3]
     assert table[-1].endswith("pmap, flash | 9 |")
     assert "jax 1.2, libtpu 1.2" in "\n".join(table)
+
+
+EARLIER_ENTRY = """\
+{
+  "job": {
+    "step": "train",
+    "topology": "v5e:4x4",
+    "batch_per_device": 4,
+    "attention": "flash",
+    "config": {
+      "model": {"dtype": "bfloat16"},
+      "parallel": {"strategy": "pmap", "fsdp": false},
+      "rollout": {"kind": "streaming"},
+      "train": {"steps": 5000, "batch_size": 1}
+    },
+    "versions": {"jax": "0.10.2", "libtpu": "0.0.42.1"}
+  },
+  "chips": 16,
+  "model": "random/sd14",
+  "resolution": 512,
+  "concepts": 2,
+  "result": {
+    "batch_per_device": 4,
+    "fits": true,
+    "memory": {"total": 7312375808, "available": 16911433728},
+    "flops": 20.08e12,
+    "bytes": 54.0e9,
+    "roofline": {"seconds": 0.102, "bound": "compute"},
+    "exchange": {"bytes": 656000}
+  }
+}
+"""
+
+
+def test_results_of_earlier_versions_are_read(tmp_path):
+    (tmp_path / "compile.json").write_text(f"[{EARLIER_ENTRY}]")
+    table = report.markdown(ahead_of_time.read_results(tmp_path / "compile.json"))
+    assert "| random/sd14, 512 px, bfloat16 | v5e:4x4 | train, 2 concepts, streaming, pmap" in table
+    assert "| 4 | 6.81 of 15.75 | 20.08 | 54.0 | 0.102 | compute | 39.2 | 28.24 | 0.66 |" in table

@@ -1,4 +1,4 @@
-"""The figures of docs/scaling.md follow from its table of compiled programs and from the code."""
+"""The figures in docs/scaling.md follow from its table of compiled programs and from the code."""
 
 import itertools
 import math
@@ -18,12 +18,12 @@ from respodiff_jax.training.spec import step_spec
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
 SAMPLES = 5000
-# Of v4 and v5p Google counts the cores.
+# Google names v4 and v5p slices by cores, two per chip.
 CHIPS_OF = {"v5e-8": 8, "v5e-256": 256, "v5p-256": 128, "v6e-256": 256}
 
 
 def tables():
-    """Each table of the page, as rows of cells by the header's names."""
+    """Each table of the page, as a list of rows `{column: cell}`."""
     for block in re.findall(r"(?:^\|.*\|\n)+", PAGE, re.MULTILINE):
         header, _, *rows = (
             [c.strip() for c in r.strip("|\n").split("|")] for r in block.split("\n")[:-1]
@@ -36,10 +36,10 @@ def table_with(column):
 
 
 def compiled(model, slice_):
-    """The row that the page computes with: replicated, of that chip's smallest slice."""
+    """The row that the page computes with: that chip's smallest slice, replicated parameters."""
     rows = (
         row
-        for row in table_with("a chip's batch")
+        for row in table_with("batch per chip")
         if row["slice"].startswith(slice_)
         and row["model"].startswith(model)
         and "pmap, flash" in row["program"]
@@ -47,7 +47,7 @@ def compiled(model, slice_):
     return next(rows, None)
 
 
-def test_concepts_an_hour_follow_from_the_table_by_the_formula():
+def test_concepts_per_hour_follow_from_the_compiled_table():
     models = {"SD 1.4": "random/sd14", "SDXL": "random/sdxl"}
     rows = table_with("at best")
     pairs = itertools.product(models, CHIPS_OF)
@@ -57,24 +57,23 @@ def test_concepts_an_hour_follow_from_the_table_by_the_formula():
     for row in rows:
         slice_ = row["slice"]
         step = compiled(models[row["model"]], slice_.split("-")[0])
-        rate = int(step["a chip's batch"]) / float(step["at best, s"])
+        rate = int(step["batch per chip"]) / float(step["at best, s"])
         best = CHIPS_OF[slice_] * 3600 * rate / SAMPLES
         for column, efficiency in (("at best", 1.0), ("assumed", 0.5)):
             shown = float(row[column].replace(",", ""))
             assert math.isclose(shown, efficiency * best, rel_tol=0.02), (row, efficiency * best)
 
 
-def test_the_tables_own_columns_agree():
-    """Time at best from FLOPs and traffic."""
-    for row in table_with("a chip's batch"):
+def test_best_times_follow_from_flops_and_traffic():
+    for row in table_with("batch per chip"):
         chip = CHIPS[row["slice"].split(":")[0]]
         compute = float(row["TFLOP"]) * 1e12 / chip.flops
         memory = float(row["traffic, GB"]) * 1e9 / chip.bandwidth
         assert math.isclose(float(row["at best, s"]), max(compute, memory), rel_tol=0.01)
-        assert row["binds"] == ("compute" if compute >= memory else "memory")
+        assert row["bound by"] == ("compute" if compute >= memory else "memory")
 
 
-def test_memory_of_a_concepts_state():
+def test_memory_table_matches_the_training_state():
     shown = {
         row[""]: int(row["bytes"].replace(",", "")) for row in table_with("bytes") if row["bytes"]
     }
