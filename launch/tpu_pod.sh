@@ -143,7 +143,7 @@ for ((done = 0; ; done++)); do
   sleep 60 # until gcloud reports a preemption
   # Status 2 is a user's mistake, or all concepts diverged: a restart would fail again.
   if [[ $(state) == ACTIVE ]] && ((status == 2)) || ((done >= restarts)); then
-      say "the run ended with status $status after $done restart(s)"
+    say "the run ended with status $status after $done restart(s)"
     exit "$status"
   fi
   say "status $status; restarting"
