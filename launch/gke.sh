@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, as a JobSet; kubectl is logged in to the cluster, and JobSet is
-# installed on it.
+# Trains on TPU slices of a GKE cluster, as a JobSet. Log kubectl in to the cluster, and install JobSet
+# on it first.
 #
 #   launch/gke.sh --name gender --image REGION-docker.pkg.dev/PROJECT/REPO/respodiff \
 #     --accelerator tpu-v6e-slice --topology 4x4 --slices 2 \
 #     --config configs/sdxl_gender.py --workdir gs://bucket/gender --config.train.batch_size=32
 #
-#   --name NAME             of the JobSet
-#   --image IMAGE           with the package, its tpu and gcs extras, and the config; see docs/clusters.md
+#   --name NAME             name of the JobSet
+#   --image IMAGE           has the package, its tpu and gcs extras, and the config; see docs/clusters.md
 #   --accelerator TYPE      node label cloud.google.com/gke-tpu-accelerator
-#   --topology SHAPE        of a slice, node label cloud.google.com/gke-tpu-topology
-#   --chips-per-host N      of the node pool's machine type (default 4)
-#   --slices N              node pools that take part (default 1)
-#   --restarts N            at most, after preemptions and lost hosts (default 20)
-#   --service-account NAME  of Kubernetes, that may write to the --workdir
+#   --topology SHAPE        topology of a slice, node label cloud.google.com/gke-tpu-topology
+#   --chips-per-host N      chips of the node pool's machine type (default 4)
+#   --slices N              number of slices, one node pool each (default 1)
+#   --restarts N            maximum number of restarts after preemptions and lost hosts (default 20)
+#   --service-account NAME  Kubernetes service account that may write to --workdir
 #   --dry-run               print the manifest, and do nothing
 #
-# What follows these goes to `respodiff train`. To look on, and to stop:
+# All other arguments go to `respodiff train`. To watch and to stop the run:
 #   kubectl logs --follow --selector jobset.sigs.k8s.io/jobset-name=NAME --prefix
 #   kubectl delete jobset NAME
 set -euo pipefail
@@ -47,7 +47,7 @@ if ((hosts * chips_per_host != chips)); then
   exit 2
 fi
 
-# A text as YAML: in single quotes, of which those in it are doubled.
+# Prints a text as a YAML string in single quotes.
 text() { echo "'${1//\'/\'\'}'"; }
 manifest() {
   cat <<EOF
@@ -56,13 +56,13 @@ kind: JobSet
 metadata:
   name: $(text "$name")
   annotations:
-    # Each job, which is a slice, has a node pool for itself.
+    # Each job is a slice, and has a node pool for itself.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
     maxRestarts: $restarts
     rules:
-    # A user's mistake, or all concepts diverged, status 2; another start does not mend it.
+    # Status 2 is a user's mistake, or all concepts diverged: a restart would fail again.
     - name: mistake
       action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
@@ -74,7 +74,7 @@ spec:
         parallelism: $hosts
         completions: $hosts
         completionMode: Indexed
-        backoffLimit: 0 # where one host is lost, all start again
+        backoffLimit: 0 # when one host is lost, all start again
         podFailurePolicy:
           rules:
           - action: FailJob
@@ -83,7 +83,8 @@ spec:
           spec:
             restartPolicy: Never
             serviceAccountName: $(text "$service_account")
-            terminationGracePeriodSeconds: 120
+            terminationGracePeriodSeconds: 120 # on TERM the run saves and ends with status 75
+            shareProcessNamespace: true # as process 1, the run would ignore TERM while it starts
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $(text "$accelerator")
               cloud.google.com/gke-tpu-topology: $(text "$topology")
@@ -94,16 +95,8 @@ spec:
               - containerPort: 8471 # the TPU runtime's
               - containerPort: 8080 # between slices
               - containerPort: 8482 # JAX's coordinator
-              # GKE tells the hosts of each other, in TPU_WORKER_* and MEGASCALE_* variables. After a
-              # signal the run saves and ends well, but it is not done: the status has to say so.
-              command:
-              - bash
-              - -c
-              - |
-                trap 'kill -TERM \$!; wait \$!; exit 143' TERM
-                respodiff train --distributed auto "\$@" &
-                wait \$!
-              - respodiff
+              # The hosts find each other by the TPU_WORKER_* and MEGASCALE_* variables of GKE.
+              command: [respodiff, train, --distributed, auto]
               args:
 $(for argument in "$@"; do echo "              - $(text "$argument")"; done)
               resources:

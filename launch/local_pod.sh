@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on this machine as on a pod: PROCESSES processes of DEVICES simulated CPU devices each.
+# Trains on this machine as on a pod, in PROCESSES processes with DEVICES simulated CPU devices each.
 #
-#   launch/local_pod.sh [--dry-run] 2 2 --config configs/smoke.py --workdir runs/pod
+#   launch/local_pod.sh [--dry-run] PROCESSES DEVICES --config configs/smoke.py --workdir runs/pod
 #
-# What follows the two numbers goes to `respodiff train`. Output is that of process 0; the others write
-# to pod_I.log in a temporary folder, named if one of them fails. With --dry-run the commands are
-# printed, and nothing is done.
+# All other arguments go to `respodiff train`. The output is that of process 0; the others write to
+# pod_I.log in a temporary folder, which is printed if one of them fails. The status is 75 if the run was
+# interrupted and has saved. With --dry-run, the script prints the commands and does nothing.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
@@ -43,11 +43,14 @@ for pid in ${pids[@]+"${pids[@]}"}; do
   while kill -0 "$pid" 2>/dev/null; do
     wait "$pid" || true # a signal to this script interrupts it
   done
-  wait "$pid" || status=$?
+  ended=0
+  wait "$pid" || ended=$?
+  # A failure matters more than 75, which is a run that was interrupted and has saved.
+  if ((ended && (ended != 75 || status == 0))); then status=$ended; fi
 done
-if ((status)); then
-  echo "a process failed with status $status; logs in $logs" >&2
-else
+if ((status == 0 || status == 75)); then
   rm -r "$logs"
+else
+  echo "a process failed with status $status; logs in $logs" >&2
 fi
 exit "$status"

@@ -1,4 +1,4 @@
-"""The two halves of launch/newest_torch.sh: `store` runs where JAX is, `check` where it is not."""
+"""The two steps of launch/newest_torch.sh: `store` runs with JAX, `check` without."""
 
 import functools
 import hashlib
@@ -17,13 +17,13 @@ _UNET = "unet/*.safetensors"
 
 
 def rows(names):
-    """Concepts of four images: one, another, both, none."""
+    """Weights of the concepts for four images: the first, the last, both, none."""
     first, last = names[0], names[-1]
     return [{first: 1.0}, {last: 1.0}, {first: 0.6, last: 0.4}, {}]
 
 
 def check_belongs(model: str, stored: pathlib.Path) -> None:
-    """Exits if the stored adapter is there, but was trained on another UNet than the model's."""
+    """Exits if a stored adapter was trained on another UNet than that of the model."""
     config = stored / "adapter" / "adapter_config.json"
     if config.is_file():
         trained_on = json.loads(config.read_text(encoding="utf-8"))["backbone"]
@@ -33,7 +33,7 @@ def check_belongs(model: str, stored: pathlib.Path) -> None:
 
 
 def store(model: str, stored: pathlib.Path) -> None:
-    """Makes what is not there of an adapter for the model and of latents steered by it."""
+    """Makes an adapter for the model, and latents that it steers, unless they exist."""
     check_belongs(model, stored)
     import jax
     import numpy as np
@@ -87,9 +87,9 @@ def check_no_jax() -> None:
 
 
 def check(model: str, stored: pathlib.Path) -> None:
-    """Runs the model card's example as it stands, and compares latents.
+    """Runs the example of the model card unchanged, and compares latents.
 
-    The example finds the model that comes with this package in its folder, which is not imported.
+    The example finds the packaged model in its folder, without importing the package.
     """
     check_belongs(model, stored)
     import diffusers
@@ -100,7 +100,7 @@ def check(model: str, stored: pathlib.Path) -> None:
     versions = (torch.__version__, diffusers.__version__, transformers.__version__)
     print("torch {}, diffusers {}, transformers {}, no JAX".format(*versions))
 
-    # What is stored has no copy of the code, which would age.
+    # The stored adapter has no copy of torch_adapter.py, because it would become outdated.
     folder = tempfile.mkdtemp()
     shutil.copytree(stored / "adapter", folder, dirs_exist_ok=True)
     shutil.copy(ROOT / "respodiff_jax" / "torch_adapter.py", folder)
@@ -134,11 +134,13 @@ def check(model: str, stored: pathlib.Path) -> None:
     adapter.attach(pipe).set_concepts(rows(adapter.names))
     latents = sample()
     adapter.detach()
-    assert torch.equal(sample(), base), "the pipeline is not as before after detach()"
+    assert torch.equal(sample(), base), "detach() did not restore the pipeline"
     error, effect = (float((x - latents).norm() / latents.norm()) for x in (stored_latents, base))
     print(f"{NUM_STEPS} steps: {error:.1e} from JAX's latents, {effect:.1e} from the base model's")
     if not error <= TOLERANCE < effect:
-        raise SystemExit(f"expected at most {TOLERANCE} from JAX's, and more from the base model's")
+        raise SystemExit(
+            f"expected at most {TOLERANCE} from JAX's latents, and more from the base model's"
+        )
 
 
 if __name__ == "__main__":

