@@ -1,4 +1,4 @@
-"""What several verbs read from the command line: adapters, prompts, scales."""
+"""Command-line inputs that several verbs share: adapters, models, prompts, scales."""
 
 import argparse
 import pathlib
@@ -21,16 +21,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
         action="append",
         default=[],
         metavar="DIR",
-        help="adapter directory, training workdir or hub id; may be repeated to use concepts of"
-        " several",
+        help="adapter directory, training workdir or hub id; may be repeated to combine concepts",
     )
     add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
-    add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
-    add("--variant", help="of the weight files, for example fp16")
+    add("--revision", help="branch, tag or commit of a hub id (default: the adapter's)")
+    add("--variant", help="variant of the weight files, for example fp16")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the model (default: bfloat16, on a CPU float32)",
+        help="dtype of the model (default: float32 on a CPU, else bfloat16)",
     )
     return add
 
@@ -50,7 +49,7 @@ def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Back
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file."""
+    """The prompts of the command line, followed by those of the file."""
     from respodiff_jax.data.prompt_files import Column, read_table
 
     prompts = list(given)
@@ -67,16 +66,19 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
             found = [line.strip() for line in lines]
         prompts += [prompt for prompt in found if prompt.strip()]
     if not prompts:
-        raise UserError("no prompts; give --prompt TEXT or a --prompts-file that is not empty")
+        raise UserError("there are no prompts; give --prompt TEXT or a --prompts-file with prompts")
     return prompts
 
 
 def read_scales(
     option: str, entries: Sequence[str], optional: bool = False
 ) -> dict[str, float | None]:
-    """`NAME=NUMBER` entries as a mapping; a name may itself contain "=".
+    """Parses `NAME=NUMBER` entries; a name may contain "=".
 
-    If numbers are `optional`, `NAME` alone gives None.
+    Args:
+      option: name of the option, for messages.
+      entries: values of the option.
+      optional: whether `NAME` alone is allowed; its scale is then None.
     """
     scales: dict[str, float | None] = {}
     for entry in entries:
