@@ -6,12 +6,13 @@ metadata block the Hugging Face hub reads; `grid.png`, if the run drew sample pi
 always give the same bytes.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -19,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from respodiff_jax.adapters.adapter import Adapter, save_adapter
 from respodiff_jax.backbone import local_folder
+from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 
 CARD_FILE = "README.md"
@@ -62,6 +64,57 @@ def export_adapter(
         (directory / GRID_FILE).unlink(missing_ok=True)
     else:
         (directory / GRID_FILE).write_bytes(grid)
+
+
+def export(
+    adapter: Adapter,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    scales: Mapping[str, float] | None = None,
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+    grid: bytes | None = None,
+) -> Adapter:
+    """Writes an adapter directory with its card, for JAX and PyTorch users.
+
+    Metrics describe one adapter: with another dtype or other scales the adapter's own are dropped.
+
+    Args:
+      adapter: the adapter to export.
+      out: made if it does not exist; an older adapter in it is replaced.
+      dtype: "float32" or "float16"; None keeps the adapter's.
+      scales: default weights of concepts by name; the others keep theirs.
+      metrics: of an evaluation of this very adapter, see `evaluation.results.overall_metrics`.
+      grid: a PNG of sample pictures, or None.
+
+    Returns:
+      The adapter as written.
+
+    Raises:
+      UserError: for unknown concepts, metrics beside a change of dtype or scales, parameters beyond
+        the range of the dtype, or a folder that cannot be written.
+    """
+    scales = scales or {}
+    if unknown := sorted(set(scales) - set(adapter.names)):
+        raise UserError(f"`scales` names {unknown}, the adapter has {', '.join(adapter.names)}")
+    changed = dataclasses.replace(
+        adapter,
+        dtype=dtype or adapter.dtype,
+        default_scales=tuple(map(scales.get, adapter.names, adapter.default_scales)),
+    )
+    same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
+    if metrics is not None and not same:
+        raise UserError(
+            "`metrics` do not measure what `dtype` or `scales` changes here: export without"
+            " `metrics`, evaluate the result, then export that with its metrics"
+        )
+    kept = adapter.metrics if metrics is None else metrics
+    changed = dataclasses.replace(changed, metrics=kept if same else None)
+    try:
+        export_adapter(changed, out, grid)
+    except OSError as error:
+        raise UserError(f"`out` {out} cannot be written: {error}") from error
+    return changed
 
 
 def torch_module() -> bytes:

@@ -7,12 +7,48 @@ from typing import Any
 import numpy as np
 
 from respodiff_jax.adapters.adapter import Adapter
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.paper import GENDER, RACE, SAFETY
 from respodiff_jax.storage import read_json
+
+
+def import_checkpoint(
+    checkpoint: str | os.PathLike,
+    concepts: str | os.PathLike,
+    *,
+    only: Sequence[str] = (),
+    model: str = "CompVis/stable-diffusion-v1-4",
+    revision: str | None = None,
+    variant: str | None = None,
+    resolution: int | None = None,
+) -> Adapter:
+    """Makes an adapter of a checkpoint of the authors' code or of SDisc. Needs PyTorch.
+
+    Args:
+      checkpoint: an `unet.pth`; nothing that is pickled in it is run.
+      concepts: the file of concept ids, see `read_concept_ids`.
+      only: names of the concepts to take; () takes all.
+      model: the model it was trained on, a diffusers folder or hub id.
+      revision: branch, tag or commit of a hub id.
+      variant: of the weight files, for example "fp16".
+      resolution: of the training, in pixels; None is the model's own.
+
+    Raises:
+      UserError: if PyTorch is missing, or a file is damaged or does not fit the others.
+    """
+    try:
+        from respodiff_jax.adapters.torch_checkpoint import read_checkpoint
+    except ImportError as error:
+        raise UserError("import reads PyTorch files: pip install -e '.[torch]'") from error
+    concept_ids = read_concept_ids(concepts, only)
+    backbone = load_backbone(model, revision=revision, variant=variant, abstract=True)
+    resolution = backbone.default_resolution if resolution is None else resolution
+    height, width, channels = backbone.mid_block_shape(resolution)
+    ram, sam = read_checkpoint(checkpoint, (channels, height, width))
+    return adapter_from_checkpoint(ram, sam, concept_ids, backbone, resolution)
 
 
 def read_concept_ids(

@@ -1,13 +1,12 @@
 """`respodiff export`."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from respodiff_jax.cli import inputs
-from respodiff_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from respodiff_jax.adapters import Adapter
+    pass
 
 SUMMARY = "write the adapter of a run"
 
@@ -47,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--scale",
+        dest="scales",
         action="append",
         default=[],
         metavar="NAME=SCALE",
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--evaluation",
+        dest="metrics",
         metavar="DIR",
         help="what `respodiff evaluate` wrote for this adapter; config and card get its overall"
         " metrics",
@@ -61,64 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import dataclasses
+    scales = inputs.read_scales("--scale", args.scales)
 
-    from respodiff_jax.adapters.card import export_adapter
+    import respodiff_jax as rd
+    from respodiff_jax.evaluation.results import overall_metrics
+    from respodiff_jax.training.grids import sample_grid
 
-    adapter = inputs.open_adapter(args.source, args.step, args.only)
-    scales = inputs.read_scales("--scale", args.scale)
-    if unknown := sorted(set(scales) - set(adapter.names)):
-        raise UserError(f"--scale names {unknown}, the adapter has {', '.join(adapter.names)}")
-    changed = dataclasses.replace(
-        adapter,
-        dtype=args.dtype or adapter.dtype,
-        default_scales=tuple(
-            scales.get(name, scale)
-            for name, scale in zip(adapter.names, adapter.default_scales, strict=True)
-        ),
+    adapter = rd.load_adapter(args.source, args.step, args.only)
+    metrics = overall_metrics(args.metrics, adapter) if args.metrics else None
+    grid = sample_grid(args.source, args.step)
+    exported = rd.export(
+        adapter, args.out, dtype=args.dtype, scales=scales, metrics=metrics, grid=grid
     )
-    same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
-    if args.evaluation and not same:
-        raise UserError(
-            f"--evaluation {args.evaluation} did not measure what --dtype or --scale changes here:"
-            " export without --evaluation, evaluate the result, then export that with --evaluation"
-        )
-    metrics = _measured(args.evaluation, adapter) if args.evaluation else adapter.metrics
-    adapter = dataclasses.replace(changed, metrics=metrics if same else None)
-    try:
-        export_adapter(adapter, args.out, _grid(args.source, args.step))
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error}") from error
-    print(f"{args.out}: {adapter.module.kind} adapter of {', '.join(adapter.names)}")
-
-
-def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
-    """The metrics of an evaluation of the adapter, over all pictures."""
-    from respodiff_jax.adapters.files import METRIC_KEYS
-    from respodiff_jax.evaluation.results import load_results
-    from respodiff_jax.evaluation.run import adapter_sha256
-
-    results = load_results(folder)
-    measured = (results.made.get("adapter") or {}).get("sha256")
-    if measured != adapter_sha256(adapter):
-        raise UserError(
-            f"--evaluation {folder} measured another adapter (sha256 {measured}): evaluate the one"
-            f" that is exported, {', '.join(adapter.names)}"
-        )
-    return [
-        {key: getattr(measurement, key) for key in METRIC_KEYS}
-        for measurement in results.measurements
-        if measurement.subject is None
-    ]
-
-
-def _grid(source: str, step: int | None) -> bytes | None:
-    """The sample picture of a workdir or an adapter directory, or None."""
-    from respodiff_jax.adapters.card import GRID_FILE
-    from respodiff_jax.storage import open_path
-    from respodiff_jax.training.monitoring import newest_grids
-
-    if inputs.is_workdir(source):
-        return newest_grids(source, step)
-    file = open_path(source) / GRID_FILE
-    return file.read_bytes() if file.is_file() else None
+    print(f"{args.out}: {exported.module.kind} adapter of {', '.join(exported.names)}")

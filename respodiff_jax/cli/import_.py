@@ -2,9 +2,6 @@
 
 import argparse
 
-from respodiff_jax.cli import inputs
-from respodiff_jax.errors import UserError
-
 SUMMARY = "convert a checkpoint of the authors' code or of SDisc into an adapter"
 
 DESCRIPTION = """\
@@ -55,26 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        from respodiff_jax.adapters.torch_checkpoint import read_checkpoint
-    except ImportError as error:
-        raise UserError("import reads PyTorch files: pip install -e '.[torch]'") from error
+    import respodiff_jax as rd
 
-    from respodiff_jax.adapters.card import export_adapter
-    from respodiff_jax.adapters.importing import adapter_from_checkpoint, read_concept_ids
-    from respodiff_jax.backbone import load_backbone
-
-    inputs.check_only(args.only)
-    concept_ids = read_concept_ids(args.concepts, args.only)
-    backbone = load_backbone(
-        args.model, revision=args.revision, variant=args.variant, abstract=True
+    adapter = rd.import_checkpoint(
+        args.checkpoint,
+        args.concepts,
+        only=args.only,
+        model=args.model,
+        revision=args.revision,
+        variant=args.variant,
+        resolution=args.resolution,
     )
-    resolution = backbone.default_resolution if args.resolution is None else args.resolution
-    height, width, channels = backbone.mid_block_shape(resolution)
-    ram, sam = read_checkpoint(args.checkpoint, (channels, height, width))
-    adapter = adapter_from_checkpoint(ram, sam, concept_ids, backbone, resolution)
-    try:
-        export_adapter(adapter, args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error}") from error
+    rd.export(adapter, args.out)
     print(f"{args.out}: adapter of {', '.join(adapter.names)}")

@@ -2,8 +2,6 @@
 
 import argparse
 
-from respodiff_jax.cli import inputs
-
 SUMMARY = "describe and check an adapter"
 
 DESCRIPTION = """\
@@ -24,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import respodiff_jax as rd
     from respodiff_jax.adapters.card import describe
 
-    print(describe(inputs.open_adapter(args.adapter)))
+    print(describe(rd.load_adapter(args.adapter)))

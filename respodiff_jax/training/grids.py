@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from respodiff_jax.adapters import Adapter
+from respodiff_jax.adapters.card import GRID_FILE
 from respodiff_jax.generation.sampling import default_batch_size, initial_noise
 from respodiff_jax.images import grid
 from respodiff_jax.method.concepts import Concept
@@ -21,6 +22,7 @@ from respodiff_jax.method.modules import Steering
 from respodiff_jax.storage import write_whole
 from respodiff_jax.training.monitoring import RunLog
 from respodiff_jax.training.parallel import Placement
+from respodiff_jax.training.record import is_workdir
 
 # The number of concepts, the first ones, that grids are drawn of.
 MAX_GRIDS = 8
@@ -158,3 +160,16 @@ def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes |
     content = io.BytesIO()
     whole.save(content, format="PNG")
     return content.getvalue()
+
+
+def sample_grid(source: str | os.PathLike, step: int | None = None) -> bytes | None:
+    """The sample pictures of a run or of an adapter directory, a PNG; None without any.
+
+    Args:
+      source: a run's working directory or an adapter directory.
+      step: of a run, the newest grids up to this step; None is the newest of all.
+    """
+    if is_workdir(source):
+        return newest_grids(source, step)
+    file = epath.Path(source) / GRID_FILE
+    return file.read_bytes() if file.is_file() else None

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.storage import open_path, parse_json, read_json_lines, write_whole
+from respodiff_jax.storage import open_path, read_json, read_json_lines, write_whole
 from respodiff_jax.training.record import RUN_FILE
 
 OUTCOMES_FILE = "outcomes.jsonl"
@@ -23,7 +23,7 @@ _WAVES_FILE = "waves.json"
 def read_outcomes(folder: epath.PathLike) -> list[dict[str, Any]]:
     """The outcomes in a folder; [] where there is no file."""
     path = open_path(folder) / OUTCOMES_FILE
-    return read_json_lines(path) if path.exists() else []
+    return read_json_lines(path, "outcomes") if path.exists() else []
 
 
 def write_outcomes(folder: epath.PathLike, outcomes: Iterable[dict[str, Any]]) -> None:
@@ -62,7 +62,7 @@ def is_batch(workdir: epath.PathLike) -> bool:
 def read_waves(workdir: epath.PathLike) -> dict[str, int] | None:
     """`{"size": concepts of a wave, "concepts": of the batch}`, None where it is not recorded."""
     path = open_path(workdir) / _WAVES_FILE
-    return parse_json(path.read_text(), str(path)) if path.exists() else None
+    return read_json(path, "record of waves") if path.exists() else None
 
 
 def write_waves(workdir: epath.PathLike, size: int, concepts: int) -> None:

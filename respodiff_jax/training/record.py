@@ -8,10 +8,11 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from respodiff_jax.adapters.files import CONFIG_FILE
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule
-from respodiff_jax.storage import open_path, parse_json, write_whole
+from respodiff_jax.storage import open_path, read_json, write_whole
 from respodiff_jax.training.config import default
 
 RUN_FILE = "run.json"
@@ -19,6 +20,12 @@ RUN_FILE = "run.json"
 # Options that do not change what is trained; they may differ when a run is continued. The concepts
 # already hold what they took from `concept_defaults`.
 _FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
+
+
+def is_workdir(path: epath.PathLike) -> bool:
+    """Whether a path is a single run's directory, and not an adapter's."""
+    folder = open_path(path)
+    return (folder / RUN_FILE).exists() and not (folder / CONFIG_FILE).exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class RunRecord:
         path = open_path(workdir) / RUN_FILE
         if not path.exists():
             return None
-        fields = parse_json(path.read_text(), str(path))
+        fields = read_json(path, "run record")
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or sorted(fields) != sorted(known):
             raise UserError(f"{path} is not a run record of this version: expected {known}")

@@ -11,14 +11,13 @@ from etils import epath
 
 from respodiff_jax import adapters
 from respodiff_jax.adapters import Adapter, combine, select
-from respodiff_jax.adapters.files import CONFIG_FILE
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.storage import open_path
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.outcomes import OUTCOMES_FILE, is_batch, read_outcomes
-from respodiff_jax.training.record import RUN_FILE, RunRecord
+from respodiff_jax.training.record import RUN_FILE, RunRecord, is_workdir
 
 
 def load_adapter(
@@ -41,12 +40,6 @@ def load_adapter(
         return _batch_adapter(source, only)
     adapter = _open_whole(source, step)
     return select(adapter, only) if only else adapter
-
-
-def is_workdir(path: epath.PathLike) -> bool:
-    """Whether a path is a single run's directory, and not an adapter's."""
-    folder = open_path(path)
-    return (folder / RUN_FILE).exists() and not (folder / CONFIG_FILE).exists()
 
 
 def _open_whole(source: epath.PathLike, step: int | None) -> Adapter:
