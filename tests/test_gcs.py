@@ -20,12 +20,13 @@ from test_training import assert_same_state, make_config, sigterm_at
 from respodiff_jax import cli, storage
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import files, load_backbone
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.training import waves
+from respodiff_jax.training import trained
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.config import with_concepts
 from respodiff_jax.training.monitoring import Profiler
+from respodiff_jax.training.outcomes import read_outcomes
 from respodiff_jax.training.waves import train
 
 CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 1, "log.grid_steps": 2}
@@ -129,15 +130,15 @@ def test_interrupted_waves_in_a_bucket_equal_local_waves(bucket, tmp_path):
     concepts = [Concept(f"a {i}", "numbers", ("a person",), f"a {i}") for i in range(10)]
     config, remote = with_concepts(config, concepts), bucket + "/batch"
     train(config, str(tmp_path))
-    with sigterm_at(1):
+    with sigterm_at(1), pytest.raises(Interrupted):
         train(config, remote)
-    assert not waves.read_outcomes(remote)
+    assert not read_outcomes(remote)
     train(config, remote)
-    outcomes = waves.read_outcomes(remote)
-    assert outcomes == waves.read_outcomes(tmp_path)
+    outcomes = read_outcomes(remote)
+    assert outcomes == read_outcomes(tmp_path)
     folders = ["waves/0000/adapter"] * 8 + ["waves/0001/adapter"] * 2
     assert [outcome["adapter"] for outcome in outcomes] == folders
-    ours, theirs = waves.load_batch(remote), waves.load_batch(tmp_path)
+    ours, theirs = trained.load_adapter(remote), trained.load_adapter(tmp_path)
     assert ours.names == theirs.names
     jax.tree.map(np.testing.assert_array_equal, (ours.ram, ours.sam), (theirs.ram, theirs.sam))
 

@@ -3,6 +3,7 @@
 import argparse
 
 from respodiff_jax.cli import inputs
+from respodiff_jax.errors import UserError
 
 SUMMARY = "generate images"
 
@@ -105,10 +106,16 @@ def run(args: argparse.Namespace) -> None:
 
     enable_compilation_cache()
     adapters = [rd.load_adapter(path) for path in args.adapter]
-    model = inputs.open_model(args, adapters)
-    print(f"loading {model.identity['name']}", flush=True)
+    if not (args.model or adapters):
+        raise UserError("no model: give `model`, or `adapter` to use the adapter's")
+
+    def open_model():
+        model = inputs.open_model(args, adapters)
+        print(f"loading {model.identity['name']}", flush=True)
+        return model
+
     images_per_second = rd.generate_folder(
-        model,
+        open_model,
         prompts,
         args.out,
         adapter=adapters or None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -16,12 +16,13 @@ from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.storage import check_output
 
 Adapters = Adapter | CombinedAdapter | Sequence[Adapter]
+Model = Backbone | Callable[[], Backbone]
 
 _MAX_SEED = 2**32 - 1
 
 
 def generate(
-    model: Backbone,
+    model: Model,
     prompts: str | Sequence[str],
     *,
     adapter: Adapters | None = None,
@@ -43,7 +44,8 @@ def generate(
     The images of a prompt follow each other.
 
     Args:
-      model: as from `load_model`; an abstract one is loaded after everything else was checked.
+      model: as from `load_model`, or a function that opens it. It is opened, and an abstract one
+        is loaded, when everything else was checked.
       prompts: one text or several.
       adapter: the concepts, or several adapters to use together; None draws the base model's.
       concepts: scales by concept name, for every image; None is a concept's default scale.
@@ -74,7 +76,7 @@ def generate(
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
     images = sample_images(
-        model.loaded(),
+        request.model.loaded(),
         [prompt for prompt in request.prompts for _ in range(images_per_prompt)],
         range(seed, seed + len(request.prompts) * images_per_prompt),
         request.options,
@@ -85,7 +87,7 @@ def generate(
 
 
 def generate_folder(
-    model: Backbone,
+    model: Model,
     prompts: str | Sequence[str],
     out: str | os.PathLike,
     *,
@@ -123,10 +125,15 @@ def generate_folder(
     Raises:
       UserError: as in `generate`; and for a folder that is not empty or not writable.
     """
-    if base and adapter is None:
+    if base and not adapter:
         raise UserError("`base` compares with an adapter, but `adapter` is not given")
+
+    def open_model():
+        check_output(out, overwrite)
+        return model() if callable(model) else model
+
     request = _check(
-        model,
+        open_model,
         [prompts] if isinstance(prompts, str) else list(prompts),
         adapter,
         images_per_prompt,
@@ -134,9 +141,8 @@ def generate_folder(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
-    check_output(out, overwrite)
     return write_folder(
-        model.loaded(),
+        request.model.loaded(),
         request.prompts,
         out,
         num_images_per_prompt=images_per_prompt,
@@ -152,6 +158,7 @@ def generate_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
+    model: Backbone
     prompts: list[str]
     adapter: Adapter | CombinedAdapter | None
     weights: np.ndarray | None
@@ -159,7 +166,7 @@ class _Request:
 
 
 def _check(
-    model: Backbone,
+    model: Model,
     prompts: list[str],
     adapter: Adapters | None,
     images_per_prompt: int,
@@ -167,7 +174,7 @@ def _check(
     options: SamplerOptions,
     selection: dict,
 ) -> _Request:
-    """Everything that can be checked before weights are read."""
+    """Checks everything that can be checked before weights are read; opens the model last."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UserError(f"`prompts` is {prompts!r}, expected a text or a non-empty list of texts")
     if images_per_prompt < 1:
@@ -178,6 +185,7 @@ def _check(
     adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
     weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)
+    model = model() if callable(model) else model
     if options.resolution is None:
         resolution = combined.backbone["resolution"] if combined else model.default_resolution
         options = dataclasses.replace(options, resolution=resolution)
@@ -185,4 +193,4 @@ def _check(
         check_fits(one, model, options.resolution)
     model.latent_shape(options.resolution)
     model.tokenise([*prompts, options.negative_prompt])
-    return _Request(prompts, combined, weights, options)
+    return _Request(model, prompts, combined, weights, options)

@@ -124,7 +124,6 @@ def _entry(concept: Concept) -> ConfigDict:
 def load_config(
     path: str | os.PathLike,
     overrides: Sequence[str] = (),
-    *,
     concepts: str | os.PathLike | None = None,
     **sections: Any,
 ) -> ConfigDict:

@@ -12,8 +12,8 @@ from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.cli import inputs
-from respodiff_jax.errors import UserError
-from respodiff_jax.training import checkpoint, distributed
+from respodiff_jax.errors import Interrupted, UserError
+from respodiff_jax.training import distributed, trained
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "no prompts"),
-        (["--prompt", "a"], "no model; name one with --model"),
+        (["--prompt", "a"], "no model: give --model"),
         (["--prompt", "a", "--prompts-file", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--prompt", "a", "--images-per-prompt", "0"], "--images-per-prompt is 0"),
         (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
@@ -143,7 +143,7 @@ def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
         (["--prompt", "a", "--model", "m", "--batch-size", "3"], "multiple of the 8 devices"),
         (["--prompt", "a", "--model", "m", "--steps", "0"], "sampling steps is 0"),
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
-        (["--prompt", "a", "--adapter", "ADAPTER"], "none of its concepts chosen"),
+        (["--prompt", "a", "--adapter", "ADAPTER"], "none of its concepts is chosen"),
         (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "a cat=1"], "a woman, a man"),
         (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "=1"], "'=1' is not NAME=NUMBER"),
         (
@@ -195,13 +195,13 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
         return lambda *args, **kwargs: calls.append((name, args, kwargs)) or name
 
     monkeypatch.setattr("respodiff_jax.training.config.load_config", record("config"))
-    monkeypatch.setattr("respodiff_jax.training.run.train", record("train"))
+    monkeypatch.setattr("respodiff_jax.training.waves.train", record("train"))
     monkeypatch.setattr(distributed, "initialize", record("hosts"))
     argv = ["train", "--config", "c.py", "--config.train.steps=3", "--workdir", "w", "--profile"]
     argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]
     assert cli.main([*argv, "--config.seed=1"]) == 0
     assert calls == [
-        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"], None), {}),
+        ("config", ("c.py", ["--config.train.steps=3", "--config.seed=1"]), {"concepts": None}),
         ("hosts", ("host0:1", 2, 1, False), {}),
         ("train", ("config", "w"), {"profile": True}),
     ]
@@ -228,25 +228,19 @@ def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
     adapter = make_adapter("conv")
     calls = []
 
-    def adapter_from_workdir(*args):
+    def load(*args):
         calls.append(args)
         return adapter
 
-    monkeypatch.setattr(checkpoint, "adapter_from_workdir", adapter_from_workdir)
+    monkeypatch.setattr(trained, "load_adapter", load)
     (tmp_path / "run.json").write_text("{}")
     run = str(tmp_path)
     assert cli.main(["export", run, "--out", str(tmp_path / "out"), "--step", "5"]) == 0
-    assert calls == [(run, 5)]
+    assert calls == [(run, 5, [])]
     assert load_adapter(tmp_path / "out").names == adapter.names
     assert "conv adapter of a woman, a man" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails(capsys, "export", run, "--out", tmp_path / "file" / "x")
-
-
-def test_a_workdir_stands_for_its_newest_adapter(tmp_path, monkeypatch):
-    (tmp_path / "run.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "adapter_from_workdir", lambda *args: args)
-    assert inputs.open_adapter(str(tmp_path)) == (str(tmp_path), None)
 
 
 @pytest.mark.parametrize(
@@ -268,14 +262,15 @@ def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatc
     ("error", "status", "told"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (FloatingPointError("all diverged"), 2, "all diverged"),  # again if started again
+        (UserError("all diverged"), 2, "error: all diverged"),
+        (Interrupted("stopped at step 3", 3), 75, "stopped at step 3; run the same command"),
     ],
 )
 def test_how_it_ended_is_in_the_exit_status(error, status, told, tmp_path, monkeypatch, capsys):
     def ended(*args):
         raise error
 
-    monkeypatch.setattr(checkpoint, "adapter_from_workdir", ended)
+    monkeypatch.setattr(trained, "load_adapter", ended)
     (tmp_path / "run.json").write_text("{}")
     assert cli.main(["export", str(tmp_path), "--out", "a"]) == status
     assert told in capsys.readouterr().err

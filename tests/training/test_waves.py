@@ -18,15 +18,15 @@ import pytest
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.method.embedding import embed_concepts
 from respodiff_jax.method.state import init_state
 from respodiff_jax.method.train_step import train_step
-from respodiff_jax.training import run as training
-from respodiff_jax.training import waves
+from respodiff_jax.training import trained, waves
 from respodiff_jax.training.config import concepts_from, load_config
+from respodiff_jax.training.outcomes import read_outcomes
 from respodiff_jax.training.spec import step_spec
-from respodiff_jax.training.waves import plan_waves, read_outcomes, train, wave_size
+from respodiff_jax.training.waves import plan_runs, train, wave_size
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -129,13 +129,15 @@ def test_a_batch_leaves_an_adapter_per_wave_and_tells_where_each_concept_is(twen
 def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_path, monkeypatch):
     """A job that stops before its second wave."""
     concepts, _ = twenty
-    run = training._Job.run
+    run = waves.train_run
 
-    def first_only(job, wave, *args):
-        return wave.label == "wave 1 of 3" and run(job, wave, *args)
+    def first_only(session, wave, *args):
+        if wave.label != "wave 1 of 3":
+            raise Interrupted("stopped", 0)
+        return run(session, wave, *args)
 
-    monkeypatch.setattr(training._Job, "run", first_only)
-    assert cli.main(train_command(concepts, tmp_path / "run")) == 0
+    monkeypatch.setattr(waves, "train_run", first_only)
+    assert cli.main(train_command(concepts, tmp_path / "run")) == 75
     export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert cli.main(export) == 0
     assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
@@ -144,15 +146,16 @@ def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_pa
 def test_a_batch_of_which_all_diverged_so_far_has_nothing_to_use(tmp_path):
     outcome = {"name": "a", "group": "g", "steps": 4, "diverged_at": 1, "adapter": None}
     (tmp_path / "outcomes.jsonl").write_text(json.dumps(outcome) + "\n")
-    with pytest.raises(UserError, match="all concepts of the waves that have ended diverged"):
-        waves.load_batch(tmp_path)
+    (tmp_path / "waves.json").write_text(json.dumps({"size": 1, "concepts": 2}))
+    with pytest.raises(UserError, match="all concepts of the finished waves diverged"):
+        trained.load_adapter(tmp_path)
 
 
 def test_outcomes_are_gathered_again_from_the_waves(twenty, tmp_path):
     """Where the directory's file is missing, or has what is no more."""
     concepts, finished = twenty
     shutil.copytree(finished / "waves", tmp_path / "waves")
-    planned = plan_waves(finished, load_config(SMOKE, OVERRIDES, concepts), 8)
+    planned = plan_runs(finished, load_config(SMOKE, OVERRIDES, concepts), 8)
     moved = [
         dataclasses.replace(wave, folder=tmp_path / "waves" / wave.folder.name) for wave in planned
     ]
@@ -209,7 +212,7 @@ def test_a_single_wave_is_filled_up_to_as_many_concepts_a_device(twenty, tmp_pat
     concepts, workdir = write_concepts(tmp_path / "nine.jsonl", 9), tmp_path / "run"
     more = ["--config.train.concepts_per_device=2"]
     assert cli.main(train_command(concepts, workdir, *more, "--config.train.steps=2")) == 0
-    (planned,) = plan_waves(workdir, load_config(SMOKE, [*OVERRIDES, *more], concepts), 3)
+    (planned,) = plan_runs(workdir, load_config(SMOKE, [*OVERRIDES, *more], concepts), 3)
     assert (planned.size, planned.folder) == (16, workdir)
     assert cli.main(train_command(concepts, workdir, *more)) == 0
     assert cli.main(["export", str(workdir), "--out", str(tmp_path / "out")]) == 0
@@ -258,7 +261,7 @@ def test_another_batch_is_refused(twenty, tmp_path, capsys):
     _, workdir = twenty
     more = write_concepts(tmp_path / "more.jsonl", 21)
     assert cli.main(train_command(more, workdir)) == 2
-    assert "belongs to a batch of 20 concepts, here are 21" in capsys.readouterr().err
+    assert "belongs to a batch of 20 concepts, the config has 21" in capsys.readouterr().err
     other = write_concepts(tmp_path / "other.jsonl", 20, lambda_sem=3.0)
     assert cli.main(train_command(other, workdir)) == 2
     assert "concept_1.lambda_sem: 0.5 there, 3.0 here" in capsys.readouterr().err
@@ -268,7 +271,7 @@ def test_a_batch_continues_on_other_devices_with_the_waves_it_began_with(twenty)
     concepts, workdir = twenty
     config = load_config(SMOKE, OVERRIDES, concepts)
     for devices in (1, 8, 512):
-        planned = plan_waves(workdir, config, devices)
+        planned = plan_runs(workdir, config, devices)
         assert [len(wave.concepts) for wave in planned] == [8, 8, 4]
         assert [wave.size for wave in planned] == [8, 8, 8]
         assert [len(wave.filled_up) for wave in planned] == [8, 8, 8]
@@ -296,7 +299,7 @@ def assert_same_adapters(workdir, other, count):
     assert len(files) == count
     for file in files:
         assert (workdir / file).read_bytes() == (other / file).read_bytes()
-    assert waves.read_outcomes(workdir) == waves.read_outcomes(other)
+    assert read_outcomes(workdir) == read_outcomes(other)
 
 
 def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, tmp_path):
