@@ -153,7 +153,7 @@ def test_a_run_starts_from_an_adapter(finished, tmp_path):
         ({"model.name": "random/tiny-v"}, "trained on a model that predicts 'epsilon'"),
         (
             {"concepts.man.name": "x", "concepts.woman.name": "y"},
-            "a man, a woman, and none of the con",
+            "and none of the config",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
 
 
 def test_interrupted_run_continues_bit_for_bit(finished, tmp_path):
-    with sigterm_at(3), pytest.raises(Interrupted, match="stopped at step [34] of 6") as stop:
+    with sigterm_at(3), pytest.raises(Interrupted, match=r"stopped at step [34] of 6") as stop:
         train(make_config(), str(tmp_path))
     assert stop.value.step in (3, 4)
     with Checkpoints(tmp_path) as checkpoints:
