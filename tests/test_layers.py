@@ -55,9 +55,7 @@ def test_files_import_only_from_the_layers_below(file):
 
 
 def files_that_import(*modules):
-    return {
-        str(file) for file in FILES for name in imports(file) if name.split(".")[0] in modules
-    }
+    return {str(file) for file in FILES for name in imports(file) if name.split(".")[0] in modules}
 
 
 def test_only_the_backbone_knows_diffusers_and_the_flax_classes_of_transformers():

@@ -1,4 +1,4 @@
-"""The folder of a `respodiff generate` run."""
+"""Pictures as a list and as a folder."""
 
 import json
 
@@ -9,9 +9,7 @@ from test_adapters import MAN, WOMAN
 from test_sampling import PROMPTS, tiny_adapter
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.generation.folder import generate
-from respodiff_jax.generation.sampling import SamplerOptions
-from respodiff_jax.generation.selection import concept_weights
+from respodiff_jax.generation.generate import generate, generate_folder
 from respodiff_jax.images import read_metadata
 
 
@@ -20,21 +18,51 @@ def run(tiny_backbone, tmp_path_factory):
     """A fair run of 2 prompts x 6 images with base twins, on 8 devices: a full and a part batch."""
     out = tmp_path_factory.mktemp("run") / "deep" / "out"
     adapter = tiny_adapter(tiny_backbone)
-    weights = concept_weights(adapter, 2, 6, fair="gender", ratio={WOMAN.name: 0.5, MAN.name: 0.5})
-    options = SamplerOptions(num_steps=2, batch_size=8)
-    generate(
+    generate_folder(
         tiny_backbone,
         PROMPTS,
         out,
-        num_images_per_prompt=6,
-        seed=40,
-        options=options,
         adapter=adapter,
-        weights=weights,
+        fair="gender",
+        ratio={WOMAN.name: 0.5, MAN.name: 0.5},
+        images_per_prompt=6,
+        seed=40,
+        num_steps=2,
+        batch_size=8,
+        base=True,
         adapter_sources=["adapters/gender"],
-        base_twins=True,
     )
     return out
+
+
+def test_generate_returns_the_images_of_the_folder(run, tiny_backbone):
+    images = generate(
+        tiny_backbone,
+        PROMPTS,
+        adapter=[tiny_adapter(tiny_backbone)],
+        fair="gender",
+        images_per_prompt=6,
+        seed=40,
+        num_steps=2,
+        batch_size=8,
+    )
+    assert len(images) == 12
+    for i, image in enumerate(images):
+        saved = Image.open(run / "images" / f"{i:05d}.png")
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(saved))
+
+
+def test_model_is_opened_after_everything_else_was_checked(tiny_backbone):
+    adapter = tiny_adapter(tiny_backbone)
+    for mistake, message in (
+        ({"fair": "race"}, "no group 'race'"),
+        ({"safe": True, "images_per_prompt": 0}, "`images_per_prompt` is 0"),
+        ({"safe": True, "seed": -1}, "`seed` is -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(pytest.fail, "a person", adapter=adapter, **mistake)
+    (image,) = generate(lambda: tiny_backbone, "a person", num_steps=1)
+    assert image.size == (16, 16)
 
 
 def test_generate_writes_images_twins_grid_and_manifest(run, tiny_backbone):
@@ -66,8 +94,8 @@ def test_generate_writes_images_twins_grid_and_manifest(run, tiny_backbone):
 
 
 def test_base_twins_are_the_base_models_images(run, tiny_backbone, tmp_path):
-    options = SamplerOptions(num_steps=2, batch_size=8)
-    generate(tiny_backbone, PROMPTS, tmp_path, num_images_per_prompt=6, seed=40, options=options)
+    options = {"images_per_prompt": 6, "seed": 40, "num_steps": 2, "batch_size": 8}
+    generate_folder(tiny_backbone, PROMPTS, tmp_path, **options)
     assert not (tmp_path / "base").exists()
     for i in range(12):
         twin, base, adapted = (
@@ -83,14 +111,13 @@ def test_output_folder_is_only_overwritten_on_request(tiny_backbone, tmp_path):
     old.parent.mkdir()
     kept.write_text("mine")
     old.write_text("old")
-    options = SamplerOptions(num_steps=1)
     with pytest.raises(UserError, match=r"is not empty; .* `overwrite`"):
-        generate(tiny_backbone, ["a person"], tmp_path, options=options)
+        generate_folder(tiny_backbone, ["a person"], tmp_path, num_steps=1)
     assert old.exists()
-    generate(tiny_backbone, ["a person"], tmp_path, options=options, overwrite=True)
+    generate_folder(tiny_backbone, ["a person"], tmp_path, num_steps=1, overwrite=True)
     assert kept.read_text() == "mine" and not old.exists()
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
     with pytest.raises(UserError, match=r"gs://b/run is on Google .* on this machine"):
-        generate(tiny_backbone, ["a person"], "gs://b/run", options=options)
+        generate_folder(tiny_backbone, ["a person"], "gs://b/run", num_steps=1)
     with pytest.raises(UserError, match="cannot be made or read"):
-        generate(tiny_backbone, ["a person"], kept, options=options)
+        generate_folder(tiny_backbone, ["a person"], kept, num_steps=1)

@@ -77,14 +77,14 @@ def test_weights_add_up():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({}, "none of its concepts chosen; .*gender: a woman, a man; safety: anti-violence"),
+        ({}, "none of its concepts is chosen; .*gender: a woman, a man; safety: anti-violence"),
         ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter. It has gender: a woman"),
         ({"concepts": {"a man": np.inf}}, "scale is inf"),
         ({"fair": "race"}, "no group 'race'. It has gender"),
-        ({"fair": "safety"}, "use --safe"),
+        ({"fair": "safety"}, "use `safe`"),
         ({"fair": "age"}, "only the concept 'young'"),
-        ({"fair": "gender", "concepts": {"a man": 1.0}}, "drop --concept 'a man'"),
-        ({"ratio": {"a man": 1.0}}, "name the group with --fair"),
+        ({"fair": "gender", "concepts": {"a man": 1.0}}, "drop 'a man' from `concepts`"),
+        ({"ratio": {"a man": 1.0}}, "name the group with `fair`"),
         ({"fair": "gender", "ratio": {"a man": 0.9}}, "sums to 0.9, expected 1"),
         ({"fair": "gender", "ratio": {"young": 1.0}}, r"names \['young'\], but group 'gender'"),
         ({"fair": "gender", "ratio": {"a man": 1.5, "a woman": -0.5}}, "shares of 0 or more"),
@@ -99,5 +99,5 @@ def test_requests_that_cannot_be_met(request_, message):
 def test_requests_without_the_concepts_for_them():
     with pytest.raises(UserError, match="no safety concepts"):
         concept_weights(make_adapter(), 1, 2, safe=True)
-    with pytest.raises(UserError, match="--fair, --safe given but no adapter"):
+    with pytest.raises(UserError, match="`fair`, `safe` given but no adapter"):
         concept_weights(None, 1, 2, fair="gender", safe=True)
