@@ -101,7 +101,7 @@ def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
             f" that is exported, {', '.join(adapter.names)}"
         )
     return [
-        {key: getattr(measurement, key) for key in METRIC_KEYS}
+        {key: measurement.to_dict()[key] for key in METRIC_KEYS}
         for measurement in results.measurements
         if measurement.subject is None
     ]

@@ -37,10 +37,11 @@ PNG = b"\x89PNG\r\n\x1a\n a picture"
 
 def measured(adapter):
     """What an evaluation of the adapter found."""
+    fields = {"picture_set" if key == "images" else key: value for key, value in GENDER.items()}
     return Results(
         measurements=(
-            Measurement(**GENDER, protocol="fairness"),
-            Measurement(**GENDER, protocol="fairness", subject="Nurse"),
+            Measurement(**fields, part="fairness"),
+            Measurement(**fields, part="fairness", subject="Nurse"),
         ),
         made={"adapter": {"sha256": adapter_sha256(adapter)}},
         scored={},
