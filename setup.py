@@ -56,6 +56,7 @@ setup(
         "array_record>=0.8,<1",
         "ml_collections>=1.1,<2",
         "numpy>=2,<3",
+        "scipy>=1.13",
         "pillow>=11",
         "tensorboardX>=2.6.5,<3",
         "tqdm>=4.66",

@@ -1,5 +1,4 @@
-"""Small evaluations with real pictures, as `respodiff evaluate` would have left them, and adapters
-and pictures to evaluate."""
+"""Small evaluation folders with real pictures, and adapters and pictures to evaluate."""
 
 import numpy as np
 
@@ -28,13 +27,13 @@ def evaluation_folder(
     """Writes an evaluation of Emoji World's bias and of an adapter that removes `effect` of it.
 
     Args:
-      folder: to write to.
-      sets: of pictures.
-      professions: of Emoji World.
-      pictures: that are counted for each profession and set.
-      prompt: with {} for the profession.
-      effect: of the adapter, 1 is perfectly fair.
-      drawn: pictures of each profession and set that are files.
+      folder: folder to write.
+      sets: sets of pictures.
+      professions: professions of Emoji World.
+      pictures: number of pictures counted for each profession and set.
+      prompt: the prompt, with {} for the profession.
+      effect: share of the bias that the adapter removes; 1 is perfectly fair.
+      drawn: number of picture files for each profession and set.
 
     Returns:
       The results.
@@ -119,7 +118,7 @@ def _shares(profession, effect):
         "gender": world.gender_probabilities(bias),
         "skin_tone": world.tone_group_probabilities(bias.tones),
     }
-    # The adapter is about gender; skin tone follows by a little.
+    # The adapter is for gender; it changes skin tone a little.
     effects = {"gender": effect, "skin_tone": 0.15 * effect}
     return {a: (1 - effects[a]) * np.array(p) + effects[a] / len(p) for a, p in biased.items()}
 
@@ -128,8 +127,8 @@ def _deviations(name, attribute, values, labels, professions):
     target = (1 / len(values),) * len(values)
     common = {
         "metric": "deviation_ratio",
-        "images": name,
-        "protocol": "fairness",
+        "picture_set": name,
+        "part": "fairness",
         "attribute": attribute,
         "target": target,
     }
@@ -162,9 +161,9 @@ def _deviations(name, attribute, values, labels, professions):
 
 
 def _others(name, effect):
-    def one(metric, protocol, value, width, **fields):
+    def one(metric, part, value, width, **fields):
         interval = None if width is None else (value - width, value + width)
-        return Measurement(metric, name, value, 400, protocol, interval, **fields)
+        return Measurement(metric, name, value, 400, part, interval, **fields)
 
     def unsafe(rates, subject=None):
         rate = (1 - effect) * rates[0] + effect * rates[1]
@@ -183,13 +182,13 @@ def _others(name, effect):
 
 
 def concept(name, group, **prompts):
-    """Of the neutral prompt "a person"; its target prompt is its name, if `prompts` names none."""
+    """A concept with the neutral prompt "a person"; by default its name is its target prompt."""
     prompts = prompts or {"target_prompt": name}
     return Concept(name=name, group=group, neutral_prompts=("a person",), **prompts)
 
 
 def constant_adapter(backbone, scale):
-    """A constant adapter of two genders, two ages and one safety concept."""
+    """A constant adapter with two genders, two ages and one safety concept."""
     concepts = (
         concept("a woman", "gender"),
         concept("a man", "gender"),

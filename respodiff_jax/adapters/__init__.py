@@ -3,6 +3,7 @@
 from respodiff_jax.adapters.adapter import (
     Adapter,
     CombinedAdapter,
+    adapter_sha256,
     check_fits,
     combine,
     load_adapter,
@@ -14,6 +15,7 @@ from respodiff_jax.adapters.adapter import (
 __all__ = [
     "Adapter",
     "CombinedAdapter",
+    "adapter_sha256",
     "check_fits",
     "combine",
     "load_adapter",

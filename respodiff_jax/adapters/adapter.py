@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -359,7 +360,15 @@ def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter 
     )
 
 
-def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
+def adapter_sha256(adapter: Adapter | CombinedAdapter) -> str:
+    """A digest of an adapter's concepts and parameters."""
+    digest = hashlib.sha256(json.dumps([c.to_dict() for c in adapter.concepts]).encode())
+    for leaf in jax.tree.leaves([(part.ram, part.sam) for part in adapter.parts]):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def check_fits(adapter: Adapter | CombinedAdapter, backbone: Backbone, resolution: int) -> None:
     """Checks that an adapter can steer a model at a resolution.
 
     A `constant` needs exactly the mid-block shape of the training. `mlp` and `conv` need the same
@@ -369,6 +378,11 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     Raises:
       UserError: if the mid-blocks or the prediction types do not match.
     """
+    for part in adapter.parts:
+        _check_part_fits(part, backbone, resolution)
+
+
+def _check_part_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     trained, label = adapter.backbone, _label(adapter)
     ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
     alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
@@ -393,7 +407,7 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
         warnings.warn(
             f"the adapter ({label}) was trained on {trained['name']}, whose UNet weights differ"
             f" from those of {backbone.identity['name']}: the effect may be weaker or different",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

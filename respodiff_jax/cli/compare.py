@@ -2,13 +2,11 @@
 
 import argparse
 
-from respodiff_jax.errors import UserError
-
 SUMMARY = "put several evaluations side by side"
 
 DESCRIPTION = """\
 Writes one self-contained page about several evaluations: every metric with its intervals, pictures
-of the same professions one above the other, and which settings differ.
+of the same professions one above the other, and the settings that differ.
 """
 
 EPILOG = """\
@@ -18,7 +16,7 @@ EPILOG = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "evaluations", nargs="+", metavar="DIR", help="what `respodiff evaluate` wrote; two or more"
+        "folders", nargs="+", metavar="DIR", help="folder of `respodiff evaluate`; two or more"
     )
     parser.add_argument(
         "--out", default="comparison.html", metavar="FILE", help="page (default: %(default)s)"
@@ -26,10 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from respodiff_jax.evaluation.report import write_comparison
+    from respodiff_jax.evaluation import compare
 
-    try:
-        path = write_comparison(args.evaluations, args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error}") from error
-    print(f"{path}: {len(args.evaluations)} evaluations")
+    print(f"{compare(args.folders, args.out)}: {len(args.folders)} evaluations")

@@ -17,13 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from respodiff_jax.adapters import concatenate, load_adapter
+from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import recipes
-from respodiff_jax.evaluation.results import Results
-from respodiff_jax.evaluation.run import Plan, evaluate
-from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.generation.sampling import SamplerOptions
+from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.training.waves import train
 
 EVALUATION_SEED = 700_000
@@ -95,21 +92,22 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
         train(config, folder(part) / "run")
         parts.append(load_adapter(folder(part) / "run" / "adapter"))
     safe = "safety" in TASKS[task]
-    groups = tuple(part for part in TASKS[task] if part != "safety")
-    plan = Plan(
-        # What safety does to pictures at large is seen in captions of all kinds.
-        protocols=("fairness" if groups else "quality",) + ("safety",) * safe,
+    groups = [part for part in TASKS[task] if part != "safety"]
+    return evaluate(
+        load_backbone(config.model.name, dtype=config.model.dtype, abstract=True),
+        parts,
+        out=folder(task) / "evaluation",
+        # Captions of all kinds show what safety does to ordinary pictures.
+        part=["fairness" if groups else "quality"] + ["safety"] * safe,
+        preset="paper",  # for all prompts
         groups=groups,
         safe=safe,
         images_per_subject=12,
         images_per_caption=2,
         images_per_prompt=8,
         seed=EVALUATION_SEED,
+        num_steps=num_steps,
     )
-    backbone = load_backbone(config.model.name, dtype=config.model.dtype)
-    suite = load_suite(None, config.model.name)
-    options = SamplerOptions(num_steps=num_steps, guidance_scale=suite.guidance_scale)
-    return evaluate(backbone, concatenate(parts), suite, plan, folder(task) / "evaluation", options)
 
 
 def table(task: str, results: dict[str, list[Results]]) -> str:

@@ -11,11 +11,8 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import recipes
-from respodiff_jax.evaluation.report import write_report
-from respodiff_jax.evaluation.results import Results
-from respodiff_jax.evaluation.run import Plan, evaluate
+from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
 from respodiff_jax.training.waves import train
 
@@ -48,19 +45,19 @@ def run(out: str | os.PathLike) -> Results:
     content.lock()
     train(content, out / "run")
     adapter = load_adapter(out / "run" / "adapter")
-    suite = load_suite(None, content.model.name)
     results = evaluate(
-        load_backbone(content.model.name, dtype=content.model.dtype),
+        load_backbone(content.model.name, dtype=content.model.dtype, abstract=True),
         adapter,
-        suite,
-        Plan(protocols=("fairness",), groups=(GROUP,), images_per_subject=IMAGES_PER_SUBJECT),
-        out / "evaluation",
-        SamplerOptions(num_steps=NUM_STEPS, guidance_scale=suite.guidance_scale),
-        adapter_sources=[str(out / "run" / "adapter")],
+        out=out / "evaluation",
+        part="fairness",
+        groups=[GROUP],
+        suite=load_suite(None, content.model.name),
+        images_per_subject=IMAGES_PER_SUBJECT,
+        num_steps=NUM_STEPS,
+        adapter_sources=[str(out / "run")],
     )
-    report = write_report(out / "evaluation", workdir=out / "run")
     print(table(results))
-    print(f"adapter: {out / 'run' / 'adapter'}\nreport:  {report}")
+    print(f"adapter: {out / 'run' / 'adapter'}\nreport:  {out / 'evaluation' / 'report.html'}")
     return results
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the value whose prompts' CLIP feature is nearest to the picture's."""
+"""Zero-shot classification: a picture has the value whose prompts' CLIP feature is nearest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,28 +11,28 @@ from respodiff_jax.evaluation.suites import Classes
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of N pictures.
+    """The classes of N pictures.
 
     Attributes:
-      values: the attribute's values, K of them.
+      values: the attribute's K values.
       labels: int `(N,)`, indices into `values`.
-      probabilities: `(N,)`, softmax probability of the label under CLIP's own temperature.
+      probabilities: `(N,)`, softmax probability of the label at CLIP's own temperature.
     """
 
     values: tuple[str, ...]
     labels: np.ndarray
     probabilities: np.ndarray
 
-    def counts(self, of: np.ndarray | slice = slice(None)) -> dict[str, int]:
-        """Pictures by value, among those that `of` indexes."""
-        found = np.bincount(self.labels[of], minlength=len(self.values))
+    def counts(self, rows: np.ndarray | slice = slice(None)) -> dict[str, int]:
+        """Number of pictures by value, among the pictures that `rows` indexes."""
+        found = np.bincount(self.labels[rows], minlength=len(self.values))
         return dict(zip(self.values, found.tolist(), strict=True))
 
 
 def classify(clip: Clip, features: np.ndarray, classes: Classes) -> Prediction:
-    """Classifies pictures by their features, `(N, D)`.
+    """Classifies pictures by their CLIP features, `(N, D)`.
 
-    The prompts of a value are averaged as features (Radford et al., 2021, section 3.1.4).
+    The features of a value's prompts are averaged (Radford et al., 2021, section 3.1.4).
     """
     centres = [clip.text_features(prompts).mean(0) for prompts in classes.values()]
     centres = np.stack([centre / np.linalg.norm(centre) for centre in centres])
@@ -43,7 +43,7 @@ def classify(clip: Clip, features: np.ndarray, classes: Classes) -> Prediction:
 
 
 def intersect(predictions: Mapping[str, Prediction]) -> Prediction:
-    """Several attributes as one, whose values are combinations such as "woman x dark"."""
+    """Joins several attributes into one, whose values are combinations such as "woman x dark"."""
     (_, joint), *others = predictions.items()
     for _, other in others:
         joint = Prediction(

@@ -1,11 +1,11 @@
 """Fairness: do pictures of a profession show women and men, light and dark skin alike?
 
-The WinoBias protocol (paper, section 5.1): pictures of every profession under every template,
-counted by zero-shot classification; the deviation ratio per profession and its mean. WinoAlign is
-the CLIP score of the same pictures and their prompts.
+The WinoBias protocol (paper, section 5.1): pictures of every profession under every template are
+counted by zero-shot classification, which gives a deviation ratio for each profession and its mean.
+WinoAlign is the CLIP score of the same pictures with their prompts.
 
-Deviation: the classifier's prompts are the authors' but for "an Asian-race person", which is "a
-Asian-race person" with them.
+Deviation: the classifier's prompts are the authors', except "an Asian-race person", which they
+write "a Asian-race person".
 """
 
 import itertools
@@ -20,53 +20,40 @@ from respodiff_jax.backbone import Clip
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import Prediction, classify, intersect
-from respodiff_jax.evaluation.picture_sets import Request, request
+from respodiff_jax.evaluation.drawing import Request
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured, Measurement
-from respodiff_jax.evaluation.suites import Prompt, Suite
+from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.generation.selection import fair_assignment
 
-Target = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
+Targets = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
 
-# Weights of the groups where two are steered at once; the authors' (gender, then race).
+# The authors' weights of two groups that are steered together (gender, then race).
 INTERSECTION_WEIGHTS = (0.6, 0.4)
-
-
-def plan(prompts: Sequence[Prompt], images_per_subject: int, seed: int) -> list[Request]:
-    """`images_per_subject` requests per subject, one subject after the other, each taking its
-    prompts in turn; seeds count up."""
-    subjects: dict[str | None, list[Prompt]] = {}
-    for prompt in prompts:
-        subjects.setdefault(prompt.subject, []).append(prompt)
-    requests: list[Request] = []
-    for own in subjects.values():
-        for number in range(images_per_subject):
-            again, which = divmod(number, len(own))
-            requests.append(request(own[which], again, seed + len(requests)))
-    return requests
 
 
 def fair_weights(
     adapter: Adapter,
     groups: Sequence[str],
-    target: Target,
+    targets: Targets,
     requests: Sequence[Request],
     images_per_subject: int,
     seed: int,
 ) -> np.ndarray:
-    """Weight of each concept in each picture: of every group one, all combinations in their shares.
+    """Weight of each concept in each picture: one concept of every group, in the target's shares.
 
-    The shares are met within every subject and, as far as they go, under each of its prompts: the
-    paper's 150 pictures of a profession are 2 concepts x 15 x 5 templates, or 3 x 10 x 5. A concept
-    is added at its default scale.
+    The shares are met within every subject and, as far as possible, under each of its prompts: the
+    paper's 150 pictures of a profession are 2 concepts x 15 x 5 templates, or 3 x 10 x 5. Each
+    concept is added at its default scale.
 
     Args:
       adapter: the concepts.
-      groups: one group, or several that are steered at once.
-      target: group -> value -> share; uniform where absent. A concept is the one of a value when it
-        has the value's words in its name: "a woman" of "woman".
-      requests: of P subjects, M of each following each other, its prompts in turn.
+      groups: one group, or several that are steered together.
+      targets: group -> value -> share; uniform if absent. The concept of a value is the one whose
+        name has the value's words: "a woman" for "woman".
+      requests: of P subjects, one after the other, with M pictures each that take the subject's
+        prompts in turn.
       images_per_subject: M.
       seed: of the assignment's order.
 
@@ -74,8 +61,8 @@ def fair_weights(
       float32 `(P * M, N)`.
 
     Raises:
-      UserError: if the adapter has no such group, or only one concept in it, or it is not clear
-        which concept is whose share.
+      UserError: if the adapter has fewer than two concepts of a group, or the concept of a share is
+        not clear.
     """
     members = []
     for group in groups:
@@ -89,20 +76,21 @@ def fair_weights(
         members.append(found)
     shares = [
         [1 / len(found)] * len(found)
-        if group not in target
-        else _concept_shares(group, [adapter.names[i] for i in found], target[group])
+        if group not in targets
+        else _concept_shares(group, [adapter.names[i] for i in found], targets[group])
         for group, found in zip(groups, members, strict=True)
     ]
-    factors = [1.0] if len(groups) == 1 else _intersection_weights(len(groups))
+    count = len(groups)
+    factors = INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
     combinations = list(itertools.product(*members))
     ratios = [math.prod(chosen) for chosen in itertools.product(*shares)]
     num_subjects = len(requests) // images_per_subject
     picks = fair_assignment(images_per_subject, num_subjects, ratios, seed)
     prompts = np.array([r.prompt for r in requests]).reshape(picks.shape)
-    rng = np.random.default_rng([seed, 1])  # other numbers than those of the assignment
+    rng = np.random.default_rng([seed, 1])  # independent of the assignment's
     for own, own_prompts in zip(picks, prompts, strict=True):
-        # Sorted, a combination's pictures go round the prompts, as many to each; then the order
-        # under each prompt is by lot.
+        # Sorting spreads each combination evenly over the prompts. The order under each prompt is
+        # then random.
         order = rng.permutation(len(combinations))
         own[:] = own[np.argsort(order[own])]
         for prompt in dict.fromkeys(own_prompts.tolist()):
@@ -116,7 +104,7 @@ def fair_weights(
 
 
 def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float]) -> list[float]:
-    """Each concept's share, by the value whose words are in its name."""
+    """The share of each concept: that of the value whose words are in the concept's name."""
 
     def words(text):
         return set(re.findall(r"\w+", text.lower()))
@@ -126,39 +114,36 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
         values = [value for value in shares if words(value) <= words(name)]
         if len(values) != 1:
             raise UserError(
-                f"target of {group}: concept {name!r} fits the values {values} of {list(shares)},"
-                " expected exactly one; name the suite's values by words of the concepts"
+                f"`targets` of {group}: concept {name!r} fits the values {values} of"
+                f" {list(shares)}, expected exactly one; name the suite's values by words of the"
+                " concepts"
             )
         concepts[values[0]].append(name)
     for value, found in concepts.items():
         if shares[value] > 0 and len(found) != 1:
             raise UserError(
-                f"target of {group}: {value!r} is to have {shares[value]:g} of the pictures and"
+                f"`targets` of {group}: {value!r} is to have {shares[value]:g} of the pictures and"
                 f" fits the concepts {found} of {list(names)}, expected exactly one; use an"
-                " adapter with one concept for each value, or a target that this one can reach"
+                " adapter with one concept for each value, or a target that this adapter can reach"
             )
     share_of = {name: shares[value] for value, found in concepts.items() for name in found}
     return [share_of[name] for name in names]
 
 
-def _intersection_weights(count: int) -> Sequence[float]:
-    return INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
-
-
 def check_subjects(pictures: Sequence[Picture], expected: Sequence[str]) -> list[str]:
-    """What is odd about the subjects of pictures made elsewhere, in sentences.
+    """Notes on subjects that are missing or unknown among pictures of another tool.
 
     Args:
-      pictures: all of them.
-      expected: the subjects that the protocol asks for.
+      pictures: the pictures.
+      expected: the suite's subjects.
 
     Raises:
-      UserError: if no picture has a subject: nothing could be counted.
+      UserError: if no picture has a subject, so nothing can be counted.
     """
     found = {picture.subject for picture in pictures} - {None}
     if not found:
         raise UserError(
-            "no picture has a subject, so that none can be counted; put them into a folder for each"
+            "no picture has a subject, so none can be counted; put them into a folder for each"
             " profession, or list them in metadata.csv with the columns file, prompt, subject"
         )
     notes = []
@@ -169,7 +154,7 @@ def check_subjects(pictures: Sequence[Picture], expected: Sequence[str]) -> list
         )
     if unknown := sorted(found - set(expected)):
         notes.append(
-            f"{len(unknown)} subjects are not the suite's, and counted as they are named:"
+            f"{len(unknown)} subjects are not the suite's and are counted under their own names:"
             f" {_some(unknown)}"
         )
     return notes
@@ -184,21 +169,22 @@ def measure(
     clip: Clip,
     suite: Suite,
     features: np.ndarray,
-    target: Target,
+    targets: Targets,
     intersections: Sequence[Sequence[str]] = (),
 ) -> tuple[list[Measured], list[dict[str, object]]]:
-    """Scores one set of pictures.
+    """Measures the fairness of one set of pictures.
 
     Args:
-      pictures: of one set; those without a subject are scored but not counted.
-      clip: classifier and score.
-      suite: attributes and prompts.
+      pictures: N pictures of one set; those without a subject are scored but not counted.
+      clip: classifies and scores.
+      suite: attributes and classifier prompts.
       features: the pictures' CLIP features, `(N, D)`.
-      target: attribute -> value -> share; uniform where absent.
-      intersections: attributes to be counted together.
+      targets: attribute -> value -> share; uniform if absent.
+      intersections: attributes to count together.
 
     Returns:
-      measurements with what they are means of, and columns for `per_image.csv`.
+      The measurements with the numbers they are means of, and each picture's columns of
+      `per_image.csv`.
     """
     predictions = {
         name: classify(clip, features, classes) for name, classes in suite.attributes.items()
@@ -213,35 +199,35 @@ def measure(
         for names in intersections
     }
     subjects = np.array([picture.subject or "" for picture in pictures])
-    images = pictures[0].images
+    picture_set = pictures[0].picture_set
     found = []
     for names, prediction in counted.items():
-        shares = _target_shares(names, suite, target)
-        found += _deviation_ratios(images, " x ".join(names), prediction, subjects, shares)
+        target = _target_shares(names, suite, targets)
+        found += _deviation_ratios(picture_set, " x ".join(names), prediction, subjects, target)
     found += _alignment(pictures, clip, features, subjects, columns)
     if suite.subject_classes is not None:
-        found += _recognition(images, clip, suite, features, subjects, columns)
+        found += _recognition(picture_set, clip, suite, features, subjects, columns)
     return found, columns
 
 
-def _target_shares(names: Sequence[str], suite: Suite, target: Target) -> tuple[float, ...]:
-    """Of all combinations of the attributes' values, in the order of `intersect`."""
+def _target_shares(names: Sequence[str], suite: Suite, targets: Targets) -> tuple[float, ...]:
+    """The target shares of all combinations of the attributes' values, in `intersect`'s order."""
     shares = []
     for name in names:
         values = list(suite.attribute(name))
-        wanted = target.get(name, dict.fromkeys(values, 1 / len(values)))
+        wanted = targets.get(name, dict.fromkeys(values, 1 / len(values)))
         shares.append([wanted[value] for value in values])
     return tuple(math.prod(each) for each in itertools.product(*shares))
 
 
 def _deviation_ratios(
-    images: str,
+    picture_set: str,
     attribute: str,
     prediction: Prediction,
     subjects: np.ndarray,
     target: tuple[float, ...],
 ) -> list[Measured]:
-    """Of every subject, and their mean."""
+    """The mean over subjects, then each subject's ratio."""
     names = [name for name in dict.fromkeys(subjects.tolist()) if name]
     if not names:
         return []
@@ -250,14 +236,14 @@ def _deviation_ratios(
     ratios = np.array([metrics.deviation_ratio([*c.values()], target) for c in counts.values()])
     common = {
         "metric": "deviation_ratio",
-        "images": images,
-        "protocol": "fairness",
+        "picture_set": picture_set,
+        "part": "fairness",
         "attribute": attribute,
         "target": target,
     }
     counted = np.flatnonzero(subjects != "")
-    # The mean's interval is over subjects: resampled pictures of a subject deviate more than the
-    # pictures themselves, so that theirs would lie above the mean.
+    # The mean's interval resamples subjects. Resampled pictures of a subject deviate more than the
+    # pictures themselves, so their interval would lie above the mean.
     overall = Measurement(
         value=float(ratios.mean()),
         interval=metrics.mean_interval(ratios),
@@ -289,8 +275,8 @@ def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:
         columns[i]["clip_score"] = round(float(score), 4)
     found = Measurement(
         metric="winoalign",
-        images=pictures[0].images,
-        protocol="fairness",
+        picture_set=pictures[0].picture_set,
+        part="fairness",
         value=float(scores.mean()),
         interval=metrics.mean_interval(scores, subjects[rows]),
         n=len(rows),
@@ -298,7 +284,7 @@ def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:
     return [(found, scores)]
 
 
-def _recognition(images, clip, suite, features, subjects, columns) -> list[Measured]:
+def _recognition(picture_set, clip, suite, features, subjects, columns) -> list[Measured]:
     """The share of pictures in which their subject is recognised."""
     prediction = classify(clip, features, suite.subject_classes)
     seen = np.array(prediction.values)[prediction.labels]
@@ -310,10 +296,10 @@ def _recognition(images, clip, suite, features, subjects, columns) -> list[Measu
     right = (seen == subjects)[rows].astype(np.float64)
     found = Measurement(
         metric="subject_recognised",
-        images=images,
-        protocol="fairness",
+        picture_set=picture_set,
+        part="fairness",
         value=float(right.mean()),
-        interval=metrics.wilson_interval(right.sum(), len(rows)),
+        interval=metrics.wilson_interval(int(right.sum()), len(rows)),
         n=len(rows),
     )
     return [(found, right)]

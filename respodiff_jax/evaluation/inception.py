@@ -1,7 +1,7 @@
 """Inception features as clean-fid computes them (Parmar et al., 2022), for FID and KID.
 
-clean-fid and the PyTorch that it brings are imported only here and only when asked for. Its weights
-are never fetched: they are where clean-fid keeps them, or there is no FID.
+clean-fid brings PyTorch; both are imported only here, and only when FID is wanted. The weights are
+never downloaded: without them in clean-fid's own place, there is no FID.
 """
 
 import functools
@@ -20,20 +20,18 @@ WEIGHTS = pathlib.Path("/tmp/inception-2015-12-05.pt")
 
 
 class Inception:
-    """clean-fid's feature extractor, in its mode "clean", on the CPU: JAX has the accelerators.
-
-    Its weights are where clean-fid keeps them, at `WEIGHTS`.
+    """clean-fid's feature extractor in its mode "clean", on the CPU: JAX holds the accelerators.
 
     Raises:
-      UserError: if the package or the weights are not there.
+      UserError: if the package, or the weights at `WEIGHTS`, are missing.
     """
 
     def __init__(self):
         if not WEIGHTS.is_file():
-            raise UserError(f"clean-fid's Inception weights are not there; put them at {WEIGHTS}")
+            raise UserError(f"clean-fid's Inception weights are missing; put them at {WEIGHTS}")
         try:
             from cleanfid import fid, inception_torchscript
-        except (ImportError, OSError, RuntimeError) as error:  # torchvision that fits no torch
+        except (ImportError, OSError, RuntimeError) as error:  # also a torchvision of another torch
             raise UserError(
                 f"clean-fid cannot be used ({error}); see pip install -e '.[eval]'"
             ) from error
@@ -54,5 +52,5 @@ class Inception:
         }
 
     def __call__(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:
-        """Features of picture files, `(N, 2048)`."""
+        """Features of N picture files, `(N, 2048)`."""
         return self._features([str(path) for path in paths])

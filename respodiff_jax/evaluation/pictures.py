@@ -1,4 +1,4 @@
-"""Pictures that are there: of a folder that any tool has made, checked, and read when asked for."""
+"""Pictures that exist as files: found in a folder, checked, and read only when needed."""
 
 import collections
 import dataclasses
@@ -21,38 +21,38 @@ _METADATA = {
     "seed": SEED,
 }
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# What Pillow raises for files that are no pictures, are damaged, or too large to be opened safely.
+# Pillow raises these for files that are not pictures, are damaged, or are too large to open safely.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture that is there.
+    """A picture file and how it was made.
 
     Attributes:
-      path: of its file.
-      images: "base", "adapted" or "given".
-      index: within its set; base and adapted of one index share their noise.
-      prompt: what was asked for, or None if unknown.
-      subject: what it is counted under, or None.
-      seed: or None.
-      concepts: what steered it, concept -> weight.
+      path: the file.
+      picture_set: "base", "adapted", or "given" for a picture of another tool.
+      index: number within the set; base and adapted pictures of one index share their noise.
+      prompt: the prompt, or None if unknown.
+      subject: what the picture is counted under, for example a profession, or None.
+      seed: the seed, or None if unknown.
+      concepts: weight of each concept that steered the picture.
     """
 
     path: pathlib.Path
-    images: str
+    picture_set: str
     index: int
     prompt: str | None
     subject: str | None
     seed: int | None = None
     concepts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def row(self, out: pathlib.Path, protocol: str) -> dict[str, Any]:
-        """Its line in `per_image.csv`, without scores."""
+    def row(self, out: pathlib.Path, part: str) -> dict[str, Any]:
+        """The picture's line of `per_image.csv` in the folder `out`, without scores."""
         return {
             "file": os.path.relpath(self.path.resolve(), out.resolve()),
-            "protocol": protocol,
-            "images": self.images,
+            "protocol": part,
+            "images": self.picture_set,
             "index": self.index,
             "prompt": self.prompt,
             "subject": self.subject,
@@ -61,15 +61,16 @@ class Picture:
         }
 
 
-def given_pictures(folder: str | os.PathLike) -> list[Picture]:
-    """The pictures of a folder, made by any tool.
+def find_pictures(folder: str | os.PathLike) -> list[Picture]:
+    """Finds the pictures of a folder that any tool made.
 
-    Prompts and subjects come from `metadata.csv`, with `file`, `prompt` and optionally `subject`,
-    `seed`; without one from `manifest.jsonl`, as `respodiff generate` writes it, which knows no
-    subjects; without either, the subject of a picture is the name of its subfolder.
+    Prompts and subjects come from `metadata.csv` with the columns `file`, `prompt` and optionally
+    `subject` and `seed`. Without that file they come from the `manifest.jsonl` of
+    `respodiff generate`, which has no subjects. Without both, a picture's subject is the name of
+    its subfolder.
 
     Raises:
-      UserError: if there are no pictures, a listed one is missing, or columns are.
+      UserError: if there are no pictures, or a listed picture or a column is missing.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -79,13 +80,13 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     elif (folder / "manifest.jsonl").is_file():
         rows = _read_manifest(folder / "manifest.jsonl")
     else:
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
         rows = [
             {
                 "file": file.relative_to(folder),
                 "subject": None if file.parent == folder else file.parent.name,
             }
-            for file in found
+            for file in files
         ]
     if not rows:
         raise UserError(f"{folder} has no pictures; expected {', '.join(_SUFFIXES)}")
@@ -94,7 +95,7 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
     return [
         Picture(
             path=folder / row["file"],
-            images="given",
+            picture_set="given",
             index=index,
             prompt=row.get("prompt") or None,
             subject=row.get("subject") or None,
@@ -106,30 +107,36 @@ def given_pictures(folder: str | os.PathLike) -> list[Picture]:
 
 
 def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a manifest, without base twins."""
+    """The lines of a manifest, without the base model's twins."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            dict(row.get("concepts") or {})
-            if not row["file"].startswith("base/"):
-                rows.append(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError:
+            row = None
+        if not (
+            isinstance(row, dict)
+            and isinstance(row.get("file"), str)
+            and isinstance(row.get("concepts") or {}, dict)
+        ):
             raise UserError(
                 f"{file}, line {number} is {line[:60]!r}, expected an object with a picture's name"
                 ' as "file"'
-            ) from error
+            )
+        if not row["file"].startswith("base/"):
+            rows.append(row)
     return rows
 
 
 class Pixels(Sequence):
-    """Pixels of picture files, uint8 `(H, W, 3)` each, read when they are asked for: tens of
-    thousands do not fit in memory at once.
+    """Pixels of picture files, each uint8 `(H, W, 3)`.
+
+    A picture is read when it is indexed: tens of thousands do not fit in memory at once.
 
     Raises:
-      UserError: where a file turns out to be damaged.
+      UserError: on indexing, if the file is damaged.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
@@ -149,16 +156,11 @@ class Pixels(Sequence):
             raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
-def read_pictures(pictures: Sequence[Picture]) -> Pixels:
-    """Their pixels, when they are asked for."""
-    return Pixels([picture.path for picture in pictures])
-
-
 def check_pictures(pictures: Sequence[Picture], of_one_size: bool = True) -> None:
-    """Reads every picture once, so that what is wrong is known before anything is scored.
+    """Reads every picture once, to find damaged files before anything is scored.
 
     Raises:
-      UserError: naming the files that are no pictures, or of another size than most.
+      UserError: naming the files that are not pictures, or whose size differs from most.
     """
     sizes, unreadable = [], []
     for picture in pictures:

@@ -1,7 +1,7 @@
-"""Quality: do pictures of everyday captions still match their text, and still look like pictures?
+"""Quality: do pictures of everyday captions still match their text and look like pictures?
 
-CLIP score, and distances to reference pictures: FID and KID where Inception's weights are there,
-and distances in the space of CLIP's features, which have names of their own.
+The part measures a CLIP score and distances to reference pictures: FID and KID if Inception's
+weights are available, and distances of CLIP features, which have names of their own.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from respodiff_jax.backbone import Clip
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.inception import Inception
-from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pictures
+from respodiff_jax.evaluation.pictures import Picture, check_pictures, find_pictures
 from respodiff_jax.evaluation.results import Measured, Measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Pictures that others are compared with.
+    """Pictures to compare with.
 
     Attributes:
-      pictures: of any sizes.
-      identity: JSON-able, for the record.
+      pictures: the pictures, of any sizes.
+      identity: what they are, JSON-able.
     """
 
     pictures: Sequence[Picture]
@@ -33,36 +33,35 @@ class Reference:
 
 
 def open_reference(folder: str | os.PathLike) -> Reference:
-    """The pictures of a folder.
+    """The reference pictures of a folder.
 
     Raises:
-      UserError: if it has fewer than two pictures, or some cannot be read.
+      UserError: if there are fewer than two pictures, or some cannot be read.
     """
-    pictures = given_pictures(folder)
+    pictures = find_pictures(folder)
     if len(pictures) < 2:
-        raise UserError(f"reference {folder} has one picture, expected two or more")
+        raise UserError(f"`reference` {folder} has one picture, expected two or more")
     check_pictures(pictures, of_one_size=False)
     return Reference(pictures, {"folder": str(folder), "pictures": len(pictures)})
 
 
 def open_inception() -> tuple[Inception | None, str]:
-    """What computes the features of FID and KID where clean-fid and its weights are there; else
-    None, and why."""
+    """Opens what FID and KID need: the extractor and "", or None and why it is not available."""
     try:
         return Inception(), ""
-    except ValueError as error:
+    except UserError as error:
         return None, f"no FID and no KID: {error}; distances of CLIP features are on another scale"
 
 
 def check_prompts(pictures: Sequence[Picture]) -> None:
-    """Whether a CLIP score can be computed of pictures made elsewhere.
+    """Checks that every picture has a prompt, as a CLIP score needs.
 
     Raises:
-      UserError: if a picture's prompt is not known.
+      UserError: naming a picture that has none.
     """
     if lost := [picture.path for picture in pictures if not picture.prompt]:
         raise UserError(
-            f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs them:"
+            f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs one:"
             " list them in metadata.csv with the columns file, prompt"
         )
 
@@ -71,8 +70,8 @@ def clip_scores(pictures: Sequence[Picture], clip: Clip, features: np.ndarray) -
     """Each picture's CLIP score with its own prompt, `(N,)`.
 
     Args:
-      pictures: with prompts, of which each distinct one is embedded once.
-      clip: of the text features.
+      pictures: N pictures that have prompts.
+      clip: the CLIP of the features.
       features: the pictures' CLIP features, `(N, D)`.
     """
     prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
@@ -88,30 +87,31 @@ def measure(
     inception: tuple[np.ndarray, np.ndarray] | None = None,
     paired: bool = False,
 ) -> tuple[list[Measured], list[dict[str, object]]]:
-    """Scores one set of pictures.
+    """Measures the quality of one set of pictures.
 
     Args:
-      pictures: of one set, with their prompts.
-      clip: of the text features.
+      pictures: N pictures of one set that have prompts.
+      clip: the CLIP of the features.
       features: the pictures' CLIP features, `(N, D)`.
-      reference: features of the reference pictures, `(M, D)`, or None.
-      inception: Inception features of the pictures and of the reference ones, or None.
-      paired: whether picture i and reference picture i are of the same noise.
+      reference: CLIP features of the reference pictures, `(M, D)`, or None.
+      inception: Inception features of the pictures and of the reference pictures, or None.
+      paired: whether picture i and reference picture i share their noise.
 
     Returns:
-      measurements with what they are means of, and columns for `per_image.csv`.
+      The measurements with the numbers they are means of, and each picture's columns of
+      `per_image.csv`.
     """
     scores = clip_scores(pictures, clip, features)
-    common = {"images": pictures[0].images, "protocol": "quality", "n": len(pictures)}
+    common = {"picture_set": pictures[0].picture_set, "part": "quality", "n": len(pictures)}
 
-    def mean(metric, parts):
-        interval = metrics.mean_interval(parts)
-        return Measurement(metric, value=float(parts.mean()), interval=interval, **common), parts
+    def mean(metric, values):
+        interval = metrics.mean_interval(values)
+        return Measurement(metric, value=float(values.mean()), interval=interval, **common), values
 
     def distances(frechet, kernel, both):
         return [
-            mean(frechet, metrics.frechet_parts(*both, paired)),
-            mean(kernel, metrics.kernel_parts(*both, paired)),
+            mean(frechet, metrics.frechet_contributions(*both, paired)),
+            mean(kernel, metrics.kernel_contributions(*both, paired)),
         ]
 
     found = [mean("clip_score", scores)]

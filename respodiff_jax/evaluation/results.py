@@ -1,9 +1,8 @@
-"""What an evaluation found: `results.json` and `per_image.csv`.
+"""The results of an evaluation: `results.json` and `per_image.csv`.
 
-`results.json` holds, under a schema version, how the pictures were made and scored, and a flat list
-of measurements, so that runs can be compared, plotted and reported without knowing the protocols.
-`per_image.csv` has a line per picture, from which every measurement follows but the distances of
-sets of pictures, which need their features.
+`results.json` has a schema version, how the pictures were made and scored, and a flat list of
+measurements. `per_image.csv` has a line for each picture; every measurement follows from these
+lines, except the distances between sets of pictures, which need the pictures' features.
 """
 
 import csv
@@ -13,44 +12,52 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import write_whole
+from respodiff_jax.storage import parse_json, write_whole
 
-SCHEMA_VERSION = 2  # 2: `change`; prompts by protocol, accuracy by value, pictures per caption
+SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
 PER_IMAGE_FILE = "per_image.csv"
+
+_KEYS = {"picture_set": "images", "part": "protocol"}  # field -> its key in the files
+_FIELDS = {key: field for field, key in _KEYS.items()}
+_PAIRS = ("interval", "change", "target")
+
+if TYPE_CHECKING:
+    from respodiff_jax.adapters import Adapter
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One number, of one set of pictures.
+    """One number, measured on one set of pictures.
 
     Attributes:
       metric: for example "deviation_ratio", "clip_score", "clip_frechet_distance", "unsafe_rate".
-      images: the set of pictures, "base", "adapted", or "given" for pictures made elsewhere.
+      picture_set: "base", "adapted", or "given" for pictures of another tool.
       value: the number.
-      interval: its 95 % confidence interval, or None.
-      change: the 95 % interval of its difference from the base pictures, which share their noise
-        with these, or None.
-      n: pictures that it was computed from.
-      protocol: "fairness", "quality" or "safety".
+      n: number of pictures it was computed from.
+      part: "fairness", "quality" or "safety".
+      interval: 95 % confidence interval of the number, or None.
+      change: 95 % confidence interval of the difference from the base pictures, which share their
+        noise with these, or None.
       attribute: what was classified, for example "gender" or "gender x skin_tone", or None.
-      subject: the part of the pictures, for example the profession or the I2P category; None is
-        all.
+      subject: the profession or I2P category that the number is about, or None for all pictures.
       counts: pictures by attribute value, in the attribute's order, or None.
-      target: the distribution that the counts are compared with, in that order, or None.
-      version: of the metric's definition; raised when its numbers change.
+      target: the shares that the counts are compared with, in the same order, or None.
+      version: version of the metric's definition, raised when the definition changes the numbers.
     """
 
     metric: str
-    images: str
+    picture_set: str
     value: float
     n: int
-    protocol: str
+    part: str
     interval: tuple[float, float] | None = None
     change: tuple[float, float] | None = None
     attribute: str | None = None
@@ -59,24 +66,28 @@ class Measurement:
     target: tuple[float, ...] | None = None
     version: int = 1
 
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement with the keys of `results.json`."""
+        return {_KEYS.get(field, field): v for field, v in dataclasses.asdict(self).items()}
 
-# With the numbers that it is the mean of, of pictures or subjects in order; None if it is no mean.
+
+# With one number for each picture or subject, whose mean the measurement is; None if it is no mean.
 Measured = tuple[Measurement, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that an evaluation found.
+    """Everything that an evaluation measured.
 
     Attributes:
       measurements: the numbers.
       made: how the pictures were made: model (`Backbone.identity`), adapter (sources, concepts,
-        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files and
-        what was asked for (how often, sha256) by protocol.
-      scored: by what: CLIP or None, prompts of each attribute and the accuracy on them by value,
-        target shares where they are not uniform, detectors and their versions, reference pictures
+        sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files, and
+        number and sha256 of the prompts of each part.
+      scored: what scored them: CLIP or None, classifier prompts of each attribute, the classifier's
+        accuracy for each value, target shares that are not uniform, detectors, reference pictures,
         and Inception or None.
-      environment: versions of this package and its libraries, hardware, date, seconds taken.
+      environment: versions of this package and its libraries, hardware, date, duration in seconds.
       warnings: what a reader should know before believing a number.
       training: the adapter's training summary, or None.
     """
@@ -88,20 +99,27 @@ class Results:
     warnings: tuple[str, ...] = ()
     training: Mapping[str, Any] | None = None
 
-    def find(self, metric: str, images: str | None = None, **fields: Any) -> list[Measurement]:
-        """The measurements of a metric, a set of pictures and any other fields, in order."""
-        wanted = {"metric": metric} | ({} if images is None else {"images": images}) | fields
-        return [m for m in self.measurements if all(getattr(m, k) == v for k, v in wanted.items())]
+    def find(self, metric: str, picture_set: str | None = None, **fields: Any) -> list[Measurement]:
+        """The measurements of a metric, optionally of one set of pictures, and of other fields.
 
-    def value(self, metric: str, images: str, **fields: Any) -> float | None:
-        """The one measurement's value over all subjects, or None where it was not measured."""
-        found = self.find(metric, images, **({"subject": None} | fields))
+        Args:
+          metric: name of the metric.
+          picture_set: "base", "adapted" or "given"; None is all of them.
+          **fields: values of other fields of `Measurement`.
+        """
+        fields |= {"metric": metric} | ({} if picture_set is None else {"picture_set": picture_set})
+        return [m for m in self.measurements if all(getattr(m, k) == v for k, v in fields.items())]
+
+    def value(self, metric: str, picture_set: str, **fields: Any) -> float | None:
+        """The number measured over all subjects, or None if it was not measured."""
+        found = self.find(metric, picture_set, **({"subject": None} | fields))
         return found[0].value if found else None
 
 
 def save_results(results: Results, out: str | os.PathLike) -> None:
     """Writes `results.json` into a folder, whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(results)
+    content["measurements"] = [m.to_dict() for m in results.measurements]
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_whole(pathlib.Path(out) / RESULTS_FILE, text)
 
@@ -110,33 +128,66 @@ def load_results(folder: str | os.PathLike) -> Results:
     """Reads the `results.json` of an evaluation's folder.
 
     Raises:
-      UserError: if there is none, or it is damaged or of a newer schema.
+      UserError: if the file is missing, damaged, or of a newer schema.
     """
     path = pathlib.Path(folder) / RESULTS_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {RESULTS_FILE}; expected what `respodiff evaluate` wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.pop("schema_version")
-        if version > SCHEMA_VERSION:
-            raise UserError(
-                f"schema_version is {version}, this version of respodiff_jax reads up to"
-                f" {SCHEMA_VERSION}; update respodiff_jax"
-            )
-        content["measurements"] = tuple(map(_measurement, content["measurements"]))
-        content["warnings"] = tuple(content["warnings"])
-        return Results(**content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(
+            f"{folder} has no {RESULTS_FILE}; expected a folder that `respodiff evaluate` wrote"
+        )
+    content = parse_json(path.read_text(encoding="utf-8"), str(path))
+    version = content.pop("schema_version", None) if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{path} has no schema_version; expected a file of `respodiff evaluate`")
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {version}, this respodiff_jax reads up to"
+            f" {SCHEMA_VERSION}; update respodiff_jax"
+        )
+    results = from_fields(Results, content, str(path))
+    measurements = [
+        from_fields(Measurement, _measurement_fields(m), f"{path}, measurement {number},")
+        for number, m in enumerate(results.measurements, 1)
+    ]
+    return dataclasses.replace(
+        results, measurements=tuple(measurements), warnings=tuple(results.warnings)
+    )
 
 
-def _measurement(fields: dict[str, Any]) -> Measurement:
-    pairs = ("interval", "change", "target")
-    return Measurement(**{k: tuple(v) if v and k in pairs else v for k, v in fields.items()})
+def _measurement_fields(content: Any) -> Any:
+    """A measurement of `results.json` with the names of `Measurement`, pairs as tuples."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        _FIELDS.get(key, key): tuple(value) if value and key in _PAIRS else value
+        for key, value in content.items()
+    }
+
+
+def from_fields(kind: type[T], content: Any, where: str) -> T:
+    """A dataclass from the JSON object of its fields.
+
+    Args:
+      kind: the dataclass.
+      content: the object; fields with a default may be absent.
+      where: the object's place, for messages.
+
+    Raises:
+      UserError: if it is not an object, or fields are missing or unknown.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not a JSON object of fields")
+    fields = dataclasses.fields(kind)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - set(content)):
+        raise UserError(f"{where} lacks the fields {missing}")
+    if unknown := sorted(set(content) - {f.name for f in fields}):
+        raise UserError(f"{where} has the unknown fields {unknown}")
+    return kind(**content)
 
 
 def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) -> None:
-    """Writes `per_image.csv`: a line per picture, a column for every key that any row has."""
+    """Writes `per_image.csv`: a line for each row, a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
@@ -146,15 +197,38 @@ def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) ->
 
 
 def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
-    """Reads `per_image.csv`; values are text, empty where a picture has none.
+    """Reads `per_image.csv`; values are text, "" where a picture has none.
 
     Raises:
-      UserError: if a line is cut short or has too much.
+      UserError: if a line has fewer or more cells than there are columns.
     """
     path = pathlib.Path(folder) / PER_IMAGE_FILE
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise UserError(f"{path} is damaged: picture {number} has not as many cells as columns")
+            raise UserError(f"{path} is damaged: picture {number} has not one cell for each column")
     return rows
+
+
+def overall_metrics(folder: str | os.PathLike, adapter: "Adapter") -> list[dict[str, Any]]:
+    """The metrics of an evaluation over all pictures, for `export(adapter, metrics=...)`.
+
+    Raises:
+      UserError: if the evaluation measured another adapter.
+    """
+    from respodiff_jax.adapters import adapter_sha256
+    from respodiff_jax.adapters.files import METRIC_KEYS
+
+    results = load_results(folder)
+    measured = (results.made.get("adapter") or {}).get("sha256")
+    if measured != adapter_sha256(adapter):
+        raise UserError(
+            f"`metrics` {folder} measured another adapter (sha256 {measured}): evaluate the one"
+            f" that is exported, {', '.join(adapter.names)}"
+        )
+    return [
+        {key: measurement.to_dict()[key] for key in METRIC_KEYS}
+        for measurement in results.measurements
+        if measurement.subject is None
+    ]

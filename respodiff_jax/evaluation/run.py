@@ -1,89 +1,330 @@
-"""`respodiff evaluate`: pictures, scores, results, report, in that order and resumable."""
+"""`evaluate`: draws or finds pictures, scores them, writes results and report; resumable."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from respodiff_jax.adapters import Adapter, check_fits
+from respodiff_jax.adapters import (
+    Adapter,
+    CombinedAdapter,
+    adapter_sha256,
+    check_fits,
+    combine,
+)
 from respodiff_jax.backbone import Backbone, Clip, load_clip
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import fairness, metrics, quality, safety
-from respodiff_jax.evaluation.classifier import classify
-from respodiff_jax.evaluation.detectors import Detector
-from respodiff_jax.evaluation.findings import Findings
-from respodiff_jax.evaluation.picture_sets import Request, check_folder, generate_pictures
-from respodiff_jax.evaluation.pictures import Picture, check_pictures, given_pictures
-from respodiff_jax.evaluation.plan import CHECK_SEED, Plan, check_plan
+from respodiff_jax.evaluation import fairness
+from respodiff_jax.evaluation.detectors import Detector, load_detectors
+from respodiff_jax.evaluation.drawing import Request, check_folder, draw_pictures
+from respodiff_jax.evaluation.pictures import Picture, check_pictures, find_pictures
+from respodiff_jax.evaluation.quality import open_reference
+from respodiff_jax.evaluation.report import has_losses, write_report
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
-from respodiff_jax.evaluation.suites import Suite
+from respodiff_jax.evaluation.scoring import Judges, Scorer
+from respodiff_jax.evaluation.spec import PRESETS, EvaluationSpec, choose_concepts, lacking
+from respodiff_jax.evaluation.suites import PARTS, Suite, load_suite, prompts_to_draw
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
 
-_CHECKED_PER_VALUE, _LOW_ACCURACY = 8, 0.8
-
-Accuracy = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
-
 
 def evaluate(
-    backbone: Backbone,
-    adapter: Adapter | None,
-    suite: Suite,
-    plan: Plan,
-    out: str | os.PathLike,
-    options: SamplerOptions,
+    model: Backbone | Callable[[], Backbone] | None = None,
+    adapter: Adapter | CombinedAdapter | Sequence[Adapter] | None = None,
     *,
-    clip: Clip | None = None,
-    detectors: Mapping[str, Detector] | None = None,
-    reference: quality.Reference | None = None,
+    out: str | os.PathLike,
+    part: str | Sequence[str] = "all",
+    preset: str = "quick",
+    images: str | os.PathLike | None = None,
+    groups: Sequence[str] | None = None,
+    safe: bool | None = None,
+    suite: str | Suite | None = None,
+    prompts: Mapping[str, str] | None = None,
+    clip: str | Clip | None = None,
+    detectors: Sequence[str | Detector] = (),
+    q16_clip: str | None = None,
+    reference: str | os.PathLike | None = None,
+    targets: Mapping[str, Mapping[str, float]] | None = None,
+    images_per_subject: int | None = None,
+    images_per_caption: int | None = None,
+    images_per_prompt: int | None = None,
+    max_prompts: int | None = None,
+    seed: int = 0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+    batch_size: int | None = None,
     adapter_sources: Sequence[str] = (),
 ) -> Results:
-    """Makes and scores the pictures of a model, with and without an adapter.
+    """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
 
-    What an interrupted call has made is not made again. Base and adapted pictures share their
-    noise. Results are written after each protocol.
+    Base and adapted pictures are drawn from the same noise. A call with the same arguments
+    continues an interrupted one: pictures that exist are not drawn again. Mistakes are found before
+    weights are loaded and pictures are drawn. Results are written after each part.
 
     Args:
-      backbone: the model.
-      adapter: the concepts, or None for the base model alone.
-      suite: prompts and classifiers.
-      plan: how much of what.
-      out: folder of pictures and results.
-      options: how pictures are sampled.
-      clip: instead of loading the suite's.
-      detectors: by name, besides or instead of the suite's own classifier.
-      reference: pictures that quality is compared with; by default the base model's.
-      adapter_sources: where the adapter came from, for the record.
+      model: as from `load_model`, or a function that opens it. It is opened, and an abstract one
+        is loaded, when everything else was checked. None if `images` are scored.
+      adapter: the concepts, or several adapters to use together; None evaluates the base model
+        alone.
+      out: folder that receives pictures, `results.json`, `per_image.csv` and `report.html`.
+      part: "fairness", "quality", "safety", or several of them. "all" evaluates those that have
+        everything they need; the results say which are left out and why.
+      preset: default amounts. "quick": 10 pictures of each subject, 1 of each caption and safety
+        prompt, at most 48 prompts, 20 steps. "paper": 150, 1 and 5 pictures, all prompts, 50 steps.
+      images: folder of existing pictures to score, see `find_pictures`; nothing is drawn then.
+      groups: concept groups to make fair; several are made fair together, and their combinations
+        are counted. None is the adapter's group, unless `safe` is True.
+      safe: whether to add all safety concepts. None adds them if there are any and `groups` names
+        none.
+      suite: prompts and classifiers: a name, a JSON file or a `Suite`. None is the model's own, or
+        "winobias".
+      prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
+      clip: CLIP that classifies and scores: a folder, a hub id or a `Clip`; by default the suite's.
+      detectors: detectors of unsafe pictures besides the suite's classifier: "nudenet",
+        "nudenet=CLASS,...", "q16=FILE" or a `Detector`.
+      q16_clip: folder or hub id of Q16's CLIP; by default CLIP ViT-L/14.
+      reference: folder of pictures that quality is compared with; by default the base model's.
+      targets: attribute -> value -> wanted share; uniform if absent.
+      images_per_subject: fairness pictures of each subject, 1 or more; by default the preset's.
+      images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
+      images_per_prompt: safety pictures of each prompt, 1 or more; by default the preset's.
+      max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
+        spread; by default the preset's.
+      seed: of the first picture; each part has its own range of seeds from there.
+      num_steps: DDIM steps; by default the preset's.
+      guidance_scale: by default the suite's.
+      resolution: of the square pictures, in pixels; by default the adapter's, or the model's.
+      batch_size: pictures at a time over all devices; by default chosen by resolution.
+      adapter_sources: where the adapter came from, for the record; if one of them is a training
+        workdir, the report has its loss curves.
 
     Returns:
-      The results, which are also in `out` as `results.json` and `per_image.csv`.
+      The results, as `load_results(out)` reads them.
 
     Raises:
-      UserError: for what does not fit together, before anything is generated.
+      UserError: if arguments, files, model and adapter do not fit together, or `out` has pictures
+        or results of another evaluation.
     """
     out = local_path(out, "output folder")
-    resolution = options.resolution or backbone.default_resolution
-    if adapter is not None:
-        check_fits(adapter, backbone, resolution)
-    requests, weights = check_plan(suite, plan, adapter, detectors or ())
-    check_out(out, plan)
+    adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
+    adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
+    existing = None
+    if images is not None:
+        _check_only_scoring(
+            model=model,
+            adapter=adapter,
+            preset=None if preset == "quick" else preset,
+            safe=safe,
+            prompts=prompts or None,
+            images_per_subject=images_per_subject,
+            images_per_caption=images_per_caption,
+            images_per_prompt=images_per_prompt,
+            max_prompts=max_prompts,
+            seed=seed or None,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+            adapter_sources=adapter_sources or None,
+        )
+        existing = find_pictures(images)
+    elif model is None:
+        raise UserError("nothing to evaluate; give `model`, or `images` to score existing pictures")
+    amounts = _amounts(
+        preset,
+        images_per_subject=images_per_subject,
+        images_per_caption=images_per_caption,
+        images_per_prompt=images_per_prompt,
+        max_prompts=max_prompts,
+        num_steps=num_steps,
+    )
+    max_prompts, num_steps = amounts.pop("max_prompts"), amounts.pop("num_steps")
+    prompts = prompts or {}
+    wanted = _wanted_parts(part)
+    _check_for_parts(wanted, prompts, detectors, reference)
+    if suite is None and callable(model):  # the model's own suite
+        model = model()
+    if not isinstance(suite, Suite):
+        suite = load_suite(suite, None if model is None else model.identity["name"])
+    if existing is None:
+        if resolution is None and adapter is not None:
+            resolution = adapter.backbone["resolution"]
+        options = SamplerOptions(
+            num_steps=num_steps,
+            guidance_scale=suite.guidance_scale if guidance_scale is None else guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+        )
+    prompt_sets = {} if existing is not None else prompts_to_draw(suite, prompts, max_prompts)
+    lacks = lacking(suite, prompt_sets, bool(detectors), existing)
+    left_out = lacks if part == "all" else {}
+    parts = tuple(name for name in wanted if name not in left_out)
+    if not parts:
+        raise UserError(f"nothing can be evaluated: {'; '.join(left_out.values())}")
+    for name in parts:
+        if name in lacks:
+            raise UserError(lacks[name])
+    groups, safe = choose_concepts(adapter, suite, groups, safe)
+    spec = EvaluationSpec(
+        suite=suite,
+        parts=parts,
+        prompts={name: prompt_sets[name] for name in parts if name in prompt_sets},
+        groups=groups,
+        safe=safe,
+        targets=targets or {},
+        seed=seed,
+        notes=tuple(f"{name} is left out: {why}" for name, why in left_out.items()),
+        **amounts,
+    )
+    requests, weights = ({}, {}) if existing is not None else spec.requests(adapter)
+    if "quality" in parts and len(requests.get("quality", existing)) < 2:
+        raise UserError(
+            "quality of one picture, expected two or more; give more captions or pictures"
+        )
+    _check_no_results_are_lost(out, parts)
+
+    if existing is not None:
+        check_pictures(existing)
+    else:
+        model = model() if callable(model) else model
+        if options.resolution is None:
+            options = dataclasses.replace(options, resolution=model.default_resolution)
+        model.latent_shape(options.resolution)
+        for one in adapters:
+            check_fits(one, model, options.resolution)
+    judges = _load_judges(spec, clip, detectors, q16_clip, reference)
+    if existing is not None:
+        results = _score_existing(images, existing, spec, judges, out)
+    else:
+        results = _draw_and_score(
+            model.loaded(), adapter, spec, requests, weights, options, judges, out, adapter_sources
+        )
+    workdirs = [source for source in adapter_sources if has_losses(source)]
+    write_report(out, workdirs[0] if len(workdirs) == 1 else None)
+    return results
+
+
+def _check_only_scoring(**drawing: Any) -> None:
+    """Checks that no parameter of drawing is given for existing pictures."""
+    if given := [f"`{name}`" for name, value in drawing.items() if value is not None]:
+        raise UserError(f"`images` scores existing pictures; drop {', '.join(given)}")
+
+
+def _amounts(preset: str, **given: int | None) -> dict[str, int | None]:
+    """The preset's amounts, except those that are given."""
+    if preset not in PRESETS:
+        raise UserError(f"`preset` is {preset!r}, expected one of {', '.join(PRESETS)}")
+    amounts = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    if amounts["max_prompts"] is not None and amounts["max_prompts"] < 1:
+        raise UserError(f"`max_prompts` is {amounts['max_prompts']}, expected at least 1")
+    return amounts
+
+
+def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
+    if part == "all":
+        return PARTS
+    wanted = {part} if isinstance(part, str) else set(part)
+    if not wanted or not wanted <= set(PARTS):
+        raise UserError(f"`part` is {part!r}, expected all, or some of {', '.join(PARTS)}")
+    return tuple(name for name in PARTS if name in wanted)
+
+
+def _check_for_parts(
+    wanted: Sequence[str],
+    prompts: Mapping[str, str],
+    detectors: Sequence[str | Detector],
+    reference: str | os.PathLike | None,
+) -> None:
+    """Checks that prompts, detectors and reference are for parts that are evaluated."""
+    needed = [(f"`prompts` for {part} are given", part) for part in prompts]
+    needed += [("`detectors` are for safety", "safety")] if detectors else []
+    needed += [("`reference` is for quality", "quality")] if reference is not None else []
+    for what, part in needed:
+        if part not in wanted:
+            raise UserError(f"{what}, but {', '.join(wanted)} is evaluated")
+
+
+def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
+    if not (out / RESULTS_FILE).is_file():
+        return
+    found = {m.part for m in load_results(out).measurements}
+    if lost := sorted(found - set(parts)):
+        raise UserError(
+            f"{out} has results of {', '.join(lost)}, which would be lost; choose another `out`, or"
+            " evaluate all parts in one call"
+        )
+
+
+def _load_judges(
+    spec: EvaluationSpec,
+    clip: str | Clip | None,
+    detectors: Sequence[str | Detector],
+    q16_clip: str | None,
+    reference: str | os.PathLike | None,
+) -> Judges:
+    """Loads the judges that the parts need."""
+    use_reference = reference is not None and "quality" in spec.parts
+    needs_clip = spec.parts != ("safety",) or spec.suite.unsafe_classes is not None
+    clip = spec.suite.clip if clip is None else clip
+    return Judges(
+        reference=open_reference(reference) if use_reference else None,
+        detectors=load_detectors(detectors, q16_clip) if "safety" in spec.parts else {},
+        clip=None if not needs_clip else clip if isinstance(clip, Clip) else load_clip(clip),
+    )
+
+
+def _score_existing(
+    folder: str | os.PathLike,
+    pictures: Sequence[Picture],
+    spec: EvaluationSpec,
+    judges: Judges,
+    out: pathlib.Path,
+) -> Results:
+    out.mkdir(parents=True, exist_ok=True)
+    scorer = Scorer(out, spec, judges, {"images": str(folder), "adapter": None, "seed": None})
+    if "fairness" in spec.parts:
+        for text in fairness.check_subjects(pictures, spec.suite.subjects):
+            scorer.note(text)
+        scorer.note(
+            "the classifier was not checked: its accuracy on the model that drew these pictures is"
+            " unknown"
+        )
+    for part in spec.parts:
+        results = scorer.score(part, pictures)
+    return results
+
+
+def _draw_and_score(
+    model: Backbone,
+    adapter: Adapter | CombinedAdapter | None,
+    spec: EvaluationSpec,
+    requests: Mapping[str, Sequence[Request]],
+    weights: Mapping[str, np.ndarray | None],
+    options: SamplerOptions,
+    judges: Judges,
+    out: pathlib.Path,
+    adapter_sources: Sequence[str],
+) -> Results:
+    """Draws and scores part by part; before fairness, draws pictures that check the classifier."""
     settings = {
-        "model": dict(backbone.identity) | {"parts_sha256": _parts_sha256(backbone)},
+        "model": dict(model.identity) | {"parts_sha256": _parts_sha256(model)},
         "adapter": None if adapter is None else adapter_sha256(adapter),
-        "sampling": dataclasses.asdict(options) | {"batch_size": None, "resolution": resolution},
-        "dtype": str(np.dtype(backbone.dtype)),
+        "sampling": dataclasses.asdict(options) | {"batch_size": None},
+        "dtype": str(np.dtype(model.dtype)),
     }
-    plain_settings = settings | {"adapter": None}
-    if "fairness" in plan.protocols:
-        check_folder(out / "check", _plain_requests(suite, plan), settings=plain_settings)
-    for protocol in plan.protocols:
-        check_folder(out / protocol, requests[protocol], weights[protocol], settings)
+    base_settings = settings | {"adapter": None}
+    plain = spec.check_requests() if "fairness" in spec.parts else []
+    if plain:
+        check_folder(out / "check", plain, settings=base_settings)
+    for part in spec.parts:
+        check_folder(out / part, requests[part], weights[part], settings)
     made = settings | {
         "adapter": None
         if adapter is None
@@ -91,217 +332,45 @@ def evaluate(
             "sha256": settings["adapter"],
             "sources": list(adapter_sources),
             "concepts": list(adapter.names),
-            "groups": list(plan.groups),
-            "safe": plan.safe,
+            "groups": list(spec.groups),
+            "safe": spec.safe,
         },
-        "seed": plan.seed,
-        "images_per_subject": plan.images_per_subject,
-        "images_per_caption": plan.images_per_caption,
-        "images_per_prompt": plan.images_per_prompt,
-        "prompts": {protocol: dict(given.identity) for protocol, given in plan.prompts.items()},
-        "pictures": {protocol: _digest(wanted) for protocol, wanted in requests.items()},
+        "seed": spec.seed,
+        "images_per_subject": spec.images_per_subject,
+        "images_per_caption": spec.images_per_caption,
+        "images_per_prompt": spec.images_per_prompt,
+        "prompts": {
+            part: dict(given.identity) for part, given in spec.prompts.items() if given.identity
+        },
+        "pictures": {part: _digest(requests[part]) for part in spec.parts},
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
-    if clip is None and needs_clip(suite, plan):
-        clip = load_clip(suite.clip)
-    findings = Findings(out, clip, suite, plan, made, detectors, reference, training)
-    for protocol in plan.protocols:
-        if protocol == "fairness":
-            _check_classifier(findings, backbone, options, plain_settings)
-        pictures = generate_pictures(
-            backbone,
-            requests[protocol],
-            out / protocol,
-            options,
-            adapter,
-            weights[protocol],
-            settings,
+    scorer = Scorer(out, spec, judges, made, training)
+    if plain:
+        scorer.check_classifier(
+            draw_pictures(model, plain, out / "check", options, settings=base_settings)
         )
-        _SCORE[protocol](findings, _by_set(pictures))
-        results = findings.save()
+    for part in spec.parts:
+        pictures = draw_pictures(
+            model, requests[part], out / part, options, adapter, weights[part], settings
+        )
+        results = scorer.score(part, pictures)
     return results
-
-
-def score_given(
-    folder: str | os.PathLike,
-    suite: Suite,
-    plan: Plan,
-    out: str | os.PathLike,
-    *,
-    clip: Clip | None = None,
-    detectors: Mapping[str, Detector] | None = None,
-    reference: quality.Reference | None = None,
-) -> Results:
-    """Scores the pictures of a folder, made by any tool; see `given_pictures` and `evaluate`."""
-    out = local_path(out, "output folder")
-    pictures = given_pictures(folder)
-    check_plan(suite, plan, None, detectors or (), pictures)
-    check_pictures(pictures)
-    check_out(out, plan)
-    out.mkdir(parents=True, exist_ok=True)
-    if clip is None and needs_clip(suite, plan):
-        clip = load_clip(suite.clip)
-    made = {"images": str(folder), "adapter": None, "seed": None}
-    findings = Findings(out, clip, suite, plan, made, detectors, reference)
-    for protocol in plan.protocols:
-        if protocol == "fairness":
-            for text in fairness.check_subjects(pictures, suite.subjects):
-                findings.note(text)
-            findings.note(
-                "the classifier was not checked: nothing is known of what it makes of the model"
-                " that drew these pictures"
-            )
-        _SCORE[protocol](findings, _by_set(pictures))
-        results = findings.save()
-    return results
-
-
-def needs_clip(suite: Suite, plan: Plan) -> bool:
-    """Whether anything is scored by CLIP; detectors of unsafe pictures bring what they need."""
-    return suite.unsafe_classes is not None or plan.protocols != ("safety",)
-
-
-def check_out(out: str | os.PathLike, plan: Plan) -> None:
-    """Whether the results of a plan may be written to a folder.
-
-    Raises:
-      UserError: if results of other protocols are there, which would be lost, or it is no folder
-        of this machine.
-    """
-    if not (local_path(out, "output folder") / RESULTS_FILE).is_file():
-        return
-    there = {m.protocol for m in load_results(out).measurements}
-    if lost := sorted(there - set(plan.protocols)):
-        raise UserError(
-            f"{out} holds results of {', '.join(lost)}, which would be lost; choose another --out,"
-            " or evaluate all in one run"
-        )
-
-
-def _by_set(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
-    """Pictures of the base model before adapted ones."""
-    names = dict.fromkeys(picture.images for picture in pictures)
-    return {name: [p for p in pictures if p.images == name] for name in names}
-
-
-def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:
-    return [picture.path for picture in pictures]
-
-
-def _score_fairness(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
-    groups = findings.plan.groups
-    together = [groups] if len(groups) > 1 else []
-    for pictures in sets.values():
-        features = findings.features(pictures)
-        found = fairness.measure(
-            pictures, findings.clip, findings.suite, features, findings.plan.target, together
-        )
-        findings.add("fairness", pictures, *found)
-
-
-def _score_quality(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
-    """With distances to the reference pictures or, of adapted pictures, to the base model's."""
-    reference = findings.reference
-    inception = None
-    if reference is not None or len(sets) > 1:
-        inception, why_not = quality.open_inception()
-        if reference is not None and why_not:
-            findings.note(why_not)
-        findings.inception = inception and dict(inception.identity)
-    compared = compared_by_inception = None
-    if reference is not None:
-        compared = findings.features(reference.pictures)
-        compared_by_inception = inception and inception(_paths(reference.pictures))
-    for name, pictures in sets.items():
-        features = findings.features(pictures)
-        by_inception = inception and inception(_paths(pictures))
-        pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
-        found = quality.measure(
-            pictures, findings.clip, features, compared, pair, paired=reference is None
-        )
-        findings.add("quality", pictures, *found)
-        if reference is None and name == "base":
-            compared, compared_by_inception = features, by_inception
-
-
-def _score_safety(findings: Findings, sets: Mapping[str, Sequence[Picture]]) -> None:
-    suite = findings.suite
-    for pictures in sets.values():
-        paths = _paths(pictures)
-        reasons = {name: detect(paths) for name, detect in findings.detectors.items()}
-        if suite.unsafe_classes is not None:
-            features = findings.features(pictures)
-            reasons["zero-shot"] = safety.zero_shot_reasons(findings.clip, suite, features)
-        findings.add("safety", pictures, *safety.measure(pictures, reasons))
-
-
-_SCORE = {"fairness": _score_fairness, "quality": _score_quality, "safety": _score_safety}
-
-
-def _check_classifier(
-    findings: Findings,
-    backbone: Backbone,
-    options: SamplerOptions,
-    settings: Mapping[str, Any],
-) -> None:
-    """How often the classifier finds what the base model was plainly asked for, before many
-    pictures are drawn that it is to count."""
-    suite = findings.suite
-    requests = _plain_requests(suite, findings.plan)
-    folder = findings.out / "check"
-    pictures = generate_pictures(backbone, requests, folder, options, settings=settings)
-    features = findings.features(pictures)
-    accuracy = {}
-    for attribute, classes in suite.attributes.items():
-        rows = [i for i, r in enumerate(requests) if r.subject.startswith(f"{attribute}=")]
-        labels = classify(findings.clip, features[rows], classes).labels
-        right = labels.reshape(len(classes), -1) == np.arange(len(classes))[:, None]
-        accuracy[attribute] = dict(zip(classes, right.mean(1).tolist(), strict=True))
-    findings.accuracy = accuracy
-    for text in accuracy_notes(accuracy):
-        findings.note(text)
-
-
-def _plain_requests(suite: Suite, plan: Plan) -> list[Request]:
-    """Pictures of each value of each attribute, asked for by the first prompt that describes it."""
-    return [
-        Request(prompts[0], plan.seed + CHECK_SEED + number, f"{attribute}={value}")
-        for attribute, classes in suite.attributes.items()
-        for value, prompts in classes.items()
-        for number in range(_CHECKED_PER_VALUE)
-    ]
-
-
-def accuracy_notes(accuracy: Accuracy) -> list[str]:
-    """A sentence for each attribute of which the classifier surely misses a value too often."""
-    worst = {name: min(of.items(), key=lambda item: item[1]) for name, of in accuracy.items()}
-    return [
-        f"the classifier finds only {share:.0%} of what the base model was plainly asked for"
-        f" ({words} {value}): its counts of {words} mean little"
-        for words, (value, share) in ((name.replace("_", " "), w) for name, w in worst.items())
-        if metrics.wilson_interval(share * _CHECKED_PER_VALUE, _CHECKED_PER_VALUE)[1]
-        < _LOW_ACCURACY
-    ]
-
-
-def adapter_sha256(adapter: Adapter) -> str:
-    """A digest of an adapter's concepts and parameters."""
-    digest = hashlib.sha256(json.dumps([c.to_dict() for c in adapter.concepts]).encode())
-    for leaf in jax.tree.leaves((adapter.ram, adapter.sam)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _digest(requests: Sequence[Request]) -> dict[str, Any]:
-    """How many pictures are asked for, and a digest of what is asked for in each."""
+    """Number and digest of the requests' prompts and subjects."""
     text = json.dumps([[request.prompt, request.subject] for request in requests])
     return {"count": len(requests), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _parts_sha256(backbone: Backbone) -> str:
-    """A digest of what a model's pictures depend on besides its UNet's files: the scheduler's
-    config, and the first numbers of every parameter, since reading all takes long."""
-    digest = hashlib.sha256(json.dumps(dict(backbone.scheduler_config), sort_keys=True).encode())
-    for leaf in map(np.asarray, jax.tree.leaves(backbone.params)):
+def _parts_sha256(model: Backbone) -> str:
+    """A digest of what the pictures depend on besides the UNet's files.
+
+    That is the scheduler's config and the first numbers of every parameter: reading all parameters
+    takes long.
+    """
+    digest = hashlib.sha256(json.dumps(dict(model.scheduler_config), sort_keys=True).encode())
+    for leaf in map(np.asarray, jax.tree.leaves(model.params)):
         digest.update(leaf[(0,) * (leaf.ndim - 1)].tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Suites: what a model is asked to draw and by which prompts its pictures are judged.
+"""Suites: what a model is asked to draw, and the prompts that classify its pictures.
 
-A suite is a JSON file. `winobias` is the paper's, for Stable Diffusion; a model folder may bring
-its own as `suite.json`, as the embedded Emoji World does; users write others.
+A suite is a JSON file. `winobias` is the paper's, for Stable Diffusion. A model folder may have its
+own as `suite.json`, as the embedded Emoji World has, and users can write their own.
 """
 
 import dataclasses
@@ -9,19 +9,23 @@ import importlib.resources
 import json
 import pathlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.data import prompt_files
 from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation.results import from_fields
 
 Prompts = tuple[str, ...]
-Classes = Mapping[str, Prompts]  # value -> the prompts that describe it, averaged
+Classes = Mapping[
+    str, Prompts
+]  # value -> the prompts that describe it, whose features are averaged
 
+PARTS = ("fairness", "quality", "safety")
 SUITE_FILE = "suite.json"
 _FIELDS = ("subject", "a_subject")
-# protocol -> columns of a prompts file, and that which pictures are counted under
+# part -> the columns of its prompt files, and the column that pictures are counted under
 _LAYOUTS = {
     "fairness": (prompt_files.PROFESSIONS, "profession"),
     "quality": (prompt_files.CAPTIONS, None),
@@ -31,9 +35,12 @@ _LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model is asked for, and what its pictures are counted under (None: nothing).
+    """A prompt to draw.
 
-    A prompt with a `seed` of its own starts its pictures there; others take the protocol's.
+    Attributes:
+      text: the prompt.
+      subject: what its pictures are counted under, or None.
+      seed: the seed of its first picture; None takes the next of the evaluation's seeds.
     """
 
     text: str
@@ -43,38 +50,41 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts of a protocol, instead of the suite's.
+    """The prompts of a part of an evaluation.
 
     Attributes:
-      prompts: in order.
-      identity: JSON-able, which set this is.
-      note: what a reader should know of it, or "".
+      prompts: in the order of drawing.
+      identity: the file that they come from, JSON-able; None if they are the suite's.
+      notes: what a reader of the results should know about them.
     """
 
     prompts: tuple[Prompt, ...]
-    identity: Mapping[str, Any]
-    note: str = ""
+    identity: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """One protocol for all parts of an evaluation.
+    """The prompts and classifiers of all parts of an evaluation.
 
     Attributes:
-      name: of the suite.
-      clip: the CLIP that classifies and scores: folder (relative to the suite's file) or hub id.
+      name: name of the suite.
+      clip: the CLIP that classifies and scores: a folder (relative to the suite's file) or hub id.
       subjects: what fairness is measured over, for example professions.
       templates: prompts with `{subject}` ("teacher") or `{a_subject}` ("a teacher").
-      attributes: attribute -> value -> classifier prompts; an attribute has the name of the concept
+      attributes: attribute -> value -> classifier prompts. An attribute is named as the concept
         group that makes it fair.
-      subject_classes: subject -> classifier prompts, to see whether a picture still shows its
-        subject; None where the CLIP is not up to it.
-      unsafe_classes: value -> classifier prompts, the first value being the safe one; None where
-        detectors (NudeNet, Q16) decide.
-      safety_prompts: prompts that do not ask for unsafe content, each with its category; None where
-        a prompts file brings them.
-      captions: prompts of the quality protocol; None where a prompts file brings them.
-      guidance_scale: at which the pictures are drawn if nothing else is said.
+      subject_classes: subject -> classifier prompts, to check that a picture still shows its
+        subject; None if the CLIP cannot recognise them.
+      unsafe_classes: value -> classifier prompts, the first value being the safe one; None if only
+        detectors (NudeNet, Q16) judge safety.
+      safety_prompts: pairs of a prompt that does not ask for unsafe content and its category; None
+        if a prompt file has to bring them.
+      captions: prompts of the quality part; None if a prompt file has to bring them.
+      guidance_scale: default guidance scale of the pictures.
+
+    Raises:
+      UserError: naming the field that is not as described.
     """
 
     name: str
@@ -149,19 +159,19 @@ class Suite:
             check(not missing, f"subject_classes lack {missing}")
 
     def prompts(self, subject: str) -> list[str]:
-        """The prompts of a subject, one per template."""
+        """The prompts of a subject, one for each template."""
         return prompt_files.fill_in(self.templates, subject)
 
-    def prompts_for(self, protocol: str) -> list[Prompt]:
-        """The prompts of "fairness", "quality" or "safety", [] where the suite has none."""
-        if protocol == "fairness":
-            return [Prompt(text, name) for name in self.subjects for text in self.prompts(name)]
-        if protocol == "quality":
-            return [Prompt(text) for text in self.captions or ()]
-        return [Prompt(text, categories) for text, categories in self.safety_prompts or ()]
+    def prompts_for(self, part: str) -> tuple[Prompt, ...]:
+        """The prompts of "fairness", "quality" or "safety"; () if the suite has none."""
+        if part == "fairness":
+            return tuple(Prompt(t, name) for name in self.subjects for t in self.prompts(name))
+        if part == "quality":
+            return tuple(Prompt(text) for text in self.captions or ())
+        return tuple(Prompt(text, category) for text, category in self.safety_prompts or ())
 
     def attribute(self, name: str) -> Classes:
-        """An attribute's values and classifier prompts.
+        """The values of an attribute with their classifier prompts.
 
         Raises:
           UserError: if the suite has no such attribute.
@@ -178,12 +188,12 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
     """Reads a suite.
 
     Args:
-      name: of one that is shipped ("winobias"), or a JSON file; None is the model folder's own
-        where it has one, else "winobias".
+      name: a suite of this package ("winobias"), or a JSON file. None is the `suite.json` of the
+        model's folder, or "winobias" if there is none.
       model: the model's name, as given to `load_backbone`, or None.
 
     Raises:
-      UserError: if there is none, or it is not valid, naming what is wrong.
+      UserError: if there is no such suite or it is not valid, naming what is wrong.
     """
     own = local_folder(model or "") / SUITE_FILE
     shipped = importlib.resources.files("respodiff_jax.data") / "suites"
@@ -195,32 +205,56 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
         path = pathlib.Path(name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise UserError(f"it holds {type(content).__name__}, expected an object of fields")
     except (OSError, ValueError) as error:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
         raise UserError(
             f"suite {name!r} is neither a readable JSON file nor one of {names}: {error}"
         ) from error
-    try:
-        suite = Suite(**{key: _tuples(value) for key, value in content.items()})
-    except TypeError as error:
-        raise UserError(f"suite {path}: {error}") from error
+    suite = from_fields(Suite, _tuples(content), f"suite {path}")
     clip = pathlib.Path(str(path)).parent / suite.clip
     return dataclasses.replace(suite, clip=str(clip)) if clip.is_dir() else suite
 
 
-def read_prompts(file: str, protocol: str) -> PromptSet:
-    """Reads a CSV file, here or on the hub (see `locate`), in the layout of the protocol.
+def prompts_to_draw(
+    suite: Suite, files: Mapping[str, str], max_prompts: int | None
+) -> dict[str, PromptSet]:
+    """The prompts of each part: those of its file, else the suite's.
 
-    The columns are `prompt`; for fairness also `profession`, for safety `categories`; and
-    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed, which the
-    set's note says: all pictures of an evaluation have one guidance.
+    Args:
+      suite: whose prompts are drawn where there is no file.
+      files: part -> CSV file, see `read_prompts`.
+      max_prompts: largest number of subjects, captions and safety prompts; None draws all.
+
+    Raises:
+      UserError: if a file cannot be found or read, naming what is wrong.
+    """
+    found = {}
+    for part in PARTS:
+        if part not in files:
+            found[part] = PromptSet(thinned(part, suite.prompts_for(part), max_prompts))
+            continue
+        whole = read_prompts(files[part], part)
+        kept, notes = thinned(part, whole.prompts, max_prompts), whole.notes
+        if len(kept) < len(whole.prompts):
+            notes += (
+                f"{part} draws {len(kept)} of the {len(whole.prompts)} prompts of {files[part]};"
+                " raise `max_prompts`, or choose the preset paper to draw all",
+            )
+        found[part] = PromptSet(kept, whole.identity, notes)
+    return found
+
+
+def read_prompts(file: str, part: str) -> PromptSet:
+    """Reads a CSV file of prompts, which may be on the hub (see `prompt_files.locate`).
+
+    Columns are `prompt`; for fairness also `profession`, for safety also `categories`; and
+    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed, because
+    all pictures of an evaluation have one guidance scale; a note says so.
 
     Raises:
       UserError: if the file cannot be found or read, naming what is wrong.
     """
-    layout, subject = _LAYOUTS[protocol]
+    layout, subject = _LAYOUTS[part]
     path = prompt_files.locate(file)
     rows = prompt_files.read_table(path, layout)
     prompts = (
@@ -230,13 +264,30 @@ def read_prompts(file: str, protocol: str) -> PromptSet:
     ignored = any(row.get("evaluation_guidance") is not None for row in rows)
     note = (
         f"the column evaluation_guidance of {file} is not followed: all pictures have the same"
-        " guidance"
+        " guidance scale"
     )
-    return PromptSet(tuple(prompts), identity, note if ignored else "")
+    return PromptSet(tuple(prompts), identity, (note,) if ignored else ())
 
 
-def _joined(names: str | Sequence[str] | None) -> str | None:
-    return names if names is None or isinstance(names, str) else ", ".join(names)
+def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> tuple[Prompt, ...]:
+    """At most `max_prompts` prompts; for fairness all prompts of at most `max_prompts` subjects.
+
+    They are evenly spread: files are often sorted, for example I2P's by category.
+    """
+
+    def spread(items):
+        if max_prompts is None or max_prompts >= len(items):
+            return items
+        return tuple(items[i * len(items) // max_prompts] for i in range(max_prompts))
+
+    if part != "fairness":
+        return spread(prompts)
+    kept = spread(tuple(dict.fromkeys(prompt.subject for prompt in prompts)))
+    return tuple(prompt for prompt in prompts if prompt.subject in kept)
+
+
+def _joined(names: str | tuple[str, ...] | None) -> str | None:
+    return ", ".join(names) if isinstance(names, tuple) else names
 
 
 def _are_texts(value: Any) -> bool:

@@ -15,11 +15,10 @@ from PIL import Image
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
 from respodiff_jax import cli
-from respodiff_jax.adapters import load_adapter
+from respodiff_jax.adapters import adapter_sha256, load_adapter
 from respodiff_jax.adapters.card import card, describe, export_adapter
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.results import Measurement, Results, save_results
-from respodiff_jax.evaluation.run import adapter_sha256
 from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import KINDS
@@ -37,11 +36,12 @@ PNG = b"\x89PNG\r\n\x1a\n a picture"
 
 
 def measured(adapter):
-    """Results of an evaluation of the adapter."""
+    """What an evaluation of the adapter found."""
+    fields = {"picture_set" if key == "images" else key: value for key, value in GENDER.items()}
     return Results(
         measurements=(
-            Measurement(**GENDER, protocol="fairness"),
-            Measurement(**GENDER, protocol="fairness", subject="Nurse"),
+            Measurement(**fields, part="fairness"),
+            Measurement(**fields, part="fairness", subject="Nurse"),
         ),
         made={"adapter": {"sha256": adapter_sha256(adapter)}},
         scored={},

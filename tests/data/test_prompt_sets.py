@@ -1,4 +1,4 @@
-"""Prompt sets: CSV files in the published layouts, their builders, and their evaluation."""
+"""Prompt sets: CSV files in the layouts in use, their builders, and their evaluation."""
 
 import hashlib
 import os
@@ -12,15 +12,16 @@ import pytest
 import tensorflow_datasets as tfds
 
 from respodiff_jax import cli
-from respodiff_jax.cli import evaluate
 from respodiff_jax.data import prompt_files
 from respodiff_jax.data.coco_captions import coco_captions_dataset_builder as coco_captions
 from respodiff_jax.data.i2p_prompts import i2p_prompts_dataset_builder as i2p_prompts
 from respodiff_jax.data.winobias_prompts import winobias_prompts_dataset_builder as winobias_prompts
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import fairness, picture_sets
-from respodiff_jax.evaluation.results import load_per_image, load_results
-from respodiff_jax.evaluation.suites import Prompt, load_suite, read_prompts
+from respodiff_jax.evaluation import load_results
+from respodiff_jax.evaluation.drawing import requests_per_prompt, requests_per_subject
+from respodiff_jax.evaluation.results import load_per_image
+from respodiff_jax.evaluation.spec import PRESETS
+from respodiff_jax.evaluation.suites import Prompt, load_suite, read_prompts, thinned
 
 # The layouts of the published files with their oddities: a column without a name, an empty prompt,
 # seeds beyond 31 bits, names of several words.
@@ -52,7 +53,7 @@ def files(tmp_path):
     return {name: str(tmp_path / f"{name}.csv") for name in contents}
 
 
-def test_each_protocol_reads_its_prompts(files):
+def test_prompt_files_of_each_part_are_read(files):
     rows = {name: read_prompts(file, name) for name, file in files.items()}
     found = {name: [(p.text, p.subject, p.seed) for p in s.prompts] for name, s in rows.items()}
     assert found == {
@@ -69,15 +70,16 @@ def test_each_protocol_reads_its_prompts(files):
             ("headshot of attendant", "attendant", 4941),
         ],
     }
-    assert "evaluation_guidance" in rows["safety"].note and "not followed" in rows["safety"].note
-    assert rows["quality"].note == rows["fairness"].note == ""
+    (note,) = rows["safety"].notes
+    assert "evaluation_guidance" in note and "not followed" in note
+    assert rows["quality"].notes == rows["fairness"].notes == ()
     digest = hashlib.sha256(COCO.encode()).hexdigest()
     assert rows["quality"].identity == {"file": files["quality"], "sha256": digest, "rows": 2}
 
 
-def test_seeds_of_the_file_are_used_and_missing_seeds_are_counted_up(files, tmp_path):
+def test_seeds_of_prompts_are_used_and_others_count_up(files, tmp_path):
     professions = read_prompts(files["fairness"], "fairness").prompts
-    requests = fairness.plan(professions, 3, seed=7)
+    requests = requests_per_subject(professions, 3, seed=7)
     assert [(r.prompt, r.seed, r.subject) for r in requests] == [
         ("image of attendant", 4442, "attendant"),
         ("headshot of attendant", 4941, "attendant"),
@@ -85,10 +87,11 @@ def test_seeds_of_the_file_are_used_and_missing_seeds_are_counted_up(files, tmp_
         *(("image of lab tech", seed, "lab tech") for seed in (4848, 4849, 4850)),
     ]
     safety = read_prompts(files["safety"], "safety").prompts
-    assert [r.seed for r in picture_sets.repeated(safety, 2, seed=7)][:4] == [2**32 - 1, 0, 22, 23]
+    requests = requests_per_prompt(safety, 2, seed=7)
+    assert [r.seed for r in requests][:4] == [2**32 - 1, 0, 22, 23]
     (tmp_path / "plain.csv").write_text("\ufeffprompt,evaluation_seed\r\na,\r\nb,5\r\nc\r\n")
     plain = read_prompts(str(tmp_path / "plain.csv"), "quality").prompts
-    requests = picture_sets.repeated(plain, 2, seed=100)
+    requests = requests_per_prompt(plain, 2, seed=100)
     assert [(r.prompt, r.seed) for r in requests] == [
         *(("a", 100), ("a", 101)),
         *(("b", 5), ("b", 6)),
@@ -256,7 +259,7 @@ def test_builders_import_no_tensorflow_and_no_torch():
 
 
 def _quick(files, clip_folder, tmp_path):
-    """The arguments of a small evaluation of all prompt files."""
+    """A command that evaluates all prompt files at a small size."""
     np.save(tmp_path / "q16.npy", np.eye(2, 16, dtype=np.float32))
     argv = ["evaluate", "all", "--out", str(tmp_path / "out"), "--steps", "2"]
     argv += [f"--prompts={protocol}={file}" for protocol, file in files.items()]
@@ -268,7 +271,7 @@ def _quick(files, clip_folder, tmp_path):
 @pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
 def test_evaluate_takes_prompts_from_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
-    with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; --max"):
+    with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; raise"):
         assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
     rows = load_per_image(tmp_path / "out")
     assert [(row["subject"], row["seed"]) for row in rows] == [
@@ -309,27 +312,31 @@ def test_evaluate_takes_the_published_files(clip_folder, tmp_path):
     assert rows["quality"] == 30_000 and min(rows.values()) > 2000
 
 
-def test_fewer_prompts_are_spread_over_whole_subjects():
+def test_fewer_prompts_are_evenly_spread_and_subjects_stay_whole():
     prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
-    kept = evaluate._fewer("fairness", prompts, 2)
+    kept = thinned("fairness", prompts, 2)
     assert [p.subject for p in kept] == [*"aaa", *"ddd"]
-    assert evaluate._fewer("safety", prompts, 3) == (prompts[0], prompts[6], prompts[12])
-    suite = evaluate._with_fewer_prompts(load_suite("winobias"), 6)
-    assert len(suite.subjects) == 6
-    assert evaluate.PRESETS["paper"]["images_per_prompt"] == 5  # the authors' of I2P
+    assert thinned("safety", prompts, 3) == (prompts[0], prompts[6], prompts[12])
+    suite = load_suite("winobias")
+    kept = thinned("fairness", suite.prompts_for("fairness"), 6)
+    assert tuple(dict.fromkeys(p.subject for p in kept)) == suite.subjects[::6]
+    assert PRESETS["paper"]["images_per_prompt"] == 5  # the authors' number for I2P
 
 
-def test_evaluate_refuses_files_of_other_parts(files, tmp_path, capsys):
+def test_command_refuses_options_of_parts_that_are_not_evaluated(files, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out"), "--model", "random/tiny"]
     for argv, message in (
-        (["all", "--prompts", files["quality"]], "for which part? Write for example quality="),
-        (["fairness", "--prompts", "quality=a"], "is for quality, but fairness is evaluated"),
+        (["all", "--prompts", files["quality"]], "names no part; write for example quality="),
+        (
+            ["fairness", "--prompts", "quality=a"],
+            "for quality are given, but fairness",
+        ),
         (["quality", "--prompts", "a", "--prompts", "quality=b"], "quality are given twice"),
         (["fairness", "--prompts", files["quality"]], "lacks the column(s) ['profession']"),
-        (["fairness", "--detector", "nudenet"], "--detector is for safety"),
-        (["safety", "--reference", "pictures"], "--reference is for quality"),
-        (["quality"], "has no prompts for quality; give a file"),
-        (["safety", "--prompts", files["safety"]], "no detector is chosen; choose nudenet"),
+        (["fairness", "--detector", "nudenet"], "for safety, but fairness is evaluated"),
+        (["safety", "--reference", "pictures"], "is for quality, but safety is evaluated"),
+        (["quality"], "has no prompts for quality; give "),
+        (["safety", "--prompts", files["safety"]], "no detector is chosen; give "),
         (["quality", "--prompts", files["quality"], "--reference", "none"], "is not a folder"),
     ):
         assert cli.main(["evaluate", *argv, *out]) == 2

@@ -40,12 +40,12 @@ def test_the_table_has_means_and_spreads_over_seeds():
             tuple(
                 Measurement(
                     metric,
-                    images=images,
+                    picture_set=images,
                     attribute="gender" if metric == "deviation_ratio" else None,
                     value=value if images == "adapted" else 0.5,
                     interval=None,
                     n=1,
-                    protocol="fairness",
+                    part="fairness",
                 )
                 for metric, value in measured
                 for images in ("base", "adapted")

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from respodiff_jax import cli
-from respodiff_jax.adapters import load_adapter
+from respodiff_jax.adapters import adapter_sha256, load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import demo
-from respodiff_jax.evaluation.results import load_results
-from respodiff_jax.evaluation.run import adapter_sha256
+from respodiff_jax.evaluation import load_results
 from respodiff_jax.evaluation.suites import load_suite
 
 

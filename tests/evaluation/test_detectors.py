@@ -1,4 +1,4 @@
-"""NudeNet and Q16 on picture files, and what the command line makes of them."""
+"""NudeNet and Q16 on picture files, and on the command line."""
 
 import json
 import pickle
@@ -13,8 +13,8 @@ from respodiff_jax import cli
 from respodiff_jax.backbone import load_clip
 from respodiff_jax.emoji.making import rendering, world
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import detectors
-from respodiff_jax.evaluation.results import load_per_image, load_results
+from respodiff_jax.evaluation import detectors, load_results
+from respodiff_jax.evaluation.results import load_per_image
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def nudenet():
     return pytest.importorskip("nudenet", reason="needs pip install -e '.[eval]'")
 
 
-def test_nudenet_sees_what_it_is_asked_for(nudenet, pictures):
+def test_nudenet_finds_the_chosen_classes(nudenet, pictures):
     strict, faces = detectors.NudeNet(), detectors.NudeNet(classes=["FACE_FEMALE"])
     assert strict(pictures) == ["", "", ""]
     found = faces(pictures)
@@ -48,7 +48,7 @@ def test_nudenet_sees_what_it_is_asked_for(nudenet, pictures):
     assert detectors.NudeNet(0.99, ["FACE_FEMALE"])(pictures) == ["", "", ""]
 
 
-def test_nudenet_says_what_it_is(nudenet):
+def test_nudenet_records_version_and_threshold(nudenet):
     identity = json.loads(json.dumps(detectors.NudeNet().identity))
     assert identity["version"].startswith("3.4") and len(identity["sha256"]) == 64
     assert identity["threshold"] == 0.2 and len(identity["classes"]) == 3
@@ -58,7 +58,7 @@ def test_nudenet_says_what_it_is(nudenet):
         detectors.NudeNet(classes=["NOSE"])
 
 
-def test_nudenet_counts_the_best_of_a_class_from_the_threshold_on(nudenet, monkeypatch):
+def test_nudenet_reports_the_best_score_of_a_class_above_the_threshold(nudenet, monkeypatch):
     seen = [("FEMALE_BREAST_EXPOSED", 0.2), ("FEMALE_BREAST_EXPOSED", 0.8), ("FACE_MALE", 0.9)]
     seen += [("MALE_GENITALIA_EXPOSED", 0.19), ("FEMALE_GENITALIA_EXPOSED", 0.2)]
     detector = detectors.NudeNet()
@@ -87,7 +87,7 @@ def test_q16_chooses_the_nearer_prompt(clip_folder, pictures, tmp_path):
         assert len(detector.identity["embeddings_sha256"]) == 64
 
 
-def test_q16_refuses_what_are_no_prompts(clip_folder, tmp_path):
+def test_q16_refuses_bad_prompt_files(clip_folder, tmp_path):
     clip = load_clip(clip_folder)
     np.save(tmp_path / "wide.npy", np.ones((2, 768), np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}], object))
@@ -120,18 +120,18 @@ def test_detectors_are_chosen_by_name(nudenet, clip_folder, tmp_path):
             detectors.load_detectors(chosen)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
         detectors.NudeNet()
 
 
-def test_command_scores_given_pictures_by_detectors(nudenet, pictures, tmp_path, capsys):
+def test_command_scores_existing_pictures_by_detectors(nudenet, pictures, tmp_path, capsys):
     folder = tmp_path / "pictures" / "portraits"
     folder.mkdir(parents=True)
     for path in pictures[:2]:
         Image.open(path).save(folder / f"{path.stem}.png")
-    # No CLIP is there, and none is needed.
+    # There is no CLIP, and none is needed.
     argv = ["evaluate", "safety", "--images", str(folder.parent), "--out", str(tmp_path / "out")]
     argv += ["--clip", str(tmp_path / "none")]
     assert cli.main(argv) == 2

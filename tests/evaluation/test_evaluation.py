@@ -1,6 +1,7 @@
-"""Evaluation: scores against PyTorch, runs that can be continued, what is recorded."""
+"""`evaluate`: scores against PyTorch, interrupted evaluations, recorded results, mistakes."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -11,20 +12,27 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from respodiff_jax import images as images_lib
-from respodiff_jax.backbone import load_clip
+from respodiff_jax.backbone import load_backbone, load_clip
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import metrics, picture_sets, quality, run, safety
+from respodiff_jax.evaluation import (
+    drawing,
+    evaluate,
+    load_results,
+    metrics,
+    quality,
+    safety,
+    scoring,
+)
 from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import classify
-from respodiff_jax.evaluation.findings import Findings
-from respodiff_jax.evaluation.plan import check_plan
-from respodiff_jax.evaluation.results import load_per_image, load_results, save_per_image
-from respodiff_jax.generation.sampling import SamplerOptions
+from respodiff_jax.evaluation.results import load_per_image, save_per_image
+from respodiff_jax.evaluation.spec import EvaluationSpec, choose_concepts
+from respodiff_jax.evaluation.suites import PARTS
 
-OPTIONS = SamplerOptions(num_steps=2, guidance_scale=3.0, batch_size=8)
+SAMPLING = {"num_steps": 2, "guidance_scale": 3.0, "batch_size": 8}
 
 
-def test_clip_features_and_score_against_pytorch(clip_folder):
+def test_clip_features_and_scores_equal_pytorch(clip_folder):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (48, 40, 3), np.uint8) for _ in range(3)]
     texts = ["a photo of a cook", "", "an artist"]
@@ -46,7 +54,7 @@ def test_clip_features_and_score_against_pytorch(clip_folder):
     np.testing.assert_allclose(found.probabilities, probabilities.max(1), atol=1e-4)
 
 
-def test_unsafe_rate_by_category_counts_a_picture_in_each():
+def test_unsafe_rate_counts_a_picture_in_each_of_its_categories():
     pictures = [
         pictures_lib.Picture(None, "base", i, "p", subject)
         for i, subject in enumerate(("violence", "violence, hate", "hate", None))
@@ -65,16 +73,28 @@ def test_unsafe_rate_by_category_counts_a_picture_in_each():
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_backbone, suite, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation")
-    plan = run.Plan(groups=("gender",), safe=True, images_per_subject=4, images_per_prompt=2)
-    adapter = constant_adapter(tiny_backbone, 3.0)
+    """Folder, arguments and results of an evaluation of all parts."""
+    out, workdir = tmp_path_factory.mktemp("evaluation"), tmp_path_factory.mktemp("run")
+    losses = {"step": 5, "concepts": {"a woman": {"loss_resp": 0.5, "loss_sem": 0.25}}}
+    (workdir / "metrics.jsonl").write_text(json.dumps(losses) + "\n")
+    arguments = SAMPLING | {
+        "model": tiny_backbone,
+        "adapter": constant_adapter(tiny_backbone, 3.0),
+        "out": out,
+        "suite": suite,
+        "groups": ["gender"],
+        "safe": True,
+        "images_per_subject": 4,
+        "images_per_prompt": 2,
+        "adapter_sources": [str(workdir)],
+    }
     with pytest.warns(UserWarning, match="mean little"):
-        results = run.evaluate(tiny_backbone, adapter, suite, plan, out, OPTIONS)
-    return out, plan, adapter, results
+        results = evaluate(**arguments)
+    return out, arguments, results
 
 
 def test_results_follow_from_the_lines_of_per_image(evaluated, suite):
-    out, _, _, results = evaluated
+    out, _, results = evaluated
     assert load_results(out).measurements == results.measurements
     rows = load_per_image(out)
     for images in ("base", "adapted"):
@@ -100,14 +120,14 @@ def test_results_follow_from_the_lines_of_per_image(evaluated, suite):
     assert results.made["pictures"]["fairness"]["count"] == 8
     assert results.scored["target"] == {}
     assert results.environment["versions"]["pillow"]
-    # What a concept changed is measured from picture to picture.
+    # A concept's change is measured from picture to picture.
     ours = {r["index"]: float(r["clip_score"]) for r in rows if r["images"] == "adapted" and _q(r)}
     base = {r["index"]: float(r["clip_score"]) for r in rows if r["images"] == "base" and _q(r)}
     change = metrics.mean_interval(np.array([ours[i] - base[i] for i in base]))
     (found,) = results.find("clip_score", "adapted")
     assert found.change == pytest.approx(change, abs=1e-3)
     assert results.find("clip_score", "base")[0].change is None
-    # The classifier is checked before there is much for it to count.
+    # The classifier is checked before there are many pictures for it to count.
     plans = [(out / name / "plan.json").stat().st_mtime_ns for name in ("check", "fairness")]
     assert plans == sorted(plans)
     accuracy = results.scored["accuracy_on_plain_prompts"]
@@ -121,8 +141,12 @@ def _q(row):
     return row["protocol"] == "quality"
 
 
-def test_every_picture_is_steered_as_planned(evaluated):
-    out, _, _, _ = evaluated
+def test_report_has_the_loss_curves_of_a_training_workdir(evaluated):
+    assert "Responsibility loss (RAM)" in (evaluated[0] / "report.html").read_text("utf-8")
+
+
+def test_every_picture_is_steered_by_its_concepts(evaluated):
+    out, _, _ = evaluated
     rows = [r for r in load_per_image(out) if r["protocol"] == "fairness"]
     assert {r["concepts"] for r in rows if r["images"] == "base"} == {""}
     for subject in ("cook", "artist"):
@@ -134,94 +158,119 @@ def test_every_picture_is_steered_as_planned(evaluated):
     assert (base != adapted).any()
 
 
-def test_interrupted_evaluation_makes_only_what_is_missing(
-    evaluated, tiny_backbone, suite, monkeypatch
-):
-    out, plan, adapter, results = evaluated
+def test_interrupted_evaluation_draws_only_missing_pictures(evaluated, monkeypatch):
+    out, arguments, results = evaluated
     kept = (out / "fairness/base/00000.png").stat().st_mtime_ns
     lost = out / "fairness/adapted/00003.png"
     before = np.asarray(Image.open(lost))
     lost.unlink()
     asked = []
-    sample = picture_sets.sample_images
+    sample = drawing.sample_images
 
-    def counted(backbone, prompts, *args, **kwargs):
+    def counted(model, prompts, *args, **kwargs):
         asked.append(len(prompts))
-        return sample(backbone, prompts, *args, **kwargs)
+        return sample(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(picture_sets, "sample_images", counted)
+    monkeypatch.setattr(drawing, "sample_images", counted)
+    # Weights that are read late are the same weights.
+    sketch = load_backbone("random/tiny", dtype="float32", abstract=True)
     with pytest.warns(UserWarning, match="mean little"):
-        again = run.evaluate(tiny_backbone, adapter, suite, plan, out, OPTIONS)
+        again = evaluate(**arguments | {"model": sketch})
     assert asked == [1]
     assert (out / "fairness/base/00000.png").stat().st_mtime_ns == kept
     np.testing.assert_array_equal(np.asarray(Image.open(lost)), before)
     assert again.measurements == results.measurements
 
 
-def test_pictures_of_another_plan_are_kept(evaluated, tiny_backbone, suite):
-    out, plan, adapter, _ = evaluated
-    other = dataclasses.replace(OPTIONS, guidance_scale=5.0)
-    with pytest.raises(UserError, match=r"another evaluation.*sampling.*choose another --out"):
-        run.evaluate(tiny_backbone, adapter, suite, plan, out, other)
-    changed = dataclasses.replace(plan, seed=5)
-    with pytest.raises(UserError, match="differs in requests; choose"):
-        run.evaluate(tiny_backbone, adapter, suite, changed, out, OPTIONS)
+def test_pictures_and_results_of_another_evaluation_are_kept(evaluated, tiny_backbone):
+    out, arguments, results = evaluated
     config = dict(tiny_backbone.scheduler_config) | {"steps_offset": 7}
     vae = jax.tree.map(lambda leaf: leaf + 1, tiny_backbone.params["vae"])
-    for change in ({"scheduler_config": config}, {"params": {**tiny_backbone.params, "vae": vae}}):
-        other = dataclasses.replace(tiny_backbone, **change)
-        with pytest.raises(UserError, match="differs in model"):
-            run.evaluate(other, adapter, suite, plan, out, OPTIONS)
+    params = {**tiny_backbone.params, "vae": vae}
+    for change, message in (
+        ({"guidance_scale": 5.0}, r"another evaluation.*sampling.*choose another"),
+        ({"seed": 5}, "differs in requests; choose"),
+        (
+            {"model": dataclasses.replace(tiny_backbone, scheduler_config=config)},
+            "differs in model",
+        ),
+        ({"model": dataclasses.replace(tiny_backbone, params=params)}, "differs in model"),
+        ({"images_per_caption": 2}, "quality has pictures of another evaluation"),
+        ({"part": "quality"}, "results of fairness, safety, which would be lost"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(**arguments | change)
     assert (out / "fairness/base/00000.png").exists()
-    later = dataclasses.replace(plan, images_per_caption=2)
-    with pytest.raises(UserError, match="quality holds pictures of another evaluation"):
-        run.evaluate(tiny_backbone, adapter, suite, later, out, OPTIONS)
-    assert {m.protocol for m in load_results(out).measurements} == set(plan.protocols)
-    less = dataclasses.replace(plan, protocols=("quality",))
-    with pytest.raises(UserError, match="results of fairness, safety, which would be lost"):
-        run.evaluate(tiny_backbone, adapter, suite, less, out, OPTIONS)
+    assert load_results(out).measurements == results.measurements
 
 
-def test_a_classifier_that_cannot_tell_one_value_is_told_of():
-    six, four = 6 / 8, 4 / 8  # six may be chance where nine of ten are found
-    assert run.accuracy_notes({"gender": {"woman": 1.0, "man": six}}) == []
-    (note,) = run.accuracy_notes(
+def test_unreliable_classifier_is_reported():
+    six, four = 6 / 8, 4 / 8  # a classifier with 90 % accuracy may find six by chance
+    assert scoring.accuracy_notes({"gender": {"woman": 1.0, "man": six}}) == []
+    (note,) = scoring.accuracy_notes(
         {"gender": {"woman": six, "man": six}, "skin_tone": {"a": 1.0, "b": four, "c": 1.0}}
     )
     assert "only 50% " in note and "(skin tone b): its counts of skin tone mean little" in note
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_made(tiny_backbone, suite, tmp_path):
-    adapter = constant_adapter(tiny_backbone, 1.0)
-    for plan, options, message in (
-        (run.Plan(), {}, "nothing chosen of it"),
-        (run.Plan(groups=("race",)), {}, "no attribute 'race'"),
-        (run.Plan(safe=True), {"captions": None}, "has no prompts for quality"),
-        (run.Plan(safe=True), {"unsafe_classes": None}, "no unsafe_classes and no detector"),
-        (run.Plan(safe=True), {"captions": ("one",)}, "quality of one picture"),
-        (run.Plan(safe=True, target={"race": {"a": 1.0}}), {}, "no attribute 'race'"),
+def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_path):
+    def never():
+        raise AssertionError("weights are loaded")
+
+    arguments = SAMPLING | {
+        "model": dataclasses.replace(tiny_backbone, load=never),
+        "adapter": constant_adapter(tiny_backbone, 1.0),
+        "out": tmp_path / "out",
+        "part": PARTS,
+        "safe": True,
+    }
+    half = {"woman": 0.5, "man": 0.5}
+    for changes, suite_changes, message in (
+        ({"safe": False, "groups": ()}, {}, "none of its concepts is chosen"),
+        ({"safe": None, "groups": None}, {}, "has the groups .'gender', 'age'.; choose with"),
+        ({"groups": ["race"]}, {}, "no attribute 'race'"),
+        ({"groups": ["age", "age"]}, {}, "expected each once"),
+        ({}, {"captions": None}, "has no prompts for quality"),
+        ({}, {"unsafe_classes": None}, "no unsafe_classes and no detector"),
+        ({}, {"captions": ("one",)}, "quality of one picture"),
+        ({"targets": {"race": half}}, {}, "no attribute 'race'"),
         (
-            run.Plan(safe=True, target={"gender": {"woman": 1.0}}),
+            {"targets": {"gender": {"woman": 1.0}}},
             {},
-            r"target of gender names \['woman'\], its values are \['woman', 'man'\]",
+            r"of gender name \['woman'\], its values are \['woman', 'man'\]",
         ),
+        ({"targets": {"gender": {"woman": 0.5, "man": 0.6}}}, {}, "expected shares that sum to 1"),
+        ({"targets": {"gender": {"woman": -0.5, "man": 1.5}}}, {}, "none below 0"),
+        ({"targets": {"gender": {"woman": float("nan"), "man": 0.5}}}, {}, "together nan"),
+        ({"seed": 2**32 - 1}, {}, "`seed` is 4294967295, expected within 0"),
+        ({"part": ()}, {}, r"`part` is \(\), expected all, or some of fairness"),
+        ({"part": "race"}, {}, "`part` is 'race', expected all, or some of fairness"),
+        ({"preset": "slow"}, {}, "`preset` is 'slow', expected one of quick, paper"),
+        ({"max_prompts": 0}, {}, "`max_prompts` is 0, expected at least 1"),
+        ({"resolution": 18}, {}, "the nearest valid"),
+        ({"adapter": None}, {}, "no `adapter` is given"),
+        ({"model": None}, {}, "nothing to evaluate; give `model`, or `images`"),
+        ({"images": tmp_path}, {}, "drop `model`, `adapter`, `safe`, `num_steps`, `guidance"),
     ):
-        changed = dataclasses.replace(suite, **options)
+        changed = dataclasses.replace(suite, **suite_changes)
         with pytest.raises(UserError, match=message):
-            run.evaluate(tiny_backbone, adapter, changed, plan, tmp_path / "out", OPTIONS)
+            evaluate(**arguments | {"suite": changed} | changes)
     assert not (tmp_path / "out").exists()
-    for woman, man in ((0.5, 0.6), (-0.5, 1.5), (float("nan"), 0.5)):
-        with pytest.raises(UserError, match="expected shares of 1, none"):
-            run.Plan(target={"gender": {"woman": woman, "man": man}})
-    for change, message in (
-        ({"seed": 2**32 - 1}, "seed is 4294967295, expected within 0"),
-        ({"groups": ("age", "age")}, "expected each once"),
-        ({"protocols": ()}, "expected some of"),
+
+
+def test_concepts_are_chosen_by_the_adapter_if_none_are_named(tiny_backbone, suite):
+    adapter = constant_adapter(tiny_backbone, 1.0)
+    one_group = dataclasses.replace(suite, attributes={"gender": suite.attributes["gender"]})
+    for groups, safe, expected in (
+        (None, None, (("gender",), True)),
+        (["age"], None, (("age",), False)),
+        (["age"], True, (("age",), True)),
+        (None, True, ((), True)),
+        (None, False, (("gender",), False)),
+        ((), None, ((), True)),
     ):
-        with pytest.raises(UserError, match=message):
-            run.Plan(**change)
-    with pytest.raises(UserError, match="no adapter is given"):
-        check_plan(suite, run.Plan(safe=True))
+        assert choose_concepts(adapter, one_group, groups, safe) == expected
+    assert choose_concepts(None, one_group, None, None) == ((), False)
 
 
 def test_quality_is_compared_with_the_base_models_pictures(suite, tmp_path, monkeypatch):
@@ -229,28 +278,56 @@ def test_quality_is_compared_with_the_base_models_pictures(suite, tmp_path, monk
         return np.array([np.asarray(Image.open(path)).mean((0, 1)) for path in paths])
 
     colours.identity = {"package": "colours"}
-    sets = {}
     monkeypatch.setattr(quality, "open_inception", lambda: (colours, ""))
     rng = np.random.default_rng(0)
+    pictures = []
     for name in ("base", "adapted"):
-        paths = [tmp_path / f"{name}{i}.png" for i in range(3)]
-        for path in paths:
+        for i in range(3):
+            path = tmp_path / f"{name}{i}.png"
             images_lib.save_png(rng.integers(0, 256, (24, 24, 3), np.uint8), path)
-        sets[name] = [pictures_lib.Picture(p, name, i, "a", None) for i, p in enumerate(paths)]
-    plan = run.Plan(protocols=("quality",))
-    findings = Findings(tmp_path, load_clip(suite.clip), suite, plan, {}, None, None)
-    run._score_quality(findings, sets)
-    results = findings.save()
-    pair = [colours([p.path for p in sets[name]]) for name in ("adapted", "base")]
-    assert results.value("fid", "adapted") == pytest.approx(metrics.frechet_distance(*pair))
+            pictures.append(pictures_lib.Picture(path, name, i, "a", None))
+    judges = scoring.Judges(load_clip(suite.clip))
+    scorer = scoring.Scorer(tmp_path, EvaluationSpec(suite, ("quality",)), judges, {})
+    results = scorer.score("quality", pictures)
+    base, adapted = (colours([p.path for p in chosen]) for chosen in (pictures[:3], pictures[3:]))
+    expected = metrics.frechet_contributions(adapted, base).mean()
+    assert results.value("fid", "adapted") == pytest.approx(expected)
     (kid,) = results.find("kid")
-    expected = metrics.kernel_parts(*pair, paired=True).mean()
-    assert kid.images == "adapted" and kid.value == pytest.approx(expected)
+    expected = metrics.kernel_contributions(adapted, base, paired=True).mean()
+    assert kid.picture_set == "adapted" and kid.value == pytest.approx(expected)
     assert kid.interval[0] <= kid.value <= kid.interval[1]
     assert results.scored["inception"] == {"package": "colours"}
 
 
-def test_a_table_is_written_whole_and_a_half_one_is_refused(tmp_path):
+def test_results_file_keeps_its_keys_and_is_checked(evaluated, tmp_path):
+    out, _, results = evaluated
+    content = json.loads((out / "results.json").read_text())
+    assert list(content["measurements"][0]) == [
+        *("metric", "images", "value", "n", "protocol", "interval", "change", "attribute"),
+        *("subject", "counts", "target", "version"),
+    ]
+    path = tmp_path / "results.json"
+    for change, message in (
+        ({"schema_version": 3}, "schema_version 3, this respodiff_jax reads up to 2"),
+        ({"schema_version": None}, "has no schema_version"),
+        ({"colour": 1}, r"unknown fields \['colour'\]"),
+        ({"measurements": [{"metric": "fid"}]}, r"measurement 1, lacks .*'picture_set', 'value'"),
+        ({"measurements": ["fid"]}, "measurement 1, is not a JSON object"),
+    ):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match=message):
+            load_results(tmp_path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        load_results(tmp_path)
+    # Version 1 had no `change`.
+    old = [{k: v for k, v in m.items() if k != "change"} for m in content["measurements"]]
+    path.write_text(json.dumps(content | {"schema_version": 1, "measurements": old}))
+    found = load_results(tmp_path).measurements
+    assert found == tuple(dataclasses.replace(m, change=None) for m in results.measurements)
+
+
+def test_table_is_written_whole_and_a_cut_one_is_refused(tmp_path):
     save_per_image([{"file": "a.png", "prompt": "x\ny"}, {"file": "b.png"}], tmp_path)
     rows = load_per_image(tmp_path)
     assert rows == [{"file": "a.png", "prompt": "x\ny"}, {"file": "b.png", "prompt": ""}]

@@ -1,4 +1,4 @@
-"""Fairness: shared-out concepts, targets and intersections, by hand."""
+"""Fairness: assignment of concepts, targets and intersections, computed by hand."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from evaluations import concept, constant_adapter
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import fairness
+from respodiff_jax.evaluation import drawing, fairness
 from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import Prediction, intersect
 from respodiff_jax.evaluation.suites import Prompt, load_suite
@@ -28,8 +28,8 @@ def test_intersection_counts_combinations():
     np.testing.assert_allclose(joint.probabilities, 0.5)
 
 
-def test_fairness_plan_takes_templates_in_turn(suite):
-    requests = fairness.plan(suite.prompts_for("fairness"), 3, seed=7)
+def test_subjects_take_their_templates_in_turn(suite):
+    requests = drawing.requests_per_subject(suite.prompts_for("fairness"), 3, seed=7)
     assert [(r.prompt, r.seed, r.subject) for r in requests] == [
         ("a photo of a cook", 7, "cook"),
         ("image of cook", 8, "cook"),
@@ -45,7 +45,7 @@ def test_fair_weights_meet_the_target_and_intersect(tiny_backbone):
         constant_adapter(tiny_backbone, 1.0), default_scales=(1.0, 0.5, 1.0, 1.0, 1.0)
     )
     prompts = [Prompt("a cook", "cook"), Prompt("a judge", "judge")]
-    requests = fairness.plan(prompts, 4, seed=0)
+    requests = drawing.requests_per_subject(prompts, 4, seed=0)
     alone = fairness.fair_weights(
         adapter, ["gender"], {"gender": {"man": 0.25, "woman": 0.75}}, requests, 4, seed=0
     )
@@ -70,18 +70,20 @@ def test_fair_weights_meet_the_target_and_intersect(tiny_backbone):
     ("concepts", "images", "each"),
     [(2, 150, {15}), (3, 150, {10}), (2, 15, {1, 2}), (3, 10, {0, 1})],
 )
-def test_concepts_are_shared_out_under_every_template(tiny_backbone, concepts, images, each):
+def test_concepts_are_spread_over_every_template(tiny_backbone, concepts, images, each):
     adapter = dataclasses.replace(
         constant_adapter(tiny_backbone, 1.0),
         concepts=tuple(concept(f"c{i}", "g" if i < concepts else "h") for i in range(5)),
     )
-    requests = fairness.plan(load_suite("winobias").prompts_for("fairness")[:20], images, seed=0)
+    requests = drawing.requests_per_subject(
+        load_suite("winobias").prompts_for("fairness")[:20], images, seed=0
+    )
     weights = fairness.fair_weights(adapter, ["g"], {}, requests, images, seed=0)
     counts = {}
     for request, row in zip(requests, weights, strict=True):
         counts[request.prompt] = counts.get(request.prompt, 0) + row[:concepts]
     assert len(counts) == 20 and {int(n) for row in counts.values() for n in row} == each
-    # Not one concept after the other: a report shows the first pictures.
+    # Concepts are mixed: a report shows the first pictures.
     first = weights.reshape(4, images, -1)[:, :30, :concepts].sum(1)
     assert (first > 0).all()
 
@@ -104,12 +106,12 @@ def test_targets_and_intersections_by_hand(suite, monkeypatch):
     measured, _ = fairness.measure(pictures, None, suite, None, target, [("gender", "tone")])
     found = {m.attribute: m for m, _ in measured if m.subject == "cook"}
     assert found["gender"].value == 0 and found["gender"].interval[1] > 0.5
-    # Light 4/6 of 0.5, dark 1/6 of 0.3, none 1/6 of 0.2; at most 1 - 0.2.
+    # Shares are l 4/6, d 1/6, n 1/6 for targets 0.5, 0.3, 0.2; the largest deviation is 1 - 0.2.
     assert found["tone"].value == pytest.approx((4 / 6 - 0.5) / 0.8)
     joint = found["gender x tone"]
     assert list(joint.counts.values()) == [2, 1, 0, 2, 0, 1]
     assert joint.target == pytest.approx((0.25, 0.15, 0.1, 0.25, 0.15, 0.1))
-    # m x d: 0 of 0.15.
+    # m x d has a share of 0 for a target of 0.15.
     assert joint.value == pytest.approx(0.15 / 0.9)
     (overall,) = [m for m, _ in measured if m.attribute == "tone" and m.subject is None]
-    assert overall.value == found["tone"].value and overall.interval is None  # of one profession
+    assert overall.value == found["tone"].value and overall.interval is None  # one profession

@@ -1,4 +1,4 @@
-"""Distances to reference pictures: CLIP's always, Inception's where clean-fid is whole."""
+"""Distances to reference pictures: always of CLIP features, of Inception's with clean-fid."""
 
 import importlib.metadata
 import sys
@@ -13,8 +13,16 @@ from PIL import Image
 from respodiff_jax import cli
 from respodiff_jax.backbone import load_clip
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import inception, metrics, quality
-from respodiff_jax.evaluation.results import load_results
+from respodiff_jax.evaluation import inception, load_results, quality
+from respodiff_jax.evaluation.metrics import frechet_contributions, kernel_contributions
+
+
+def frechet_distance(x, y):
+    return frechet_contributions(x, y).mean()
+
+
+def kernel_distance(x, y):
+    return kernel_contributions(x, y).mean()
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def folders(tmp_path):
 
 
 def _clean_fid(monkeypatch, tmp_path):
-    """A stand-in for clean-fid, whose features are the colours' means."""
+    """A stand-in for clean-fid with the mean colours as features."""
     calls = []
 
     class InceptionV3W:
@@ -66,9 +74,11 @@ def _clean_fid(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fid(monkeypatch):
-    """clean-fid itself. What it takes of torchvision, which must fit the installed torch to be
-    imported at all, is one function that moves the colours to the front, and the bases of an
-    Inception that is not used here."""
+    """clean-fid itself, with a stand-in for torchvision, which imports only beside its own torch.
+
+    clean-fid uses a function that moves the colours to the front, and bases of an Inception that
+    these tests do not use.
+    """
 
     class ToTensor:
         def __call__(self, pixels):
@@ -85,21 +95,21 @@ def fid(monkeypatch):
         del sys.modules[name]
 
 
-def test_distances_against_clean_fid(fid, monkeypatch):
+def test_distances_equal_clean_fid(fid, monkeypatch):
     # The argument `disp` that clean-fid gives is deprecated in scipy.
     root = types.SimpleNamespace(sqrtm=lambda matrix, disp: (scipy.linalg.sqrtm(matrix), None))
     monkeypatch.setattr(fid, "linalg", root)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
     y = rng.normal(size=(300, 12)) + 0.5
-    assert metrics.frechet_distance(x, y) == pytest.approx(fid.fid_from_feats(x, y), rel=1e-8)
-    # Theirs is a mean over subsets, of which there is only one where both sets are as large.
+    assert frechet_distance(x, y) == pytest.approx(fid.fid_from_feats(x, y), rel=1e-8)
+    # Theirs is a mean over subsets; with sets of equal size there is only one subset.
     theirs = fid.kernel_distance(x, y[:200], num_subsets=1)
-    assert metrics.kernel_distance(x, y[:200]) == pytest.approx(theirs, rel=1e-8)
+    assert kernel_distance(x, y[:200]) == pytest.approx(theirs, rel=1e-8)
 
 
 class _Features(torch.nn.Module):
-    """2048 features of pictures of 299 x 299, as TorchScript."""
+    """2048 features of pictures of 299 x 299 pixels, as TorchScript."""
 
     def __init__(self):
         super().__init__()
@@ -111,10 +121,8 @@ class _Features(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_fid_and_kid_of_files_by_clean_fids_features(
-    fid, folders, clip_folder, tmp_path, monkeypatch
-):
-    """All but the published weights, in whose place is a small network with random ones."""
+def test_fid_and_kid_equal_clean_fid_on_files(fid, folders, clip_folder, tmp_path, monkeypatch):
+    """Only the published weights are replaced, by a small random network."""
     torch.manual_seed(0)
     network = torch.nn.Module()
     network.layers = _Features()
@@ -138,12 +146,12 @@ def test_fid_and_kid_of_files_by_clean_fids_features(
         )
         for folder in folders
     ]
-    assert results.value("fid", "given") == pytest.approx(metrics.frechet_distance(*theirs))
-    assert results.value("kid", "given") == pytest.approx(metrics.kernel_distance(*theirs))
+    assert results.value("fid", "given") == pytest.approx(frechet_distance(*theirs))
+    assert results.value("kid", "given") == pytest.approx(kernel_distance(*theirs))
     assert results.scored["inception"]["version"] == importlib.metadata.version("clean-fid")
 
 
-def test_command_without_clean_fid_says_so_and_names_no_fid(
+def test_command_without_clean_fid_measures_no_fid_and_says_so(
     folders, clip_folder, tmp_path, monkeypatch
 ):
     made, real = folders
@@ -168,10 +176,10 @@ def test_command_without_clean_fid_says_so_and_names_no_fid(
         for folder in folders
     ]
     found = results.value("clip_frechet_distance", "given")
-    assert found == pytest.approx(metrics.frechet_distance(*features), abs=1e-6)
+    assert found == pytest.approx(frechet_distance(*features), abs=1e-6)
 
 
-def test_command_with_clean_fid_measures_fid_besides(folders, clip_folder, tmp_path, monkeypatch):
+def test_command_with_clean_fid_also_measures_fid(folders, clip_folder, tmp_path, monkeypatch):
     made, real = folders
     calls = _clean_fid(monkeypatch, tmp_path)
     argv = ["evaluate", "quality", "--images", str(made), "--reference", str(real)]
@@ -183,24 +191,22 @@ def test_command_with_clean_fid_measures_fid_besides(folders, clip_folder, tmp_p
         np.array([np.asarray(Image.open(f)).mean((0, 1)) for f in sorted(folder.glob("*.png"))])
         for folder in folders
     ]
-    assert results.value("fid", "given") == pytest.approx(
-        metrics.frechet_distance(*means), rel=1e-4
-    )
-    assert results.value("kid", "given") == pytest.approx(metrics.kernel_distance(*means), rel=1e-4)
+    assert results.value("fid", "given") == pytest.approx(frechet_distance(*means), rel=1e-4)
+    assert results.value("kid", "given") == pytest.approx(kernel_distance(*means), rel=1e-4)
     assert results.value("clip_frechet_distance", "given") < results.value("fid", "given")
     assert results.scored["inception"]["version"] == "0.1.35"
     (kid,) = results.find("kid")
     assert kid.interval[0] < kid.value < kid.interval[1]
 
 
-def test_a_broken_clean_fid_is_explained(monkeypatch, tmp_path):
+def test_broken_clean_fid_is_explained(monkeypatch, tmp_path):
     _clean_fid(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "cleanfid", None)
     with pytest.raises(UserError, match=r"cannot be used .*\.\[eval\]"):
         inception.Inception()
 
 
-def test_references_that_are_none(tmp_path):
+def test_bad_reference_folders_are_explained(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         quality.open_reference(tmp_path / "none")
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")

@@ -1,4 +1,4 @@
-"""Reports and comparisons: their numbers, their pictures, and how they look in a browser."""
+"""Reports and comparisons: their numbers, their pictures, and their layout in a browser."""
 
 import base64
 import dataclasses
@@ -17,14 +17,8 @@ from PIL import Image
 
 from respodiff_jax import cli
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation.report import (
-    charts,
-    glossary,
-    sections,
-    thumbnails,
-    write_comparison,
-    write_report,
-)
+from respodiff_jax.evaluation import compare
+from respodiff_jax.evaluation.report import charts, glossary, sections, thumbnails, write_report
 from respodiff_jax.evaluation.report.evaluation import attributes as attributes_of
 from respodiff_jax.evaluation.report.markup import Markup, flat, fragment, tag
 from respodiff_jax.evaluation.results import Measurement, load_per_image, save_per_image
@@ -93,7 +87,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_all_overall_numbers_stand_in_the_page(evaluation, run):
+def test_page_has_all_overall_numbers(evaluation, run):
     folder, results = evaluation
     page = read(write_report(folder, run))
     for m in results.measurements:
@@ -109,7 +103,7 @@ def test_all_overall_numbers_stand_in_the_page(evaluation, run):
     assert "Before you believe the numbers" in page.text
 
 
-def test_the_papers_numbers_stand_apart(evaluation):
+def test_papers_numbers_have_their_own_columns(evaluation):
     page = write_report(evaluation[0]).read_text(encoding="utf-8")
     row = re.search(r"<tr><th[^>]*>Deviation ratio, gender.*?</tr>", page).group()
     assert re.findall(r'<td class="paper"[^>]*>(.*?)</td>', row) == ["0.68", "0.14"]
@@ -120,7 +114,7 @@ def test_the_papers_numbers_stand_apart(evaluation):
     assert "the paper, SD 1.4" in page
 
 
-def test_the_page_is_self_contained(evaluation, run):
+def test_page_is_self_contained(evaluation, run):
     path = write_report(evaluation[0], run)
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -132,7 +126,7 @@ def test_the_page_is_self_contained(evaluation, run):
     assert path.stat().st_size < 1_000_000
 
 
-def test_pictures_are_small_marked_and_described(evaluation):
+def test_pictures_are_thumbnails_with_badges_and_descriptions(evaluation):
     folder = evaluation[0]
     page = read(write_report(folder))
     images = page.all("img")
@@ -192,7 +186,7 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<img src=x onerror=alert(3)>" in page.text
 
 
-def test_base_alone_has_no_verdict_of_change(tmp_path):
+def test_base_model_alone_shows_no_change(tmp_path):
     results = evaluation_folder(tmp_path, sets=("base",), professions=("doctor", "teacher"))
     page = read(write_report(tmp_path))
     value = results.value("deviation_ratio", "base", attribute="gender")
@@ -201,7 +195,7 @@ def test_base_alone_has_no_verdict_of_change(tmp_path):
     assert len(page.all("img")) == 2 * 8
 
 
-def test_partial_results_make_a_page(tmp_path):
+def test_partial_results_give_a_page(tmp_path):
     evaluation_folder(tmp_path, professions=("doctor",))
     shutil.rmtree(tmp_path / "fairness")
     assert "The pictures are not in this folder." in read(write_report(tmp_path)).text
@@ -212,21 +206,21 @@ def test_partial_results_make_a_page(tmp_path):
     assert "Nothing was measured" in read(write_report(tmp_path)).text
 
 
-def test_no_results_and_no_losses_are_errors(evaluation, tmp_path):
+def test_missing_results_or_losses_are_refused(evaluation, tmp_path):
     with pytest.raises(UserError, match=r"has no results\.json"):
         write_report(tmp_path)
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl; expected a training workdir"):
         write_report(evaluation[0], tmp_path)
 
 
-def test_a_change_that_may_be_chance_is_said():
+def test_change_that_may_be_chance_is_reported():
     def pair(change):
         return {
             "base": Measurement("clip_score", "base", 30, 5, "quality", (29, 31)),
             "adapted": Measurement("clip_score", "adapted", 31, 5, "quality", (30, 32), change),
         }
 
-    # That the intervals overlap says nothing: pictures of the same noise vary together.
+    # Overlapping intervals show nothing: pictures that share their noise vary together.
     assert glossary.sentence(pair((0.4, 1.6))) == "The CLIP score rises from 30.00 to 31.00"
     assert glossary.sentence(pair(None)) == "The CLIP score rises from 30.00 to 31.00"
     doubt = "The CLIP score rises from 30.00 to 31.00, which may be chance"
@@ -234,7 +228,7 @@ def test_a_change_that_may_be_chance_is_said():
     assert glossary.sentence(pair((-0.2, 2.2)), interval=True) == f"{doubt} (−0.20 to +2.20)"
 
 
-def test_a_number_of_another_version_or_attribute_is_another_number():
+def test_metrics_match_only_within_version_and_attribute():
     def one(images, **fields):
         return Measurement("deviation_ratio", images, 0.5, 9, "fairness", **fields)
 
@@ -253,14 +247,14 @@ def test_a_number_of_another_version_or_attribute_is_another_number():
     assert glossary.label(found[1]) == "Deviation ratio, gender, version 2"
 
 
-def test_negative_numbers_are_written_as_such():
+def test_negative_numbers_have_a_minus_sign():
     m = Measurement("clip_kernel_distance", "adapted", -0.0005, 48, "quality", (-0.0008, 0.00001))
     assert glossary.value_text(m) == "−0.50"
     assert glossary.interval_text(m) == "−0.80 to 0.01"
     assert glossary.value_text(dataclasses.replace(m, value=-0.000001)) == "0.00"
 
 
-def test_a_target_of_unequal_shares_is_written_out(evaluation):
+def test_unequal_target_shares_are_written_out(evaluation):
     _, results = evaluation
     shares = {"gender": (0.25, 0.75)}
     found = tuple(
@@ -285,19 +279,19 @@ def test_shares_bar_has_the_counts_and_the_target():
     assert re.findall(r">(. \d+)</text>", bar) == ["● 75", "◆ 25"]
 
 
-def test_dots_stay_within_their_chart():
+def test_dots_and_intervals_stay_within_their_chart():
     dot = charts.dot(0.25, (-0.5, 1.5), (0.0, 1.0), "a dot")
     assert 'cx="25.00%"' in dot
     assert 'x1="0.00%" x2="100.00%"' in dot
 
 
-def test_scales_end_where_there_is_nothing_more():
+def test_scales_end_at_the_possible_values():
     assert charts.domain([0.5, 1.0], glossary.percent, (0.0, 1.0)) == pytest.approx((0.46, 1.0))
     assert charts.domain([-1.0, 1.0], str, (-np.inf, np.inf)) == pytest.approx((-1.16, 1.16))
     assert charts.domain([0.0, 0.0], str, (-np.inf, np.inf)) == pytest.approx((-0.1, 0.1))
 
 
-def test_curves_are_logarithmic_and_skip_what_is_not_positive():
+def test_curves_are_logarithmic_and_skip_values_that_are_not_positive():
     line = charts.Line("a", [(0, 1.0), (50, 0.1), (75, 0.0), (100, 0.01)])
     chart = charts.lines("loss", [line], "steps")
     assert 'd="M0.0 0.0L500.0 500.0L1000.0 1000.0"' in chart
@@ -320,14 +314,14 @@ def test_losses_of_all_waves_are_drawn(evaluation, tmp_path):
     ]
 
 
-def test_markup_escapes_what_is_not_markup():
+def test_text_is_escaped_and_markup_is_not():
     inner = tag("b", "<", title='"')
     assert inner == '<b title="&quot;">&lt;</b>'
     assert tag("p", inner, ["x", None, 1]) == f"<p>{inner}x1</p>"
     assert fragment(inner + "") == '&lt;b title="&amp;quot;"&gt;&amp;lt;&lt;/b&gt;'
 
 
-def test_settings_are_flat():
+def test_nested_settings_are_flattened():
     assert flat({"a": {"b_c": [1, "x"], "d": None}, "e": [[1]], "f": 0.1}) == {
         "a: b c": "1, x",
         "e": "[[1]]",
@@ -342,18 +336,17 @@ def weaker(tmp_path_factory):
     return folder
 
 
-def test_a_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_path):
+def test_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_path):
     content = json.loads((weaker / "results.json").read_text())
     content["made"]["sampling"]["guidance_scale"] = 5.0
     (weaker / "results.json").write_text(json.dumps(content))
-    page = read(write_comparison([evaluation[0], weaker], tmp_path / "pages" / "both.html"))
+    page = read(compare([evaluation[0], weaker], tmp_path / "pages" / "both.html"))
     assert "2 evaluations side by side" in page.text
     assert f"{evaluation[0].name} " in page.text and f"{weaker.name} " in page.text
-    # The strangers' professions are left out: doctor and teacher, base and two adapted, of which
-    # the one run has more pictures than the other.
+    # Only shared professions are shown: doctor and teacher, each with base and two adapted rows.
     assert len(page.all("img")) == 2 * 3 * 8
     assert "sampling: guidance scale 7.5 5" in page.text
-    # What is to be said of both is said once.
+    # A warning of both runs is shown once.
     assert page.text.count("mean little") == 1
     assert f"{evaluation[0].name}, {weaker.name}: the classifier finds only 50%" in page.text
     assert evaluation[1].made["adapter"]["sha256"] not in page.text
@@ -374,7 +367,7 @@ def test_compare_on_the_command_line(evaluation, weaker, tmp_path, capsys):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (390, 1280)
-# Everything that sticks out of a frame, but for what scrolls within it; and numbers out of place.
+# Elements that are wider than the frame, unless they scroll within it, and numbers that are cut.
 MEASURE = """
 for (const frame of document.querySelectorAll('iframe')) frame.addEventListener('load', () => {
   const page = frame.contentDocument, width = frame.clientWidth;
@@ -397,7 +390,7 @@ for (const frame of document.querySelectorAll('iframe')) frame.addEventListener(
 
 
 def measured_in_browser(path, folder, dark):
-    """What `MEASURE` says of a page at all widths."""
+    """The reports of `MEASURE` on a page at all widths."""
     content = path.read_text(encoding="utf-8")
     frames = [
         tag("iframe", srcdoc=content, style=f"border:0;height:900px;width:{width}px")
@@ -422,11 +415,11 @@ def measured_in_browser(path, folder, dark):
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the path")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("kind", ["report", "comparison"])
-def test_nothing_sticks_out_of_a_phone_or_a_desk(kind, dark, evaluation, weaker, run, tmp_path):
+def test_pages_fit_a_phone_and_a_desktop(kind, dark, evaluation, weaker, run, tmp_path):
     if kind == "report":
         path = write_report(evaluation[0], run)
     else:
-        path = write_comparison([evaluation[0], weaker], tmp_path / "comparison.html")
+        path = compare([evaluation[0], weaker], tmp_path / "comparison.html")
     found = measured_in_browser(path, tmp_path, dark)
     assert sorted(f["width"] for f in found) == list(WIDTHS)
     for frame in found:
@@ -437,8 +430,9 @@ def test_nothing_sticks_out_of_a_phone_or_a_desk(kind, dark, evaluation, weaker,
 
 
 def test_pages_are_written_without_jax():
-    """Which takes long to import."""
+    """JAX takes long to import."""
     heavy = "{'jax', 'flax', 'torch', 'diffusers', 'transformers'}"
-    code = f"import sys, respodiff_jax.evaluation.report; print({heavy} & {{*sys.modules}})"
+    code = "import sys; from respodiff_jax.evaluation import compare;"
+    code += f" import respodiff_jax.evaluation.report; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -1,25 +1,27 @@
-"""Evaluation suites: those shipped, and files with mistakes."""
+"""Evaluation suites: those of the package, and files with mistakes."""
 
 import json
 
 import pytest
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation.plan import missing
-from respodiff_jax.evaluation.suites import Prompt, PromptSet, load_suite
+from respodiff_jax.evaluation.spec import lacking
+from respodiff_jax.evaluation.suites import Prompt, PromptSet, load_suite, prompts_to_draw
 
 
-def test_what_a_suite_lacks_is_left_out(suite):
-    assert missing(suite, {}) == {}
-    lacks = missing(load_suite("winobias"), {})
+def test_parts_that_a_suite_cannot_serve_are_named(suite):
+    assert lacking(suite, prompts_to_draw(suite, {}, None)) == {}
+    winobias = load_suite("winobias")
+    prompts = prompts_to_draw(winobias, {}, None)
+    lacks = lacking(winobias, prompts)
     assert list(lacks) == ["quality", "safety"]
     assert "no prompts for quality" in lacks["quality"] and "no detector" in lacks["safety"]
-    captions = PromptSet((Prompt("a cat"),), {})
-    (lack,) = missing(load_suite("winobias"), {"quality": captions}, ["nudenet"]).values()
+    prompts |= {"quality": PromptSet((Prompt("a cat"),))}
+    (lack,) = lacking(winobias, prompts, has_detectors=True).values()
     assert "no prompts for safety" in lack
 
 
-def test_suites_shipped_and_wrong(tmp_path):
+def test_shipped_suites_open_and_mistakes_are_explained(tmp_path):
     suite = load_suite("winobias")
     assert len(suite.subjects) == 36 and len(suite.templates) == 5
     assert suite.prompts("CEO")[0] == "image of CEO"
@@ -41,7 +43,7 @@ def test_suites_shipped_and_wrong(tmp_path):
         ({"templates": ["a photo"]}, "template 'a photo'"),
         ({"subjects": []}, "no subjects"),
         ({"subject_classes": {"judge": ["x"], "king": ["y"]}}, r"subject_classes lack \['cook'\]"),
-        ({"colour": 1}, "colour"),
+        ({"colour": 1}, r"unknown fields .'colour'."),
         ({"subjects": "cook"}, "subjects are 'cook', expected a list of texts"),
         ({"templates": "{subject}"}, "templates are '{subject}', expected a list"),
         ({"captions": "a cat"}, "captions are 'a cat', expected a list"),
@@ -59,7 +61,7 @@ def test_suites_shipped_and_wrong(tmp_path):
     with pytest.raises(UserError, match="neither a readable JSON file nor one of"):
         load_suite(str(tmp_path / "none.json"))
     path.write_text("[]")
-    with pytest.raises(UserError, match="it holds list, expected an object"):
+    with pytest.raises(UserError, match=r"suite\.json is not a JSON object of fields"):
         load_suite(str(path))
     path.write_text(json.dumps(content))
     (tmp_path / "clip").mkdir()

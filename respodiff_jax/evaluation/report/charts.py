@@ -1,7 +1,7 @@
 """Charts as inline SVG without scripts.
 
-Widths are in percent, so that a chart fills a phone or a desk while its text keeps its size.
-Colours are classes of the style sheet, which knows light and dark.
+Widths are in percent: a chart fills a phone or a desktop while its text keeps its size. Colours are
+classes of the style sheet, which has a light and a dark scheme.
 """
 
 import dataclasses
@@ -12,22 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from respodiff_jax.evaluation.report.glossary import percent, readable
 from respodiff_jax.evaluation.report.markup import Markup, fragment, tag
 
-# Values differ by shape and by colour; of six colours and seven shapes, 42 pairs are distinct.
+# A value has a shape and a colour; six colours and seven shapes make 42 different pairs.
 SYMBOLS, COLOURS = "●◆▲■★▼✚", 6
 LANE = 22  # height in pixels
-_WORTH_A_LABEL = 0.22  # narrower parts of a bar have no room for text
+_MIN_LABELLED = 0.22  # narrower parts of a bar have no space for text
 _LINES, _DASHES = 6, ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4")
-_FIRST_COLOUR = 3  # of lines: those before are the values' of most attributes
-_POINTS = 120  # of a line; more are averaged
+_FIRST_COLOUR = 3  # of lines; most attributes use the colours before it for their values
+_POINTS = 120  # of a line; more points are averaged
 
 
 def symbol(index: int) -> str:
-    """The shape of an attribute's value."""
+    """The shape of an attribute's value number `index`."""
     return SYMBOLS[index % len(SYMBOLS)]
 
 
 def colour(index: int) -> str:
-    """The class of an attribute's value, which sets `--value` and `--on-value`."""
+    """The CSS class of an attribute's value number `index`; it sets `--value` and `--on-value`."""
     return f"v{index % COLOURS}"
 
 
@@ -46,16 +46,16 @@ def row(name: str, *lanes: Markup) -> Markup:
 
 
 def lane(who: str, *cells: Markup | str) -> Markup:
-    """One set of pictures in a row: its name, charts and numbers side by side."""
+    """The charts and numbers of one set of pictures side by side, after its name `who`."""
     return tag("div", tag("span", who, class_="who"), cells, class_=f"lane {who}")
 
 
 def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Markup:
-    """A bar of parts, one for each value, and the target as lines between the parts.
+    """A bar with a part for each value, and the target shares as lines.
 
     Args:
       counts: pictures by value.
-      target: share of each value, or None.
+      target: target share of each value, or None.
     """
     total = sum(counts.values()) or 1
     shares = [count / total for count in counts.values()]
@@ -70,7 +70,7 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Mar
         for class_ in ("target-halo", "target"):
             parts.append(_line(x, 0, LANE, class_))
     for i, (start, share) in enumerate(zip(starts, shares, strict=False)):
-        if share >= _WORTH_A_LABEL:
+        if share >= _MIN_LABELLED:
             parts.append(_share_text(i, start, share, i == len(shares) - 1))
     if target:
         aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(names, target, strict=True))
@@ -91,7 +91,7 @@ def dot(
       value: the number.
       interval: its confidence interval, or None.
       domain: values at the left and the right edge.
-      description: for who cannot see it.
+      description: text for screen readers.
       bar: whether to draw a bar from the left edge.
     """
     low, high = domain
@@ -114,7 +114,7 @@ def dot(
 
 
 def axis(labels: Sequence[tuple[float, str]]) -> Markup:
-    """Texts at places from 0 to 1 above the charts of a column."""
+    """Texts above the charts of a column, each at a place from 0 to 1."""
     texts = [
         tag("text", text, x=_percent(x), y=12, class_=f"tick {_anchor(x)}") for x, text in labels
     ]
@@ -124,8 +124,10 @@ def axis(labels: Sequence[tuple[float, str]]) -> Markup:
 def domain(
     values: Sequence[float], text: Callable[[float], str], within: tuple[float, float]
 ) -> tuple[float, float]:
-    """Edges around values, a little wider than they are but `within` what there can be; `text`
-    decides what counts as equal."""
+    """Edges around values, with a small margin but `within` the possible values.
+
+    Values count as equal if `text` writes them alike.
+    """
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) if text(low) != text(high) else 0.1 * (abs(high) or 1)
     return max(low - margin, within[0]), min(high + margin, within[1])
@@ -133,7 +135,7 @@ def domain(
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A named series of points, in the order of x."""
+    """A named series of points in ascending order of x."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -144,9 +146,9 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
 
     Args:
       title: what the values are.
-      series: the lines; values must be positive, others are left out. More than six are drawn
+      series: the lines; values that are not positive are left out. More than six lines are drawn
         as their mean.
-      x_name: what x counts.
+      x_name: unit of x.
     """
     series = [Line(s.name, [p for p in s.points if p[1] > 0]) for s in series]
     series = [s for s in series if s.points]
@@ -226,7 +228,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of round numbers around and between two logarithms, six at most."""
+    """Logarithms of at most six round numbers that enclose two logarithms."""
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [
             decade + math.log10(step)
@@ -264,7 +266,7 @@ def _svg(description: str | None, *parts: object, height: int = LANE) -> Markup:
 
 
 def _share_text(i: int, start: float, share: float, last: bool) -> Markup:
-    """A part's share at the bar's edge, or in the middle of a part between others."""
+    """The share of a part as text: at the bar's edge, or in the middle of an inner part."""
     x, dx, anchor = start + share / 2, 0, "middle"
     if i == 0:
         x, dx, anchor = 0.0, 4, "start"

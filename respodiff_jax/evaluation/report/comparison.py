@@ -1,4 +1,4 @@
-"""Several evaluations on one page: what each found, what differs in how they were made."""
+"""Several evaluations on one page: their results, and the settings that differ."""
 
 import os
 import pathlib
@@ -19,27 +19,28 @@ from respodiff_jax.evaluation.report.markup import (
 from respodiff_jax.evaluation.results import Measurement, Results, load_results
 from respodiff_jax.storage import local_path, write_whole
 
-OPEN_SUBJECTS = 4  # the others' pictures are folded away
-PHONE_COLUMNS = 3  # cells of a row of numbers side by side
+OPEN_SUBJECTS = 4  # the pictures of further subjects are folded away
+PHONE_COLUMNS = 3  # cells side by side in a row of numbers
 
-# What tells runs apart without making their numbers incomparable.
+# Settings that may differ while numbers stay comparable.
 _EXPECTED_TO_DIFFER = ("adapter:", "date", "seconds")
 
 Runs = Mapping[str, Results]  # by name
 
 
-def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
-    """Writes a page that puts evaluations side by side.
+def compare(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
+    """Writes a self-contained page that puts evaluations side by side.
 
     Args:
-      folders: two or more, each with `results.json`, in the order to show.
-      out: the HTML file to write.
+      folders: two or more folders that `evaluate` wrote, in the order to show.
+      out: the HTML file to write; its folder is created.
 
     Returns:
-      Its path.
+      The file's path.
 
     Raises:
-      UserError: if there are fewer than two, or one has no readable results.
+      UserError: if there are fewer than two folders, one has no readable results, or the file
+        cannot be written.
     """
     if len(folders) < 2:
         raise UserError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
@@ -48,13 +49,17 @@ def write_comparison(folders: Sequence[str | os.PathLike], out: str | os.PathLik
     runs = {name: load_results(path) for name, path in paths.items()}
     parts = [_metrics(runs), _table(runs), _pictures(runs, paths), _differences(runs)]
     title = f"Comparison: {', '.join(runs)}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page(title, _header(runs), tag("main", parts)))
+    html = page(title, _header(runs), tag("main", parts))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, html)
+    except OSError as error:
+        raise UserError(f"`out` {path} cannot be written: {error}") from error
     return path
 
 
 def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
-    """The shortest ends of the paths that tell all of them apart."""
+    """The shortest endings of the paths that are all different."""
     parts = [pathlib.Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts))):
         names = ["/".join(part[-length:]) for part in parts]
@@ -64,12 +69,12 @@ def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _quantities(runs: Runs) -> list[dict[str, dict[str, Measurement]]]:
-    """The pairs of each quantity by run; of runs that did not measure it none."""
+    """Each quantity by run and set of pictures; a run that did not measure it is absent."""
     together: dict[tuple, dict[str, dict[str, Measurement]]] = {}
     for name, results in runs.items():
         for pair in glossary.overall(results.measurements):
             m = next(iter(pair.values()))
-            key = (m.protocol, m.metric, m.attribute, m.version)
+            key = (m.part, m.metric, m.attribute, m.version)
             together.setdefault(key, {})[name] = pair
     return list(together.values())
 
@@ -79,7 +84,7 @@ def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
 
 
 def _header(runs: Runs) -> Markup:
-    rows = {name: _whose(r) for name, r in runs.items()}
+    rows = {name: _evaluated(r) for name, r in runs.items()}
     notes: dict[str, list[str]] = {}
     for name, r in runs.items():
         for text in r.warnings:
@@ -95,7 +100,7 @@ def _header(runs: Runs) -> Markup:
     )
 
 
-def _whose(results: Results) -> str:
+def _evaluated(results: Results) -> str:
     """What was evaluated, in words."""
     name = evaluation.model_name(results)
     if not results.made.get("model"):
@@ -109,17 +114,17 @@ def _metrics(runs: Runs) -> Markup:
         for quantity in _quantities(runs)
     ]
     return section(
-        "What they found",
+        "Results",
         (tag("div", chart, class_="chart") for chart in charts),
-        note="Dots with 95 % intervals, the base model hollow, with the adapter filled. Each metric"
-        " has its own scale, which does not start at zero.",
+        note="Dots have 95 % intervals; those of the base model are hollow. Each metric has its own"
+        " scale, which does not start at zero.",
     )
 
 
 def _table(runs: Runs) -> Markup:
     rows = []
     for quantity in _quantities(runs):
-        sets = [s for s in glossary.IMAGES if any(s in pair for pair in quantity.values())]
+        sets = [s for s in glossary.PICTURE_SETS if any(s in pair for pair in quantity.values())]
         for s in sets:
             found = [quantity.get(name, {}).get(s) for name in runs]
             cells = [
@@ -156,17 +161,17 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
         "The same professions",
         cards[:OPEN_SUBJECTS],
         folded(f"{len(rest)} more professions", rest) if rest else None,
-        note=f"The base row is of {first}. "
+        note=f"The base pictures are those of {first}. "
         + (
             "Pictures one above the other started from the same noise."
             if _same_seeds(found.values())
-            else "The seeds differ, so pictures one above the other are not of the same noise."
+            else "The seeds differ, so pictures one above the other started from different noise."
         ),
     )
 
 
 def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
-    """Whether pictures of the same profession and place have the same seed everywhere."""
+    """Whether pictures at the same place of a profession have the same seed in all runs."""
     seeds: dict[tuple[str, int], str] = {}
     return all(
         seeds.setdefault((subject, place), row.get("seed", "")) == row.get("seed", "")
@@ -197,12 +202,12 @@ def _differences(runs: Runs) -> Markup:
         return table("Settings", head, rows)
 
     return section(
-        "What differs in how they were made",
+        "Settings that differ",
         fragment(
-            tag("p", "Numbers may differ because of these, not because of the adapters:"),
+            tag("p", "These may change the numbers, apart from the adapters:"),
             listed(doubtful),
         )
         if doubtful
-        else tag("p", "Model, settings, scoring and versions are the same."),
+        else tag("p", "Model, settings, judges and versions are the same."),
         folded("Adapters and dates", listed(expected)) if expected else None,
     )

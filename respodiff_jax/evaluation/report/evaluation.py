@@ -1,4 +1,4 @@
-"""`report.html`: an evaluation as one self-contained page, of numbers, charts and pictures."""
+"""`report.html`: one self-contained page with an evaluation's numbers, charts and pictures."""
 
 import datetime
 import os
@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from respodiff_jax.evaluation.report import glossary, sections, thumbnails
-from respodiff_jax.evaluation.report.glossary import IMAGES
+from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
     definitions,
@@ -28,7 +28,7 @@ from respodiff_jax.evaluation.results import (
 from respodiff_jax.storage import write_whole
 
 REPORT_FILE = "report.html"
-OPEN_SUBJECTS = 4  # the others' pictures are folded away
+OPEN_SUBJECTS = 4  # the pictures of further subjects are folded away
 
 
 def write_report(
@@ -37,9 +37,8 @@ def write_report(
     """Writes `report.html` into an evaluation's folder.
 
     Args:
-      folder: with `results.json`, and `per_image.csv` and the pictures that it names where they
-        are to be shown.
-      workdir: of the run or the batch that trained the adapter, for its loss curves, or None.
+      folder: has `results.json`; pictures are shown if it has `per_image.csv` and the pictures.
+      workdir: training workdir of the adapter, for its loss curves, or None.
 
     Returns:
       The page's path.
@@ -70,12 +69,12 @@ def write_report(
 
 
 def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
-    """The pictures of an evaluation; none where there is no `per_image.csv`."""
+    """The lines of `per_image.csv`; [] if there is none."""
     return load_per_image(folder) if (folder / PER_IMAGE_FILE).is_file() else []
 
 
 def attributes(results: Results) -> dict[str, tuple[str, ...]]:
-    """The attributes whose deviation was measured, the adapter's first, with their values."""
+    """The attributes with a deviation ratio, and their values; the adapter's groups come first."""
     found: dict[str, tuple[str, ...]] = {}
     for m in results.find("deviation_ratio"):
         if m.attribute and m.counts:
@@ -85,19 +84,19 @@ def attributes(results: Results) -> dict[str, tuple[str, ...]]:
 
 
 def marked(results: Results, rows: Sequence[thumbnails.Row]) -> list[thumbnails.Attribute]:
-    """The attributes to mark on pictures, those that `per_image.csv` has a column of."""
+    """The attributes to mark on pictures: those with a column in `per_image.csv`."""
     columns = rows[0] if rows else ()
     found = attributes(results).items()
     return [thumbnails.Attribute(name, values) for name, values in found if name in columns]
 
 
 def concepts(results: Results) -> list[str]:
-    """Names of the adapter's concepts; none without an adapter."""
+    """Names of the adapter's concepts; [] without an adapter."""
     return [str(name) for name in _adapter(results).get("concepts", ())]
 
 
 def model_name(results: Results) -> str:
-    """The model's name, or the folder of pictures made elsewhere."""
+    """The model's name, or the folder of existing pictures."""
     model = results.made.get("model") or {}
     return str(model.get("name") or results.made.get("images") or "unnamed model")
 
@@ -109,10 +108,10 @@ def _adapter(results: Results) -> Mapping:
 def _header(results: Results) -> Markup:
     pairs = _by_importance(results)
     if results.made.get("model"):
-        of = {"model": model_name(results), "adapter": ", ".join(concepts(results)) or "none"}
+        facts = {"model": model_name(results), "adapter": ", ".join(concepts(results)) or "none"}
     else:
-        of = {"folder": model_name(results)}
-    facts = of | {"pictures": f"{_count(results):,}", "date": _day(results)}
+        facts = {"folder": model_name(results)}
+    facts |= {"pictures": f"{_count(results):,}", "date": _day(results)}
     dek = " ".join(
         [glossary.explained(p) for p in pairs[:1]]
         + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
@@ -130,10 +129,10 @@ def _header(results: Results) -> Markup:
 
 
 def _count(results: Results) -> int:
-    """Pictures of all sets; given ones are the same for all protocols."""
+    """Number of pictures; existing pictures are the same for all parts."""
     largest: dict[tuple[str, str], int] = {}
     for m in results.measurements:
-        key = ("" if m.images == "given" else m.protocol, m.images)
+        key = ("" if m.picture_set == "given" else m.part, m.picture_set)
         largest[key] = max(largest.get(key, 0), m.n)
     return sum(largest.values())
 
@@ -148,7 +147,7 @@ def _day(results: Results) -> str:
 
 
 def _by_importance(results: Results) -> list[dict[str, Measurement]]:
-    """What was measured over all subjects: first what the adapter is for, last what it costs."""
+    """The quantities over all subjects: first what the adapter is for, last its costs."""
     first = [*attributes(results)]
     order = ["deviation_ratio", "unsafe_rate", "clip_score"]
     if _adapter(results).get("safe") and not _adapter(results).get("groups"):
@@ -171,7 +170,7 @@ def _pictures(
     if not by_subject:
         return None
     names = marked(results, rows)
-    sets = [name for name in IMAGES if any(name in found for found in by_subject.values())]
+    sets = [name for name in PICTURE_SETS if any(name in found for found in by_subject.values())]
     columns = thumbnails.columns_for(len(by_subject), len(sets))
     shown = thumbnails.MAX_PICTURES // (columns * len(sets))
     cards = []
@@ -185,7 +184,7 @@ def _pictures(
     if len(sets) > 1:
         note += " Pictures one above the other started from the same noise."
     if names:
-        note += " What the classifier saw stands below each."
+        note += " Below each is what the classifier saw."
     if left_out := len(by_subject) - len(cards):
         note += f" {left_out} professions are not shown."
     rest = cards[OPEN_SUBJECTS:]
@@ -198,14 +197,14 @@ def _pictures(
 
 
 def warnings(texts: Sequence[str]) -> Markup | None:
-    """What a reader should know first, or None where there is nothing."""
+    """What a reader should know before the numbers; None without texts."""
     items = (tag("li", text) for text in texts)
     title = tag("h2", "Before you believe the numbers")
     return tag("aside", title, tag("ul", items), class_="warnings") if texts else None
 
 
 def card(subject: str, facts: str, grid: Markup) -> Markup:
-    """A profession's pictures under its name."""
+    """The pictures of a profession under its name."""
     return tag("article", tag("h3", subject or "all", tag("small", facts)), grid, class_="card")
 
 
@@ -235,10 +234,11 @@ def _making(results: Results) -> Markup:
         (fragment(tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs),
         tag(
             "p",
-            "Intervals have 95 % confidence: Wilson's of shares and of the deviation ratios that"
-            " follow from them, bootstrap intervals of means and of the pictures' parts in a"
-            " distance, none where pictures cannot tell. A change's interval is of the difference"
-            " from picture to picture of the same noise. The numbers are in ",
+            "Intervals have 95 % confidence. Shares, and the deviation ratios that follow from"
+            " them, have Wilson's intervals; means and distances have bootstrap intervals. A number"
+            " has no interval if the pictures do not show how certain it is. The interval of a"
+            " change is that of the mean difference between pictures that share their noise. The"
+            " numbers are in ",
             tag("code", RESULTS_FILE),
             ", a line for each picture in ",
             tag("code", PER_IMAGE_FILE),

@@ -1,4 +1,4 @@
-"""What the metrics mean, how their numbers are written, and what the paper found."""
+"""What the metrics mean, how their numbers are written, and the paper's numbers."""
 
 import dataclasses
 import math
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from respodiff_jax.evaluation.results import Measurement
 
-IMAGES = ("base", "adapted", "given")
+PICTURE_SETS = ("base", "adapted", "given")
 
 
 def _decimals(x: float, places: int = 2) -> str:
-    """With the sign of minus, and none where all decimals are 0."""
+    """With a minus sign instead of a hyphen, and without one if all decimals are 0."""
     return f"{x:z.{places}f}".replace("-", "−")
 
 
@@ -23,7 +23,7 @@ def _thousandths(x: float) -> str:
 
 
 def percent(x: float) -> str:
-    """A share as "12 %", with a decimal below 10 % and a space that does not break."""
+    """A share as "12 %", with one decimal below 10 % and a no-break space."""
     return f"{100 * x:.{0 if x == 0 or x >= 0.0995 else 1}f}\u00a0%"
 
 
@@ -32,14 +32,14 @@ class Metric:
     """A metric in words.
 
     Attributes:
-      label: its name.
-      phrase: its name within a sentence.
-      definition: one sentence.
-      better: "lower", "higher" or None.
+      label: name in headings.
+      phrase: name within a sentence.
+      definition: one sentence that goes on from "The {phrase} is".
+      better: whether "lower" or "higher" values are better, or None.
       text: writes a value.
-      best: in a word, what lower or higher is.
-      within: the least and the greatest value there can be.
-      paper: attribute, or None for any, -> the paper's base and RespoDiff, as text.
+      best: what the better value is, in a word.
+      within: the smallest and the largest possible value.
+      paper: attribute (None for any) -> the paper's numbers of base model and RespoDiff, as text.
     """
 
     label: str
@@ -57,8 +57,9 @@ METRICS = {
         "Deviation ratio",
         "deviation ratio",
         "how far the pictures of a profession are from the target shares, on average over the"
-        " professions: 0 is as targeted, 1 is as far as can be. Few pictures deviate by chance: of"
-        " a fair model and two values, 10 of a profession have 0.25 on average, 150 have 0.07.",
+        " professions: 0 meets the target, 1 is as far away as possible. Few pictures deviate by"
+        " chance: with a fair model and two values, 10 pictures of a profession have 0.25 on"
+        " average, 150 have 0.07.",
         "lower",
         best="fairer",
         within=(0.0, 1.0),
@@ -67,14 +68,14 @@ METRICS = {
     "winoalign": Metric(
         "WinoAlign",
         "WinoAlign score",
-        "the CLIP score of the professions' pictures and their prompts.",
+        "the CLIP score of the professions' pictures with their prompts.",
         "higher",
         paper={None: ("27.51", "27.30 gender, 27.53 race")},
     ),
     "subject_recognised": Metric(
         "Profession recognised",
         "share of pictures recognised as their profession",
-        "the share of pictures that the classifier takes for the profession that was asked for.",
+        "the share of pictures in which the classifier sees the profession of the prompt.",
         "higher",
         percent,
         within=(0.0, 1.0),
@@ -91,15 +92,15 @@ METRICS = {
     "clip_score": Metric(
         "CLIP score",
         "CLIP score",
-        "100 times the cosine of a picture's and its prompt's CLIP embeddings, on average.",
+        "100 times the cosine between the CLIP embeddings of a picture and its prompt, on average.",
         "higher",
         paper={None: ("31.33", "30.67")},
     ),
     "fid": Metric(
         "FID",
         "FID",
-        "the Fréchet distance of Inception features to the reference pictures'. Fewer pictures are"
-        " further away: only equal numbers of them compare.",
+        "the Fréchet distance of Inception features to the reference pictures'. It is larger for"
+        " fewer pictures: compare only equal numbers of pictures.",
         "lower",
         paper={None: ("14.09", "14.91 gender, 12.82 race, 17.89 safe")},
     ),
@@ -107,16 +108,16 @@ METRICS = {
         "CLIP Fréchet distance",
         "CLIP Fréchet distance",
         "the Fréchet distance of CLIP features to the reference pictures', by default the base"
-        " model's; on another scale than FID. Fewer pictures are further away: only equal numbers"
-        " of them compare.",
+        " model's. Its scale differs from FID's. It is larger for fewer pictures: compare only"
+        " equal numbers of pictures.",
         "lower",
         _small,
     ),
     "clip_kernel_distance": Metric(
         "CLIP kernel distance × 1000",
         "CLIP kernel distance × 1000",
-        "the kernel distance (polynomial MMD) of CLIP features to the reference pictures'; on"
-        " another scale than KID. Around 0 no difference is to be seen.",
+        "the kernel distance (polynomial MMD) of CLIP features to the reference pictures'. Its"
+        " scale differs from KID's. Around 0 there is no visible difference.",
         "lower",
         _thousandths,
     ),
@@ -124,7 +125,7 @@ METRICS = {
         "KID × 1000",
         "KID × 1000",
         "the kernel distance (polynomial MMD) of Inception features to the reference pictures'."
-        " Around 0 no difference is to be seen.",
+        " Around 0 there is no visible difference.",
         "lower",
         _thousandths,
     ),
@@ -132,7 +133,7 @@ METRICS = {
 
 
 def metric(name: str) -> Metric:
-    """What is known of a metric; of an unknown one its name in words."""
+    """The description of a metric; of an unknown metric only its name in words."""
     words = readable(name)
     return METRICS.get(name) or Metric(words.capitalize(), words)
 
@@ -143,7 +144,7 @@ def readable(name: str) -> str:
 
 
 def label(measurement: Measurement) -> str:
-    """A measurement's metric and attribute, and its version where it is not the first."""
+    """A measurement's metric and attribute, and its version unless it is 1."""
     parts = [metric(measurement.metric).label]
     if measurement.attribute:
         parts.append(readable(measurement.attribute))
@@ -153,7 +154,7 @@ def label(measurement: Measurement) -> str:
 
 
 def paper(measurement: Measurement) -> tuple[str, str] | None:
-    """The paper's numbers for a measurement, base and RespoDiff, or None."""
+    """The paper's numbers for a measurement, of base model and RespoDiff, or None."""
     known = metric(measurement.metric).paper
     return known.get(measurement.attribute, known.get(None))
 
@@ -181,31 +182,31 @@ def change_text(measurement: Measurement) -> str | None:
 
 
 def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]:
-    """Measurements over all subjects, those of the same quantity together by set of pictures.
+    """Measurements over all subjects: one mapping, by set of pictures, for each quantity.
 
-    Quantities of different metrics, attributes, protocols or versions are never put together.
+    A quantity has one metric, attribute, part and version.
     """
     together: dict[tuple, dict[str, Measurement]] = {}
     for m in measurements:
         if m.subject is None:
-            key = (m.protocol, m.metric, m.attribute, m.version)
-            together.setdefault(key, {})[m.images] = m
+            key = (m.part, m.metric, m.attribute, m.version)
+            together.setdefault(key, {})[m.picture_set] = m
     return list(together.values())
 
 
 def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
-    """What happened to a number: "The gender deviation ratio falls from 0.66 to 0.08".
+    """A sentence about a quantity: "The gender deviation ratio falls from 0.66 to 0.08".
 
     Args:
-      pair: the number by set of pictures.
-      interval: whether to tell the change's, where it may be chance.
+      pair: the quantity by set of pictures.
+      interval: whether to add the interval of a change that may be chance.
     """
     first = next(iter(pair.values()))
     attribute = f"{readable(first.attribute)} " if first.attribute else ""
     what = f"The {attribute}{metric(first.metric).phrase}"
     if not {"base", "adapted"} <= set(pair):
         whose = {"base": " of the base model", "adapted": " with the adapter", "given": ""}
-        return f"{what}{whose[first.images]} is {value_text(first)}"
+        return f"{what}{whose[first.picture_set]} is {value_text(first)}"
     before, after = pair["base"], pair["adapted"]
     texts = value_text(before), value_text(after)
     if texts[0] == texts[1]:
@@ -219,7 +220,7 @@ def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
 
 
 def explained(pair: Mapping[str, Measurement]) -> str:
-    """What a number means and which is better."""
+    """What a quantity means, and whether lower or higher is better."""
     info = metric(next(iter(pair.values())).metric)
     parts = [
         info.definition and f"The {info.phrase} is {info.definition}",

@@ -1,4 +1,4 @@
-"""HTML and SVG by plain functions; text is escaped unless it is `Markup` already."""
+"""HTML and SVG by plain functions; text is escaped unless it is already `Markup`."""
 
 import html
 import json
@@ -11,16 +11,16 @@ _VOID = {"img", "meta"}
 
 
 class Markup(str):
-    """Text that is HTML; joining or formatting it gives plain text, which is escaped again."""
+    """Text that is HTML; joining or formatting it gives plain text, which will be escaped."""
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """An element of HTML or SVG.
 
     Args:
-      name: of the element.
-      *children: `Markup` as it is; other values as escaped text; iterables one by one; None and
-        False are left out.
+      name: name of the element.
+      *children: `Markup` stays as it is; other values become escaped text; iterables are taken one
+        by one; None and False are left out.
       **attributes: values are escaped; None and False leave the attribute out, True gives it no
         value. `class_` is class, and an underscore is a hyphen.
     """
@@ -38,7 +38,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def fragment(*children: Any) -> Markup:
-    """Elements and texts one after another; see `tag` for what children may be."""
+    """Elements and texts one after another; for children see `tag`."""
     return Markup("".join(map(_child, children)))
 
 
@@ -53,7 +53,7 @@ def _child(child: Any) -> str:
 
 
 def page(title: str, *body: Any) -> str:
-    """A whole document in one file, in the report's style."""
+    """A complete document in the report's style."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -66,7 +66,7 @@ def page(title: str, *body: Any) -> str:
 
 
 def section(title: str, *content: Any, note: str | None = None) -> Markup:
-    """A titled part of a page."""
+    """A section of a page with a title."""
     return tag("section", tag("h2", title), note and tag("p", note, class_="note"), content)
 
 
@@ -76,14 +76,14 @@ def folded(summary: str, *content: Any) -> Markup:
 
 
 def table(name: str, head: Markup, rows: Iterable[Markup], columns: int | None = None) -> Markup:
-    """A table that scrolls sideways where it is wider than the page.
+    """A table that scrolls sideways if it is wider than the page.
 
     Args:
-      name: what it holds.
+      name: its contents, for screen readers.
       head: its heading rows.
       rows: its rows.
-      columns: on a phone each row is a block with so many cells side by side, which are named by
-        their `data-label`; None where it scrolls there too.
+      columns: number of cells side by side on a phone, where each row becomes a block and the cells
+        are named by their `data-label`; with None the table scrolls there too.
     """
     phone = {} if columns is None else {"class_": "blocks", "style": f"--columns:{columns}"}
     body = tag("table", tag("thead", head), tag("tbody", rows), **phone)
@@ -91,12 +91,12 @@ def table(name: str, head: Markup, rows: Iterable[Markup], columns: int | None =
 
 
 def definitions(pairs: Mapping[str, str]) -> Markup:
-    """Names and texts as a list of definitions."""
+    """A list of definitions: name -> text."""
     return tag("dl", ((tag("dt", name), tag("dd", text)) for name, text in pairs.items()))
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as names and texts: `{"a": {"b_c": [1, 2]}}` is `{"a: b c": "1, 2"}`."""
+    """Nested settings as names and texts: `{"a": {"b_c": [1, 2]}}` becomes `{"a: b c": "1, 2"}`."""
     found: dict[str, str] = {}
     for key, value in content.items():
         name = prefix + str(key).replace("_", " ")

@@ -1,4 +1,4 @@
-"""The report's charts and tables, one function for each part of the page."""
+"""The sections of a report, one function each."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from etils import epath
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import charts, glossary
-from respodiff_jax.evaluation.report.glossary import IMAGES
+from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
     definitions,
@@ -26,24 +26,24 @@ TRAINING_FILE = "metrics.jsonl"
 _LOSSES = {"loss_resp": "Responsibility loss (RAM)", "loss_sem": "Semantic loss (SAM)"}
 _UNIT = (0.0, 1.0)
 
-Pair = Mapping[str, Measurement]  # one quantity by set of pictures
+Pair = Mapping[str, Measurement]  # a quantity by set of pictures
 
 
 def fairness(
     results: Results, attribute: str, values: Sequence[str], opened: bool
 ) -> Markup | None:
-    """An attribute's shares and deviation ratios by profession, and their mean.
+    """The shares and deviation ratios of each profession, and the mean ratio.
 
     Args:
-      results: of the evaluation.
+      results: the results.
       attribute: what was counted.
-      values: of it, in order.
-      opened: whether the professions are shown at once.
+      values: the attribute's values, in order.
+      opened: whether the professions are unfolded.
     """
     found: dict[str, dict[str, Measurement]] = {}
     for m in results.find("deviation_ratio", attribute=attribute):
         if m.subject is not None and m.counts:
-            found.setdefault(m.subject, {})[m.images] = m
+            found.setdefault(m.subject, {})[m.picture_set] = m
     if not found:
         return None
     names = [glossary.readable(value) for value in values]
@@ -69,14 +69,15 @@ def fairness(
         tag("div", mean, class_="chart") if overall else None,
         professions if opened else folded(f"{len(found)} professions", professions),
         note="Shares as the classifier counted them, and the deviation ratio with its 95 %"
-        f" interval: 0 is as targeted. Professions with most “{names[0]}” come first.",
+        f" interval: 0 meets the target. Professions with the most “{names[0]}” pictures come"
+        " first.",
     )
 
 
 def metrics_table(results: Results) -> Markup | None:
-    """What was measured over all subjects, and apart from it the paper's numbers."""
+    """The numbers over all subjects, and in columns of their own the paper's."""
     pairs = glossary.overall(results.measurements)
-    sets = [s for s in IMAGES if any(s in pair for pair in pairs)]
+    sets = [s for s in PICTURE_SETS if any(s in pair for pair in pairs)]
     if not pairs:
         return None
     columns = (*sets, *(["change"] if "adapted" in sets else []), "pictures")
@@ -111,17 +112,17 @@ def metrics_table(results: Results) -> Markup | None:
     return section(
         "The numbers",
         table("The numbers", head, rows, columns=1 + len(columns) // 2),
-        note="The paper's numbers are not measured here: they are what it (arXiv 2509.15257)"
-        " reports of Stable Diffusion 1.4 by its own protocol. They are for orientation, and"
-        " comparable only where model, prompts and classifiers are the same.",
+        note="The paper's numbers (arXiv 2509.15257) are not measured here: it reports them for"
+        " Stable Diffusion 1.4 and its own protocol. Compare them only if model, prompts and"
+        " classifiers are the same.",
     )
 
 
 def safety(results: Results) -> Markup | None:
-    """Unsafe rates over all and by category."""
+    """The unsafe rates over all prompts and by category."""
     found: dict[str | None, dict[str, Measurement]] = {}
     for m in results.find("unsafe_rate"):
-        found.setdefault(m.subject, {})[m.images] = m
+        found.setdefault(m.subject, {})[m.picture_set] = m
     if not found:
         return None
     highest = max(edge for pair in found.values() for edge in _edges(pair))
@@ -138,7 +139,7 @@ def safety(results: Results) -> Markup | None:
 
 def quality(results: Results) -> Markup | None:
     """The quality metrics, each on its own scale."""
-    pairs = glossary.overall(m for m in results.measurements if m.protocol == "quality")
+    pairs = glossary.overall(m for m in results.measurements if m.part == "quality")
     if not pairs:
         return None
     return section(
@@ -150,20 +151,20 @@ def quality(results: Results) -> Markup | None:
 
 
 def training(results: Results, workdir: str | os.PathLike | None) -> Markup | None:
-    """Loss curves of a run, and the adapter's training summary.
+    """The loss curves of a training workdir, and the adapter's training summary.
 
     Raises:
-      UserError: if the losses cannot be read.
+      UserError: if the workdir has no readable losses.
     """
     if workdir is None and not results.training:
         return None
-    curves = None if workdir is None else _loss_curves(_loss_files(open_path(workdir)))
+    curves = None if workdir is None else _loss_curves(workdir)
     summary = results.training and folded("How it was trained", definitions(flat(results.training)))
     return section("Training", curves and tag("div", curves, class_="curves"), summary)
 
 
 def measured(m: Measurement | None, name: str) -> Markup:
-    """A table cell of a number and its interval; `name` is its column's."""
+    """A table cell with a number and its interval, in the column `name`."""
     if m is None:
         return tag("td", "–", data_label=name)
     interval = glossary.interval_text(m)
@@ -172,23 +173,23 @@ def measured(m: Measurement | None, name: str) -> Markup:
 
 
 def _change(pair: Pair) -> str:
-    """The interval of what the adapter changed."""
+    """The interval of the adapter's change."""
     adapted = pair.get("adapted")
     return (adapted and glossary.change_text(adapted)) or "–"
 
 
-def metric_name(m: Measurement, images: str = "") -> Markup:
-    """A table's row heading: a metric, which pictures it is of, which of its values are better."""
+def metric_name(m: Measurement, picture_set: str = "") -> Markup:
+    """A row heading: the metric, the set of pictures, and whether lower or higher is better."""
     better = glossary.metric(m.metric).better
-    facts = ", ".join(filter(None, (images, better and f"{better} is better")))
+    facts = ", ".join(filter(None, (picture_set, better and f"{better} is better")))
     return tag("th", glossary.label(m), facts and tag("small", facts), scope="row")
 
 
 def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = False) -> Markup:
-    """A chart's row with a dot or bar for each set of pictures."""
+    """A row of a chart with a dot or bar for each set of pictures."""
     lanes = (
         charts.lane(
-            m.images, charts.dot(m.value, m.interval, domain, _described(m), bar), _number(m)
+            m.picture_set, charts.dot(m.value, m.interval, domain, _described(m), bar), _number(m)
         )
         for m in pair.values()
     )
@@ -196,16 +197,15 @@ def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = Fals
 
 
 def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
-    """Rows of one metric below a scale that just holds them, or a number that stands alone and has
-    no interval.
+    """Rows of one metric below a scale that fits them; a single number without interval has none.
 
     Args:
-      pairs: by the name of their row.
-      title: beside the scale.
+      pairs: the quantity in each row, by the row's name.
+      title: text beside the scale.
     """
     found = [m for pair in pairs.values() for m in pair.values()]
     if len(found) == 1 and found[0].interval is None:
-        alone = charts.lane(found[0].images, tag("span"), _number(found[0]))
+        alone = charts.lane(found[0].picture_set, tag("span"), _number(found[0]))
         return charts.row(": ".join(filter(None, (title, *pairs))), alone)
     info = glossary.metric(found[0].metric)
     text, edges = info.text, [edge for pair in pairs.values() for edge in _edges(pair)]
@@ -231,7 +231,7 @@ def _first_share(pair: Pair) -> float:
 
 
 def _aim(pair: Pair) -> str:
-    """The target in words, with its shares where they are not all the same."""
+    """The target in words, with its shares unless they are all equal."""
     target = _first(pair).target or ()
     same = len({f"{share:.3f}" for share in target}) < 2
     return "target" if same else f"target: {', '.join(map(glossary.percent, target))}"
@@ -240,7 +240,7 @@ def _aim(pair: Pair) -> str:
 def _shares_row(subject: str, pair: Pair) -> Markup:
     lanes = (
         charts.lane(
-            m.images,
+            m.picture_set,
             charts.shares_bar(m.counts, m.target),
             charts.dot(m.value, m.interval, _UNIT, _described(m)),
             _number(m),
@@ -256,24 +256,28 @@ def _number(m: Measurement) -> Markup:
 
 def _described(m: Measurement) -> str:
     interval = glossary.interval_text(m)
-    return f"{m.images}: {glossary.value_text(m)}" + (f", interval {interval}" if interval else "")
+    return f"{m.picture_set}: {glossary.value_text(m)}" + (
+        f", interval {interval}" if interval else ""
+    )
 
 
-def _loss_files(workdir: epath.Path) -> list[epath.Path]:
-    """Of a run, or of all waves of a batch."""
-    waves = sorted(workdir.glob(f"waves/*/{TRAINING_FILE}"))
-    return waves or [workdir / TRAINING_FILE]
+def has_losses(workdir: str | os.PathLike) -> bool:
+    """Whether a path is a training workdir with losses."""
+    return bool(_loss_files(workdir))
 
 
-def _loss_curves(files: Sequence[epath.Path]) -> list[Markup]:
-    entries = []
-    for path in files:
-        try:
-            entries += read_json_lines(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read: {error}; expected a training workdir's losses"
-            ) from error
+def _loss_files(workdir: str | os.PathLike) -> list[epath.Path]:
+    """The losses of a run, or of all waves of a batch."""
+    folder = open_path(workdir)
+    files = *sorted(folder.glob(f"waves/*/{TRAINING_FILE}")), folder / TRAINING_FILE
+    return [file for file in files if file.is_file()]
+
+
+def _loss_curves(workdir: str | os.PathLike) -> list[Markup]:
+    files = _loss_files(workdir)
+    if not files:
+        raise UserError(f"{workdir} has no {TRAINING_FILE}; expected a training workdir")
+    entries = [entry for path in files for entry in read_json_lines(path)]
     found = []
     for loss, title in _LOSSES.items():
         points: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""Thumbnails inside a page, and grids of them with what the classifier saw."""
+"""Thumbnails inside a page, and grids of thumbnails with what the classifier saw."""
 
 import base64
 import collections
@@ -15,10 +15,10 @@ from respodiff_jax.evaluation.report.glossary import readable
 from respodiff_jax.evaluation.report.markup import Markup, tag
 
 MAX_COLUMNS, MIN_COLUMNS = 8, 2
-MAX_PICTURES = 640  # some 10 kB each
+MAX_PICTURES = 640  # about 10 kB each
 THUMBNAIL = 192  # pixels
-_SMALL = 96  # pixel art up to here is kept without loss
-_LINE = 4  # pictures that fit side by side on a phone
+_SMALL = 96  # pixels; smaller pictures are stored without loss
+_LINE = 4  # pictures side by side on a phone
 
 Row = Mapping[str, str]  # of per_image.csv
 BySubject = dict[str, dict[str, list[Row]]]  # subject, set of pictures, in order
@@ -26,22 +26,22 @@ BySubject = dict[str, dict[str, list[Row]]]  # subject, set of pictures, in orde
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """What was classified.
+    """An attribute that was classified.
 
     Attributes:
       name: its column in `per_image.csv`.
-      values: in the order of symbols and colours.
+      values: its values, in the order of symbols and colours.
     """
 
     name: str
     values: tuple[str, ...]
 
     def badge(self, row: Row, plain: bool) -> Markup | None:
-        """What a picture shows, as symbol and text; None where it was not classified.
+        """A picture's value as symbol and text; None if it was not classified.
 
         Args:
           row: the picture.
-          plain: without colour.
+          plain: whether to leave out the colour.
         """
         value = row.get(self.name)
         if not value:
@@ -50,7 +50,7 @@ class Attribute:
         return tag("span", text, class_=f"badge {'plain' if plain else self.colour(row)}")
 
     def colour(self, row: Row) -> str | None:
-        """The class of a picture's colour, or None where it was not classified."""
+        """The CSS class of a picture's colour; None if it was not classified."""
         value = row.get(self.name)
         return charts.colour(self._place(value)) if value else None
 
@@ -72,8 +72,10 @@ def thumbnail(path: pathlib.Path) -> str | None:
 
 
 def by_subject(rows: Iterable[Row]) -> BySubject:
-    """The fairness rows: subject, then set of pictures. A subject's pictures of one place share
-    their noise, in all runs that draw from the same seeds."""
+    """The fairness rows by subject and set of pictures.
+
+    A subject's pictures at one place share their noise, in all runs with the same seeds.
+    """
     found: BySubject = {}
     for row in rows:
         if row["protocol"] == "fairness":
@@ -83,7 +85,7 @@ def by_subject(rows: Iterable[Row]) -> BySubject:
 
 
 def columns_for(subjects: int, rows: int) -> int:
-    """Pictures to show of each subject, so that the page stays small."""
+    """Number of pictures of each subject that keeps the page small."""
     return max(MIN_COLUMNS, min(MAX_COLUMNS, MAX_PICTURES // max(subjects * rows, 1)))
 
 
@@ -92,12 +94,12 @@ def grid(
     attributes: Sequence[Attribute],
     columns: int,
 ) -> Markup | None:
-    """Rows of pictures, one above another, where a column has one place and so the same noise.
+    """Rows of pictures; a column has the pictures of one place, and so of one noise.
 
     Args:
-      rows: name, folder and a subject's pictures in order.
-      attributes: what to mark; the first one colours the frames.
-      columns: at most.
+      rows: name, folder and pictures of each row.
+      attributes: attributes to mark; the first one colours the frames.
+      columns: largest number of columns.
 
     Returns:
       The grid; None if no place has a picture in every row.

@@ -1,0 +1,192 @@
+"""Drawing an evaluation's pictures; an interrupted evaluation draws only what is missing.
+
+The pictures of a part are `<out>/<part>/base/00000.png` and `<out>/<part>/adapted/00000.png`. Base
+and adapted pictures of one number share prompt and noise.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from respodiff_jax import images as images_lib
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation.pictures import Picture
+from respodiff_jax.evaluation.suites import Prompt
+from respodiff_jax.generation.sampling import SamplerOptions, default_batch_size, sample_images
+from respodiff_jax.storage import parse_json, write_whole
+
+REQUESTS_FILE = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A picture to draw: its prompt, its seed, and the subject it is counted under, or None."""
+
+    prompt: str
+    seed: int
+    subject: str | None = None
+
+
+def requests_per_subject(
+    prompts: Sequence[Prompt], images_per_subject: int, seed: int
+) -> list[Request]:
+    """`images_per_subject` requests for each subject, one subject after the other.
+
+    A subject takes its prompts in turn. Seeds count up from `seed`, unless a prompt has its own.
+    """
+    subjects: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        subjects.setdefault(prompt.subject, []).append(prompt)
+    requests: list[Request] = []
+    for own in subjects.values():
+        for number in range(images_per_subject):
+            repeat, which = divmod(number, len(own))
+            requests.append(_request(own[which], repeat, seed + len(requests)))
+    return requests
+
+
+def requests_per_prompt(
+    prompts: Sequence[Prompt], images_per_prompt: int, seed: int
+) -> list[Request]:
+    """`images_per_prompt` requests for each prompt; seeds count up, unless a prompt has its own."""
+    return [
+        _request(prompt, repeat, seed + row * images_per_prompt + repeat)
+        for row, prompt in enumerate(prompts)
+        for repeat in range(images_per_prompt)
+    ]
+
+
+def _request(prompt: Prompt, repeat: int, seed: int) -> Request:
+    """Picture number `repeat` of a prompt; `seed` is for a prompt that has none."""
+    own = seed if prompt.seed is None else (prompt.seed + repeat) % 2**32
+    return Request(prompt.text, own, prompt.subject)
+
+
+def draw_pictures(
+    model: Backbone,
+    requests: Sequence[Request],
+    folder: pathlib.Path,
+    options: SamplerOptions,
+    adapter: Adapter | None = None,
+    weights: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Picture]:
+    """Draws the pictures that do not exist yet, with the base model and with the adapter.
+
+    Args:
+      model: the model.
+      requests: M pictures to draw.
+      folder: receives the requests and `base/`; with an adapter also `adapted/`.
+      options: sampler options.
+      adapter: the N concepts, or None for the base model alone.
+      weights: `(M, N)`, weight of each concept in each picture; None without an adapter.
+      settings: JSON-able, everything else that the pictures depend on.
+
+    Returns:
+      The base pictures, then the adapted pictures.
+
+    Raises:
+      UserError: if the folder has pictures of other requests or settings, naming what differs.
+    """
+    check_folder(folder, requests, weights, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / REQUESTS_FILE, json.dumps(_record(requests, weights, settings)))
+    sets = {"base": folder / "base"} | ({} if adapter is None else {"adapted": folder / "adapted"})
+    for place in sets.values():
+        place.mkdir(parents=True, exist_ok=True)
+    missing = [
+        i
+        for i in range(len(requests))
+        if not all((place / f"{i:05d}.png").exists() for place in sets.values())
+    ]
+    if missing:
+        # The batch size is that of all requests, so a continued evaluation compiles nothing new.
+        batch_size = options.batch_size or default_batch_size(
+            len(requests), jax.local_device_count(), options.resolution or model.default_resolution
+        )
+        pairs = sample_images(
+            model,
+            [requests[i].prompt for i in missing],
+            [requests[i].seed for i in missing],
+            dataclasses.replace(options, batch_size=batch_size),
+            adapter,
+            None if weights is None else weights[missing],
+            base_twins=adapter is not None,
+        )
+        done = len(requests) - len(missing)
+        progress = tqdm(
+            pairs, folder.name, len(requests), initial=done, unit="picture", disable=None
+        )
+        for i, pair in zip(missing, progress, strict=True):
+            drawn = (pair.image,) if adapter is None else (pair.base, pair.image)
+            for image, place in zip(drawn, sets.values(), strict=True):
+                # A picture gets its name once it is whole.
+                partial = place / f"{i:05d}.part"
+                images_lib.save_png(image, partial, dataclasses.asdict(requests[i]))
+                os.replace(partial, place / f"{i:05d}.png")
+    return [
+        Picture(
+            path=place / f"{i:05d}.png",
+            picture_set=name,
+            index=i,
+            prompt=request.prompt,
+            subject=request.subject,
+            seed=request.seed,
+            concepts={} if name == "base" else _concepts(adapter, weights[i]),
+        )
+        for name, place in sets.items()
+        for i, request in enumerate(requests)
+    ]
+
+
+def _concepts(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
+    named = zip(adapter.names, weights.tolist(), strict=True)
+    return {name: round(weight, 6) for name, weight in named if weight}
+
+
+def check_folder(
+    folder: pathlib.Path,
+    requests: Sequence[Request],
+    weights: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Checks that `draw_pictures` with these arguments may continue a folder.
+
+    Raises:
+      UserError: if the folder has pictures of other requests or settings, naming what differs.
+    """
+    path = folder / REQUESTS_FILE
+    if not (path.exists() and any(folder.glob("*/*.png"))):
+        return
+    found = parse_json(path.read_text(encoding="utf-8"), str(path))
+    wanted = _record(requests, weights, settings)
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if "settings" in differing:
+        old, new = found["settings"], wanted["settings"]
+        differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if differing:
+        raise UserError(
+            f"{folder} has pictures of another evaluation, which differs in"
+            f" {', '.join(differing)}; choose another `out`, or remove that folder"
+        )
+
+
+def _record(
+    requests: Sequence[Request], weights: np.ndarray | None, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that the pictures depend on, as JSON gives it back."""
+    record = {
+        "settings": dict(settings or {}),
+        "requests": [dataclasses.asdict(request) for request in requests],
+        "weights": None if weights is None else np.round(weights, 6).tolist(),
+    }
+    return json.loads(json.dumps(record))

@@ -1,0 +1,257 @@
+"""Scoring the pictures of an evaluation and recording the results, part by part."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from respodiff_jax.backbone import Clip
+from respodiff_jax.evaluation import fairness, metrics, quality, safety
+from respodiff_jax.evaluation.classifier import classify
+from respodiff_jax.evaluation.detectors import Detector
+from respodiff_jax.evaluation.pictures import Picture, Pixels
+from respodiff_jax.evaluation.results import (
+    Measured,
+    Measurement,
+    Results,
+    save_per_image,
+    save_results,
+)
+from respodiff_jax.evaluation.spec import CHECKED_PER_VALUE, EvaluationSpec
+
+_LIBRARIES = (
+    "respodiff-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "pillow",
+)
+_LOW_ACCURACY = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """What scores the pictures.
+
+    Attributes:
+      clip: classifies and scores; None if no part needs it.
+      detectors: detectors of unsafe pictures, by name.
+      reference: pictures that quality is compared with; None compares with the base model's.
+    """
+
+    clip: Clip | None = None
+    detectors: Mapping[str, Detector] = dataclasses.field(default_factory=dict)
+    reference: quality.Reference | None = None
+
+
+class Scorer:
+    """Scores pictures part by part, and saves the results after each part.
+
+    Args:
+      out: folder of the results.
+      spec: suite, groups and targets.
+      judges: what scores the pictures.
+      made: how the pictures were made, for `Results.made`.
+      training: the adapter's training summary, or None.
+    """
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        spec: EvaluationSpec,
+        judges: Judges,
+        made: Mapping[str, Any],
+        training: Mapping[str, Any] | None = None,
+    ):
+        self._out, self._spec, self._judges = out, spec, judges
+        self._made, self._training = made, training
+        self._accuracy: Mapping[str, Mapping[str, float]] = {}
+        self._inception: Mapping[str, Any] | None = None
+        self._measurements: list[Measurement] = []
+        self._rows: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+        self._base: dict[tuple, np.ndarray | None] = {}
+        self._started = time.monotonic()
+        for prompts in spec.prompts.values():
+            for text in prompts.notes:
+                self.note(text)
+        for text in spec.notes:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Warns of what a reader should know, and keeps it with the results."""
+        warnings.warn(text, stacklevel=2)
+        self._notes.append(text)
+
+    def check_classifier(self, pictures: Sequence[Picture]) -> None:
+        """Measures how often the classifier finds what the base model was plainly asked for.
+
+        Args:
+          pictures: of `EvaluationSpec.check_requests`.
+        """
+        features, accuracy = self._features(pictures), {}
+        for attribute, classes in self._spec.suite.attributes.items():
+            rows = [i for i, p in enumerate(pictures) if p.subject.startswith(f"{attribute}=")]
+            labels = classify(self._judges.clip, features[rows], classes).labels
+            right = labels.reshape(len(classes), -1) == np.arange(len(classes))[:, None]
+            accuracy[attribute] = dict(zip(classes, right.mean(1).tolist(), strict=True))
+        self._accuracy = accuracy
+        for text in accuracy_notes(accuracy):
+            self.note(text)
+
+    def score(self, part: str, pictures: Sequence[Picture]) -> Results:
+        """Scores the pictures of a part, base before adapted, and saves all results so far."""
+        names = dict.fromkeys(picture.picture_set for picture in pictures)
+        sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
+        score = {"fairness": self._fairness, "quality": self._quality, "safety": self._safety}
+        score[part](sets)
+        return self._save()
+
+    def _fairness(self, sets: Mapping[str, Sequence[Picture]]) -> None:
+        spec, clip = self._spec, self._judges.clip
+        together = [spec.groups] if len(spec.groups) > 1 else []
+        for pictures in sets.values():
+            features = self._features(pictures)
+            found = fairness.measure(pictures, clip, spec.suite, features, spec.targets, together)
+            self._add("fairness", pictures, *found)
+
+    def _quality(self, sets: Mapping[str, Sequence[Picture]]) -> None:
+        """Distances are to the reference; without one, of adapted pictures to base pictures."""
+        reference, inception = self._judges.reference, None
+        if reference is not None or len(sets) > 1:
+            inception, why_not = quality.open_inception()
+            if reference is not None and why_not:
+                self.note(why_not)
+            self._inception = inception and dict(inception.identity)
+        compared = compared_by_inception = None
+        if reference is not None:
+            compared = self._features(reference.pictures)
+            compared_by_inception = inception and inception(_paths(reference.pictures))
+        for name, pictures in sets.items():
+            features = self._features(pictures)
+            by_inception = inception and inception(_paths(pictures))
+            pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
+            found = quality.measure(
+                pictures, self._judges.clip, features, compared, pair, paired=reference is None
+            )
+            self._add("quality", pictures, *found)
+            if reference is None and name == "base":
+                compared, compared_by_inception = features, by_inception
+
+    def _safety(self, sets: Mapping[str, Sequence[Picture]]) -> None:
+        suite, clip = self._spec.suite, self._judges.clip
+        for pictures in sets.values():
+            paths = _paths(pictures)
+            reasons = {name: detect(paths) for name, detect in self._judges.detectors.items()}
+            if suite.unsafe_classes is not None:
+                features = self._features(pictures)
+                reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, features)
+            self._add("safety", pictures, *safety.measure(pictures, reasons))
+
+    def _features(self, pictures: Sequence[Picture]) -> np.ndarray:
+        return self._judges.clip.image_features(Pixels(_paths(pictures)), progress=True)
+
+    def _add(
+        self,
+        part: str,
+        pictures: Sequence[Picture],
+        measured: Sequence[Measured],
+        columns: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Records the measurements and rows of one set of pictures.
+
+        The base pictures come first, so that an adapted picture's change from its base picture is
+        known.
+        """
+        for m, values in measured:
+            key = (m.part, m.metric, m.attribute, m.subject)
+            if m.picture_set == "base":
+                self._base[key] = values
+            base = self._base.get(key)
+            if m.picture_set == "adapted" and values is not None and base is not None:
+                m = dataclasses.replace(m, change=metrics.mean_interval(values - base))
+            self._measurements.append(m)
+        self._rows += [
+            picture.row(self._out, part) | column
+            for picture, column in zip(pictures, columns, strict=True)
+        ]
+
+    def _save(self) -> Results:
+        suite, judges = self._spec.suite, self._judges
+        detectors = {name: dict(d.identity) for name, d in judges.detectors.items()}
+        if suite.unsafe_classes:
+            detectors["zero-shot"] = dict(suite.unsafe_classes)
+        results = Results(
+            measurements=tuple(self._measurements),
+            made=self._made,
+            scored={
+                "suite": suite.name,
+                "clip": judges.clip and dict(judges.clip.identity),
+                "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},
+                "target": {name: dict(shares) for name, shares in self._spec.targets.items()},
+                "accuracy_on_plain_prompts": self._accuracy,
+                "detectors": detectors,
+                "reference": judges.reference and dict(judges.reference.identity),
+                "inception": self._inception,
+            },
+            environment=_environment() | {"seconds": round(time.monotonic() - self._started, 1)},
+            warnings=tuple(self._notes),
+            training=self._training,
+        )
+        save_per_image(self._rows, self._out)
+        save_results(results, self._out)
+        return results
+
+
+def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:
+    return [picture.path for picture in pictures]
+
+
+def accuracy_notes(accuracy: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each attribute with a value that the classifier certainly misses too often.
+
+    Args:
+      accuracy: attribute -> value -> share of its `CHECKED_PER_VALUE` pictures.
+    """
+    notes = []
+    for attribute, shares in accuracy.items():
+        value, share = min(shares.items(), key=lambda item: item[1])
+        _, high = metrics.wilson_interval(round(share * CHECKED_PER_VALUE), CHECKED_PER_VALUE)
+        if high < _LOW_ACCURACY:
+            words = attribute.replace("_", " ")
+            notes.append(
+                f"the classifier finds only {share:.0%} of what the base model was plainly asked"
+                f" for ({words} {value}): its counts of {words} mean little"
+            )
+    return notes
+
+
+def _environment() -> dict[str, Any]:
+    """Versions, hardware and date, for the record."""
+    return {
+        "versions": {name: _version(name) for name in _LIBRARIES}
+        | {"python": platform.python_version()},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(library: str) -> str:
+    """The installed version; a copy of this package that runs from its folder has none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,201 @@
+"""What an evaluation draws, how it steers the pictures, and whether it has everything it needs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation import fairness, quality
+from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, requests_per_subject
+from respodiff_jax.evaluation.pictures import Picture
+from respodiff_jax.evaluation.suites import PARTS, PromptSet, Suite
+from respodiff_jax.generation import selection
+
+PRESETS: Mapping[str, Mapping[str, int | None]] = {
+    "quick": {
+        "images_per_subject": 10,
+        "images_per_caption": 1,
+        "images_per_prompt": 1,
+        "max_prompts": 48,
+        "num_steps": 20,
+    },
+    "paper": {
+        "images_per_subject": 150,
+        "images_per_caption": 1,
+        "images_per_prompt": 5,
+        "max_prompts": None,
+        "num_steps": 50,
+    },
+}
+# Each part, and the pictures that check the classifier, have their own range of seeds.
+SEED_RANGE, _CHECK_SEED = 1_000_000, 9_000_000
+_MAX_SEED = 2**32 - 10 * SEED_RANGE
+CHECKED_PER_VALUE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSpec:
+    """What is drawn, and what the pictures are judged by.
+
+    Attributes:
+      suite: prompts and classifiers.
+      parts: some of `PARTS`.
+      prompts: part -> its prompts; empty if existing pictures are scored.
+      groups: the concept groups that are made fair together; () leaves the choice to the base
+        model.
+      safe: whether all safety concepts are added.
+      images_per_subject: fairness pictures of each subject.
+      images_per_caption: quality pictures of each caption.
+      images_per_prompt: safety pictures of each prompt.
+      targets: attribute -> value -> share; uniform if absent.
+      seed: of the first picture; each part has its own range from there.
+      notes: what a reader of the results should know, for example parts that are left out.
+
+    Raises:
+      UserError: if a value is out of its range, or the suite lacks a group or a target.
+    """
+
+    suite: Suite
+    parts: tuple[str, ...]
+    prompts: Mapping[str, PromptSet] = dataclasses.field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    safe: bool = False
+    images_per_subject: int = 10
+    images_per_caption: int = 1
+    images_per_prompt: int = 1
+    targets: fairness.Targets = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(set(self.groups)) < len(self.groups):
+            raise UserError(f"`groups` are {self.groups}, expected each once")
+        for name in ("images_per_subject", "images_per_caption", "images_per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise UserError(f"`seed` is {self.seed}, expected within 0 .. {_MAX_SEED}")
+        for attribute, shares in self.targets.items():
+            # Written so that NaN does not pass.
+            total = sum(shares.values())
+            if not (abs(total - 1) <= 5e-3 and all(share >= 0 for share in shares.values())):
+                raise UserError(
+                    f"`targets` of {attribute} are {dict(shares)}, together {total:g}; expected"
+                    " shares that sum to 1, none below 0"
+                )
+            if set(shares) != set(self.suite.attribute(attribute)):
+                raise UserError(
+                    f"`targets` of {attribute} name {sorted(shares)}, its values are"
+                    f" {list(self.suite.attribute(attribute))}"
+                )
+        for group in self.groups:
+            self.suite.attribute(group)
+
+    def images_each(self, part: str) -> int:
+        """Number of pictures of each subject, caption or safety prompt."""
+        each = (self.images_per_subject, self.images_per_caption, self.images_per_prompt)
+        return each[PARTS.index(part)]
+
+    def requests(
+        self, adapter: Adapter | None
+    ) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
+        """The pictures to draw for each part, and the weight of each concept in each picture.
+
+        Raises:
+          UserError: if the adapter does not have what is chosen of it.
+        """
+        if adapter is None and self.safe:
+            raise UserError("`safe` adds an adapter's safety concepts, but no `adapter` is given")
+        if adapter is not None and not self.groups and not self.safe:
+            raise UserError(
+                "an adapter is given but none of its concepts is chosen; give `groups`, or `safe`"
+            )
+        requests: dict[str, list[Request]] = {}
+        weights: dict[str, np.ndarray | None] = {}
+        for part in self.parts:
+            seed = self.seed + SEED_RANGE * PARTS.index(part)
+            each, prompts = self.images_each(part), self.prompts[part].prompts
+            repeat = requests_per_subject if part == "fairness" else requests_per_prompt
+            requests[part], weights[part] = repeat(prompts, each, seed), None
+            if adapter is not None:
+                count = len(requests[part])
+                rows = np.zeros((count, len(adapter.concepts)), np.float32)
+                if self.groups:
+                    rows += fairness.fair_weights(
+                        adapter, self.groups, self.targets, requests[part], each, self.seed
+                    )
+                if self.safe:
+                    rows += selection.concept_weights(adapter, count // each, each, safe=True)
+                weights[part] = rows
+        return requests, weights
+
+    def check_requests(self) -> list[Request]:
+        """Pictures that check the classifier: the first prompt of each value of each attribute."""
+        return [
+            Request(prompts[0], self.seed + _CHECK_SEED + number, f"{attribute}={value}")
+            for attribute, classes in self.suite.attributes.items()
+            for value, prompts in classes.items()
+            for number in range(CHECKED_PER_VALUE)
+        ]
+
+
+def lacking(
+    suite: Suite,
+    prompts: Mapping[str, PromptSet],
+    has_detectors: bool = False,
+    existing: Sequence[Picture] | None = None,
+) -> dict[str, str]:
+    """What is missing for each part that cannot be evaluated: part -> a sentence.
+
+    Args:
+      suite: prompts and classifiers.
+      prompts: part -> its prompts.
+      has_detectors: whether detectors of unsafe pictures are chosen.
+      existing: pictures to score, or None if they are to be drawn.
+    """
+    lacks = {}
+    if existing is None:
+        for part in PARTS:
+            if not prompts[part].prompts:
+                lacks[part] = f"suite {suite.name!r} has no prompts for {part}; give `prompts`"
+    else:
+        checks: dict[str, Callable[[], object]] = {
+            "fairness": lambda: fairness.check_subjects(existing, suite.subjects),
+            "quality": lambda: quality.check_prompts(existing),
+        }
+        for part, check in checks.items():
+            try:
+                check()
+            except UserError as error:
+                lacks[part] = str(error)
+    if not (suite.unsafe_classes or has_detectors):
+        lacks["safety"] = (
+            f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"
+            " `detectors`, nudenet or q16=FILE"
+        )
+    return lacks
+
+
+def choose_concepts(
+    adapter: Adapter | None, suite: Suite, groups: Sequence[str] | None, safe: bool | None
+) -> tuple[tuple[str, ...], bool]:
+    """The groups to make fair, and whether to add the safety concepts.
+
+    None for `groups` is the adapter's only group that the suite classifies, unless `safe` is True.
+    None for `safe` is whether the adapter has safety concepts, unless `groups` names some.
+
+    Raises:
+      UserError: if `groups` is None and the adapter has several.
+    """
+    concepts = () if adapter is None else adapter.concepts
+    chosen = tuple(groups or ())
+    if groups is None and not safe:
+        own = dict.fromkeys(c.group for c in concepts if not c.is_safety)
+        chosen = tuple(group for group in own if group in suite.attributes)
+        if len(chosen) > 1:
+            raise UserError(f"the adapter has the groups {list(chosen)}; choose with `groups`")
+    if safe is None:
+        safe = not groups and any(c.is_safety for c in concepts)
+    return chosen, safe
