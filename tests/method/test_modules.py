@@ -28,7 +28,7 @@ def test_a_new_module_changes_nothing_to_the_last_bit(kind):
     for dtype in (jnp.float32, jnp.bfloat16):
         h = jax.random.normal(jax.random.key(1), (2, *SHAPE), dtype)
         steering = Steering(params, params, jnp.ones((2, 1)), jnp.ones((2, 1)))
-        np.testing.assert_array_equal(steer(module, steering, h), h)
+        np.testing.assert_array_equal(steer([module], [steering], h), h)
         np.testing.assert_array_equal(add_delta(h, module.delta(one(params), h)), h)
 
 
@@ -63,7 +63,7 @@ def test_steering_is_a_weighted_sum_per_sample(kind):
             row = h[b : b + 1]
             expected[b] += ram_scale[b, n] * module.delta(one(ram, n), row)[0]
             expected[b] += sam_scale[b, n] * module.delta(one(sam, n), row)[0]
-    ours = steer(module, Steering(ram, sam, ram_scale, sam_scale), h)
+    ours = steer([module], [Steering(ram, sam, ram_scale, sam_scale)], h)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
