@@ -38,6 +38,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
     package_data={
+        "respodiff_jax": ["py.typed"],
         "respodiff_jax.emoji": ["model/*", "model/*/*"],
         "respodiff_jax.emoji.making": ["assets/*"],
         "respodiff_jax.data": ["suites/*"],

@@ -1,0 +1,143 @@
+"""The public API: `import respodiff_jax as rd`."""
+
+import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import respodiff_jax as rd
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_importing_the_package_is_fast_and_loads_no_jax():
+    code = (
+        "import sys, time; start = time.perf_counter(); import respodiff_jax;"
+        "print(time.perf_counter() - start); loaded = set(sys.modules);"
+        "print(sorted(loaded & {'jax', 'numpy', 'flax', 'ml_collections'}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, loaded = out.stdout.splitlines()
+    assert float(seconds) < 0.1
+    assert loaded == "[]"
+
+
+def test_public_names_are_few_and_documented():
+    assert len(rd.__all__) <= 16
+    assert set(rd.__all__) <= set(dir(rd))
+    for name in rd.__all__:
+        assert inspect.getdoc(getattr(rd, name)), name
+    for name in rd.method.__all__:
+        found = getattr(rd.method, name)
+        if callable(found):
+            assert inspect.getdoc(found), name
+    assert (ROOT / "respodiff_jax" / "py.typed").exists()
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        rd.trian  # noqa: B018
+
+
+def test_config_takes_options_by_section_as_the_command_line_does():
+    config = rd.load_config(ROOT / "configs/smoke.py", train={"steps": 7}, seed=3)
+    same = rd.load_config(ROOT / "configs/smoke.py", ["--config.train.steps=7", "--config.seed=3"])
+    assert config.to_dict() == same.to_dict()
+    for wrong in ({"train": {"stepz": 7}}, {"trian": {"steps": 7}}, {"train": {"steps": "many"}}):
+        with pytest.raises(rd.UserError, match="smoke.py"):
+            rd.load_config(ROOT / "configs/smoke.py", **wrong)
+
+
+def readme_block(first_line):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if block.startswith(first_line))
+    return block
+
+
+def run(code, folder, **environment):
+    """Runs code on one CPU device in an empty folder beside configs/."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env=environment)
+
+
+def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
+    code = readme_block("import respodiff_jax as rd\n")
+    assert len(code.splitlines()) <= 15
+    small = code.replace('"steps": 400', '"steps": 2, "batch_size": 1')
+    small = small.replace("images_per_prompt=8", "images_per_prompt=2, num_steps=1")
+    small = small.replace('part="fairness"', 'part="fairness", max_prompts=2, num_steps=1')
+    assert small.count("num_steps=1") == 2 and '"steps": 2' in small
+    small = small.replace('"batch_size": 1}', '"batch_size": 1}, optimizer={"warmup_steps": 0}')
+    run(small, tmp_path)
+    assert (tmp_path / "doctors.png").stat().st_size > 0
+    assert (tmp_path / "evaluations" / "gender" / "report.html").exists()
+    assert rd.load_adapter(tmp_path / "adapters" / "gender").names == ("a man", "a woman")
+
+
+def test_hand_written_loop_gives_the_commands_adapter_bit_for_bit(tmp_path):
+    code = readme_block("from functools import partial\n")
+    assert len(code.splitlines()) <= 20
+    options = {"steps": 3, "batch_size": 2}
+    loop = code.replace('"configs/smoke.py"', f'"configs/smoke.py", train={options}')
+    assert str(options) in loop
+    command = f"""
+from respodiff_jax import cli
+argv = ["train", "--config", "configs/smoke.py", "--workdir", "run", "--config.log.grid_every=0"]
+assert cli.main([*argv, "--config.train.steps=3", "--config.train.batch_size=2"]) == 0
+"""
+    run(loop + command, tmp_path)
+    ours, theirs = (rd.load_adapter(tmp_path / path) for path in ("adapters/mine", "run/adapter"))
+    assert ours.names == theirs.names
+    for role in ("ram", "sam"):
+        by_hand, by_command = (getattr(adapter, role)["constant"] for adapter in (ours, theirs))
+        assert by_hand.any()
+        np.testing.assert_array_equal(by_hand, by_command)
+
+
+def test_intermediate_values_are_those_of_the_step(tiny_backbone):
+    import jax.numpy as jnp
+
+    config = rd.load_config(ROOT / "configs/smoke.py", train={"batch_size": 2})
+    spec = rd.step_spec(config, tiny_backbone)
+    concepts = rd.method.embed_concepts(tiny_backbone, [*rd.method.GENDER.values()])
+    state = rd.method.init_state(spec, concepts, seed=0, batch_size=2)
+    args = (spec, state, tiny_backbone.params, concepts, jnp.arange(2))
+    values = rd.method.step_values(*args)
+    _, metrics = rd.method.train_step(*args)
+    np.testing.assert_allclose(values.loss_resp, metrics.loss_resp, rtol=1e-5)
+    np.testing.assert_allclose(values.loss_sem, metrics.loss_sem, rtol=1e-5)
+    norm = np.linalg.norm(np.asarray(values.grad_ram["constant"]).reshape(2, -1), axis=1)
+    np.testing.assert_allclose(norm, metrics.grad_norm_ram, rtol=1e-5)
+    scale = concepts.guidance_scale[:, None, None, None, None]
+    target = values.eps_empty + scale * (values.eps_own - values.eps_empty)
+    np.testing.assert_allclose(values.eps_target, target, rtol=1e-5, atol=1e-5)
+    losses = np.mean((values.eps_ram - values.eps_target) ** 2, axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(losses, metrics.loss_resp, rtol=1e-5)
+
+
+def test_fault_inside_the_numerics_keeps_its_traceback_and_exits_with_1(tmp_path):
+    """A ValueError of a step is never reported as a user's mistake."""
+    code = """
+import sys
+from respodiff_jax import cli
+from respodiff_jax.method import objective
+
+def wrong_shapes(eps_ram, eps_target):
+    raise ValueError("operands could not be broadcast together")
+
+objective.responsible_loss = wrong_shapes
+argv = ["train", "--config", "configs/smoke.py", "--workdir", "run", "--config.log.grid_every=0"]
+sys.exit(cli.main(argv))
+"""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "could not be broadcast" in done.stderr
+    assert "respodiff: error" not in done.stderr
