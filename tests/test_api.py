@@ -46,7 +46,7 @@ def test_config_takes_options_by_section_as_the_command_line_does():
     same = rd.load_config(ROOT / "configs/smoke.py", ["--config.train.steps=7", "--config.seed=3"])
     assert config.to_dict() == same.to_dict()
     for wrong in ({"train": {"stepz": 7}}, {"trian": {"steps": 7}}, {"train": {"steps": "many"}}):
-        with pytest.raises(rd.UserError, match="smoke.py"):
+        with pytest.raises(rd.UserError, match=r"smoke\.py"):
             rd.load_config(ROOT / "configs/smoke.py", **wrong)
 
 

@@ -343,6 +343,34 @@ def test_another_runs_directory_is_refused_with_a_diff(finished, changes, messag
     assert (finished / "run.json").read_text() == before
 
 
+def test_working_directory_of_version_0_1_0_opens_and_continues(tmp_path):
+    """Options that it lacks have their defaults; options that are gone are ignored."""
+    workdir = tmp_path / "run"
+    shutil.copytree(ROOT / "tests" / "data" / "run_0_1_0", workdir)
+    record = json.loads((workdir / "run.json").read_text())
+    assert record["config"]["parallel"].pop("strategy") == "pmap"
+    assert record["config"]["optimizer"].pop("ema_decay", "absent") is None
+    assert record["config"]["concepts"]["man"].pop("lambda_sem") == 0.5
+    assert "fsdp" in record["config"]["parallel"]
+    (workdir / "run.json").write_text(json.dumps(record))
+
+    exported, held = load_adapter(workdir / "adapter"), trained.load_adapter(workdir)
+    jax.tree.map(np.testing.assert_array_equal, exported.ram, held.ram)
+    changes = {
+        "train": {"steps": 3, "batch_size": 1},
+        "module": {"kind": "mlp", "hidden_channels": 4, "init": "uniform"},
+        "log": {"grid_every": 0},
+    }
+    config = load_config(SMOKE, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        local = jax.local_devices
+        patch.setattr(jax, "local_devices", lambda *a, **k: local(*a, **k)[:1])
+        adapter = train(config, workdir)
+    assert adapter.training["steps"] == 3 and adapter.names == exported.names
+    assert not np.array_equal(adapter.ram["out"]["kernel"], exported.ram["out"]["kernel"])
+
+
 def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
     record = json.loads((finished / "run.json").read_text())
     record["backbone"]["unet_sha256"] = "0" * 64
