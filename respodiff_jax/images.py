@@ -1,4 +1,4 @@
-"""Pictures on disk: PNGs that carry how they were made, and labelled grids of them."""
+"""Pictures on disk: PNGs that record how they were made, and labelled grids."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.storage import parse_json
 
 METADATA_KEY = "parameters"
 
@@ -18,7 +19,7 @@ _BACKGROUND, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (112, 117, 122)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` as uint8; floats are in [0, 1] and clipped to it, uint8 stays as it is."""
+    """An image `(H, W, 3)` as uint8; floats are clipped to [0, 1] first."""
     image = np.asarray(image)
     if image.dtype == np.uint8:
         return image
@@ -28,7 +29,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 def save_png(
     image: np.ndarray, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an image, with its metadata as JSON in a PNG text chunk named `parameters`.
+    """Writes an image as PNG, with metadata as JSON in a text chunk named `parameters`.
 
     Args:
       image: `(H, W, 3)`, uint8 or float in [0, 1].
@@ -42,16 +43,19 @@ def save_png(
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata that `save_png` embedded in a PNG.
+    """Reads the metadata that `save_png` wrote.
 
     Raises:
-      UserError: when the file holds none.
+      UserError: if the file is not a picture, or has no metadata.
     """
-    with Image.open(path) as image:
-        text = image.info.get(METADATA_KEY)
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
     if text is None:
         raise UserError(f"{path} has no {METADATA_KEY!r} text chunk; respodiff did not write it")
-    return json.loads(text)
+    return parse_json(text, f"{path}: the {METADATA_KEY!r} text chunk")
 
 
 def grid(
@@ -63,22 +67,23 @@ def grid(
     rows_per_group: int | None = None,
     tile: int | None = None,
 ) -> Image.Image:
-    """Arranges images in labelled rows and columns on white.
+    """Arranges images in labelled rows on white.
 
     Args:
-      rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; may be one array.
-      row_labels: one text per row, to its left, wrapped.
-      captions: one short text per image, under it; nested as `rows`.
-      title: a line above all.
-      rows_per_group: how many consecutive rows belong together, a wider gap parting groups; None
-        is all.
-      tile: width of an image in the grid in pixels; by default the images' own, within 128..256.
+      rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; one array works too.
+      row_labels: one text for each row, wrapped, to its left.
+      captions: one short text for each image, below it, nested like `rows`.
+      title: a line above the grid.
+      rows_per_group: number of consecutive rows in a group; a wider gap separates groups. None puts
+        all rows in one group.
+      tile: width of each image in the grid, in pixels; None takes the images' own width, within
+        128 .. 256.
 
     Returns:
-      The picture, RGB.
+      The RGB picture.
 
     Raises:
-      UserError: when rows, images and labels do not fit each other.
+      UserError: if the numbers of images, labels or captions do not match.
     """
     columns = len(rows[0]) if len(rows) else 0
     if not columns or any(len(row) != columns for row in rows):
@@ -129,7 +134,7 @@ def grid(
 
 
 def _wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; what does not fit in `max_lines` ends in "…"."""
+    """`text` in at most `max_lines` lines of at most `width` pixels; cut text ends in "…"."""
     lines = []
     for paragraph in text.split("\n"):
         current = ""

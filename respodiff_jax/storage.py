@@ -1,7 +1,7 @@
 """Files on this machine and on Google Cloud Storage (`gs://bucket/folder`), by one kind of path.
 
-Objects of a bucket are written whole, cannot grow, and have no folders around them; what would
-differ for that reason is here.
+A bucket differs from a disk: an object is written whole, cannot grow, and needs no folder around
+it. Only this file handles these differences.
 """
 
 import contextlib
@@ -26,39 +26,43 @@ def is_remote(path: PathLike) -> bool:
 
 
 def open_path(path: PathLike) -> epath.Path:
-    """The path as one to read and write through.
+    """A path that reads and writes both on this machine and on Google Cloud Storage.
 
     Raises:
-      UserError: for gs:// where the packages that it needs are not installed.
+      UserError: if the path is on gs:// and gcsfs is not installed.
     """
     # google-cloud-storage, which Orbax uses, comes with gcsfs.
     if is_remote(path) and importlib.util.find_spec("gcsfs") is None:
         raise UserError(
-            f"{os.fspath(path)} is on Google Cloud Storage, for which gcsfs is needed; install it"
-            ' with: pip install -e ".[gcs]"'
+            f"{os.fspath(path)} is on Google Cloud Storage, which needs gcsfs; install it with:"
+            ' pip install -e ".[gcs]"'
         )
     return epath.Path(path)
 
 
 def local_path(path: PathLike, what: str) -> pathlib.Path:
-    """A path on this machine, for what reads or writes nowhere else.
+    """The path, for code that works on this machine only.
+
+    Args:
+      path: to check.
+      what: the role of the path, for the message.
 
     Raises:
-      UserError: if it is not; `what` is what the path is called.
+      UserError: if the path is on Google Cloud Storage.
     """
     if is_remote(path):
         raise UserError(
-            f"{what} {os.fspath(path)} is on Google Cloud Storage, which this does not reach; give"
-            " one of this machine, and copy it with: gcloud storage cp -r"
+            f"{what} {os.fspath(path)} is on Google Cloud Storage, expected a path on this machine;"
+            " copy it with: gcloud storage cp -r"
         )
     return pathlib.Path(path)
 
 
 def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
-    """Makes sure that a folder on this machine may be written to; it is made if it does not exist.
+    """Makes an output folder on this machine if it does not exist, and checks that it can be used.
 
     Raises:
-      UserError: when it is not empty and not to be overwritten, or cannot be written.
+      UserError: if the folder cannot be written, or is not empty and `overwrite` is False.
     """
     out = local_path(out, "output folder")
     try:
@@ -70,36 +74,95 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
         raise UserError(f"output folder {out} cannot be written: no permission")
     if not empty and not overwrite:
         raise UserError(
-            f"output folder {out} is not empty; choose another, or give --overwrite to replace the"
-            " images in it"
+            f"output folder {out} is not empty; choose another, or set `overwrite` to replace its"
+            " images"
         )
     return out
 
 
-def parse_json(text: str, where: str) -> Any:
-    """`json.loads`, of a text that is named in the error.
+def read_text(path: PathLike, what: str) -> str:
+    """The text of a UTF-8 file; a byte order mark is dropped, line ends stay as they are.
+
+    Args:
+      path: on this machine or on Google Cloud Storage.
+      what: the role of the file, for the message.
 
     Raises:
-      UserError: if it is no JSON.
+      UserError: if the file cannot be read, or is not UTF-8.
     """
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is damaged: {error}. Mend it or move the file away") from error
+        return open_path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{what} {path} cannot be read as UTF-8: {error.reason} at byte {error.start}"
+        ) from error
 
 
-def read_json_lines(path: epath.Path) -> list[Any]:
-    """What a file has, a JSON value a line; a last line that was cut off while written is left out.
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. An object that repeats a key is an error.
+
+    Args:
+      text: to parse.
+      where: the file or field that holds the text, for the message.
 
     Raises:
-      UserError: naming the file and the line that is something else.
+      UserError: if the text is not JSON; the message gives the position.
     """
-    lines = path.read_text().split("\n")[:-1]  # other ends of lines may be within a value
-    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(lines, start=1)]
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise UserError(
+            f"{where} is not JSON: {line}column {error.colno}: {error.msg}; fix the file or move it"
+            " away"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a repeated key, a huge number, deep nesting
+        raise UserError(f"{where} is not JSON that can be read: {error}") from error
+
+
+def read_json(path: PathLike, what: str) -> Any:
+    """The value in a JSON file.
+
+    Args:
+      path: on this machine or on Google Cloud Storage.
+      what: the role of the file, for the message.
+
+    Raises:
+      UserError: if the file cannot be read, or is not JSON in UTF-8.
+    """
+    return parse_json(read_text(path, what), f"{what} {path}")
+
+
+def read_json_lines(path: PathLike, what: str = "log") -> list[Any]:
+    """The values of a file that grows by one line of JSON at a time.
+
+    A last line without an end is left out: the process that wrote it was killed.
+
+    Args:
+      path: on this machine or on Google Cloud Storage.
+      what: the role of the file, for the message.
+
+    Raises:
+      UserError: if the file cannot be read, or a line is not JSON in UTF-8.
+    """
+    # Only "\n" ends a line: JSON texts may hold the other line ends that `splitlines` knows.
+    lines = read_text(path, what).split("\n")[:-1]
+    return [parse_json(line, f"{what} {path}, line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"an object has the keys {repeated} more than once")
+    return found
 
 
 def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:
-    """Writes a file so that it is never seen half-written, and an older one is kept until then."""
+    """Writes a file in one move: readers see the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
@@ -119,8 +182,11 @@ def append_text(path: epath.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
-    """A file on this machine with the content of a file, for what reads no others: the file itself
-    or, of a remote one, a copy that goes away at the end."""
+    """A file on this machine with the content of `path`, for libraries that read no other.
+
+    Yields:
+      `path` itself if it is on this machine, else a copy, which is deleted at the end.
+    """
     if not is_remote(path):
         yield pathlib.Path(path)
         return
@@ -131,9 +197,10 @@ def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 class LocalFolder:
-    """A folder on this machine, for what writes nowhere else.
+    """A folder on this machine, for libraries that write to no other.
 
-    It is the folder itself or, for a remote one, another, of which `push` copies the files there.
+    It is the given folder itself or, if that is remote, a temporary folder. `push` copies the
+    files of the temporary folder to the remote one.
 
     Args:
       path: the folder.
@@ -148,7 +215,7 @@ class LocalFolder:
         self.path = pathlib.Path(self._temporary.name if self._temporary else path)
 
     def push(self) -> None:
-        """Makes what has been written so far seen."""
+        """Copies the files written so far to the remote folder, if there is one."""
         if self._remote:
             for file in sorted(self.path.rglob("*")):
                 if file.is_file():

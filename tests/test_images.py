@@ -23,8 +23,16 @@ def test_png_keeps_pixels_and_metadata(tmp_path):
 def test_png_of_floats_rounds_and_clips(tmp_path):
     save_png(np.array([[[-0.1, 0.5, 1.2]]]), tmp_path / "a.png")
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[[0, 128, 255]]]
+
+
+def test_missing_metadata_is_named(tmp_path):
+    save_png(picture(0), tmp_path / "a.png")
     with pytest.raises(UserError, match="has no 'parameters' text chunk"):
         read_metadata(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("text")
+    for name in ("b.png", "nowhere.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
+            read_metadata(tmp_path / name)
 
 
 def test_grid_puts_every_image_in_its_place():
@@ -61,6 +69,6 @@ def test_grid_takes_one_array_of_floats():
         ({"rows": [[picture(0)]], "captions": [["a", "b"]]}, r"captions: .* expected \(1, 1\)"),
     ],
 )
-def test_grid_refuses_what_does_not_fit(arguments, message):
+def test_grid_refuses_unequal_rows_and_labels(arguments, message):
     with pytest.raises(UserError, match=message):
         grid(**arguments)

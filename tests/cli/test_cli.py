@@ -127,7 +127,7 @@ def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
         assert (tmp_path / "out" / file).stat().st_size > 0
 
     message = fails(capsys, *argv)
-    assert "is not empty" in message and "--overwrite" in message
+    assert "is not empty" in message and "overwrite" in message
 
 
 @pytest.mark.parametrize(

@@ -84,13 +84,13 @@ def test_output_folder_is_only_overwritten_on_request(tiny_backbone, tmp_path):
     kept.write_text("mine")
     old.write_text("old")
     options = SamplerOptions(num_steps=1)
-    with pytest.raises(UserError, match=r"is not empty; .* --overwrite"):
+    with pytest.raises(UserError, match=r"is not empty; .* `overwrite`"):
         generate(tiny_backbone, ["a person"], tmp_path, options=options)
     assert old.exists()
     generate(tiny_backbone, ["a person"], tmp_path, options=options, overwrite=True)
     assert kept.read_text() == "mine" and not old.exists()
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
-    with pytest.raises(UserError, match=r"gs://b/run is on Google .* one of this machine"):
+    with pytest.raises(UserError, match=r"gs://b/run is on Google .* on this machine"):
         generate(tiny_backbone, ["a person"], "gs://b/run", options=options)
     with pytest.raises(UserError, match="cannot be made or read"):
         generate(tiny_backbone, ["a person"], kept, options=options)

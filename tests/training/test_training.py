@@ -306,7 +306,7 @@ def test_a_damaged_log_is_named(finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
     (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[1][5:] + lines[2])
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON"):
         train(make_config(), str(tmp_path))
 
 
