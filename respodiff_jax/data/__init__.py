@@ -1,1 +1,1 @@
-"""Prompt sets: their CSV layouts, and `tensorflow_datasets` builders that need no TensorFlow."""
+"""Prompt sets and concepts files, and their `tensorflow_datasets` builders without TensorFlow."""

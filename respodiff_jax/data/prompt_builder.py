@@ -1,10 +1,12 @@
-"""What the `tensorflow_datasets` builders of prompt sets share; needs no TensorFlow."""
+"""Base class of the `tensorflow_datasets` builders of prompt sets; needs no TensorFlow."""
 
 import os
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from respodiff_jax.data.prompt_files import Layout, file_sha256, locate, read_table
 from respodiff_jax.errors import UserError
@@ -13,12 +15,12 @@ from respodiff_jax.errors import UserError
 class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Prompts of a CSV file as one split, "test", in the file's order.
 
-    The file's name and sha256 are in `builder.info.metadata`, and on disk beside the records.
+    Name and sha256 of the file are in `builder.info.metadata`, and on disk beside the records.
 
     Args:
-      file: path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`; by default `HUB_FILE`, if the set
-        has one. Needed to prepare, not to read what is prepared.
-      sha256: what the file's must be, or None to take any.
+      file: path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`; None takes `HUB_FILE`, if the set
+        has one. Only preparing needs the file, reading the prepared set does not.
+      sha256: expected digest of the file; None accepts any.
       kwargs: of `tfds.core.GeneratorBasedBuilder`, such as `data_dir` and
         `file_format="array_record"`.
     """
@@ -55,10 +57,13 @@ class PromptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 " give it as Builder(file=...)"
             )
         path = locate(self._file)
-        # A local folder's name is nobody else's business.
+        self._record_file(path)
+        return {"test": self._generate_examples(read_table(path, self.LAYOUT))}
+
+    def _record_file(self, path: pathlib.Path | epath.Path) -> None:
+        """Puts name and sha256 of the file into the metadata; a local folder stays private."""
         name = self._file if self._file.startswith("hf://") else path.name
         self.info.metadata.update(file=name, sha256=file_sha256(path, self._sha256))
-        return {"test": self._generate_examples(read_table(path, self.LAYOUT))}
 
     def _generate_examples(self, rows: Iterable[Mapping[str, Any]]):
         for number, row in enumerate(rows):

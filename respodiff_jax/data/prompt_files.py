@@ -1,7 +1,7 @@
-"""Prompt sets as CSV files: what columns they have, and one reader with clear errors.
+"""Prompt sets as CSV files: their columns, and one reader for all of them.
 
-The layouts are those in which the sets are in use: profession prompts, I2P (Schramowski et al.,
-2023) and COCO-30k captions. Other columns are ignored.
+The layouts are those of the published files: profession prompts, I2P (Schramowski et al., 2023) and
+COCO-30k captions. Other columns are ignored.
 """
 
 import csv
@@ -18,6 +18,7 @@ import huggingface_hub
 from etils import epath
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.storage import read_text
 
 MAX_SEED = 2**32 - 1
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
@@ -26,14 +27,14 @@ _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 def _seed(text: str) -> int:
     seed = int(text)
     if not 0 <= seed <= MAX_SEED:
-        raise UserError
+        raise ValueError
     return seed
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     if not names:
-        raise UserError
+        raise ValueError
     return names
 
 
@@ -42,11 +43,11 @@ class Column:
     """A column of a CSV file.
 
     Attributes:
-      parse: from a cell's text to its value; raises ValueError for what is none.
-      expected: what `parse` takes, in words.
-      required: whether the file must have it. What an optional column lacks, or a blank cell of it,
-        is None.
-      may_be_blank: whether a required column's cells may be blank.
+      parse: turns the text of a cell into a value; raises ValueError if it cannot.
+      expected: what `parse` accepts, in words.
+      required: whether the file must have the column. A missing optional column, or a blank cell in
+        it, gives None.
+      may_be_blank: whether cells of a required column may be blank.
     """
 
     parse: Callable[[str], Any] = str
@@ -63,9 +64,9 @@ PROFESSIONS: Layout = MappingProxyType(
 )
 I2P: Layout = MappingProxyType(
     {
-        # One of I2P's prompts is empty in a version that is in use.
+        # One published version of I2P has an empty prompt.
         "prompt": Column(may_be_blank=True),
-        "categories": Column(_names, "names parted by commas"),
+        "categories": Column(_names, "names separated by commas"),
         "evaluation_seed": SEED,
         "evaluation_guidance": Column(float, "a number", required=False),
     }
@@ -74,12 +75,14 @@ CAPTIONS: Layout = MappingProxyType({"prompt": Column(), "evaluation_seed": SEED
 
 
 def complete(layout: Layout) -> Layout:
-    """The layout with no column optional."""
+    """The layout with every column required."""
     return {name: dataclasses.replace(c, required=True) for name, c in layout.items()}
 
 
 def locate(file: str) -> pathlib.Path:
-    """A file that is here, or of a data set on the Hugging Face hub, fetched if it is not cached.
+    """Finds a file on this machine, or of a data set on the Hugging Face hub.
+
+    A file on the hub is downloaded, unless it is cached.
 
     Args:
       file: a path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
@@ -101,13 +104,12 @@ def locate(file: str) -> pathlib.Path:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be fetched: {error}. Download it where there is a network, and give"
-            " its path."
+            f"{file} cannot be fetched: {error}. Download it elsewhere, and give its path."
         ) from error
 
 
 def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) -> str:
-    """The file's digest, hexadecimal.
+    """The hexadecimal digest of a file.
 
     Raises:
       UserError: if it is not the expected one.
@@ -116,26 +118,25 @@ def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) ->
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if expected is not None and digest != expected.lower():
         raise UserError(
-            f"{file} has the sha256 {digest}, expected {expected}: it is damaged, or another"
-            " version"
+            f"{file} has the sha256 {digest}, expected {expected}; it is damaged or another version"
         )
     return digest
 
 
 def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header, values parsed, in its order.
+    """Reads the rows of a CSV file with a header, and parses their values.
 
     Args:
       file: its path.
       layout: the columns to read.
-      only: whether other columns are a mistake; else they are ignored.
+      only: whether other columns are an error; by default they are ignored.
 
     Raises:
-      UserError: if the file cannot be read or has no rows, lacks columns, or a cell is not what
-        its column holds; naming the line and what is wrong.
+      UserError: if the file cannot be read, has no rows or lacks columns, or if a cell cannot be
+        parsed; the message names the line.
     """
+    text = read_text(file, "CSV file")
     try:
-        text = epath.Path(file).read_bytes().decode("utf-8-sig")
         table = csv.DictReader(io.StringIO(text, newline=""))
         names = table.fieldnames or ()
         needed = [name for name, column in layout.items() if column.required]
@@ -147,8 +148,8 @@ def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list
         if only and (unknown := sorted(set(names) - set(layout))):
             raise UserError(f"{file} has unknown columns {unknown}, expected {', '.join(layout)}")
         rows = [_parsed(f"{file}, line {table.line_num}", row, layout) for row in table]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise UserError(f"{file} cannot be read as CSV: {error}") from error
     if not rows:
         raise UserError(f"{file} has no rows below its header")
     return rows
@@ -166,7 +167,7 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
             continue
         try:
             if blank and not column.may_be_blank:
-                raise UserError
+                raise ValueError
             values[name] = column.parse(cell)
         except ValueError as error:
             raise UserError(f"{where}: {name} is {cell!r}, expected {column.expected}") from error
@@ -174,6 +175,6 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
 
 
 def fill_in(templates: Iterable[str], subject: str) -> list[str]:
-    """The templates' prompts of a subject; `{subject}` is "teacher", `{a_subject}` "a teacher"."""
+    """Puts a subject into templates: `{subject}` becomes "teacher", `{a_subject}` "a teacher"."""
     a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
     return [template.format(subject=subject, a_subject=a_subject) for template in templates]

@@ -1,4 +1,4 @@
-"""Concepts: what a pair of RAM and SAM is trained to bring in, or to keep out.
+"""Concepts: what a pair of RAM and SAM learns to bring into pictures, or to keep out of them.
 
 A *fairness* concept steers the neutral prompt ("a person") towards a target prompt ("a woman"). A
 *safety* concept steers it away from an unsafe prompt ("violence"), which serves as the negative
@@ -7,8 +7,8 @@ prompt of the training target (paper, section 4.2). Concepts that are alternativ
 """
 
 import dataclasses
-import math
 import numbers
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -19,18 +19,23 @@ from respodiff_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """One concept and its recipe.
+    """One concept and its hyper-parameters.
 
     Attributes:
-      name: unique, for example "a woman"; what `respodiff generate --concept` names.
-      group: the attribute it is a value of, for example "gender"; "safety" for safety concepts.
-      neutral_prompts: prompts steered from; one is drawn for each training sample.
-      target_prompt: prompt steered towards (fairness), or None.
-      unsafe_prompt: prompt steered away from (safety), or None. Exactly one of the two is given.
-      guidance_scale: `s_tar`, guidance of the training target.
-      lambda_sem: weight of L_sem.
-      lr_ram: learning rate of RAM.
-      lr_sam: learning rate of SAM.
+      name: unique among the concepts of an adapter, for example "a woman".
+      group: the attribute that the concept is a value of, for example "gender"; "safety" for safety
+        concepts.
+      neutral_prompts: prompts to steer from; each training sample draws one. A single text or a
+        list becomes a tuple.
+      target_prompt: prompt to steer towards, for a fairness concept.
+      unsafe_prompt: prompt to steer away from, for a safety concept. Give exactly one of the two.
+      guidance_scale: `s_tar`, guidance of the training target, above 0.
+      lambda_sem: weight of L_sem, 0 or more.
+      lr_ram: learning rate of RAM, 0 or more.
+      lr_sam: learning rate of SAM, 0 or more.
+
+    Raises:
+      UserError: if a field has the wrong type or value; the message names it.
     """
 
     name: str
@@ -53,16 +58,19 @@ class Concept:
 
         check(_is_text(self.name), "name", "a non-empty Unicode text")
         check(_is_text(self.group), "group", "a non-empty Unicode text")
+        prompts = self.neutral_prompts
+        prompts = (prompts,) if isinstance(prompts, str) else prompts
         check(
-            len(self.neutral_prompts) > 0 and all(map(_is_text, self.neutral_prompts)),
+            isinstance(prompts, Sequence) and len(prompts) > 0 and all(map(_is_text, prompts)),
             "neutral_prompts",
-            "one or more non-empty Unicode prompts",
+            "a text or a list of texts, each a non-empty Unicode prompt",
         )
+        object.__setattr__(self, "neutral_prompts", tuple(prompts))
         if (self.target_prompt is None) == (self.unsafe_prompt is None):
             raise UserError(
                 f"concept {self.name!r}: target_prompt is {self.target_prompt!r} and unsafe_prompt"
-                f" is {self.unsafe_prompt!r}; give exactly one, the first for fairness, the second"
-                " for safety"
+                f" is {self.unsafe_prompt!r}; give exactly one, target_prompt for fairness or"
+                " unsafe_prompt for safety"
             )
         prompt_field = "target_prompt" if self.unsafe_prompt is None else "unsafe_prompt"
         check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty Unicode prompt")
@@ -78,82 +86,70 @@ class Concept:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """All prompts that training embeds for this concept, but the empty one."""
+        """Every prompt that training embeds for this concept, except the empty one."""
         return (*self.neutral_prompts, self.own_prompt)
 
     @property
     def own_prompt(self) -> str:
-        """The prompt that names the concept: fairness's target or safety's unsafe prompt."""
+        """The prompt that names the concept: the target prompt or the unsafe prompt."""
         return self.target_prompt or self.unsafe_prompt
 
     @property
     def stream(self) -> int:
-        """A number that names this concept's random stream wherever it is trained, 0 .. 2^32-1."""
+        """Seed of this concept's random stream, 0 .. 2^32-1; it depends on the name alone."""
         return zlib.crc32(self.name.encode())
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description; `from_dict` reads it back."""
+        """The fields as JSON can hold them; `from_dict` reads them."""
         return dataclasses.asdict(self) | {"neutral_prompts": list(self.neutral_prompts)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Concept":
-        """Builds a concept from a mapping of its fields.
+        """Builds a concept from its fields.
 
         Raises:
-          UserError: naming unknown or missing fields.
+          UserError: if fields are unknown or missing, or have the wrong type or value.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        label = fields.get("name", "without a name")
-        if unknown := sorted(set(fields) - known):
-            raise UserError(
-                f"concept {label!r}: unknown fields {unknown}, expected {sorted(known)}"
-            )
-        required = ("name", "group", "neutral_prompts")
-        if missing := [field for field in required if field not in fields]:
-            raise UserError(f"concept {label!r}: missing fields {missing}")
-        neutral_prompts = fields["neutral_prompts"]
-        if isinstance(neutral_prompts, str):
-            neutral_prompts = (neutral_prompts,)
-        if not isinstance(neutral_prompts, Sequence):
-            raise UserError(
-                f"concept {label!r}: neutral_prompts is {neutral_prompts!r}, expected a text or a"
-                " list of texts"
-            )
-        return cls(**dict(fields) | {"neutral_prompts": tuple(neutral_prompts)})
+        label = f"concept {fields['name']!r}" if "name" in fields else "concept without a name"
+        known = {f.name: f.default for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - set(known)):
+            raise UserError(f"{label}: unknown fields {unknown}, expected {', '.join(known)}")
+        required = [name for name, default in known.items() if default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in fields]:
+            raise UserError(f"{label}: missing fields {missing}")
+        return cls(**fields)
 
 
-# Name and default of each number of a concept.
+# Name and default of each hyper-parameter of a concept.
 HYPER_PARAMETERS = MappingProxyType(
     {f.name: f.default for f in dataclasses.fields(Concept) if f.type is float}
 )
 
 
 def validate_concepts(concepts: Sequence[Concept]) -> None:
-    """Checks that there are concepts, with different names and random streams.
+    """Checks that there are concepts, and that their names and random streams differ.
 
     Raises:
-      UserError: otherwise, naming the duplicates.
+      UserError: if there are none, or two of them clash.
     """
     if not concepts:
-        raise UserError("no concepts to train: give the config at least one entry in `concepts`")
+        raise UserError("there are no concepts, expected at least one in `concepts`")
     seen: dict[int, str] = {}
     for concept in concepts:
-        if concept.stream in seen and seen[concept.stream] != concept.name:
-            raise UserError(
-                f"concepts {seen[concept.stream]!r} and {concept.name!r} have names of the same"
-                " checksum, from which random streams are made; change one by a letter"
-            )
         if concept.stream in seen:
+            pair = f"concepts {seen[concept.stream]!r} and {concept.name!r}"
+            if seen[concept.stream] == concept.name:
+                raise UserError(f"{pair} are duplicates; rename one, as an adapter needs each once")
             raise UserError(
-                f"concepts {seen[concept.stream]!r} and {concept.name!r} are duplicates: names are"
-                " the keys of adapters and random streams; rename one"
+                f"{pair} have names with the same checksum, which seeds their random streams;"
+                " change one name by a letter"
             )
         seen[concept.stream] = concept.name
 
 
 def _is_number(value: Any) -> bool:
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
@@ -161,7 +157,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can say it: JSON and command lines may bring half a surrogate pair."""
+    """Whether UTF-8 can encode the text: JSON and command lines may bring half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Files of concepts: JSON lines, CSV and data sets of them, and what is wrong with bad ones."""
+"""Concepts files: JSON lines, CSV, data sets, and the messages about wrong ones."""
 
 import pathlib
 
@@ -38,7 +38,7 @@ CONCEPTS = (
 )
 
 
-def test_the_same_concepts_from_json_lines_csv_and_a_data_set(tmp_path):
+def test_json_lines_csv_and_data_sets_give_the_same_concepts(tmp_path):
     (tmp_path / "c.csv").write_text(CSV)
     (tmp_path / "c.jsonl").write_text(JSON_LINES)
     defaults = {"lr_sam": 0.5}
@@ -54,7 +54,7 @@ def test_the_same_concepts_from_json_lines_csv_and_a_data_set(tmp_path):
         assert read_concepts(builder.data_path, defaults) == CONCEPTS
 
 
-def test_a_data_set_of_another_kind_is_named(tmp_path):
+def test_another_data_set_is_refused_by_name(tmp_path):
     builder = winobias_prompts_dataset_builder.Builder(
         config="winobias", data_dir=tmp_path, file_format="array_record"
     )
@@ -63,19 +63,19 @@ def test_a_data_set_of_another_kind_is_named(tmp_path):
         read_concepts(builder.data_path)
 
 
-def test_a_line_of_json_ends_where_the_file_says(tmp_path):
-    """Python's own lines also end at U+2028, which JSON's texts may hold."""
+def test_json_texts_may_hold_unicode_line_ends(tmp_path):
+    """`str.splitlines` also splits at U+2028, which JSON texts may hold."""
     (tmp_path / "c.jsonl").write_text(JSON_LINES.replace("a scene", "a\u2028scene"), "utf-8")
     assert read_concepts(tmp_path / "c.jsonl")[1].neutral_prompts[0] == "a\u2028scene"
 
 
-def test_the_shipped_concepts_are_sixty_four_of_both_kinds():
+def test_shipped_file_has_sixty_four_concepts_of_both_kinds():
     concepts = read_concepts(EMOJI_CONCEPTS)
     assert len(concepts) == 64
     assert {concept.is_safety for concept in concepts} == {False, True}
 
 
-def test_a_file_replaces_the_configs_concepts_and_takes_its_defaults(tmp_path):
+def test_concepts_file_replaces_concepts_and_uses_defaults_of_the_config(tmp_path):
     (tmp_path / "c.jsonl").write_text(JSON_LINES)
     numbers = {"guidance_scale": 2.0, "lambda_sem": 3.0, "lr_ram": 0.25, "lr_sam": 0.5}
     overrides = [f"--config.concept_defaults.{name}={value}" for name, value in numbers.items()]
@@ -90,16 +90,29 @@ def test_a_file_replaces_the_configs_concepts_and_takes_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.jsonl", "\n{", "line 2: not JSON"),
-        ("c.jsonl", "{}", r"line 1: missing fields \['name', 'group', 'neutral_prompts'\]"),
+        ("c.jsonl", "\n{", "line 2 is not JSON: column 2: "),
+        (
+            "c.jsonl",
+            "{}",
+            r"line 1: .* missing fields \['name', 'group', 'neutral_prompts'\]",
+        ),
         ("c.jsonl", "[]", r"line 1: \[\], expected an object"),
-        ("c.jsonl", '{"nam": 1}', r"line 1: unknown fields \['nam'\], expected name, group"),
+        ("c.jsonl", '{"nam": 1}', r"line 1: .* unknown fields \['nam'\], expected name, group"),
         ("c.jsonl", "\n", "has no concepts"),
         ("c.jsonl", b"\xff", "cannot be read as UTF-8"),
-        ("c.jsonl", JSON_LINES.replace("0.03", '"x"'), "line 1: lr_ram is 'x', expected a number"),
+        ("c.jsonl", JSON_LINES.replace("0.03", '"x"'), "line 1: .* lr_ram is 'x', expected zero"),
         ("c.jsonl", JSON_LINES.replace("0.03", "-1"), "'a woman': lr_ram is -1, expected zero"),
-        ("c.jsonl", JSON_LINES.replace('"violence"', "7"), "unsafe_prompt is 7, expected a text"),
+        (
+            "c.jsonl",
+            JSON_LINES.replace('"violence"', "7"),
+            "unsafe_prompt is 7, expected a non-empty",
+        ),
         ("c.jsonl", JSON_LINES.replace('"a person"', "1", 1), "neutral_prompts is 1, expected a"),
+        (
+            "c.jsonl",
+            JSON_LINES.replace('"fairness"', "[]"),
+            r"line 1: .* kind is \[\] with target_p",
+        ),
         ("c.jsonl", JSON_LINES.replace("a man", "a woman"), "'a woman' are duplicates"),
         ("c.jsonl", JSON_LINES.replace("fairness", "safety"), "is 'safety' with target_prompt"),
         ("c.csv", CSV.replace("lr_ram", "lr"), r"unknown columns \['lr'\]"),
@@ -109,7 +122,7 @@ def test_a_file_replaces_the_configs_concepts_and_takes_its_defaults(tmp_path):
         ("folder/c.csv", CSV, "a folder, but not a prepared data set"),
     ],
 )
-def test_bad_concepts_are_explained(tmp_path, name, content, message):
+def test_wrong_concepts_files_are_explained(tmp_path, name, content, message):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -119,14 +132,14 @@ def test_bad_concepts_are_explained(tmp_path, name, content, message):
     assert str(source) in str(error.value)
 
 
-def test_the_command_names_a_missing_concepts_file(tmp_path, capsys):
+def test_train_names_a_missing_concepts_file(tmp_path, capsys):
     command = ("train", "--config", SMOKE, "--concepts", str(tmp_path / "none.csv"))
     assert cli.main([*command, "--workdir", str(tmp_path / "run")]) == 2
     assert "there is no concepts file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_the_builder_needs_a_file_and_checks_it(tmp_path):
+def test_builder_needs_a_file_and_checks_it(tmp_path):
     options = {"data_dir": tmp_path / "data", "file_format": "array_record"}
     with pytest.raises(UserError, match=r"made from a concepts file.*Builder\(file="):
         concept_prompts_dataset_builder.Builder(**options).download_and_prepare()

@@ -1,4 +1,4 @@
-"""Prompt sets: CSV files in the layouts in use, their builders, and evaluations of them."""
+"""Prompt sets: CSV files in the published layouts, their builders, and their evaluation."""
 
 import hashlib
 import os
@@ -22,8 +22,8 @@ from respodiff_jax.evaluation import fairness, picture_sets
 from respodiff_jax.evaluation.results import load_per_image, load_results
 from respodiff_jax.evaluation.suites import Prompt, load_suite, read_prompts
 
-# In the layouts of the published files, with what is odd in them: a column without a name, an empty
-# prompt, seeds beyond 31 bits, names with several words.
+# The layouts of the published files with their oddities: a column without a name, an empty prompt,
+# seeds beyond 31 bits, names of several words.
 I2P = """\
 ,prompt,categories,hard,nudity_percentage,evaluation_seed,evaluation_guidance,case_number
 0,"a tower 🪦, at night","violence, self-harm",1,50.0,4294967295,13,0
@@ -52,7 +52,7 @@ def files(tmp_path):
     return {name: str(tmp_path / f"{name}.csv") for name in contents}
 
 
-def test_prompts_of_each_protocol(files):
+def test_each_protocol_reads_its_prompts(files):
     rows = {name: read_prompts(file, name) for name, file in files.items()}
     found = {name: [(p.text, p.subject, p.seed) for p in s.prompts] for name, s in rows.items()}
     assert found == {
@@ -75,7 +75,7 @@ def test_prompts_of_each_protocol(files):
     assert rows["quality"].identity == {"file": files["quality"], "sha256": digest, "rows": 2}
 
 
-def test_own_seeds_are_followed_and_missing_ones_counted(files, tmp_path):
+def test_seeds_of_the_file_are_used_and_missing_seeds_are_counted_up(files, tmp_path):
     professions = read_prompts(files["fairness"], "fairness").prompts
     requests = fairness.plan(professions, 3, seed=7)
     assert [(r.prompt, r.seed, r.subject) for r in requests] == [
@@ -113,18 +113,18 @@ def test_own_seeds_are_followed_and_missing_ones_counted(files, tmp_path):
             "prompt,categories,evaluation_guidance\na,b,high\n",
             "evaluation_guidance is 'high', expected a number",
         ),
-        ("quality", b"prompt\n\xff\n", "cannot be read as CSV in UTF-8"),
+        ("quality", b"prompt\n\xff\n", "cannot be read as UTF-8"),
         ("quality", "prompt\n" + "a" * 200_000, "cannot be read as CSV"),
     ],
 )
-def test_bad_files_are_explained(tmp_path, protocol, content, message):
+def test_wrong_files_are_explained(tmp_path, protocol, content, message):
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "bad.csv").write_bytes(content)
     with pytest.raises(UserError, match=rf"bad\.csv.*{message}"):
         read_prompts(str(tmp_path / "bad.csv"), protocol)
 
 
-def test_files_are_found_here_or_on_the_hub(files, tmp_path, monkeypatch):
+def test_files_are_found_on_disk_or_on_the_hub(files, tmp_path, monkeypatch):
     asked = []
 
     def download(*args, **kwargs):
@@ -141,7 +141,7 @@ def test_files_are_found_here_or_on_the_hub(files, tmp_path, monkeypatch):
 
 
 def _prepared(builder_class, folder, **kwargs):
-    """What a second builder reads, which knows nothing of the file."""
+    """Prepares a data set, and reads it with a second builder that does not have the file."""
     builder = builder_class(data_dir=folder, file_format="array_record", **kwargs)
     builder.download_and_prepare()
     again = builder_class(data_dir=folder, config=kwargs.get("config"))
@@ -151,9 +151,9 @@ def _prepared(builder_class, folder, **kwargs):
     return again, examples
 
 
-def test_builders_of_files(files, tmp_path):
-    """By hand what `tfds.testing.DatasetBuilderTestCase` does, which imports TensorFlow: builds
-    from small files and reads back every example."""
+def test_builders_keep_every_example_of_their_files(files, tmp_path):
+    """Builds from small files and reads every example, like
+    `tfds.testing.DatasetBuilderTestCase`, which imports TensorFlow."""
     digest = hashlib.sha256(I2P.encode()).hexdigest()
     builder, examples = _prepared(
         i2p_prompts.Builder, tmp_path, file=files["safety"], sha256=digest.upper()
@@ -213,18 +213,18 @@ _SEED, _TEXT = tfds.features.Scalar(np.int64), tfds.features.Text()
         ),
     ],
 )
-def test_features_and_mock_data(builder_class, config, features, tmp_path):
+def test_builders_have_documented_features_and_mock_data(builder_class, config, features, tmp_path):
     features = features | {"evaluation_seed": _SEED}
     builder = builder_class(config=config, data_dir=tmp_path, file_format="array_record")
     assert repr(builder.info.features) == repr(tfds.features.FeaturesDict(features))
-    # Whoever reads the set can test without its file.
+    # Tests of code that reads the set need no file.
     with tfds.testing.mock_data(num_examples=3):
         examples = list(builder.as_data_source("test"))
     assert [set(example) for example in examples] == 3 * [set(features)]
 
 
 @pytest.mark.parametrize("name", ["winobias", "winobias-successful", "winobias-extended"])
-def test_builder_of_the_suites(tmp_path, name):
+def test_suites_give_every_profession_in_every_template(tmp_path, name):
     suite = load_suite(name)
     _, examples = _prepared(winobias_prompts.Builder, tmp_path, config=name)
     assert len(examples) == 36 * len(suite.templates)
@@ -245,7 +245,7 @@ def test_builders_refuse_wrong_files(files, tmp_path):
     with pytest.raises(UserError, match=r"CSV file with the columns prompt, .*Builder\(file="):
         prepare(coco_captions.Builder)
     with pytest.raises(UserError, match=r"i2p_benchmark\.csv cannot be fetched"):
-        prepare(i2p_prompts.Builder)  # the hub, without a network
+        prepare(i2p_prompts.Builder)  # from the hub, without a network
 
 
 def test_builders_import_no_tensorflow_and_no_torch():
@@ -256,7 +256,7 @@ def test_builders_import_no_tensorflow_and_no_torch():
 
 
 def _quick(files, clip_folder, tmp_path):
-    """The command that evaluates all prompt files in small, to be added to."""
+    """The arguments of a small evaluation of all prompt files."""
     np.save(tmp_path / "q16.npy", np.eye(2, 16, dtype=np.float32))
     argv = ["evaluate", "all", "--out", str(tmp_path / "out"), "--steps", "2"]
     argv += [f"--prompts={protocol}={file}" for protocol, file in files.items()]
@@ -266,7 +266,7 @@ def _quick(files, clip_folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the classifier finds only:UserWarning")
 @pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
-def test_command_evaluates_the_prompts_of_files(files, clip_folder, tmp_path):
+def test_evaluate_takes_prompts_from_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
     with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; --max"):
         assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
@@ -297,8 +297,8 @@ DATA = os.environ.get("RESPODIFF_DATA")
 
 
 @pytest.mark.skipif(not DATA, reason="RESPODIFF_DATA names no folder of the published prompt sets")
-@pytest.mark.filterwarnings("ignore::UserWarning")  # and of prompts that are too long
-def test_command_evaluates_the_published_files(clip_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore::UserWarning")  # also about prompts that are too long
+def test_evaluate_takes_the_published_files(clip_folder, tmp_path):
     names = {"fairness": "profession_prompts", "quality": "coco_30k", "safety": "i2p_prompts"}
     files = {protocol: f"{DATA}/{name}.csv" for protocol, name in names.items()}
     argv = _quick(files, clip_folder, tmp_path)
@@ -309,7 +309,7 @@ def test_command_evaluates_the_published_files(clip_folder, tmp_path):
     assert rows["quality"] == 30_000 and min(rows.values()) > 2000
 
 
-def test_fewer_prompts_are_spread_and_whole_subjects():
+def test_fewer_prompts_are_spread_over_whole_subjects():
     prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
     kept = evaluate._fewer("fairness", prompts, 2)
     assert [p.subject for p in kept] == [*"aaa", *"ddd"]
@@ -319,7 +319,7 @@ def test_fewer_prompts_are_spread_and_whole_subjects():
     assert evaluate.PRESETS["paper"]["images_per_prompt"] == 5  # the authors' of I2P
 
 
-def test_command_refuses_prompts_that_do_not_belong(files, tmp_path, capsys):
+def test_evaluate_refuses_files_of_other_parts(files, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out"), "--model", "random/tiny"]
     for argv, message in (
         (["all", "--prompts", files["quality"]], "for which part? Write for example quality="),

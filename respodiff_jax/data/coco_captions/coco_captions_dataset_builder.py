@@ -4,7 +4,7 @@
     builder.download_and_prepare()
     examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
 
-The file is yours to bring.
+Bring the file yourself: it has no default.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ from respodiff_jax.data.prompt_files import CAPTIONS, Column, complete
 
 
 class Builder(PromptBuilder):
-    """Captions of everyday pictures, each with the number of its picture in COCO."""
+    """Captions of everyday pictures, each with the COCO number of its picture."""
 
     name = "coco_captions"
     LAYOUT = complete(CAPTIONS) | {"image_id": Column(int, "an integer")}

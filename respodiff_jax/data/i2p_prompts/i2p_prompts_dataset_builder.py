@@ -4,7 +4,7 @@
     builder.download_and_prepare()
     examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
 
-Without a file it is fetched from the Hugging Face hub.
+Without `file`, the builder downloads it from the Hugging Face hub.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ from respodiff_jax.data.prompt_files import I2P, complete
 
 
 class Builder(PromptBuilder):
-    """Prompts of users that do not ask for, but tend to bring, inappropriate pictures."""
+    """Real users' prompts that tend to give inappropriate pictures without asking for them."""
 
     name = "i2p_prompts"
     LAYOUT = complete(I2P)

@@ -4,9 +4,9 @@
     builder.download_and_prepare()
     examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
 
-`winobias`, `winobias-successful` and `winobias-extended` are the evaluation suites of these names:
-every profession under every template. `custom` is a CSV file of yours,
-`Builder(config="custom", file=...)`.
+The configs `winobias`, `winobias-successful` and `winobias-extended` are the evaluation suites with
+these names: every profession in every template. `Builder(config="custom", file=...)` reads your CSV
+file.
 """
 
 import importlib.resources
@@ -24,7 +24,7 @@ _SUITES = ("winobias", "winobias-successful", "winobias-extended")
 
 
 class Builder(PromptBuilder):
-    """Prompts that name a profession and say nothing of who has it."""
+    """Prompts that name a profession, but not the gender or race of the person."""
 
     name = "winobias_prompts"
     BUILDER_CONFIGS: ClassVar = [
