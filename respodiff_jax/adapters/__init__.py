@@ -1,4 +1,4 @@
-"""Adapters: trained concepts as a small directory, apart from the frozen model."""
+"""Adapters: trained concepts, saved as a small directory without the frozen model."""
 
 from respodiff_jax.adapters.adapter import (
     Adapter,

@@ -1,7 +1,7 @@
-"""Adapters: trained concepts as a small directory, apart from the frozen model they belong to.
+"""Adapters: trained concepts, saved as a small directory without the frozen model.
 
-`adapter_files` says what lies in the directory, `adapter_card` what `respodiff export` puts there
-for readers. The same adapter always gives the same bytes.
+`adapters.files` describes the two files of the directory, `adapters.card` the files that
+`respodiff export` adds for readers. The same adapter always gives the same bytes.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from respodiff_jax.adapters.files import (
-    BACKBONE_KEYS,
     CFG_RULE,
     CONFIG_FILE,
     DTYPES,
@@ -28,10 +27,12 @@ from respodiff_jax.adapters.files import (
     ROLES,
     TO_TORCH,
     WEIGHTS_FILE,
+    check_backbone,
+    check_config,
     check_keys,
+    check_metrics,
     is_finite,
     param_shapes,
-    read_config,
     read_weights,
     tensor_key,
 )
@@ -39,7 +40,7 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
 from respodiff_jax.method.modules import KINDS, SUM, MidBlockModule, Params, Steering
-from respodiff_jax.storage import open_path, write_whole
+from respodiff_jax.storage import open_path, read_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,16 +51,18 @@ class Adapter:
       concepts: the N concepts, in the order of the parameters' leading axis.
       module: architecture of every RAM and SAM.
       ram: RAM parameters, leaves `(N, ...)`, float32 numpy.
-      sam: SAM parameters, likewise.
-      backbone: `Backbone.identity` of the model trained on, `resolution` and `prediction_type`.
+      sam: SAM parameters, leaves `(N, ...)`, float32 numpy.
+      backbone: the model trained on, `Backbone.trained_at(resolution)`.
       training: JSON-able summary of the training run, or None.
-      default_scales: N numbers, the weight of each concept where none is given; 1 by default.
-      metrics: numbers of an evaluation, mappings with `METRIC_KEYS`, as in
-        `evaluation.results.Measurement`; or None.
-      dtype: what the parameters are saved in, one of `DTYPES`.
+      default_scales: N finite numbers, the weight of a concept for which the user gives none; all 1
+        by default.
+      metrics: measurements of this adapter, dicts with the keys `METRIC_KEYS`, which have the
+        meaning of the fields of `evaluation.results.Measurement`; or None.
+      dtype: dtype of the saved parameters, one of `DTYPES`.
 
     Raises:
-      UserError: when parameters do not fit the module or the concepts, or are not finite.
+      UserError: if parameters do not fit the module or the concepts or are not finite, or another
+        field has the wrong type or value.
     """
 
     concepts: tuple[Concept, ...]
@@ -76,7 +79,14 @@ class Adapter:
         validate_concepts(self.concepts)
         if self.dtype not in DTYPES:
             raise UserError(f"adapter dtype is {self.dtype!r}, expected one of {DTYPES}")
-        check_keys("adapter backbone", self.backbone, BACKBONE_KEYS)
+        check_backbone(self.backbone)
+        if not isinstance(self.training, Mapping | None):
+            raise UserError(f"adapter training is {self.training!r}, expected a mapping or null")
+        if self.metrics is not None:
+            check_metrics(self.metrics)
+        _check_json("backbone", dict(self.backbone))
+        _check_json("training", self.training)
+        _check_json("metrics", self.metrics)
         shapes = param_shapes(self.module)
         for role in ROLES:
             flat = flatten_dict(getattr(self, role), sep=".")
@@ -93,7 +103,7 @@ class Adapter:
                     if not np.isfinite(values).all():
                         raise UserError(
                             f"adapter concept {concept.name!r}: {role}.{key} holds NaN or infinity;"
-                            " the training run diverged or the file is damaged"
+                            " the training diverged, or the file is damaged"
                         )
             object.__setattr__(self, role, unflatten_dict(flat, sep="."))
         if self.default_scales is None:
@@ -110,19 +120,19 @@ class Adapter:
         return tuple(concept.name for concept in self.concepts)
 
     def steering(self, weights: Any, ram: float = 1.0, sam: float = 1.0) -> Steering:
-        """What to add at the mid-block, for a batch.
+        """The steering of a batch: what is added at the mid-block of each sample.
 
         Args:
           weights: `(B, N)`, weight of each concept in each sample.
-          ram: factor on every RAM (0 switches RAM off).
-          sam: factor on every SAM.
+          ram: factor on every RAM; 0 switches RAM off.
+          sam: factor on every SAM; 0 switches SAM off.
 
         Raises:
-          UserError: when `weights` is not `(B, N)`.
+          UserError: if `weights` is not `(B, N)`.
         """
         if np.ndim(weights) != 2 or np.shape(weights)[1] != len(self.concepts):
             raise UserError(
-                f"weights have shape {np.shape(weights)}, expected (batch, {len(self.concepts)})"
+                f"`weights` have shape {np.shape(weights)}, expected (batch, {len(self.concepts)})"
                 f" for the concepts {', '.join(self.names)}"
             )
         weights = jnp.asarray(weights, jnp.float32)
@@ -130,14 +140,14 @@ class Adapter:
 
 
 def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
-    """Writes an adapter directory, made if it does not exist; an older adapter in it is replaced.
+    """Writes an adapter directory, without a card.
 
     Args:
-      adapter: what to save.
-      directory: where to.
+      adapter: the adapter to save.
+      directory: made if it does not exist; an older adapter in it is replaced.
 
     Raises:
-      UserError: for parameters beyond the range of the dtype, and concepts of several kinds.
+      UserError: if parameters are beyond the range of the dtype, or of several kinds.
     """
     if len(adapter.module.kinds) > 1:
         raise UserError(
@@ -151,7 +161,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
                 if np.abs(value).max() > np.finfo(adapter.dtype).max:
                     raise UserError(
                         f"adapter concept {adapter.names[i]!r}: {role}.{key} has values beyond"
-                        f" {adapter.dtype}; save it in float32"
+                        f" {adapter.dtype}; save the adapter in float32"
                     )
                 torch_value = value.transpose(TO_TORCH[value.ndim]).astype(adapter.dtype)
                 tensors[tensor_key(i, role, key)] = np.ascontiguousarray(torch_value)
@@ -189,8 +199,8 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
     """Reads an adapter directory.
 
     Raises:
-      UserError: naming the file and what is wrong in it: missing, truncated, of a newer format,
-        missing or unknown keys, wrong shapes, values that are not finite.
+      UserError: if a file is missing, truncated or of a newer format, or its content is wrong; the
+        message names the file and the field.
     """
     directory = open_path(directory)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -199,8 +209,9 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
                 f"{directory} is not an adapter directory: it has no {file}; expected what"
                 " `respodiff train` or `respodiff export` wrote"
             )
+    config = read_json(directory / CONFIG_FILE, "adapter config")
     try:
-        config = read_config(directory / CONFIG_FILE)
+        check_config(config)
         shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
         if kind not in KINDS:
             raise UserError(f"module kind is {kind!r}, expected one of {', '.join(KINDS)}")
@@ -228,7 +239,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             metrics=config.get("metrics"),
             dtype=dtype,
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"adapter {directory}: {error}") from error
 
 
@@ -291,12 +302,12 @@ def _fill(module: MidBlockModule, adapter: Adapter, role: str) -> Params:
 
 
 def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    """The adapter with these of its concepts only, in this order.
+    """The adapter with the named concepts only, in the order of `names`.
 
-    Its metrics, which are of the whole, are left out unless all are taken.
+    Metrics describe the whole adapter: a selection keeps them only if it takes every concept.
 
     Raises:
-      UserError: for names that it does not have.
+      UserError: if the adapter does not have a name.
     """
     if unknown := sorted(set(names) - set(adapter.names)):
         raise UserError(f"there are no concepts {unknown}, only {_label(adapter)}")
@@ -315,12 +326,12 @@ def select(adapter: Adapter, names: Sequence[str]) -> Adapter:
 def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     """Checks that an adapter can steer a model at a resolution.
 
-    A `constant` needs the mid-block shape that it was trained at, `mlp` and `conv` only its
-    channels and the number of pixels that each of its positions stands for. A model other than the
-    one trained on, for which that holds, is allowed, with a warning.
+    A `constant` needs exactly the mid-block shape of the training. `mlp` and `conv` need the same
+    number of channels, and the same number of pixels for each mid-block position. Any model that
+    meets this is allowed; one with other UNet weights than the training's gives a warning.
 
     Raises:
-      UserError: when the mid-blocks or the prediction types differ.
+      UserError: if the mid-blocks or the prediction types do not match.
     """
     trained, label = adapter.backbone, _label(adapter)
     ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
@@ -345,15 +356,23 @@ def check_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
     if trained["unet_sha256"] != backbone.identity["unet_sha256"]:
         warnings.warn(
             f"the adapter ({label}) was trained on {trained['name']}, whose UNet weights differ"
-            f" from those of {backbone.identity['name']}: its effect may be weaker or different",
+            f" from those of {backbone.identity['name']}: the effect may be weaker or different",
             stacklevel=2,
         )
 
 
 def _hidden_channels(module: MidBlockModule) -> int | None:
-    """The inner width that is in effect, None for `constant`."""
+    """The inner width in use, None for `constant`."""
     shapes = param_shapes(module)
     return next((shape[0] for key, shape in shapes.items() if key.endswith("hidden.bias")), None)
+
+
+def _check_json(field: str, value: Any) -> None:
+    """Raises a UserError for NaN, infinity and broken Unicode, which JSON in UTF-8 cannot hold."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError(f"adapter {field} cannot be saved as JSON: {error}") from error
 
 
 def _label(adapter: Adapter) -> str:
@@ -361,7 +380,7 @@ def _label(adapter: Adapter) -> str:
 
 
 def _slugs(names: Sequence[str]) -> list[str]:
-    """A distinct name for each concept that is safe in file names, URLs and code."""
+    """One distinct name for each concept, safe in file names, URLs and code."""
     slugs: list[str] = []
     for name in names:
         slug = base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "concept"

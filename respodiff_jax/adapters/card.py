@@ -1,8 +1,9 @@
-"""An adapter directory as others get it: the adapter, a model card, a picture, the PyTorch side.
+"""An adapter directory for others: the adapter, a model card, a picture, and code for PyTorch.
 
-Beside the two files of `adapters` there are `README.md`, with the metadata block that model hubs
-read; `grid.png`, where the run drew grids; and `torch_adapter.py`, so that a PyTorch user needs
-nothing but the directory. The same adapter and picture always give the same bytes.
+`export_adapter` adds three files to the two of `save_adapter`: `README.md`, the card, whose
+metadata block the Hugging Face hub reads; `grid.png`, if the run drew sample pictures; and
+`torch_adapter.py`, so that a PyTorch user needs only the directory. The same adapter and picture
+always give the same bytes.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from huggingface_hub import EvalResult, ModelCardData
 
 from respodiff_jax.adapters.adapter import Adapter, save_adapter
 from respodiff_jax.backbone import local_folder
@@ -24,17 +26,17 @@ GRID_FILE = "grid.png"
 TORCH_FILE = "torch_adapter.py"
 
 _INTENDED_USE = """\
-Pictures of people in fair proportions, and fewer violent or sexual ones, from the model named
-above: for research on responsible generation, and as one layer of care among others.
+Pictures of people in fair proportions, and fewer violent or sexual pictures, from the model named
+above. The adapter is for research on responsible generation, and one safeguard among others.
 """
 
 _LIMITS = """\
-* It steers one model, at the resolution that it was trained at; on others its effect is unknown.
-* The concepts are as the prompts describe them and as that model understands them. Gender and race
-  have more values than any such list, and none can be read off a face.
-* Proportions are met in what is asked for, not in what a viewer or a classifier sees.
-* Safety concepts make unsafe pictures rarer, not impossible: filter outputs all the same. Turned
-  around (negative scales) they may do harm.
+* The adapter is trained for one model at one resolution. Its effect elsewhere is unknown.
+* The prompts define the concepts, as the model understands them. Gender and race have more values
+  than any such list, and a face shows neither.
+* The proportions hold for the requested concepts, not for what a viewer or a classifier sees.
+* Safety concepts make unsafe pictures rarer, not impossible: filter the pictures as well. With
+  negative scales they can do harm.
 """
 
 
@@ -44,13 +46,12 @@ def export_adapter(
     """Writes an adapter directory with its card.
 
     Args:
-      adapter: what to export.
-      directory: where to, made if it does not exist; an older adapter in it is replaced.
-      grid: a PNG of sample pictures, if there is one.
+      adapter: the adapter to export.
+      directory: made if it does not exist; an older adapter in it is replaced.
+      grid: a PNG of sample pictures, or None.
 
     Raises:
-      UserError: for parameters beyond the range of the dtype, and texts that are no Unicode;
-        nothing is written then.
+      UserError: if parameters are beyond the range of the dtype; nothing is written then.
     """
     readme = card(adapter, with_grid=grid is not None).encode()
     save_adapter(adapter, directory)
@@ -64,12 +65,12 @@ def export_adapter(
 
 
 def torch_module() -> bytes:
-    """The content of torch_adapter.py."""
+    """The content of `torch_adapter.py`."""
     return pathlib.Path(__file__).parents[1].joinpath(TORCH_FILE).read_bytes()
 
 
 def describe(adapter: Adapter) -> str:
-    """What an adapter is, in lines for a terminal, which see no control characters of its texts."""
+    """A description of an adapter for a terminal, with control characters escaped."""
     height, width, channels = adapter.module.mid_block_shape
     backbone, training = adapter.backbone, adapter.training or {}
     facts = {
@@ -95,15 +96,19 @@ def describe(adapter: Adapter) -> str:
 
 
 def card(adapter: Adapter, with_grid: bool) -> str:
-    """The text of README.md, for an adapter directory with or without a picture."""
+    """The text of `README.md`.
+
+    Args:
+      adapter: the adapter to describe.
+      with_grid: whether the directory has a `grid.png` to show.
+    """
     backbone = adapter.backbone
     names = ", ".join(_inline(name) for name in adapter.names)
     sections = [
-        _metadata(adapter),
+        f"---\n{_metadata(adapter).to_yaml()}\n---\n",
         f"# RespoDiff adapter: {names}\n",
-        "Small modules at the mid-block of a frozen text-to-image model, trained with"
-        f" [RespoDiff](https://arxiv.org/abs/2509.15257) on {_inline(backbone['name'])}, whose"
-        " weights they leave as they are.\n",
+        f"Small modules for the mid-block of {_inline(backbone['name'])}, trained with"
+        " [RespoDiff](https://arxiv.org/abs/2509.15257). The model's own weights stay unchanged.\n",
     ]
     if with_grid:
         sections.append(f"![Samples: the base model and the adapter]({GRID_FILE})\n")
@@ -121,7 +126,8 @@ def card(adapter: Adapter, with_grid: bool) -> str:
                 for c, scale in zip(adapter.concepts, adapter.default_scales, strict=True)
             ],
         ),
-        "What they add goes to the conditional half of the guidance batch only, at every step.\n",
+        "The modules act on the conditional half of the guidance batch only, at every sampling"
+        " step.\n",
         f"## Intended use\n\n{_INTENDED_USE}",
         f"## Limits\n\n{_LIMITS}",
         "## Training\n",
@@ -146,10 +152,10 @@ def _evaluation(adapter: Adapter) -> str:
 
 
 def _measurements(adapter: Adapter) -> list[tuple[str, ...]]:
-    """Metric, set of pictures, value, interval, number of pictures, as texts."""
+    """Rows of texts: metric, set of pictures, value, interval, number of pictures."""
     return [
         (
-            f"{m['metric']} of {m['attribute']}" if m["attribute"] else m["metric"],
+            _metric_name(m),
             m["images"],
             f"{m['value']:.3g}",
             "[{:.3g}, {:.3g}]".format(*m["interval"]) if m["interval"] else "",
@@ -159,20 +165,53 @@ def _measurements(adapter: Adapter) -> list[tuple[str, ...]]:
     ]
 
 
-def _metadata(adapter: Adapter) -> str:
-    """The YAML block that hubs read."""
+def _metric_name(metric: Mapping[str, Any]) -> str:
+    return (
+        f"{metric['metric']} of {metric['attribute']}" if metric["attribute"] else metric["metric"]
+    )
+
+
+def _metadata(adapter: Adapter) -> ModelCardData:
+    """The metadata that the hub reads, with our metrics as its `model-index`.
+
+    Metrics of the base model's pictures are left out: the hub would credit the adapter with them.
+    """
     name = adapter.backbone["name"]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("random/")
+    base = {"base_model": name, "base_model_relation": "adapter"} if on_hub else {}
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="respodiff-evaluate",
+            dataset_name="pictures drawn by respodiff evaluate",
+            metric_type=m["metric"],
+            metric_name=_metric_name(m),
+            metric_value=float(m["value"]),
+            metric_config=m["attribute"],
+            metric_args={"pictures": m["n"]}
+            | (
+                {"confidence_interval_95": list(map(float, m["interval"]))} if m["interval"] else {}
+            ),
+        )
+        for m in adapter.metrics or ()
+        if m["images"] == "adapted"
+    ]
     groups = dict.fromkeys(concept.group for concept in adapter.concepts)
-    lines = ["---", "library_name: respodiff-jax", "pipeline_tag: text-to-image"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("random/"):
-        lines += [f"base_model: {_literal(name)}", "base_model_relation: adapter"]
-    tags = ("respodiff", "diffusers", "stable-diffusion", "responsible-ai", *groups)
-    lines += ["tags:", *(f"- {_literal(tag)}" for tag in tags), "---", ""]
-    return "\n".join(lines)
+    return ModelCardData(
+        **base,
+        library_name="respodiff-jax",
+        pipeline_tag="text-to-image",
+        tags=[
+            *("respodiff", "diffusers", "stable-diffusion", "responsible-ai"),
+            *(_one_line(group) for group in groups),
+        ],
+        model_name=_one_line(f"RespoDiff adapter: {', '.join(adapter.names)}") if results else None,
+        eval_results=results or None,
+    )
 
 
 def _choice(adapter: Adapter) -> tuple[str, str, Concept]:
-    """How to choose what it is for, in Python and on the command line, and one of its concepts."""
+    """How to switch the adapter on in Python and on the command line, and a concept to try."""
     first = adapter.concepts[0]
     if first.is_safety:
         return "adapter.safe()", "--safe", first
@@ -212,7 +251,7 @@ images = pipe(
     height={resolution},
     width={resolution},
 ).images
-adapter.detach()  # the pipeline is as before
+adapter.detach()  # restores the pipeline
 """
 
 
@@ -226,13 +265,13 @@ def _command(adapter: Adapter) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string in Python or YAML, on one line."""
+    """A string as Python source, on one line."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _argument(text: str) -> str:
-    """A string in the shell, on one line."""
-    return shlex.quote(" ".join(text.split()))
+    """A string as a shell argument, on one line."""
+    return shlex.quote(_one_line(text))
 
 
 def _direction(concept: Concept) -> str:
@@ -253,12 +292,15 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(map(_inline, line))} |\n" for line in lines)
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _printable(text: str) -> str:
-    """Text with escapes in place of what a terminal may obey."""
+    """Text with escapes in place of characters that a terminal may obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _inline(text: str) -> str:
-    """Text that means nothing to Markdown or HTML, on one line."""
-    text = " ".join(str(text).split())
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+    """Text on one line, with Markdown and HTML escaped."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _one_line(text))

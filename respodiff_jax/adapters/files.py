@@ -1,7 +1,7 @@
-"""The two files of an adapter directory: what they hold, and reading them with suspicion.
+"""The format of an adapter directory: its two files, and the checks of what they hold.
 
-* `adapter_model.safetensors`: float32 or float16 tensors in PyTorch's layouts, so that the other
-  side need not know of Flax. For concept number `i` and role `ram` or `sam`
+* `adapter_model.safetensors`: float32 or float16 tensors in PyTorch's layouts, so that PyTorch
+  code need not know Flax. For concept number `i` and role `ram` or `sam`:
 
       constant   concepts.{i}.{role}.constant        (C, H, W)
       mlp        concepts.{i}.{role}.hidden.weight   (hidden, C)        .hidden.bias (hidden,)
@@ -9,14 +9,14 @@
       conv       concepts.{i}.{role}.hidden.weight   (hidden, C, 3, 3)  .hidden.bias (hidden,)
                  concepts.{i}.{role}.out.weight      (C, hidden, 3, 3)  .out.bias    (C,)
 
-* `adapter_config.json`: format version, module, backbone, concepts with their recipes and default
-  scales, the rule of use (what is added to the conditional half of the guidance batch only), a
-  training summary, what was measured.
+* `adapter_config.json`: format version, module, backbone, concepts with their hyper-parameters and
+  default scales, the guidance rule (the modules act on the conditional half of the guidance batch
+  only), a training summary, metrics.
 
-What is wrong in them is a `ValueError` that names the file; nothing here reads or writes a pickle.
+Both files may come from strangers: nothing here unpickles, and a wrong file is a `UserError`.
 """
 
-import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -49,10 +49,10 @@ _BACKBONE_TYPES = {
     "prediction_type": str,
 }
 _MAY_BE_NULL = ("revision", "variant")
-BACKBONE_KEYS = tuple(_BACKBONE_TYPES)
+_MAX_SIZE = 2**31 - 1  # of an axis; JAX takes no more than int64
 ROLES = ("ram", "sam")
-# How each Flax parameter, known by its rank, is transposed for PyTorch: bias, Dense kernel
-# (in, out), constant (H, W, C), Conv kernel (H, W, in, out).
+# Axes that turn a Flax parameter into PyTorch's, by rank: bias, Dense kernel (in, out), constant
+# (H, W, C), Conv kernel (H, W, in, out).
 TO_TORCH = {1: (0,), 2: (1, 0), 3: (2, 0, 1), 4: (3, 2, 0, 1)}
 CFG_RULE = {
     "steered_half": "conditional",
@@ -61,73 +61,111 @@ CFG_RULE = {
 
 
 def param_shapes(module: MidBlockModule) -> dict[str, tuple[int, ...]]:
-    """Shape of each of one concept's Flax parameters, by its dotted name."""
+    """Shapes of one concept's Flax parameters, by dotted name."""
     params = jax.eval_shape(module.init_params, jax.random.key(0))
     return {key: leaf.shape for key, leaf in flatten_dict(params, sep=".").items()}
 
 
 def tensor_key(index: int, role: str, key: str) -> str:
-    """The file's name of a concept's Flax parameter."""
+    """The key in the file of a concept's Flax parameter."""
     return f"concepts.{index}.{role}.{key.replace('kernel', 'weight')}"
 
 
-def read_config(path: epath.Path) -> dict[str, Any]:
-    """The config, of a version that is known and with all of its sections; concepts unchecked.
+def check_config(config: Any) -> None:
+    """Checks the content of `adapter_config.json`.
+
+    `Concept` and `Adapter` check the fields that they take from it.
 
     Raises:
-      UserError: naming the file and what is wrong in it.
+      UserError: if the version is unknown, a section is missing or extra, or has the wrong type.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f'{path.name} does not say "format": "{FORMAT}"')
+        raise UserError(f'{CONFIG_FILE} does not say "format": "{FORMAT}"')
     version = config.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise UserError(f"{path.name}: format_version is {version!r}, expected {FORMAT_VERSION}")
+        raise UserError(f"{CONFIG_FILE}: format_version is {version!r}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path.name}: format_version is {version}, this version of respodiff_jax reads up to"
-            f" {FORMAT_VERSION}; update respodiff_jax"
+            f"{CONFIG_FILE}: format_version is {version}, but this version of respodiff_jax reads"
+            f" up to {FORMAT_VERSION}; update respodiff_jax"
         )
     keys = config.keys() - set(_OPTIONAL)
-    check_keys(path.name, keys, ("format", "format_version", *_SECTIONS))
-    if not isinstance(config["concepts"], list):
-        raise UserError(f"{path.name}: concepts is {config['concepts']!r}, expected a list")
+    check_keys(CONFIG_FILE, keys, ("format", "format_version", *_SECTIONS))
     for section in ("module", "backbone", "guidance"):
-        if not isinstance(config[section], dict):
-            raise UserError(f"{path.name}: {section} is {config[section]!r}, expected a mapping")
-    check_keys(f"{path.name}: module", config["module"], _MODULE_KEYS)
-    shape = config["module"]["mid_block_shape"]
-    check_keys(f"{path.name}: mid_block_shape", shape, ("channels", "height", "width"))
-    for axis, size in shape.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path.name}: mid_block_shape {axis} is {size!r}, expected 1 or more")
-    for key, kind in _BACKBONE_TYPES.items():
-        value = config["backbone"].get(key, kind())
-        if type(value) is not kind and not (value is None and key in _MAY_BE_NULL):
-            raise UserError(f"{path.name}: backbone {key} is {value!r}, expected {kind.__name__}")
-    if not isinstance(config["training"], dict | None):
-        raise UserError(f"{path.name}: training is {config['training']!r}, expected a mapping")
-    for entry in config.get("metrics") or ():
-        check_keys(f"{path.name}: metrics", entry, METRIC_KEYS)
-        interval = entry["interval"] or (0.0, 0.0)
-        if len(interval) != 2 or not all(map(is_finite, (entry["value"], *interval))):
-            raise UserError(f"{path.name}: metrics are not finite numbers: {entry}")
+        _check_type(f"{CONFIG_FILE}: {section}", config[section], dict)
+    _check_type(f"{CONFIG_FILE}: concepts", config["concepts"], list)
+    for concept in config["concepts"]:
+        _check_type(f"{CONFIG_FILE}: a concept", concept, dict)
+    module = config["module"]
+    check_keys(f"{CONFIG_FILE}: module", module, _MODULE_KEYS)
+    _check_type(f"{CONFIG_FILE}: mid_block_shape", module["mid_block_shape"], dict)
+    check_keys(
+        f"{CONFIG_FILE}: mid_block_shape",
+        module["mid_block_shape"],
+        ("channels", "height", "width"),
+    )
+    for axis, size in module["mid_block_shape"].items():
+        _check_size(f"mid_block_shape {axis}", size)
+    if module["hidden_channels"] is not None:
+        _check_size("hidden_channels", module["hidden_channels"])
     half = config["guidance"].get("steered_half")
     if half != CFG_RULE["steered_half"]:
-        raise UserError(f"{path.name}: guidance steered_half is {half!r}, expected 'conditional'")
-    return config
+        raise UserError(
+            f"{CONFIG_FILE}: guidance steered_half is {half!r}, expected"
+            f" {CFG_RULE['steered_half']!r}"
+        )
+
+
+def check_backbone(backbone: Mapping[str, Any]) -> None:
+    """Checks keys and types of `Adapter.backbone`.
+
+    Raises:
+      UserError: naming what is missing, extra or wrong.
+    """
+    check_keys("adapter backbone", backbone, _BACKBONE_TYPES)
+    for key, kind in _BACKBONE_TYPES.items():
+        if not (backbone[key] is None and key in _MAY_BE_NULL):
+            _check_type(f"adapter backbone {key}", backbone[key], kind)
+
+
+def check_metrics(metrics: Any) -> None:
+    """Checks keys and types of `Adapter.metrics`.
+
+    Raises:
+      UserError: naming what is missing, extra or wrong.
+    """
+    if not isinstance(metrics, list | tuple):
+        raise UserError(f"adapter metrics is {metrics!r}, expected a list or null")
+    for entry in metrics:
+        _check_type("adapter metrics: an entry", entry, dict)
+        check_keys("adapter metrics", entry, METRIC_KEYS)
+        interval = entry["interval"]
+        is_interval = interval is None or (
+            isinstance(interval, list | tuple)
+            and len(interval) == 2
+            and all(map(is_finite, interval))
+        )
+        if not is_finite(entry["value"]) or not is_interval:
+            raise UserError(f"adapter metrics: value or interval is not finite: {entry}")
+        for key in ("metric", "images"):
+            _check_type(f"adapter metrics: {key}", entry[key], str)
+        if entry["attribute"] is not None:
+            _check_type("adapter metrics: attribute", entry["attribute"], str)
+        _check_type("adapter metrics: n", entry["n"], int)
 
 
 def read_weights(
     path: epath.Path, module: MidBlockModule, num_concepts: int
 ) -> tuple[Params, Params, str]:
-    """RAM and SAM parameters, leaves `(num_concepts, ...)`, float32, and the dtype of the file.
+    """Reads `adapter_model.safetensors`.
+
+    Returns:
+      RAM parameters, SAM parameters, both with float32 leaves `(num_concepts, ...)`, and the dtype
+      of the file.
 
     Raises:
-      UserError: when the file is not whole, or tensors are missing, extra or of other shapes.
+      UserError: if the file cannot be read or is cut off, or if tensors are missing, extra or have
+        another shape or dtype.
     """
     shapes = param_shapes(module)
     expected = {
@@ -147,6 +185,8 @@ def read_weights(
                         f" expected F32 or F16 {shape}"
                     )
             tensors = {key: file.get_tensor(key) for key in expected}
+    except OSError as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from error
     except SafetensorError as error:
         raise UserError(
             f"{path.name} is not a whole safetensors file ({error}); it is damaged or truncated:"
@@ -167,14 +207,27 @@ def read_weights(
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number that float32 can hold."""
+    """Whether the value is a number in float32's range."""
     return isinstance(value, int | float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
-def check_keys(what: str, actual: Any, expected: Any) -> None:
-    """Raises a ValueError that lists missing and extra keys."""
+def check_keys(what: str, actual: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises a UserError that lists missing and extra keys, if there are any."""
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing or extra:
         raise UserError(
             f"{what} does not have the expected keys; missing: {missing}, extra: {extra}"
         )
+
+
+_TYPE_NAMES = {dict: "a mapping", list: "a list", int: "an integer", str: "a text"}
+
+
+def _check_type(what: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        raise UserError(f"{what} is {value!r}, expected {_TYPE_NAMES[kind]}")
+
+
+def _check_size(what: str, size: Any) -> None:
+    if type(size) is not int or not 1 <= size <= _MAX_SIZE:
+        raise UserError(f"{CONFIG_FILE}: {what} is {size!r}, expected 1 .. {_MAX_SIZE}")

@@ -22,24 +22,24 @@ def push(
     revision: str | None = None,
     private: bool = False,
 ) -> str:
-    """Uploads an adapter directory, in one commit; the repository is made if it does not exist.
+    """Uploads an adapter directory in one commit.
 
     Args:
-      directory: as `respodiff export` wrote it; other files in it stay where they are.
-      repo_id: "owner/name".
-      revision: branch to commit to, made if it does not exist, instead of the main one.
-      private: of a repository that is made.
+      directory: what `respodiff export` wrote; other files in it are not uploaded.
+      repo_id: "owner/name"; the repository is made if it does not exist.
+      revision: branch to commit to, made if it does not exist; None is the main branch.
+      private: whether a new repository is private.
 
     Returns:
       The address of the commit.
 
     Raises:
-      UserError: when the directory does not hold a whole adapter, holds a picture or a
-        torch_adapter.py that `respodiff export` did not write, or the hub refuses.
+      UserError: if the adapter is not whole, if `torch_adapter.py` or the picture is not what
+        `respodiff export` writes, or if the hub refuses.
     """
     folder = local_path(directory, "adapter")
     load_adapter(folder)
-    _check_what_others_run_and_see(folder)
+    _check_code_and_picture(folder)
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -58,10 +58,13 @@ def push(
 
 
 def fetch(repo_id: str, revision: str | None = None) -> pathlib.Path:
-    """The folder of the Hugging Face cache with an adapter, downloaded if it is not there.
+    """Downloads an adapter from the hub, unless it is cached.
+
+    Returns:
+      Its folder in the Hugging Face cache.
 
     Raises:
-      UserError: when there is none, or no network.
+      UserError: if there is no such repository or revision, or no network.
     """
     try:
         return pathlib.Path(
@@ -75,12 +78,13 @@ def fetch(repo_id: str, revision: str | None = None) -> pathlib.Path:
         ) from error
 
 
-def _check_what_others_run_and_see(folder: pathlib.Path) -> None:
+def _check_code_and_picture(folder: pathlib.Path) -> None:
+    """Checks the files that others will run and look at."""
     code, grid = folder / TORCH_FILE, folder / GRID_FILE
     if not code.is_file() or code.read_bytes() != torch_module():
         raise UserError(
-            f"{code} is not this version's, and others will run it: write the directory anew with"
-            " `respodiff export`"
+            f"{code} differs from this version's, and others will run it: write the directory again"
+            " with `respodiff export`"
         )
     if grid.is_symlink() or (grid.exists() and not grid.read_bytes().startswith(_PNG)):
-        raise UserError(f"{grid} is no PNG file: take it away, or export the directory anew")
+        raise UserError(f"{grid} is not a PNG file: remove it, or export the directory again")

@@ -1,8 +1,8 @@
-"""The authors' checkpoints and SDisc's: pickled PyTorch state dicts, read without running them.
+"""Reads checkpoints of the authors' code and of SDisc: pickled state dicts, without running them.
 
 RespoDiff's `unet.pth` holds `controlnet.fc1.weight` (RAM) and `controlnet_residual.fc2.weight`
-(SAM), each `(C * H * W, number of concept ids)`, rows in C, H, W order. SDisc's has the first only.
-Other tensors, such as the frozen UNet's, may lie beside them. Needs PyTorch, not JAX.
+(SAM), each `(C * H * W, number of concept ids)`, rows in C, H, W order. SDisc's holds only the
+first. Other tensors, such as the frozen UNet's, are ignored. This file needs PyTorch, not JAX.
 """
 
 import os
@@ -19,30 +19,30 @@ KEYS = {"ram": "controlnet.fc1.weight", "sam": "controlnet_residual.fc2.weight"}
 def read_checkpoint(
     file: str | os.PathLike, shape_chw: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """RAM and SAM of each concept id.
+    """Reads RAM and SAM of every concept id.
 
     Args:
       file: a state dict saved by `torch.save`.
       shape_chw: (C, H, W) of the mid-block output.
 
     Returns:
-      Two float32 arrays `(number of ids, C, H, W)`; SDisc's SAM is zero.
+      RAM and SAM, float32 `(number of ids, C, H, W)`. SDisc has no SAM, which is then zero.
 
     Raises:
-      UserError: when the file cannot be read, would run code, or does not hold such tensors.
+      UserError: if the file cannot be read, would run code, or does not hold these tensors.
     """
     if not os.path.isfile(file) or not os.access(file, os.R_OK):
-        raise UserError(f"checkpoint {file} cannot be read: no such file, or no right to read it")
+        raise UserError(f"checkpoint {file} cannot be read: no such file, or no permission")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, where it is not a PyTorch file
+    except Exception as error:  # torch.load raises many kinds for files that are not PyTorch's
         if forbidden := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"checkpoint {file} holds {forbidden[1]}, which is no tensor and would run code"
-                " where it is loaded; nothing of it was run"
+                f"checkpoint {file} holds {forbidden[1]}, which is not a tensor and could run code"
+                " when loaded; nothing was run"
             ) from error
         raise UserError(
-            f"checkpoint {file} is damaged, or not what torch.save writes: get it again"
+            f"checkpoint {file} is damaged, or torch.save did not write it: get it again"
         ) from error
     if not isinstance(state, dict) or KEYS["ram"] not in state:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -72,12 +72,12 @@ def _columns(
     if value.ndim != 2 or len(value) != size:
         raise UserError(
             f"checkpoint {file}: {key} has shape {tuple(value.shape)}, expected ({size}, number of"
-            f" ids) for a mid-block (C, H, W) of {tuple(shape_chw)}; give the --model and"
-            " --resolution that it was trained at"
+            f" ids) for a mid-block (C, H, W) of {tuple(shape_chw)}; set `model` and `resolution`"
+            " to those of its training"
         )
     if value.nbytes > value.untyped_storage().nbytes():
         raise UserError(
-            f"checkpoint {file}: {key} has shape {tuple(value.shape)}, but the file does not hold"
-            " so many values (an expanded tensor): save its contiguous()"
+            f"checkpoint {file}: {key} has shape {tuple(value.shape)}, but the file holds fewer"
+            " values (an expanded tensor); save its contiguous()"
         )
     return value.detach().float().T.reshape(-1, *shape_chw).numpy()

@@ -1,4 +1,4 @@
-"""Exported adapter directories: the card, the options, the same bytes, the hub."""
+"""Exported adapter directories: card, options, identical bytes, the hub."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from hub_stand_in import hub
+from huggingface_hub import ModelCard
 from PIL import Image
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
@@ -36,7 +37,7 @@ PNG = b"\x89PNG\r\n\x1a\n a picture"
 
 
 def measured(adapter):
-    """What an evaluation of the adapter found."""
+    """Results of an evaluation of the adapter."""
     return Results(
         measurements=(
             Measurement(**GENDER, protocol="fairness"),
@@ -80,7 +81,7 @@ def test_exporting_again_gives_the_same_bytes(tmp_path, kind, dtype):
     assert not (tmp_path / "second" / "grid.png").exists()
 
 
-def test_options_of_export(tmp_path, capsys):
+def test_export_applies_its_options(tmp_path, capsys):
     export_adapter(make_adapter(), tmp_path / "first")
     export(tmp_path / "first", "--out", tmp_path / "out", "--dtype=float16", "--scale=a man=0.25")
     adapter = load_adapter(tmp_path / "out")
@@ -92,7 +93,7 @@ def test_options_of_export(tmp_path, capsys):
     capsys.readouterr()
     for arguments, message in [
         (["--scale", "a cat=1"], "--scale names ['a cat'], the adapter has a woman, a man"),
-        (["--step", "3"], "--step is of a training workdir"),
+        (["--step", "3"], "--step needs a training workdir"),
         (["--evaluation", tmp_path / "nowhere"], "nowhere has no results.json"),
         (["--only", "a man", "--only", "a man"], "--only names ['a man'] more than once"),
     ]:
@@ -102,13 +103,13 @@ def test_options_of_export(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_numbers_stay_with_the_adapter_that_was_measured(tmp_path, capsys):
+def test_metrics_are_kept_only_for_the_measured_adapter(tmp_path, capsys):
     export_adapter(make_adapter(), tmp_path / "first")
     save_results(measured(load_adapter(tmp_path / "first")), tmp_path)
     export(tmp_path / "first", "--out", tmp_path / "with", "--evaluation", tmp_path)
     assert load_adapter(tmp_path / "with").metrics == [GENDER]
     for options, kept in [
-        (["--dtype=float32", "--scale=a man=1"], True),  # as it was
+        (["--dtype=float32", "--scale=a man=1"], True),  # unchanged
         (["--only=a man", "--only=a woman"], True),
         (["--only=a man"], False),
         (["--scale=a man=0.5"], False),
@@ -119,9 +120,9 @@ def test_numbers_stay_with_the_adapter_that_was_measured(tmp_path, capsys):
     export_adapter(make_adapter(seed=1), tmp_path / "other")
     capsys.readouterr()
     for source, options, message in [
-        ("other", [], "is of another adapter (sha256 "),
+        ("other", [], "measured another adapter (sha256 "),
         ("first", ["--only=a man"], "evaluate the one that is exported, a man"),
-        ("first", ["--scale=a man=0.5"], "that --dtype or --scale changes here"),
+        ("first", ["--scale=a man=0.5"], "did not measure what --dtype or --scale changes here"),
     ]:
         argv = ["export", tmp_path / source, "--out", tmp_path / "x", "--evaluation", tmp_path]
         assert cli.main([*map(str, argv), *options]) == 2
@@ -138,7 +139,7 @@ def test_values_beyond_float16_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("of", [{"name": "\ud800"}, {"revision": "\ud800"}])
-def test_texts_that_are_no_unicode_leave_an_older_adapter_whole(tmp_path, of):
+def test_broken_unicode_leaves_an_older_adapter_intact(tmp_path, of):
     export_adapter(make_adapter("conv"), tmp_path)
     before = contents(tmp_path)
     with pytest.raises(UserError, match="surrogates not allowed"):
@@ -148,13 +149,13 @@ def test_texts_that_are_no_unicode_leave_an_older_adapter_whole(tmp_path, of):
         dataclasses.replace(WOMAN, target_prompt="a \ud800 woman")
 
 
-def test_the_card_has_what_hubs_and_readers_look_for():
+def test_card_has_metadata_sections_and_snippets():
     adapter = make_adapter("mlp", (WOMAN, MAN, VIOLENCE))
     adapter = dataclasses.replace(adapter, metrics=[GENDER])
     text = card(adapter, with_grid=True)
-    block = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1]
-    assert 'base_model: "some/model"\nbase_model_relation: adapter' in block
-    assert "pipeline_tag: text-to-image" in block and '- "gender"' in block
+    metadata = ModelCard(text).data
+    assert (metadata.base_model, metadata.base_model_relation) == ("some/model", "adapter")
+    assert metadata.pipeline_tag == "text-to-image" and "gender" in metadata.tags
     assert "(grid.png)" in text and "(grid.png)" not in card(adapter, with_grid=False)
     for heading in ("Use", "Concepts", "Intended use", "Limits", "Training", "Evaluation"):
         assert f"\n## {heading}\n" in text
@@ -166,7 +167,34 @@ def test_the_card_has_what_hubs_and_readers_look_for():
     assert "adapter.safe()" in card(make_adapter(concepts=(VIOLENCE,)), with_grid=False)
 
 
-def test_names_cannot_break_out_of_the_card_or_the_folder(tmp_path):
+def test_card_gives_the_hub_the_metrics_of_the_adapted_pictures(tmp_path):
+    clip = GENDER | {"metric": "clip_score", "attribute": None, "value": 27.5, "interval": None}
+    base = GENDER | {"images": "base", "value": 0.68}
+    adapter = dataclasses.replace(make_adapter(), metrics=[base, GENDER, clip])
+    export_adapter(adapter, tmp_path)
+    metadata = ModelCard.load(tmp_path / "README.md").data
+    assert metadata.model_name == "RespoDiff adapter: a woman, a man"
+    found = [
+        (r.metric_type, r.metric_config, r.metric_name, r.metric_value, r.metric_args)
+        for r in metadata.eval_results
+    ]
+    interval = {"confidence_interval_95": [0.1, 0.2]}
+    assert found == [
+        (
+            "deviation_ratio",
+            "gender",
+            "deviation_ratio of gender",
+            0.14,
+            {"pictures": 300} | interval,
+        ),
+        ("clip_score", None, "clip_score", 27.5, {"pictures": 300}),
+    ]
+    for metrics in (None, [base]):
+        text = card(dataclasses.replace(adapter, metrics=metrics), with_grid=False)
+        assert ModelCard(text).data.eval_results is None and "model-index" not in text
+
+
+def test_hostile_names_stay_inside_the_card_and_the_folder(tmp_path):
     name = '../../x"; import os\n```\n---\n# <script>$(reboot)`'
     nasty = Concept(name, name, (name,), target_prompt=name)
     adapter = make_adapter(concepts=(nasty,), name=name)
@@ -176,6 +204,7 @@ def test_names_cannot_break_out_of_the_card_or_the_folder(tmp_path):
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 4
     assert len(re.findall(r"^---$", text, re.MULTILINE)) == 2
+    assert ModelCard(text).data.tags[-1] == " ".join(name.split())
     python = re.search(r"```python\n(.*?)\n```\n", text, re.DOTALL)[1]
     assert name in compile(python, "card", "exec").co_consts
     assert "\n```bash\nrespodiff generate --adapter . --concept '../../x\"; import os" in text
@@ -183,7 +212,7 @@ def test_names_cannot_break_out_of_the_card_or_the_folder(tmp_path):
     assert re.fullmatch(r"[a-z0-9-]+", config["concepts"][0]["slug"])
 
 
-def test_inspect_tells_what_an_adapter_is(tmp_path, capsys):
+def test_inspect_describes_the_adapter(tmp_path, capsys):
     adapter = dataclasses.replace(make_adapter("conv", (WOMAN, VIOLENCE)), metrics=[GENDER])
     export_adapter(adapter, tmp_path)
     assert cli.main(["inspect", str(tmp_path)]) == 0
@@ -285,5 +314,5 @@ def test_push_and_fetch_over_a_hub(tmp_path):
         assert f"adapter someone/{name}: no such folder, and it cannot be fetc" in result.stdout
     assert "someone/else: no such folder, and it cannot be fetched" in result.stderr
     assert "truncated" in result.stderr
-    assert "edited/torch_adapter.py is not this version's, and others will run it" in result.stderr
-    assert result.stderr.count("grid.png is no PNG file") == 2
+    assert "edited/torch_adapter.py differs from this version's, and others wil" in result.stderr
+    assert result.stderr.count("grid.png is not a PNG file") == 2

@@ -1,7 +1,8 @@
-"""Adapter directories: round trips, PyTorch layouts, and files that must be refused."""
+"""Adapter directories: round trips, PyTorch layouts, wrong files."""
 
 import dataclasses
 import json
+import pathlib
 import pickle
 import re
 
@@ -20,11 +21,13 @@ from respodiff_jax.adapters import (
     load_adapter,
     save_adapter,
 )
+from respodiff_jax.adapters import adapter as adapter_module
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import KINDS, MidBlockModule, steer
 
+STORED = pathlib.Path(__file__).parents[1] / "data" / "emoji_gender" / "adapter"
 SHAPE = (3, 4, 8)
 WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
 MAN = Concept("a man", "gender", ("a person", "someone"), target_prompt="a man", lr_sam=1e-4)
@@ -55,7 +58,7 @@ def make_adapter(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_keeps_everything_and_the_bytes(tmp_path, kind):
+def test_round_trip_keeps_all_fields_and_bytes(tmp_path, kind):
     adapter = dataclasses.replace(make_adapter(kind), training={"steps": 7})
     save_adapter(adapter, tmp_path / "first")
     loaded = load_adapter(tmp_path / "first")
@@ -70,6 +73,12 @@ def test_round_trip_keeps_everything_and_the_bytes(tmp_path, kind):
     files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     assert sorted(files) == ["adapter_config.json", "adapter_model.safetensors"]
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+
+
+def test_stored_adapter_loads_and_saves_the_same_bytes(tmp_path):
+    save_adapter(load_adapter(STORED), tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (STORED / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +99,7 @@ def test_tensors_work_in_torch_as_documented(tmp_path, kind):
 
 
 def torch_delta(tensors, h):
-    """`T(h)` of one concept's RAM or SAM, `h` (B, C, H, W); the documentation in torch."""
+    """`T(h)` of one concept's RAM or SAM, as documented; `h` is (B, C, H, W)."""
     if "constant" in tensors:
         return tensors["constant"][None].expand_as(h)
     weights = [
@@ -104,7 +113,7 @@ def torch_delta(tensors, h):
     return out.movedim(-1, 1)
 
 
-def test_config_says_what_the_adapter_is(tmp_path):
+def test_config_describes_the_adapter(tmp_path):
     twins = dataclasses.replace(WOMAN, name="A Woman!")
     save_adapter(make_adapter("mlp", (WOMAN, twins, VIOLENCE)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -179,7 +188,11 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff{"), "is not JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff{"), "read as UTF-8"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text('{"a": 1, "a": 2}'),
+            r"keys \['a'\] more than once",
+        ),
         (truncate, "damaged or truncated"),
         (put_pickle, "not a whole safetensors file"),
         (edit_config(lambda c: c.update(format="lora")), "respodiff-adapter"),
@@ -191,18 +204,30 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (edit_config(lambda c: c["module"].update(kind="lora")), "module kind is 'lora'"),
         (edit_config(lambda c: c["module"].update(kind="mlp+conv")), "module kind is 'mlp.conv'"),
         (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "width is 0"),
+        (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=2**63)), "width is 9"),
+        (edit_config(lambda c: c["module"].update(mid_block_shape=[8, 3, 4])), "expected a mapp"),
+        (edit_config(lambda c: c["module"].update(hidden_channels="2")), "hidden_channels is '2'"),
         (edit_config(lambda c: c["backbone"].pop("name")), r"missing: \['name'\]"),
-        (edit_config(lambda c: c["backbone"].update(name=5)), "backbone name is 5, expected str"),
+        (
+            edit_config(lambda c: c["backbone"].update(name=5)),
+            "backbone name is 5, expected a text",
+        ),
         (
             edit_config(lambda c: c["backbone"].update(unet_sha256=5)),
-            "unet_sha256 is 5, expected str",
+            "unet_sha256 is 5, expected a text",
         ),
         (
             edit_config(lambda c: c["backbone"].update(revision=[])),
-            r"revision is \[\], expected str",
+            r"revision is \[\], expected a text",
         ),
         (edit_config(lambda c: c.update(training="long")), "training is 'long'"),
+        (edit_config(lambda c: c.update(training={"x": float("nan")})), "training cannot be saved"),
+        (edit_config(lambda c: c.update(training={"x": "\ud800"})), "surrogates not allowed"),
         (edit_config(lambda c: c.update(concepts={})), "concepts is {}, expected a list"),
+        (edit_config(lambda c: c.update(concepts=[5])), "concept is 5, expected a mapping"),
+        (edit_config(lambda c: c.update(metrics=5)), "metrics is 5, expected a list"),
+        (edit_config(lambda c: c.update(metrics=[5])), "entry is 5, expected a mapping"),
+        (edit_config(lambda c: c.update(metrics=[METRIC])), "metric is None, expected a text"),
         (edit_config(lambda c: c.update(metrics=[{"value": 1}])), "metrics does not have the exp"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"value": "high"}])), "not finite"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"interval": [0]}])), "not finite"),
@@ -219,6 +244,8 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
             edit_config(lambda c: c["concepts"][0].update(lr_ram="high")),
             "lr_ram is 'high', expected zero or a positive number",
         ),
+        (edit_config(lambda c: c["concepts"][0].update(lr_ram=10**400)), "expected zero or a pos"),
+        (edit_config(lambda c: c["concepts"][0].update(neutral_prompts=5)), "neutral_prompts is 5"),
         (edit_config(lambda c: c["concepts"][0].update(name="a man")), "duplicates"),
         (edit_config(lambda c: c.update(concepts=[])), "no concepts"),
         (edit_config(lambda c: c["concepts"].pop()), "extra: .*concepts.1.ram.constant"),
@@ -237,6 +264,13 @@ def test_wrong_files_are_refused(tmp_path, damage, message):
     load_adapter(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
+        load_adapter(tmp_path)
+
+
+def test_a_fault_of_the_code_is_not_reported_as_a_wrong_file(tmp_path, monkeypatch):
+    save_adapter(make_adapter(), tmp_path)
+    monkeypatch.setattr(adapter_module, "read_weights", lambda *_: len(5))
+    with pytest.raises(TypeError):
         load_adapter(tmp_path)
 
 
@@ -324,7 +358,7 @@ def backbone():
     return random_backbone("tiny", abstract=True)
 
 
-def test_check_fits(backbone):
+def test_check_fits_compares_mid_blocks_and_prediction_types(backbone):
     own = dict(backbone.identity) | {"resolution": 16}
     check_fits(make_adapter(shape=(4, 4, 64), **own), backbone, 16)
     with pytest.raises(UserError, match=r"\(4, 4, 64\).*\(8, 8, 64\); generate at resolution 16"):
@@ -337,7 +371,7 @@ def test_check_fits(backbone):
         check_fits(concatenate([conv, constant]), backbone, 32)
     with pytest.raises(UserError, match=r"use the model that it was trained on, random/tiny"):
         check_fits(make_adapter("mlp", shape=(4, 4, 32), **own), backbone, 16)
-    # As SD 1.4 and SDXL: as many channels, but one halves its latents once more.
+    # Like SD 1.4 and SDXL: the same number of channels, but one halves its latents once more.
     with pytest.raises(UserError, match=r"use the model that it was trained on, random/tiny"):
         check_fits(make_adapter("mlp", shape=(4, 4, 64), **own | {"resolution": 32}), backbone, 16)
     with pytest.raises(UserError, match="'v_prediction', but random/tiny predicts 'epsilon'"):

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code and of SDisc: what is read, and what must not be run."""
+"""Import of checkpoints of the authors' code and of SDisc, and of hostile files."""
 
 import json
 import pickle
@@ -39,7 +39,7 @@ def state_dict(num_ids=8, *keys):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """`respodiff import` of a state dict; the exit status and what is told."""
+    """Runs `respodiff import` on a state dict; returns exit status and output."""
 
     def run(state=None, ids=MAN_ID, *options, save=torch.save):
         file, table = tmp_path / "unet.pth", tmp_path / "ids.json"
@@ -47,15 +47,15 @@ def run(tmp_path, capsys):
         table.write_text(ids if isinstance(ids, str) else json.dumps(ids))
         argv = ["import", file, "--concepts", table, "--out", tmp_path / "out"]
         status = cli.main([*map(str, argv), "--model", "random/tiny", *options])
-        told = capsys.readouterr()
+        output = capsys.readouterr()
         assert (status == 0) == (tmp_path / "out").exists()
-        return status, told.out + told.err
+        return status, output.out + output.err
 
     return run
 
 
 def test_columns_become_concepts_in_flax_and_in_torch(run, tmp_path):
-    state = state_dict() | {"conv_in.weight": torch.zeros(3)}  # the UNet's may lie beside
+    state = state_dict() | {"conv_in.weight": torch.zeros(3)}  # ignored
     options = [x for name in ("a man", "violence", "white-race") for x in ("--only", name)]
     assert run(state, AUTHORS_IDS, *options) == (
         0,
@@ -97,7 +97,7 @@ def test_other_concepts_are_described_in_the_file(run, tmp_path):
         (None, {"a man": "one"}, "'a man' has id 'one'"),
         (None, {"a man": True}, "'a man' has id True"),
         (None, {"a man": -1}, "'a man' has id -1"),
-        (None, '{"a man": 0, "a man": 1}', "['a man'] come more than once in it"),
+        (None, '{"a man": 0, "a man": 1}', "the keys ['a man'] more than once"),
         (None, {"a man": 8}, "has id 8, but the checkpoint holds ids 0 .. 7"),
         (None, [], 'expected JSON like {"a woman": 0'),
         ({"weight": torch.zeros(1)}, {"a man": 0}, f"has no {RAM}"),
@@ -105,7 +105,7 @@ def test_other_concepts_are_described_in_the_file(run, tmp_path):
         ({RAM: "text"}, {"a man": 0}, f"{RAM} is not a tensor of floats"),
         ({RAM: torch.zeros(1024, 2).to_sparse()}, MAN_ID, f"{RAM} is a sparse, nested or meta"),
         ({RAM: torch.zeros(1024, 2, device="meta")}, MAN_ID, f"{RAM} is a sparse, nested or meta"),
-        ({RAM: torch.zeros(1).expand(1024, 10**9)}, MAN_ID, "file does not hold so many values"),
+        ({RAM: torch.zeros(1).expand(1024, 10**9)}, MAN_ID, "but the file holds fewer values"),
         (
             {RAM: torch.zeros(7, 2)},
             {"a man": 0},
@@ -116,8 +116,8 @@ def test_other_concepts_are_described_in_the_file(run, tmp_path):
     ],
 )
 def test_wrong_files_are_refused_and_nothing_written(run, state, ids, message):
-    status, told = run(state, ids)
-    assert status == 2 and message in told and "Traceback" not in told
+    status, output = run(state, ids)
+    assert status == 2 and message in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_wrong_files_are_refused_and_nothing_written(run, state, ids, message):
         (("a man", "a man"), "--only names ['a man'] more than once"),
     ],
 )
-def test_only_names_what_is_there_once(run, only, message):
-    status, told = run(None, AUTHORS_IDS, *(x for name in only for x in ("--only", name)))
-    assert status == 2 and message in told
+def test_only_takes_existing_names_once_each(run, only, message):
+    status, output = run(None, AUTHORS_IDS, *(x for name in only for x in ("--only", name)))
+    assert status == 2 and message in output
 
 
 def pickled(state, file):
@@ -162,19 +162,19 @@ def text(state, file):
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (pickled, "which is no tensor and would run code where it is loaded; nothing of"),
+        (pickled, "which is not a tensor and could run code when loaded; nothing was run"),
         (pickled_by_torch, "unet.pth holds _pytest."),
-        (truncated, "is damaged, or not what torch.save writes: get it again"),
+        (truncated, "is damaged, or torch.save did not write it: get it again"),
         (empty, "is damaged"),
         (zipped, "is damaged"),
         (text, "is damaged"),
     ],
 )
 def test_hostile_files_are_not_run(run, save, message):
-    status, told = run(save=save)
-    assert status == 2 and message in told and "Traceback" not in told
+    status, output = run(save=save)
+    assert status == 2 and message in output and "Traceback" not in output
 
 
 def test_one_concept_under_two_names_is_refused(run):
-    status, told = run(None, {"white-race": 3, "a white-race person": 4})
-    assert status == 2 and "are duplicates" in told
+    status, output = run(None, {"white-race": 3, "a white-race person": 4})
+    assert status == 2 and "are duplicates" in output
