@@ -9,15 +9,14 @@ from respodiff_jax.errors import UserError
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
 
-SUMMARY = "write a run's adapter"
+SUMMARY = "write the adapter of a run"
 
 DESCRIPTION = """\
-Writes the concepts that a run has trained as an adapter directory: adapter_model.safetensors and
-adapter_config.json, without optimiser state and base weights; a model card, README.md, with the
-run's newest sample grids; and torch_adapter.py, with which PyTorch users load it. The same run
-gives the same bytes. An adapter directory can be exported again, to change what the options say,
-and of a batch of concepts those that are wanted. Numbers of an evaluation stay with the adapter
-that was measured: with other concepts, scales or another dtype they are left out.
+Writes the trained concepts of a run as an adapter directory: adapter_model.safetensors and
+adapter_config.json, without optimiser state and base weights; README.md, a model card, with the
+run's newest sample grids; and torch_adapter.py, which loads the adapter in PyTorch. The same run
+gives the same bytes. An adapter directory can be exported again with other options. Metrics belong
+to the adapter that was measured: with other concepts, scales or another dtype they are left out.
 """
 
 EPILOG = """\
@@ -34,24 +33,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="RUN", help="training workdir, or adapter directory")
     add("--out", required=True, metavar="DIR", help="adapter directory to write")
     add("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
-    add("--only", action="append", default=[], metavar="NAME", help="take this; may be repeated")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a concept to take (default: all); may be repeated",
+    )
     add(
         "--dtype",
         choices=("float32", "float16"),
-        help="of the file (default: float32, an adapter directory's own)",
+        help="dtype of the file (default: float32, or that of the adapter directory)",
     )
     add(
         "--scale",
         action="append",
         default=[],
         metavar="NAME=SCALE",
-        help="a concept's weight where none is given; may be repeated (default: 1)",
+        help="weight of a concept for which the user gives none; may be repeated (default: 1)",
     )
     add(
         "--evaluation",
         metavar="DIR",
-        help="folder of `respodiff evaluate` of this adapter, whose overall numbers go into config"
-        " and card",
+        help="what `respodiff evaluate` wrote for this adapter; config and card get its overall"
+        " metrics",
     )
 
 
@@ -75,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
     if args.evaluation and not same:
         raise UserError(
-            f"--evaluation {args.evaluation} cannot be of an adapter that --dtype or --scale"
-            " changes here: export it so, evaluate that, then export once more with --evaluation"
+            f"--evaluation {args.evaluation} did not measure what --dtype or --scale changes here:"
+            " export without --evaluation, evaluate the result, then export that with --evaluation"
         )
     metrics = _measured(args.evaluation, adapter) if args.evaluation else adapter.metrics
     adapter = dataclasses.replace(changed, metrics=metrics if same else None)
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
-    """The numbers of an evaluation of the adapter that are of all its pictures."""
+    """The metrics of an evaluation of the adapter, over all pictures."""
     from respodiff_jax.adapters.files import METRIC_KEYS
     from respodiff_jax.evaluation.results import load_results
     from respodiff_jax.evaluation.run import adapter_sha256
@@ -97,7 +102,7 @@ def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
     measured = (results.made.get("adapter") or {}).get("sha256")
     if measured != adapter_sha256(adapter):
         raise UserError(
-            f"--evaluation {folder} is of another adapter (sha256 {measured}): evaluate the one"
+            f"--evaluation {folder} measured another adapter (sha256 {measured}): evaluate the one"
             f" that is exported, {', '.join(adapter.names)}"
         )
     return [
@@ -108,7 +113,7 @@ def _measured(folder: str, adapter: "Adapter") -> list[dict[str, Any]]:
 
 
 def _grid(source: str, step: int | None) -> bytes | None:
-    """The picture of a workdir or of an adapter directory, if it has one."""
+    """The sample picture of a workdir or an adapter directory, or None."""
     from respodiff_jax.adapters.card import GRID_FILE
     from respodiff_jax.storage import open_path
     from respodiff_jax.training.monitoring import newest_grids

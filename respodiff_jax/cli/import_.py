@@ -5,15 +5,15 @@ import argparse
 from respodiff_jax.cli import inputs
 from respodiff_jax.errors import UserError
 
-SUMMARY = "make an adapter of a checkpoint of the authors' code or of SDisc"
+SUMMARY = "convert a checkpoint of the authors' code or of SDisc into an adapter"
 
 DESCRIPTION = """\
-Reads the modules of an `unet.pth` that the authors' RespoDiff code or SDisc saved, without running
-anything that is pickled in it, and writes an adapter directory. Needs PyTorch.
+Reads the modules of a `unet.pth` that the authors' RespoDiff code or SDisc saved, and writes an
+adapter directory. Nothing pickled in the file is run. Needs PyTorch.
 
-A checkpoint has a column for each concept id, also for those that it was not trained for, which
-hold noise: name only what was trained. The file of concept ids is JSON, {"a woman": 0, "a man": 1}
-for the paper's concepts. Others are described in it by the fields of a concept:
+A checkpoint has a column for each concept id. Columns that were not trained hold noise: name only
+trained concepts. The file of concept ids is JSON, {"a woman": 0, "a man": 1} for the paper's
+concepts. Other concepts need their fields:
 
   {"a wizard": {"id": 7, "group": "job", "neutral_prompts": ["a person"],
                 "target_prompt": "a wizard"}}
@@ -30,17 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="FILE", help="unet.pth")
     add("--concepts", required=True, metavar="FILE", help="concept ids, JSON")
-    add("--only", action="append", default=[], metavar="NAME", help="take this; may be repeated")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a concept to take (default: all); may be repeated",
+    )
     add("--out", required=True, metavar="DIR", help="adapter directory to write")
     add(
         "--model",
         default="CompVis/stable-diffusion-v1-4",
         metavar="NAME",
-        help="that it was trained on, diffusers folder or hub id (default: %(default)s)",
+        help="model of the training, diffusers folder or hub id (default: %(default)s)",
     )
-    add("--revision", help="of a hub id: branch, tag or commit")
-    add("--variant", help="of the weight files, for example fp16")
-    add("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--variant", help="variant of the weight files, for example fp16")
+    add(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="resolution of the training (default: the model's)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What several verbs read from the command line: adapters, prompts, scales."""
+"""Command-line inputs that several verbs share: adapters, models, prompts, scales."""
 
 import argparse
 import pathlib
@@ -19,8 +19,8 @@ def open_adapter(path: str, step: int | None = None, only: Sequence[str] = ()) -
     Args:
       path: an adapter directory, a training workdir, or "owner/name" or "owner/name@revision" on
         the Hugging Face hub.
-      step: of a workdir that is a single run; by default the newest.
-      only: names of the concepts to take; by default all.
+      step: checkpoint of a workdir with a single run; None is the newest.
+      only: names of the concepts to take; none means all.
     """
     from respodiff_jax.adapters import select
     from respodiff_jax.training.waves import is_batch, load_batch
@@ -39,7 +39,7 @@ def _open_whole(path: str, step: int | None) -> "Adapter":
     if is_workdir(path):
         return adapter_from_workdir(path, step)
     if step is not None:
-        raise UserError(f"--step is of a training workdir, but {path} is none: it has no run.json")
+        raise UserError(f"--step needs a training workdir, but {path} has no run.json")
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@(\S+))?", path)
     if hub_id and not pathlib.Path(path).exists():
         from respodiff_jax.adapters.hub import fetch
@@ -49,13 +49,13 @@ def _open_whole(path: str, step: int | None) -> "Adapter":
 
 
 def check_only(names: Sequence[str]) -> None:
-    """Checks that --only names nothing twice."""
+    """Checks that --only repeats no name."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--only names {twice} more than once")
 
 
 def is_workdir(path: str) -> bool:
-    """Whether this is a run's directory, and not an adapter's."""
+    """Whether the path is the directory of a run, not of an adapter."""
     from respodiff_jax.storage import open_path
     from respodiff_jax.training.checkpoint import RUN_FILE
 
@@ -64,24 +64,26 @@ def is_workdir(path: str) -> bool:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
-    """The options that `open_adapter` and `open_backbone` read; returns their group's
-    `add_argument`, for more."""
+    """Adds the options of `open_adapter` and `open_backbone` as a group.
+
+    Returns:
+      `add_argument` of the group, to add more options.
+    """
     add = parser.add_argument_group("model and adapter").add_argument
     add(
         "--adapter",
         action="append",
         default=[],
         metavar="DIR",
-        help="adapter directory, training workdir or hub id; may be repeated to use concepts of"
-        " several",
+        help="adapter directory, training workdir or hub id; may be repeated to combine concepts",
     )
     add("--model", metavar="NAME", help="diffusers folder or hub id (default: the adapter's)")
-    add("--revision", help="of a hub id: branch, tag or commit (default: the adapter's)")
-    add("--variant", help="of the weight files, for example fp16")
+    add("--revision", help="branch, tag or commit of a hub id (default: the adapter's)")
+    add("--variant", help="variant of the weight files, for example fp16")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the model (default: bfloat16, on a CPU float32)",
+        help="dtype of the model (default: float32 on a CPU, else bfloat16)",
     )
     return add
 
@@ -89,7 +91,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
 def open_backbone(
     args: argparse.Namespace, model: str, trained_on: Mapping[str, Any], abstract: bool = False
 ) -> "Backbone":
-    """The model of a command with --revision, --variant and --dtype, by default as in training."""
+    """Loads the model of a command; --revision and --variant default to those of the training."""
     import jax
 
     from respodiff_jax.backbone import load_backbone
@@ -105,7 +107,7 @@ def open_backbone(
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file."""
+    """The prompts of the command line, followed by those of the file."""
     from respodiff_jax.data.prompt_files import Column, read_table
 
     prompts = list(given)
@@ -122,16 +124,19 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
             found = [line.strip() for line in lines]
         prompts += [prompt for prompt in found if prompt.strip()]
     if not prompts:
-        raise UserError("no prompts; give --prompt TEXT or a --prompts-file that is not empty")
+        raise UserError("there are no prompts; give --prompt TEXT or a --prompts-file with prompts")
     return prompts
 
 
 def read_scales(
     option: str, entries: Sequence[str], optional: bool = False
 ) -> dict[str, float | None]:
-    """`NAME=NUMBER` entries as a mapping; a name may itself contain "=".
+    """Parses `NAME=NUMBER` entries; a name may contain "=".
 
-    If numbers are `optional`, `NAME` alone gives None.
+    Args:
+      option: name of the option, for messages.
+      entries: values of the option.
+      optional: whether `NAME` alone is allowed; its scale is then None.
     """
     scales: dict[str, float | None] = {}
     for entry in entries:

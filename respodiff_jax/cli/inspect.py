@@ -4,10 +4,10 @@ import argparse
 
 from respodiff_jax.cli import inputs
 
-SUMMARY = "print what an adapter is"
+SUMMARY = "describe and check an adapter"
 
 DESCRIPTION = """\
-Prints an adapter's kind, model and concepts, and checks the whole of it: files, shapes, numbers.
+Prints kind, model and concepts of an adapter, and checks its files, shapes and numbers.
 """
 
 EPILOG = """\

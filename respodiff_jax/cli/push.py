@@ -5,8 +5,8 @@ import argparse
 SUMMARY = "upload an adapter to the Hugging Face hub"
 
 DESCRIPTION = """\
-Uploads an adapter directory, with its card, in one commit. Sign in first with `hf auth login`, or
-set HF_TOKEN.
+Uploads an adapter directory with its card in one commit. Sign in first with `hf auth login`, or set
+HF_TOKEN.
 """
 
 EPILOG = """\
@@ -19,8 +19,8 @@ EPILOG = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="DIR", help="adapter directory")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository, made if it does not exist")
-    parser.add_argument("--revision", metavar="BRANCH", help="to commit to (default: main)")
-    parser.add_argument("--private", action="store_true", help="of a repository that is made")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def run(args: argparse.Namespace) -> None:
