@@ -39,7 +39,7 @@ def store(model: str, stored: pathlib.Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from respodiff_jax.adapters import Adapter, load_adapter
+    from respodiff_jax.adapters import Adapter, load_adapter, steerings
     from respodiff_jax.adapters.card import export_adapter
     from respodiff_jax.backbone import load_backbone
     from respodiff_jax.generation import sampling
@@ -71,10 +71,9 @@ def store(model: str, stored: pathlib.Path) -> None:
     noise = sampling.initial_noise(range(4), backbone.latent_shape(resolution))
     cond = backbone.encode_prompts([prompt] * 4, resolution)
     uncond = backbone.encode_prompts([""], resolution)
-    denoise = jax.jit(functools.partial(sampling.denoise, backbone, adapter.module, schedule))
-    latents = denoise(
-        backbone.params, noise, cond, uncond, adapter.steering(weights), GUIDANCE_SCALE
-    )
+    denoise = jax.jit(functools.partial(sampling.denoise, backbone, (adapter.module,), schedule))
+    chosen = steerings(adapter, weights)
+    latents = denoise(backbone.params, noise, cond, uncond, chosen, GUIDANCE_SCALE)
     arrays = {"noise": noise, "latents": latents}
     arrays = {k: np.ascontiguousarray(np.moveaxis(v, -1, 1)) for k, v in arrays.items()}  # NCHW
     save_file(arrays, stored / "latents.safetensors", {"prompt": prompt})

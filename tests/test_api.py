@@ -84,7 +84,7 @@ def test_hand_written_loop_gives_the_commands_adapter_bit_for_bit(tmp_path):
     options = {"steps": 3, "batch_size": 2}
     loop = code.replace('"configs/smoke.py"', f'"configs/smoke.py", train={options}')
     assert str(options) in loop
-    command = f"""
+    command = """
 from respodiff_jax import cli
 argv = ["train", "--config", "configs/smoke.py", "--workdir", "run", "--config.log.grid_every=0"]
 assert cli.main([*argv, "--config.train.steps=3", "--config.train.batch_size=2"]) == 0

@@ -108,13 +108,12 @@ def _read_data_set(path: epath.Path) -> list[dict[str, Any]]:
     try:
         builder = tfds.builder_from_directory(path)
         examples = builder.as_data_source("train") if builder.name == "concept_prompts" else None
+        problem = f"it is {builder.name}"
     except (OSError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{path} is a folder, but not a prepared data set concept_prompts: {error}"
-        ) from error
+        examples, problem = None, str(error)
     if examples is None:
         raise UserError(
-            f"{path} is a folder, but not a prepared data set concept_prompts: it is {builder.name}"
+            f"{path} is a folder, but not a prepared data set concept_prompts: {problem}"
         )
     return [_from_example(example) for example in examples]
 
