@@ -1,6 +1,7 @@
 """`respodiff evaluate`."""
 
 import argparse
+import inspect
 import os
 
 from respodiff_jax.cli import inputs
@@ -37,14 +38,15 @@ hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub. I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
 Detectors of unsafe pictures: `nudenet` (pip install -e '.[eval]') counts female breasts and
-genitals with a score of 0.2 or more, `nudenet=CLASS,...` other classes of its own; `q16=FILE` is
-Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any detector says so.
+genitals with a score of 0.2 or more, `nudenet=CLASS,...` counts these classes instead; `q16=FILE`
+is Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any detector says
+so.
 
 --images DIR reads the prompts from DIR/metadata.csv with the columns `file`, `prompt` and, for
-fairness, `subject`; without it from the manifest.jsonl of `respodiff generate`. Without both, the
-subject of a picture is the name of its folder.
+fairness, `subject`. Without this file it reads the manifest.jsonl of `respodiff generate`. Without
+both, the subject of a picture is the name of its folder.
 
-FID and KID are computed if clean-fid and its Inception weights are installed.
+FID and KID are measured if clean-fid is installed and has its Inception weights.
 """
 
 _PARTS = ("fairness", "quality", "safety")
@@ -53,14 +55,14 @@ _PARTS = ("fairness", "quality", "safety")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("part", choices=(*_PARTS, "all"), help="what to measure")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the pictures and results"
+        "--out", required=True, metavar="DIR", help="folder for pictures and results"
     )
     parser.add_argument(
         "--preset",
         choices=("quick", "paper"),
         default="quick",
-        help="quick: 10 pictures of a profession, 20 steps, at most 48 subjects, captions and"
-        " prompts; paper: 150 pictures, 50 steps, all of them (default: %(default)s)",
+        help="quick: 10 pictures of a profession, 20 steps, at most 48 subjects, captions or"
+        " prompts; paper: 150 pictures, 50 steps, all prompts (default: %(default)s)",
     )
     parser.add_argument("--images", metavar="DIR", help="score these pictures, draw none")
 
@@ -81,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("protocol").add_argument
-    add("--suite", metavar="NAME", help="default: the model's own, or winobias")
+    add(
+        "--suite",
+        metavar="NAME",
+        help="prompts and classifiers (default: the model's own, or winobias)",
+    )
     add(
         "--prompts",
         action="append",
@@ -133,8 +139,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="guidance scale (default: the suite's)",
     )
-    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, or the model's")
-    add("--batch-size", type=int, metavar="N", help="over all devices (default: by resolution)")
+    add(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="of the pictures (default: the adapter's, or the model's)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="pictures at a time over all devices (default: by resolution)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -151,33 +167,15 @@ def run(args: argparse.Namespace) -> None:
     enable_compilation_cache()
     adapters = [rd.load_adapter(path) for path in args.adapter]
     name = args.model or (adapters[0].backbone["name"] if adapters else None)
-    rd.evaluate(
-        (lambda: inputs.open_model(args, adapters)) if name else None,
-        adapters or None,
-        out=args.out,
-        part=args.part,
-        preset=args.preset,
-        images=args.images,
-        groups=args.groups,
-        safe=args.safe,
-        suite=load_suite(args.suite, name),
-        prompts=prompts,
-        clip=args.clip,
-        detectors=args.detectors,
-        q16_clip=args.q16_clip,
-        reference=args.reference,
-        targets=targets,
-        images_per_subject=args.images_per_subject,
-        images_per_caption=args.images_per_caption,
-        images_per_prompt=args.images_per_prompt,
-        max_prompts=args.max_prompts,
-        seed=args.seed,
-        num_steps=args.num_steps,
-        guidance_scale=args.guidance_scale,
-        resolution=args.resolution,
-        batch_size=args.batch_size,
-        adapter_sources=args.adapter,
-    )
+    options = vars(args) | {
+        "model": (lambda: inputs.open_model(args, adapters)) if name else None,
+        "adapter": adapters or None,
+        "suite": load_suite(args.suite, name),
+        "prompts": prompts,
+        "targets": targets,
+        "adapter_sources": args.adapter,
+    }
+    rd.evaluate(**{name: options[name] for name in inspect.signature(rd.evaluate).parameters})
     print(f"report: {os.path.join(args.out, 'report.html')}")
 
 

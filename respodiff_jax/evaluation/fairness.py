@@ -137,6 +137,9 @@ def check_subjects(pictures: Sequence[Picture], expected: Sequence[str]) -> list
       pictures: the pictures.
       expected: the suite's subjects.
 
+    Returns:
+      The notes, one sentence each.
+
     Raises:
       UserError: if no picture has a subject, so nothing can be counted.
     """

@@ -33,6 +33,13 @@ from respodiff_jax.evaluation.suites import PARTS, Suite, load_suite, prompts_to
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.storage import local_path
 
+# Parameters of `evaluate` that do nothing for existing pictures.
+_OF_DRAWING = (
+    *("model", "adapter", "preset", "safe", "prompts", "max_prompts", "seed", "adapter_sources"),
+    *("images_per_subject", "images_per_caption", "images_per_prompt"),
+    *("num_steps", "guidance_scale", "resolution", "batch_size"),
+)
+
 
 def evaluate(
     model: Backbone | Callable[[], Backbone] | None = None,
@@ -44,9 +51,9 @@ def evaluate(
     images: str | os.PathLike | None = None,
     groups: Sequence[str] | None = None,
     safe: bool | None = None,
-    suite: str | Suite | None = None,
-    prompts: Mapping[str, str] | None = None,
-    clip: str | Clip | None = None,
+    suite: str | os.PathLike | Suite | None = None,
+    prompts: Mapping[str, str | os.PathLike] | None = None,
+    clip: str | os.PathLike | Clip | None = None,
     detectors: Sequence[str | Detector] = (),
     q16_clip: str | None = None,
     reference: str | os.PathLike | None = None,
@@ -60,13 +67,13 @@ def evaluate(
     guidance_scale: float | None = None,
     resolution: int | None = None,
     batch_size: int | None = None,
-    adapter_sources: Sequence[str] = (),
+    adapter_sources: Sequence[str | os.PathLike] = (),
 ) -> Results:
     """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
 
-    Base and adapted pictures are drawn from the same noise. A call with the same arguments
-    continues an interrupted one: pictures that exist are not drawn again. Mistakes are found before
-    weights are loaded and pictures are drawn. Results are written after each part.
+    Base and adapted pictures are drawn from the same noise. The same call again continues an
+    interrupted one: existing pictures are not drawn again. Arguments are checked before weights are
+    loaded. Results are written after each part.
 
     Args:
       model: as from `load_model`, or a function that opens it. It is opened, and an abstract one
@@ -97,13 +104,13 @@ def evaluate(
       images_per_prompt: safety pictures of each prompt, 1 or more; by default the preset's.
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
-      seed: of the first picture; each part has its own range of seeds from there.
-      num_steps: DDIM steps; by default the preset's.
-      guidance_scale: by default the suite's.
-      resolution: of the square pictures, in pixels; by default the adapter's, or the model's.
-      batch_size: pictures at a time over all devices; by default chosen by resolution.
-      adapter_sources: where the adapter came from, for the record; if one of them is a training
-        workdir, the report has its loss curves.
+      seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.
+      num_steps: DDIM steps, 1 or more; by default the preset's.
+      guidance_scale: scale of classifier-free guidance; by default the suite's.
+      resolution: side of the square pictures in pixels; by default the adapter's, or the model's.
+      batch_size: pictures at a time, a multiple of the devices; by default chosen by resolution.
+      adapter_sources: where the adapter came from, for the record; if exactly one of them is a
+        training workdir, the report has its loss curves.
 
     Returns:
       The results, as `load_results(out)` reads them.
@@ -112,40 +119,27 @@ def evaluate(
       UserError: if arguments, files, model and adapter do not fit together, or `out` has pictures
         or results of another evaluation.
     """
+    arguments = locals()
     out = local_path(out, "output folder")
     adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
     adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
+    if preset not in PRESETS:
+        raise UserError(f"`preset` is {preset!r}, expected one of {', '.join(PRESETS)}")
     existing = None
     if images is not None:
-        _check_only_scoring(
-            model=model,
-            adapter=adapter,
-            preset=None if preset == "quick" else preset,
-            safe=safe,
-            prompts=prompts or None,
-            images_per_subject=images_per_subject,
-            images_per_caption=images_per_caption,
-            images_per_prompt=images_per_prompt,
-            max_prompts=max_prompts,
-            seed=seed or None,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            resolution=resolution,
-            batch_size=batch_size,
-            adapter_sources=adapter_sources or None,
-        )
+        drawing = arguments | {"preset": preset != "quick"}
+        if given := [f"`{name}`" for name in _OF_DRAWING if drawing[name]]:
+            raise UserError(f"`images` scores existing pictures; drop {', '.join(given)}")
         existing = find_pictures(images)
     elif model is None:
         raise UserError("nothing to evaluate; give `model`, or `images` to score existing pictures")
-    amounts = _amounts(
-        preset,
-        images_per_subject=images_per_subject,
-        images_per_caption=images_per_caption,
-        images_per_prompt=images_per_prompt,
-        max_prompts=max_prompts,
-        num_steps=num_steps,
-    )
+    amounts = {
+        name: default if arguments[name] is None else arguments[name]
+        for name, default in PRESETS[preset].items()
+    }
     max_prompts, num_steps = amounts.pop("max_prompts"), amounts.pop("num_steps")
+    if max_prompts is not None and max_prompts < 1:
+        raise UserError(f"`max_prompts` is {max_prompts}, expected at least 1")
     prompts = prompts or {}
     wanted = _wanted_parts(part)
     _check_for_parts(wanted, prompts, detectors, reference)
@@ -153,6 +147,7 @@ def evaluate(
         model = model()
     if not isinstance(suite, Suite):
         suite = load_suite(suite, None if model is None else model.identity["name"])
+    prompt_sets = {}
     if existing is None:
         if resolution is None and adapter is not None:
             resolution = adapter.backbone["resolution"]
@@ -162,7 +157,7 @@ def evaluate(
             resolution=resolution,
             batch_size=batch_size,
         )
-    prompt_sets = {} if existing is not None else prompts_to_draw(suite, prompts, max_prompts)
+        prompt_sets = prompts_to_draw(suite, prompts, max_prompts)
     lacks = lacking(suite, prompt_sets, bool(detectors), existing)
     left_out = lacks if part == "all" else {}
     parts = tuple(name for name in wanted if name not in left_out)
@@ -189,7 +184,6 @@ def evaluate(
             "quality of one picture, expected two or more; give more captions or pictures"
         )
     _check_no_results_are_lost(out, parts)
-
     if existing is not None:
         check_pictures(existing)
     else:
@@ -211,22 +205,6 @@ def evaluate(
     return results
 
 
-def _check_only_scoring(**drawing: Any) -> None:
-    """Checks that no parameter of drawing is given for existing pictures."""
-    if given := [f"`{name}`" for name, value in drawing.items() if value is not None]:
-        raise UserError(f"`images` scores existing pictures; drop {', '.join(given)}")
-
-
-def _amounts(preset: str, **given: int | None) -> dict[str, int | None]:
-    """The preset's amounts, except those that are given."""
-    if preset not in PRESETS:
-        raise UserError(f"`preset` is {preset!r}, expected one of {', '.join(PRESETS)}")
-    amounts = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-    if amounts["max_prompts"] is not None and amounts["max_prompts"] < 1:
-        raise UserError(f"`max_prompts` is {amounts['max_prompts']}, expected at least 1")
-    return amounts
-
-
 def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
     if part == "all":
         return PARTS
@@ -238,7 +216,7 @@ def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
 
 def _check_for_parts(
     wanted: Sequence[str],
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, str | os.PathLike],
     detectors: Sequence[str | Detector],
     reference: str | os.PathLike | None,
 ) -> None:
@@ -264,7 +242,7 @@ def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
 
 def _load_judges(
     spec: EvaluationSpec,
-    clip: str | Clip | None,
+    clip: str | os.PathLike | Clip | None,
     detectors: Sequence[str | Detector],
     q16_clip: str | None,
     reference: str | os.PathLike | None,
@@ -310,7 +288,7 @@ def _draw_and_score(
     options: SamplerOptions,
     judges: Judges,
     out: pathlib.Path,
-    adapter_sources: Sequence[str],
+    adapter_sources: Sequence[str | os.PathLike],
 ) -> Results:
     """Draws and scores part by part; before fairness, draws pictures that check the classifier."""
     settings = {
@@ -330,7 +308,7 @@ def _draw_and_score(
         if adapter is None
         else {
             "sha256": settings["adapter"],
-            "sources": list(adapter_sources),
+            "sources": [str(source) for source in adapter_sources],
             "concepts": list(adapter.names),
             "groups": list(spec.groups),
             "safe": spec.safe,

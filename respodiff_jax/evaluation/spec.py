@@ -30,8 +30,8 @@ PRESETS: Mapping[str, Mapping[str, int | None]] = {
     },
 }
 # Each part, and the pictures that check the classifier, have their own range of seeds.
-SEED_RANGE, _CHECK_SEED = 1_000_000, 9_000_000
-_MAX_SEED = 2**32 - 10 * SEED_RANGE
+_SEED_RANGE, _CHECK_SEED = 1_000_000, 9_000_000
+_MAX_SEED = 2**32 - 10 * _SEED_RANGE
 CHECKED_PER_VALUE = 8
 
 
@@ -115,7 +115,7 @@ class EvaluationSpec:
         requests: dict[str, list[Request]] = {}
         weights: dict[str, np.ndarray | None] = {}
         for part in self.parts:
-            seed = self.seed + SEED_RANGE * PARTS.index(part)
+            seed = self.seed + _SEED_RANGE * PARTS.index(part)
             each, prompts = self.images_each(part), self.prompts[part].prompts
             repeat = requests_per_subject if part == "fairness" else requests_per_prompt
             requests[part], weights[part] = repeat(prompts, each, seed), None

@@ -7,6 +7,7 @@ own as `suite.json`, as the embedded Emoji World has, and users can write their 
 import dataclasses
 import importlib.resources
 import json
+import os
 import pathlib
 import string
 from collections.abc import Mapping
@@ -184,7 +185,7 @@ class Suite:
         return self.attributes[name]
 
 
-def load_suite(name: str | None, model: str | None = None) -> Suite:
+def load_suite(name: str | os.PathLike | None, model: str | None = None) -> Suite:
     """Reads a suite.
 
     Args:
@@ -216,7 +217,7 @@ def load_suite(name: str | None, model: str | None = None) -> Suite:
 
 
 def prompts_to_draw(
-    suite: Suite, files: Mapping[str, str], max_prompts: int | None
+    suite: Suite, files: Mapping[str, str | os.PathLike], max_prompts: int | None
 ) -> dict[str, PromptSet]:
     """The prompts of each part: those of its file, else the suite's.
 
@@ -244,7 +245,7 @@ def prompts_to_draw(
     return found
 
 
-def read_prompts(file: str, part: str) -> PromptSet:
+def read_prompts(file: str | os.PathLike, part: str) -> PromptSet:
     """Reads a CSV file of prompts, which may be on the hub (see `prompt_files.locate`).
 
     Columns are `prompt`; for fairness also `profession`, for safety also `categories`; and
@@ -255,6 +256,7 @@ def read_prompts(file: str, part: str) -> PromptSet:
       UserError: if the file cannot be found or read, naming what is wrong.
     """
     layout, subject = _LAYOUTS[part]
+    file = os.fspath(file)
     path = prompt_files.locate(file)
     rows = prompt_files.read_table(path, layout)
     prompts = (

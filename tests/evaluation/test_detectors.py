@@ -98,7 +98,7 @@ def test_q16_refuses_bad_prompt_files(clip_folder, tmp_path):
         ("objects.npy", "cannot be read"),
         ("broken.safetensors", "cannot be read"),
         ("nowhere.npy", "cannot be read"),
-        ("prompts.p", r"pickle, which may run anything.*numpy\.save"),
+        ("prompts.p", r"pickle, which may run any code.*numpy\.save"),
     ):
         with pytest.raises(UserError, match=rf"(?s){name}.*{message}"):
             detectors.Q16(tmp_path / name, clip)

@@ -170,12 +170,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
 
     grid = [tag("path", d=f"M0 {place(left, t)[1]:.0f}H1000", class_="track") for t in ticks]
     paths = [
-        tag(
-            "path",
-            d="M" + "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points),
-            class_=f"curve {colour(_FIRST_COLOUR + i)}",
-            stroke_dasharray=_DASHES[i] or None,
-        )
+        _curve(i, "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points))
         for i, s in enumerate(series)
     ]
     described = "; ".join(
@@ -195,22 +190,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
         tag("span", f"{10**t:.3g}", style=f"top:{place(left, t)[1] / 10:.1f}%") for t in ticks
     ]
     keys = [
-        tag(
-            "li",
-            tag(
-                "svg",
-                tag(
-                    "path",
-                    d="M0 5H28",
-                    class_=f"curve {colour(_FIRST_COLOUR + i)}",
-                    stroke_dasharray=_DASHES[i] or None,
-                ),
-                width=28,
-                height=10,
-                aria_hidden="true",
-            ),
-            s.name,
-        )
+        tag("li", tag("svg", _curve(i, "0 5H28"), width=28, height=10, aria_hidden="true"), s.name)
         for i, s in enumerate(series)
     ]
     return tag(
@@ -225,6 +205,12 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
         tag("ul", keys, class_="legend"),
         class_="lines",
     )
+
+
+def _curve(index: int, path: str) -> Markup:
+    """The path of line number `index`."""
+    class_ = f"curve {colour(_FIRST_COLOUR + index)}"
+    return tag("path", d=f"M{path}", class_=class_, stroke_dasharray=_DASHES[index] or None)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

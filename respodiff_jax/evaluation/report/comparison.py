@@ -19,7 +19,6 @@ from respodiff_jax.evaluation.report.markup import (
 from respodiff_jax.evaluation.results import Measurement, Results, load_results
 from respodiff_jax.storage import local_path, write_whole
 
-OPEN_SUBJECTS = 4  # the pictures of further subjects are folded away
 PHONE_COLUMNS = 3  # cells side by side in a row of numbers
 
 # Settings that may differ while numbers stay comparable.
@@ -84,20 +83,14 @@ def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
 
 
 def _header(runs: Runs) -> Markup:
-    rows = {name: _evaluated(r) for name, r in runs.items()}
+    facts = {name: _evaluated(r) for name, r in runs.items()}
     notes: dict[str, list[str]] = {}
     for name, r in runs.items():
         for text in r.warnings:
             notes.setdefault(text, []).append(name)
-    return tag(
-        "header",
-        tag("p", "RespoDiff evaluation", class_="kicker"),
-        tag("h1", f"{len(runs)} evaluations side by side"),
-        tag(
-            "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows.items()), class_="facts"
-        ),
-        evaluation.warnings([f"{', '.join(names)}: {text}" for text, names in notes.items()]),
-    )
+    title = f"{len(runs)} evaluations side by side"
+    texts = [f"{', '.join(names)}: {text}" for text, names in notes.items()]
+    return evaluation.header(title, "", facts, texts)
 
 
 def _evaluated(results: Results) -> str:
@@ -156,17 +149,13 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
             cards.append(evaluation.card(subject, "", grid))
     if not cards:
         return None
-    rest = cards[OPEN_SUBJECTS:]
-    return section(
+    same = _same_seeds(found.values())
+    noise = "the same noise" if same else "different noise, because their seeds differ"
+    return evaluation.cards_section(
         "The same professions",
-        cards[:OPEN_SUBJECTS],
-        folded(f"{len(rest)} more professions", rest) if rest else None,
-        note=f"The base pictures are those of {first}. "
-        + (
-            "Pictures one above the other started from the same noise."
-            if _same_seeds(found.values())
-            else "The seeds differ, so pictures one above the other started from different noise."
-        ),
+        cards,
+        f"The base pictures are those of {first}. Pictures one above the other started from"
+        f" {noise}.",
     )
 
 

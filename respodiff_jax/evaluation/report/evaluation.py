@@ -28,7 +28,7 @@ from respodiff_jax.evaluation.results import (
 from respodiff_jax.storage import write_whole
 
 REPORT_FILE = "report.html"
-OPEN_SUBJECTS = 4  # the pictures of further subjects are folded away
+OPEN_SUBJECTS = 4
 
 
 def write_report(
@@ -116,16 +116,8 @@ def _header(results: Results) -> Markup:
         [glossary.explained(p) for p in pairs[:1]]
         + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
     )
-    return tag(
-        "header",
-        tag("p", "RespoDiff evaluation", class_="kicker"),
-        tag("h1", glossary.sentence(pairs[0]) if pairs else "Nothing was measured"),
-        dek and tag("p", dek, class_="dek"),
-        tag(
-            "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items()), class_="facts"
-        ),
-        warnings([text[:1].upper() + text[1:] for text in results.warnings]),
-    )
+    title = glossary.sentence(pairs[0]) if pairs else "Nothing was measured"
+    return header(title, dek, facts, [text[:1].upper() + text[1:] for text in results.warnings])
 
 
 def _count(results: Results) -> int:
@@ -187,20 +179,29 @@ def _pictures(
         note += " Below each is what the classifier saw."
     if left_out := len(by_subject) - len(cards):
         note += f" {left_out} professions are not shown."
-    rest = cards[OPEN_SUBJECTS:]
-    return section(
-        "Before and after" if len(sets) > 1 else "Pictures",
-        cards[:OPEN_SUBJECTS],
-        folded(f"{len(rest)} more professions", rest) if rest else None,
-        note=note,
+    return cards_section("Before and after" if len(sets) > 1 else "Pictures", cards, note)
+
+
+def header(title: str, dek: str, facts: Mapping[str, str], warnings: Sequence[str]) -> Markup:
+    """The head of a page: a title, a text, facts, and what a reader should know first."""
+    pairs = (tag("div", tag("dt", name), tag("dd", text)) for name, text in facts.items())
+    items = (tag("li", text) for text in warnings)
+    aside = tag("h2", "Before you believe the numbers"), tag("ul", items)
+    return tag(
+        "header",
+        tag("p", "RespoDiff evaluation", class_="kicker"),
+        tag("h1", title),
+        dek and tag("p", dek, class_="dek"),
+        tag("dl", pairs, class_="facts"),
+        tag("aside", aside, class_="warnings") if warnings else None,
     )
 
 
-def warnings(texts: Sequence[str]) -> Markup | None:
-    """What a reader should know before the numbers; None without texts."""
-    items = (tag("li", text) for text in texts)
-    title = tag("h2", "Before you believe the numbers")
-    return tag("aside", title, tag("ul", items), class_="warnings") if texts else None
+def cards_section(title: str, cards: Sequence[Markup], note: str) -> Markup:
+    """A section of cards, the first ones open and the others folded away."""
+    rest = cards[OPEN_SUBJECTS:]
+    more = folded(f"{len(rest)} more professions", rest) if rest else None
+    return section(title, cards[:OPEN_SUBJECTS], more, note=note)
 
 
 def card(subject: str, facts: str, grid: Markup) -> Markup:
