@@ -130,7 +130,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
         "aliased": sizes.alias_size_in_bytes,
         "code": sizes.generated_code_size_in_bytes,
     }
-    held = sum(parts.values()) - 2 * parts["aliased"]  # they are in arguments and in outputs
+    held = sum(parts.values()) - 2 * parts["aliased"]  # itself, and its second count
     return {
         "parameters": program.parameters,
         **parts,
@@ -184,7 +184,10 @@ def _exchange(program: Program, collectives: list[Collective], repeats: float) -
 
 
 def _canonical(array: Array) -> Array:
-    """The same for an array transposed or with axes of length 1, as the compiler changes them."""
+    """Equal for arrays that differ in the order of axes and in axes of length 1.
+
+    The compiler changes both.
+    """
     dtype, dims = array
     return dtype, tuple(sorted(n for n in dims if n > 1))
 
@@ -194,9 +197,9 @@ def find_largest_batch(
 ) -> dict[str, Any]:
     """Finds the largest batch per device that fits, by few compilations.
 
-    Memory grows about linearly with the batch, so two batches predict the limit. The prediction is
-    compiled, and predicted again with its memory, until one batch fits and the next does not, or
-    until the trials are used up.
+    Memory grows about linearly with the batch, so two batches predict the limit. The predicted
+    batch is compiled, and its memory improves the prediction, until one batch fits and the next
+    does not, or until the trials are used up.
 
     Args:
       required: gives the bytes that a batch per device needs.
