@@ -14,7 +14,7 @@ from test_train_step import relative_error
 
 from respodiff_jax.backbone import architectures
 from respodiff_jax.backbone.attention import attention, choose_attention
-from respodiff_jax.bench.model import Job, open_model
+from respodiff_jax.bench.model import Setup, open_model
 from respodiff_jax.generation.sampling import Sampler, SamplerOptions
 from respodiff_jax.method.paper import GENDER
 from respodiff_jax.method.train_step import train_step
@@ -97,14 +97,14 @@ def config_of(dtype, monkeypatch):
 
 def trained(config, steps):
     """RAM and SAM of both concepts, on the host."""
-    job = Job.of(config)
+    setup = Setup.of(config)
     placement = make_placement(
-        config.parallel.strategy, len(job.concepts), config.train.batch_size, False
+        config.parallel.strategy, len(setup.concepts), config.train.batch_size, False
     )
-    step = placement.compile(partial(train_step, job.spec))
-    frozen = placement.replicate(job.frozen)
-    arrays = placement.place_concepts(job.arrays)
-    state = placement.place_state(job.state)
+    step = placement.compile(partial(train_step, setup.spec))
+    frozen = placement.replicate(setup.frozen)
+    arrays = placement.place_concepts(setup.arrays)
+    state = placement.place_state(setup.state)
     for _ in range(steps):
         state, _ = step(state, frozen, arrays)
     concepts = jax.device_get(state).concepts

@@ -53,17 +53,17 @@ def load_backbone(
         or if this backend or dtype does not have that attention.
     """
     if abstract:
-        sketch = _open(name_or_path, revision, variant, dtype, attention, cache_dir, abstract=True)
+        model = _open(name_or_path, revision, variant, dtype, attention, cache_dir, abstract=True)
         load = functools.partial(
             load_backbone,
             name_or_path,
-            revision=sketch.identity["revision"],
+            revision=model.identity["revision"],
             variant=variant,
             dtype=dtype,
             attention=attention,
             cache_dir=cache_dir,
         )
-        return dataclasses.replace(sketch, load=load)
+        return dataclasses.replace(model, load=load)
     return _open(name_or_path, revision, variant, dtype, attention, cache_dir, abstract=False)
 
 

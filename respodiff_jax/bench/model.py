@@ -43,7 +43,7 @@ def with_plain_attention(backbone: Backbone) -> Backbone:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job:
+class Setup:
     """What a config trains, on the host. If it trains in waves, this is the first wave."""
 
     config: ConfigDict
@@ -55,7 +55,7 @@ class Job:
     state: TrainState
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "Job":
+    def of(cls, config: ConfigDict) -> "Setup":
         """Opens the model of a config.
 
         Raises:

@@ -14,7 +14,7 @@ from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.bench import measure
 from respodiff_jax.bench import model as model_lib
-from respodiff_jax.bench.model import Job
+from respodiff_jax.bench.model import Setup
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
 from respodiff_jax.storage import local_path
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from respodiff_jax.bench import torch_side
 
 
-def make_training(job: Job) -> "torch_side.Training":
-    """The published procedure with a job's model, prompts, initial RAM and SAM, hyper-parameters.
+def make_training(setup: Setup) -> "torch_side.Training":
+    """The published procedure with a setup's model, prompts, initial RAM and SAM, hyper-parameters.
 
     Raises:
       UserError: if PyTorch is not installed or does not support the device.
     """
-    torch_side, config = model_lib.torch_side(), job.config
+    torch_side, config = model_lib.torch_side(), setup.config
     device = torch_side.device_for(jax.default_backend())
-    with model_lib.diffusers_folder(job.backbone) as folder:
+    with model_lib.diffusers_folder(setup.backbone) as folder:
         unet, scheduler = torch_side.load_unet(
             folder, config.rollout.num_steps, config.model.dtype, device
         )
@@ -41,13 +41,13 @@ def make_training(job: Job) -> "torch_side.Training":
     def conditions(tree, *index):
         return torch_side.Conditions.of(jax.tree.map(lambda x: x[index], tree), device)
 
-    arrays, concepts = job.arrays, []
-    for n, concept in enumerate(job.concepts):
+    arrays, concepts = setup.arrays, []
+    for n, concept in enumerate(setup.concepts):
         ram, sam = (
             torch_side.TorchModule(
                 config.module.kind, jax.tree.map(lambda x, n=n: x[n], params)
             ).to(device)
-            for params in (job.state.concepts.ram, job.state.concepts.sam)
+            for params in (setup.state.concepts.ram, setup.state.concepts.sam)
         )
         procedure = torch_side.Procedure(
             unet,
@@ -72,7 +72,7 @@ def make_training(job: Job) -> "torch_side.Training":
             empty=empty,
         )
         concepts.append((procedure, prompts))
-    height, width, channels = job.spec.latent_shape
+    height, width, channels = setup.spec.latent_shape
     return torch_side.Training(
         concepts, (channels, height, width), config.train.batch_size, config.seed
     )
@@ -124,8 +124,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"`workdir` is {workdir}, which is not empty; expected a new folder")
-    job = Job.of(config)
-    training = make_training(job)
+    setup = Setup.of(config)
+    training = make_training(setup)
     lr_schedule = make_lr_schedule(optimizer, config.train.steps)
     seconds = 0.0
     for step in tqdm(range(1, config.train.steps + 1), "torch", unit="step", disable=None):
@@ -134,27 +134,27 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
         losses = training.step()
         synchronise()
         seconds += time.perf_counter() - start
-        for concept, pair in zip(job.concepts, losses, strict=True):
+        for concept, pair in zip(setup.concepts, losses, strict=True):
             if not np.isfinite([float(loss) for loss in pair]).all():
                 raise FloatingPointError(f"{concept.name!r} at step {step}: losses are {pair}")
         if step % config.checkpoint.every == 0 or step == config.train.steps:
             folder = out / f"{step:06d}"
-            export_adapter(_adapter(job, training, step, seconds), folder)
+            export_adapter(_adapter(setup, training, step, seconds), folder)
     return folder
 
 
-def _adapter(job: Job, training: "torch_side.Training", step: int, seconds: float) -> Adapter:
+def _adapter(setup: Setup, training: "torch_side.Training", step: int, seconds: float) -> Adapter:
     def stacked(role):
         params = [getattr(procedure, role).flax() for procedure, _ in training.concepts]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *params)
 
-    config = job.config
+    config = setup.config
     return Adapter(
-        concepts=job.concepts,
-        module=job.spec.module,
+        concepts=setup.concepts,
+        module=setup.spec.module,
         ram=stacked("ram"),
         sam=stacked("sam"),
-        backbone=job.backbone.trained_at(job.resolution),
+        backbone=setup.backbone.trained_at(setup.resolution),
         training={
             "procedure": "published, PyTorch",
             "steps": step,

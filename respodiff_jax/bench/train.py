@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.bench import measure, published
 from respodiff_jax.bench import model as model_lib
-from respodiff_jax.bench.model import Job
+from respodiff_jax.bench.model import Setup
 from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.rollout import last_index
@@ -63,19 +63,19 @@ def _uncounted_rollout(spec: StepSpec) -> float:
 class _Ours:
     """The training step of `respodiff train`, on all devices."""
 
-    def __init__(self, job: Job):
-        config, self._job = job.config, job
+    def __init__(self, setup: Setup):
+        config, self._setup = setup.config, setup
         self._placement = Placement(
-            config.parallel.strategy, len(job.concepts), config.train.batch_size
+            config.parallel.strategy, len(setup.concepts), config.train.batch_size
         )
-        self._function = partial(train_step, job.spec)
-        self._frozen = self._placement.replicate(job.frozen)
-        self._concepts = self._placement.place_concepts(job.arrays)
-        self._state = self._placement.place_state(job.state)
+        self._function = partial(train_step, setup.spec)
+        self._frozen = self._placement.replicate(setup.frozen)
+        self._concepts = self._placement.place_concepts(setup.arrays)
+        self._state = self._placement.place_state(setup.state)
         self._starts = None
-        if not job.spec.rollout.uses_losses:
+        if not setup.spec.rollout.uses_losses:
             self._starts = itertools.cycle(
-                _balanced_steps(config.seed, last_index(job.spec.schedule))
+                _balanced_steps(config.seed, last_index(setup.spec.schedule))
             )
         self.program()
 
@@ -101,8 +101,8 @@ class _Ours:
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles the program ahead of time, for its memory analysis."""
-        job = self._job
-        shapes = jax.eval_shape(lambda *args: args, job.state, job.frozen, job.arrays)
+        setup = self._setup
+        shapes = jax.eval_shape(lambda *args: args, setup.state, setup.frozen, setup.arrays)
         return self._placement.lower(self._function, *shapes).compile()
 
 
@@ -150,15 +150,15 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     """
     torch_side = model_lib.torch_side(against_torch)
     environment = model_lib.environment(against_torch)
-    job = Job.of(config)
-    ours = _Ours(job)
+    setup = Setup.of(config)
+    ours = _Ours(setup)
     with measure.empty_compilation_cache():
         first_call = measure.first_call(ours.program)
         peak_memory = measure.peak_memory(ours.compile)
     sides = {"ours": ours.take_pairs}
     if torch_side:
         theirs = _Torch(
-            published.make_training(job), last_index(job.spec.schedule), torch_side.synchronise
+            published.make_training(setup), last_index(setup.spec.schedule), torch_side.synchronise
         )
         sides["theirs"] = theirs.take_pairs
     best = measure.Peak(config.model.dtype)
@@ -166,20 +166,20 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     peak = best.to_dict(pairs)
 
     batch_size = config.train.batch_size
-    prompt = jax.tree.map(lambda x: x[0], job.arrays.empty)
-    latents = jax.ShapeDtypeStruct((1, *job.spec.latent_shape), jnp.float32)
-    plain = model_lib.with_plain_attention(job.backbone)
+    prompt = jax.tree.map(lambda x: x[0], setup.arrays.empty)
+    latents = jax.ShapeDtypeStruct((1, *setup.spec.latent_shape), jnp.float32)
+    plain = model_lib.with_plain_attention(setup.backbone)
     # The plain model's FLOPs: all of fused attention's, and none that `train.remat` repeats.
-    spec = dataclasses.replace(job.spec, encode=plain.encode, decode=plain.decode)
-    forward = model_lib.forward_flops(spec, job.frozen, latents, prompt)
+    spec = dataclasses.replace(setup.spec, encode=plain.encode, decode=plain.decode)
+    forward = model_lib.forward_flops(spec, setup.frozen, latents, prompt)
 
     def side(name, pairs, evaluations, **others):
-        rate = pairs * (2 * job.samples_per_step)
+        rate = pairs * (2 * setup.samples_per_step)
         flops = evaluations * forward
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, evaluations, flops, utilisation, **others)
 
-    evaluations = evaluations_per_sample(spec, job.state, job.frozen, job.arrays, batch_size)
+    evaluations = evaluations_per_sample(spec, setup.state, setup.frozen, setup.arrays, batch_size)
     measured = [
         side(
             f"JAX, {config.rollout.kind}",
@@ -201,9 +201,9 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
         )
     workload = {
         "model": config.model.name,
-        "resolution": job.resolution,
+        "resolution": setup.resolution,
         "dtype": config.model.dtype,
-        "concepts": len(job.concepts),
+        "concepts": len(setup.concepts),
         "batch size": batch_size,
         "module": config.module.kind,
         "schedule steps": config.rollout.num_steps,

@@ -86,8 +86,8 @@ def test_program_compiled_from_shapes_is_the_one_that_trains(
         placement.place_concepts(arrays),
     )
     config = config_of(concepts, strategy, rollout)
-    sketch = random_backbone("tiny", abstract=True)
-    program = programs.training(config, sketch, jax.devices())
+    model = random_backbone("tiny", abstract=True)
+    program = programs.training(config, model, jax.devices())
     lowered = program.lower()
     with compilations() as counts:
         compiled = lowered.compile()
@@ -97,7 +97,7 @@ def test_program_compiled_from_shapes_is_the_one_that_trains(
     body = dict.fromkeys(costs, 1e9)
     found = analysis.describe(program, compiled, V5E, body)
     exchange = found["exchange"]
-    unet, vae = (nbytes(sketch.params[part]) for part in ("unet", "vae"))
+    unet, vae = (nbytes(model.params[part]) for part in ("unet", "vae"))
     # RAM and SAM of the one concept that a device trains.
     assert program.gradients == 2 * 4 * 4 * 64 * 4
     assert found["fits"] and found["memory"]["unused_parameters"] == program.unused > 0
@@ -122,8 +122,8 @@ def nbytes(tree):
 def test_concept_shapes_equal_those_of_embedded_concepts(architecture):
     concepts = [WOMAN, MAN, VIOLENCE]
     embedded = embed_concepts(random_backbone(architecture, dtype="bfloat16"), concepts, 16)
-    sketch = random_backbone(architecture, dtype="bfloat16", abstract=True)
-    shapes = programs.concept_shapes(sketch, concepts, 16)
+    model = random_backbone(architecture, dtype="bfloat16", abstract=True)
+    shapes = programs.concept_shapes(model, concepts, 16)
     assert jax.tree.structure(embedded) == jax.tree.structure(shapes)
     for x, shape in zip(jax.tree.leaves(embedded), jax.tree.leaves(shapes), strict=True):
         assert (x.shape, x.dtype) == (shape.shape, shape.dtype)
@@ -153,10 +153,10 @@ def test_waves_compile_with_one_size_and_the_most_neutral_prompts():
 def test_sampling_repeats_its_loop_body_for_each_step():
     """Lowers two programs, compiles none; the first repeats the second."""
     config = config_of([WOMAN, MAN])
-    sketch = random_backbone("tiny", abstract=True)
-    program = programs.sampling(config, sketch, jax.devices())
+    model = random_backbone("tiny", abstract=True)
+    program = programs.sampling(config, model, jax.devices())
     assert (program.batch_per_device, program.repeats, program.gradients) == (16, 50, 0)
-    assert program.unused == nbytes(sketch.params["text_encoder"])
+    assert program.unused == nbytes(model.params["text_encoder"])
     sampler, body = program.lower(), program.lower_body()
     image = jax.ShapeDtypeStruct((8 * 16, 16, 16, 3), jnp.uint8)
     assert (sampler.out_info.shape, sampler.out_info.dtype) == (image.shape, image.dtype)

@@ -173,9 +173,9 @@ def test_interrupted_evaluation_draws_only_missing_pictures(evaluated, monkeypat
 
     monkeypatch.setattr(drawing, "sample_images", counted)
     # Weights that are read late are the same weights.
-    sketch = load_backbone("random/tiny", dtype="float32", abstract=True)
+    model = load_backbone("random/tiny", dtype="float32", abstract=True)
     with pytest.warns(UserWarning, match="mean little"):
-        again = evaluate(**arguments | {"model": sketch})
+        again = evaluate(**arguments | {"model": model})
     assert asked == [1]
     assert (out / "fairness/base/00000.png").stat().st_mtime_ns == kept
     np.testing.assert_array_equal(np.asarray(Image.open(lost)), before)
