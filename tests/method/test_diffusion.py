@@ -97,18 +97,10 @@ def test_wrong_schedules_are_named(change, num_steps, message):
         diffusion.Schedule.from_config(change, num_steps)
 
 
-@pytest.mark.parametrize(
-    ("shards", "expected"),
-    [
-        (1, [0, 1, 2, 3, 10, 11, 12, 13]),
-        (2, [0, 1, 10, 11, 2, 3, 12, 13]),
-        (4, [0, 10, 1, 11, 2, 12, 3, 13]),
-    ],
-)
-def test_kinds_are_joined_within_each_devices_samples(shards, expected):
+def test_split_is_the_inverse_of_concatenate():
     a = {"x": jnp.arange(4), "y": jnp.arange(8.0).reshape(4, 2)}
     b = jax.tree.map(lambda x: x + 10, a)
-    joined = diffusion.join(a, b, shards=shards)
-    assert joined["x"].tolist() == expected and joined["y"].shape == (8, 2)
-    for ours, theirs in zip(diffusion.part(joined, 2, shards), (a, b), strict=True):
+    both = diffusion.concatenate(a, b)
+    assert both["x"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13] and both["y"].shape == (8, 2)
+    for ours, theirs in zip(diffusion.split(both, 2), (a, b), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
