@@ -27,24 +27,25 @@ Parts: `all` evaluates the parts that have everything they need, and says which 
 For Stable Diffusion that is fairness; quality also needs --prompts quality=FILE, safety also needs
 --prompts safety=FILE and a --detector.
 
-Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions under its 5
-templates), `winobias-successful` (its 5 others, "image of a successful doctor"),
-`winobias-extended` (10 more), a model folder's own suite.json, or a JSON file of yours.
+Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions in its 5
+templates), `winobias-successful` (in its 5 other templates, "image of a successful doctor"),
+`winobias-extended` (in 10 templates), the suite.json of a model folder, or a JSON file of yours.
 
 --prompts takes a CSV file with the column `prompt`; for fairness also `profession`, for safety also
-`categories` (with commas between); and optionally `evaluation_seed`. The file is a path, or
+`categories` (separated by commas); and optionally `evaluation_seed`. The file is a path, or
 hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub. I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
 Detectors of unsafe pictures: `nudenet` (pip install -e '.[eval]') counts female breasts and
-genitals with a score of 0.2 or more, `nudenet=CLASS,...` other classes of its own; `q16=FILE` is
-Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any detector says so.
+genitals with a score of 0.2 or more, `nudenet=CLASS,...` counts these classes instead; `q16=FILE`
+is Q16 with its learned prompts as .npy or .safetensors. A picture is unsafe if any detector says
+so.
 
 --images DIR reads the prompts from DIR/metadata.csv with the columns `file`, `prompt` and, for
-fairness, `subject`; without it from the manifest.jsonl of `respodiff generate`. Without both, the
-subject of a picture is the name of its folder.
+fairness, `subject`. Without this file it reads the manifest.jsonl of `respodiff generate`. Without
+both, the subject of a picture is the name of its folder.
 
-FID and KID are computed if clean-fid and its Inception weights are installed.
+FID and KID are measured if clean-fid is installed and has its Inception weights.
 """
 
 _PARTS = ("fairness", "quality", "safety")
@@ -53,14 +54,14 @@ _PARTS = ("fairness", "quality", "safety")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("part", choices=(*_PARTS, "all"), help="what to measure")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the pictures and results"
+        "--out", required=True, metavar="DIR", help="folder for pictures and results"
     )
     parser.add_argument(
         "--preset",
         choices=("quick", "paper"),
         default="quick",
-        help="quick: 10 pictures of a profession, 20 steps, at most 48 subjects, captions and"
-        " prompts; paper: 150 pictures, 50 steps, all of them (default: %(default)s)",
+        help="quick: 10 pictures of a profession, 20 steps, at most 48 subjects, captions or"
+        " prompts; paper: 150 pictures, 50 steps, all prompts (default: %(default)s)",
     )
     parser.add_argument("--images", metavar="DIR", help="score these pictures, draw none")
 
@@ -70,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="groups",
         action="append",
         metavar="NAME",
-        help="concept group to make fair; may be repeated, several are made fair together"
-        " (default: the adapter's, if it has one)",
+        help="concept group to make fair; may be repeated to make several fair together"
+        " (default: the adapter's group, if it has only one)",
     )
     add(
         "--safe",
@@ -81,7 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("protocol").add_argument
-    add("--suite", metavar="NAME", help="default: the model's own, or winobias")
+    add(
+        "--suite",
+        metavar="NAME",
+        help="prompts and classifiers (default: the model's own, or winobias)",
+    )
     add(
         "--prompts",
         action="append",
@@ -103,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--reference",
         metavar="DIR",
-        help="pictures that quality is compared with (default: the base model's)",
+        help="pictures to compare quality with (default: the base model's)",
     )
     add(
         "--target",
@@ -133,8 +138,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="guidance scale (default: the suite's)",
     )
-    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, or the model's")
-    add("--batch-size", type=int, metavar="N", help="over all devices (default: by resolution)")
+    add(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="of the pictures (default: the adapter's, or the model's)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="pictures at a time over all devices (default: by resolution)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -182,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prompt_files(given: list[str], evaluated: str) -> dict[str, str]:
-    """The files of `[PART=]FILE`, by part."""
+    """Parses `[PART=]FILE` arguments into part -> file."""
     files: dict[str, str] = {}
     for text in given:
         part, _, file = text.partition("=")
