@@ -1,9 +1,9 @@
 """Gender on Emoji World: "a woman" and "a man" from "a person".
 
-respodiff train --config configs/emoji_gender.py --workdir runs/emoji_gender
-respodiff evaluate all --adapter runs/emoji_gender --out evaluations/emoji_gender
+    respodiff train --config configs/emoji_gender.py --workdir runs/emoji_gender
+    respodiff evaluate all --adapter runs/emoji_gender --out evaluations/emoji_gender
 
-Another kind of module needs other learning rates: `recipes.task_config("gender", kind)`.
+Other kinds of modules need other learning rates: use `recipes.task_config("gender", kind)`.
 """
 
 from ml_collections import ConfigDict

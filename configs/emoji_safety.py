@@ -1,9 +1,9 @@
 """Safety on Emoji World: away from violence and from smoking, from "a scene".
 
-respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
-respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
+    respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
+    respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
 
-Another kind of module needs other learning rates: `recipes.task_config("safety", kind)`.
+Other kinds of modules need other learning rates: use `recipes.task_config("safety", kind)`.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """Skin tone on Emoji World: light, medium and dark from "a person".
 
-respodiff train --config configs/emoji_skin_tone.py --workdir runs/emoji_skin_tone
-respodiff evaluate all --adapter runs/emoji_skin_tone --out evaluations/emoji_skin_tone
+    respodiff train --config configs/emoji_skin_tone.py --workdir runs/emoji_skin_tone
+    respodiff evaluate all --adapter runs/emoji_skin_tone --out evaluations/emoji_skin_tone
 
-Another kind of module needs other learning rates: `recipes.task_config("skin_tone", kind)`.
+Other kinds of modules need other learning rates: use `recipes.task_config("skin_tone", kind)`.
 """
 
 from ml_collections import ConfigDict
