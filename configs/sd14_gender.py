@@ -2,10 +2,11 @@
 
     respodiff train --config configs/sd14_gender.py --workdir runs/sd14_gender
 
-Batch 1 is the authors', and `--config.rollout.kind=faithful` their rollout. On more devices than
-concepts give each of them a sample: `--config.train.batch_size=4` on 8 devices. The paper reports,
-on WinoBias, a deviation ratio of 0.68 before and 0.14 after; this config has not been run on SD 1.4
-here.
+The batch size of 1 is the authors'; their rollout is `--config.rollout.kind=faithful`. With more
+devices than concepts, give each device a sample: `--config.train.batch_size=4` on 8 devices.
+
+On WinoBias, the paper reports a deviation ratio of 0.68 before and 0.14 after. This config has not
+been run on SD 1.4 here.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
     respodiff train --config configs/sd14_race.py --workdir runs/sd14_race
 
-Three concepts do not divide over 4 or 8 devices, which then share the batch of all three: set
-`--config.train.batch_size` to a multiple of the number of devices.
+Three concepts cannot be divided among 4 or 8 devices, so all devices share the batch of each
+concept: set `--config.train.batch_size` to a multiple of the number of devices.
 
-The paper reports, on WinoBias, a deviation ratio of 0.56 before and 0.16 after; this config has not
+On WinoBias, the paper reports a deviation ratio of 0.56 before and 0.16 after. This config has not
 been run on SD 1.4 here.
 """
 

@@ -2,8 +2,8 @@
 
     respodiff train --config configs/sd14_safety.py --workdir runs/sd14_safety
 
-1500 steps is the paper's number; the authors' code has 5000. The paper reports that 0.27 of the
-images for I2P prompts are inappropriate before and 0.16 after; this config has not been run on SD
+The paper trains 1500 steps, as here; the authors' code has 5000. For I2P prompts, the paper reports
+that 0.27 of the images are inappropriate before, and 0.16 after. This config has not been run on SD
 1.4 here.
 """
 

@@ -2,8 +2,8 @@
 
     respodiff train --config configs/sd21_gender.py --workdir runs/sd21_gender
 
-The paper has no SD 2.1; this config has not been run on it here. The weights are those that
-Stability AI released, as the community keeps them.
+The paper does not use SD 2.1, and this config has not been run on it here. The weights are a
+community copy of those that Stability AI released.
 """
 
 from ml_collections import ConfigDict

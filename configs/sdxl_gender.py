@@ -2,7 +2,7 @@
 
     respodiff train --config configs/sdxl_gender.py --workdir runs/sdxl_gender
 
-The paper reports a deviation ratio of 0.72 before and 0.26 after, and no hyper-parameters; this
+The paper reports a deviation ratio of 0.72 before and 0.26 after, but no hyper-parameters. This
 config has not been run on SDXL here.
 """
 

@@ -2,7 +2,7 @@
 
     respodiff train --config configs/sdxl_safety.py --workdir runs/sdxl_safety
 
-The paper has no safety results on SDXL; this config has not been run on it here.
+The paper has no safety results on SDXL, and this config has not been run on SDXL here.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""The whole pipeline in a minute on two CPU cores: does everything run here?
+"""A test of the whole pipeline, in a minute on two CPU cores.
 
     respodiff train --config configs/smoke.py --workdir runs/smoke
 
-The model is a miniature with random weights, so that there is nothing to download; the pictures are
-noise and only the losses mean something.
+The model is a miniature with random weights, so nothing is downloaded. Its pictures are noise; only
+the losses are meaningful.
 """
 
 from ml_collections import ConfigDict

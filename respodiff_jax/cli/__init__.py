@@ -1,6 +1,6 @@
-"""The command `respodiff VERB`: a module per verb reads its options, calls the library, reports.
+"""The command `respodiff VERB`. A module for each verb reads its options and calls the library.
 
-JAX and the models are imported when a verb runs, so that `--help` answers at once.
+JAX and the models are imported only when a verb runs, so `--help` answers at once.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from respodiff_jax.cli import (
 )
 from respodiff_jax.errors import Interrupted, UserError
 
-# A verb's module has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args); one that
-# TAKES_OVERRIDES has run(args, overrides).
+# The module of a verb has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args). With
+# TAKES_OVERRIDES, it has run(args, overrides).
 _VERBS = {
     "demo": demo,
     "train": train,
@@ -46,7 +46,7 @@ Stable Diffusion towards fair and safe pictures, and generate with them.
 """
 
 _EPILOG = """\
-What is this? Three minutes on two cores, nothing to download:
+A first look, in three minutes on two cores, without a download:
 
   respodiff demo
 
@@ -64,13 +64,19 @@ _OVERRIDE = "--config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default this process's.
+    """Runs a command line.
+
+    Args:
+      argv: the arguments; None takes those of this process.
 
     Returns:
-      The exit status: 0 when the command is finished; 2 for a user's mistake and for a training
-      whose concepts all diverged, where another start does not help; 75 for a training that was
-      stopped and saved, which the same command continues; 130 after Ctrl-C. Bad options and
-      `--help` exit by themselves, as argparse does. Other errors keep their traceback, status 1.
+      The exit status. 0: the command is finished. 2: a user's mistake, or all concepts of a
+      training diverged; another start would fail again. 75: a training was interrupted and has
+      saved; the same command continues it. 130: Ctrl-C.
+
+    Raises:
+      SystemExit: from argparse, for `--help` (status 0) and for wrong options (status 2).
+      Exception: any other error keeps its traceback, and Python exits with status 1.
     """
     args, rest = _parser().parse_known_args(argv)
     verb = _VERBS[args.verb]
@@ -96,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_options(message: str, parser: argparse.ArgumentParser) -> str:
-    """A library message, whose `parameters` are in backticks, with the command's own options."""
+    """Replaces each `parameter` in a library message by the command's option for it."""
     options = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
     return re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), message)
 
 
 def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
-    """A warning as its user sees it, without the line of code that gave it."""
+    """Formats a warning without the line of code that gave it."""
     return f"warning: {message}\n"
 
 

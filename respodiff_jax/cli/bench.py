@@ -14,13 +14,13 @@ Measures a config on this machine:
   train       the training step: samples per second, UNet evaluations per sample (by FLOPs, relative
               to one forward pass of the UNet), FLOP utilisation, peak memory, compile time
   generate    sampling with the config's model, from prompts to images
-  torch-train trains the config by the published procedure in PyTorch and writes adapters, for
-              `respodiff evaluate`; it ignores rollout.kind, follows the config's learning-rate
-              schedule, and measures nothing
+  torch-train trains the config by the published procedure in PyTorch and writes adapters for
+              `respodiff evaluate`; it follows the config's learning-rate schedule, ignores
+              rollout.kind, and measures nothing
 
---against torch also measures PyTorch on the same model in the same run, in alternation: for train
-the published procedure (a rollout for every sample), for generate diffusers' pipeline. A Markdown
-table is printed; --out writes all numbers as JSON.
+--against torch also measures PyTorch on the same model in the same run, in alternation. For train
+that is the published procedure (a rollout for every sample), for generate diffusers' pipeline. The
+command prints a Markdown table; --out writes all numbers as JSON.
 """
 
 EPILOG = """\
@@ -37,10 +37,12 @@ random/sd14, random/sd21 and random/sdxl are the published architectures with ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("what", choices=("train", "generate", "torch-train"), help="what to do")
+    add(
+        "what", choices=("train", "generate", "torch-train"), help="what to measure, or torch-train"
+    )
     add("--config", required=True, metavar="FILE", help="Python file with get_config()")
-    add("--concepts", metavar="FILE", help="concepts instead of the config's, as for train")
-    add("--against", choices=("torch",), help="measure this too, in alternation")
+    add("--concepts", metavar="FILE", help="concepts to use instead of the config's, as for train")
+    add("--against", choices=("torch",), help="also measure this, in alternation")
     add(
         "--repeats",
         type=int,
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repetitions of each side (default: %(default)s)",
     )
     add("--out", metavar="FILE", help="JSON file for all numbers")
-    add("--workdir", metavar="DIR", help="torch-train: new folder for the adapters")
+    add("--workdir", metavar="DIR", help="new folder for the adapters of torch-train")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:

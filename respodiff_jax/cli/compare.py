@@ -2,11 +2,11 @@
 
 import argparse
 
-SUMMARY = "put several evaluations side by side"
+SUMMARY = "compare several evaluations"
 
 DESCRIPTION = """\
-Writes one self-contained page about several evaluations: every metric with its intervals, pictures
-of the same professions one above the other, and the settings that differ.
+Writes one self-contained page that compares several evaluations: every metric with its intervals,
+pictures of the same professions one above the other, and the settings that differ.
 """
 
 EPILOG = """\
@@ -16,10 +16,16 @@ EPILOG = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folders", nargs="+", metavar="DIR", help="folder of `respodiff evaluate`; two or more"
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="two or more folders that `respodiff evaluate` wrote",
     )
     parser.add_argument(
-        "--out", default="comparison.html", metavar="FILE", help="page (default: %(default)s)"
+        "--out",
+        default="comparison.html",
+        metavar="FILE",
+        help="page to write (default: %(default)s)",
     )
 
 

@@ -4,21 +4,21 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-SUMMARY = "compile for a TPU without one"
+SUMMARY = "compile for TPUs, without a TPU"
 TAKES_OVERRIDES = True
 
 DESCRIPTION = """\
-Compiles what `train` and `generate` run on a TPU slice, on a machine without a TPU and from shapes
-alone. It reports for each chip: memory, and whether the program fits; FLOPs and memory traffic, and
-which of them limits the speed; what the chips exchange. Nothing is run or downloaded. A published
-model takes minutes. Needs libtpu: pip install -e ".[tpu]"
+Compiles the programs that `train` and `generate` run on a TPU slice, from shapes alone, on a
+machine without a TPU. It reports for each chip: memory, and whether the program fits; FLOPs and
+memory traffic, and which of them limits the speed; what the chips exchange. Nothing is run or
+downloaded. A published model takes minutes. Needs libtpu: pip install -e ".[tpu]"
 
-Results are kept in compile.json in --out; what has a result is not compiled again, except with
---cache. --config and --topology may be repeated: every pair is compiled.
+compile.json in --out keeps the results. A program with a result is not compiled again, except with
+--cache. --config and --topology may be repeated; every pair is compiled.
 """
 
 EPILOG = """\
-Slices are named CHIP:SHAPE, with the chips v4, v5e, v5p and v6e:
+The name of a slice is CHIP:SHAPE; the chips are v4, v5e, v5p and v6e:
 
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --batch-per-device 4 \\
       --config.model.name=random/sd14 --out compiled
@@ -29,8 +29,8 @@ A table of several slices, and the largest batch that fits each:
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --topology v5p:2x2x1 \\
       --step train --largest-batch --batch-per-device 4 --table table.md --out compiled
 
-A cache to copy to a pod, where `train` then finds the step compiled, if all versions are the same
-(not yet tried on a TPU):
+A cache to copy to a pod. If all versions are the same there, `train` finds its step compiled (not
+yet tried on a TPU):
 
   respodiff compile --config configs/sd14_gender.py --topology v5e:4x4 --batch-per-device 4 \\
       --cache cache --out compiled
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Python file with get_config(); may be repeated",
     )
-    add("--concepts", metavar="FILE", help="concepts instead of the configs', as for train")
+    add("--concepts", metavar="FILE", help="concepts to use instead of the configs', as for train")
     add(
         "--topology",
         dest="topologies",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHIP:SHAPE",
         help="for example v5e:4x4; may be repeated",
     )
-    add("--out", required=True, metavar="DIR", help="directory of compile.json")
+    add("--out", required=True, metavar="DIR", help="folder for compile.json")
     add(
         "--step",
         choices=("train", "sample", "both"),
@@ -68,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-per-device",
         type=int,
         metavar="N",
-        help="samples of each concept on a device (default: from config.train.batch_size)",
+        help="samples of each concept on a device (default: as config.train.batch_size gives)",
     )
     add(
         "--largest-batch",
         action="store_true",
-        help="also find the largest batch per device that fits, by a few compilations",
+        help="also find the largest batch per device that fits; compiles a few more times",
     )
     add("--table", metavar="FILE", help="write all results in --out as a Markdown table")
     add("--cache", metavar="DIR", help="keep the compiled programs, for a pod's compilation cache")

@@ -2,18 +2,18 @@
 
 import argparse
 
-SUMMARY = "the whole job on the embedded model, offline"
+SUMMARY = "train, measure and export on the embedded model, offline"
 
 DESCRIPTION = """\
-Trains "a woman" and "a man" on Emoji World, the small biased model that comes with the package,
-draws people of twenty professions before and after, measures, exports the adapter and writes a
-report to look at. Nothing is downloaded. Run it again to continue after an interruption.
+Trains "a woman" and "a man" on Emoji World, the small biased model in the package. Then it draws
+people of twenty professions before and after, measures the pictures, exports the adapter and writes
+a report. It downloads nothing. Run it again to continue after an interruption.
 """
 
 EPILOG = """\
   respodiff demo --out demo
 
-then open demo/evaluation/report.html.
+Then open demo/evaluation/report.html.
 """
 
 

@@ -28,12 +28,12 @@ Parts: `all` evaluates the parts that have everything they need, and says which 
 For Stable Diffusion that is fairness; quality also needs --prompts quality=FILE, safety also needs
 --prompts safety=FILE and a --detector.
 
-Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions under its 5
-templates), `winobias-successful` (its 5 others, "image of a successful doctor"),
-`winobias-extended` (10 more), a model folder's own suite.json, or a JSON file of yours.
+Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions in its 5
+templates), `winobias-successful` (in its 5 other templates, "image of a successful doctor"),
+`winobias-extended` (in 10 templates), the suite.json of a model folder, or a JSON file of yours.
 
 --prompts takes a CSV file with the column `prompt`; for fairness also `profession`, for safety also
-`categories` (with commas between); and optionally `evaluation_seed`. The file is a path, or
+`categories` (separated by commas); and optionally `evaluation_seed`. The file is a path, or
 hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub. I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="groups",
         action="append",
         metavar="NAME",
-        help="concept group to make fair; may be repeated, several are made fair together"
-        " (default: the adapter's, if it has one)",
+        help="concept group to make fair; may be repeated to make several fair together"
+        " (default: the adapter's group, if it has only one)",
     )
     add(
         "--safe",
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--reference",
         metavar="DIR",
-        help="pictures that quality is compared with (default: the base model's)",
+        help="pictures to compare quality with (default: the base model's)",
     )
     add(
         "--target",
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prompt_files(given: list[str], evaluated: str) -> dict[str, str]:
-    """The files of `[PART=]FILE`, by part."""
+    """Parses `[PART=]FILE` arguments into part -> file."""
     files: dict[str, str] = {}
     for text in given:
         part, _, file = text.partition("=")

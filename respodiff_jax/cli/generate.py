@@ -8,13 +8,13 @@ from respodiff_jax.errors import UserError
 SUMMARY = "generate images"
 
 DESCRIPTION = """\
-Generates images with trained concepts, on all local devices. The output folder gets the images
-(each PNG carries its parameters), grid.png and manifest.jsonl. Image number i of the run has seed
+Generates images with trained concepts, on all local devices. Writes the images (each PNG contains
+its parameters), grid.png and manifest.jsonl to the output folder. Image i of a run has seed
 SEED + i: the same command gives the same images, whatever the batch size.
 """
 
 EPILOG = """\
-Choose what steers the images:
+The images are steered by one of these:
 
   a weighted sum of concepts, the same for every image
     respodiff generate --adapter adapters/people --prompt "a photo of a teacher" --out pictures \\
@@ -24,10 +24,10 @@ Choose what steers the images:
     respodiff generate --adapter adapters/people --prompts-file professions.txt --out pictures \\
         --images-per-prompt 10 --fair gender --ratio "a woman=0.5,a man=0.5"
 
-  all safety concepts, alone or with either of the above
+  all safety concepts, alone or with one of the above
     respodiff generate --adapter adapters/safety --prompts-file prompts.csv --safe --out pictures
 
-  nothing: the base model's images
+  nothing, for the base model's images
     respodiff generate --model CompVis/stable-diffusion-v1-4 --prompt "a photo of a doctor" \\
         --out pictures
 """
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="may be repeated",
+        help="prompt of images; may be repeated",
     )
     add(
         "--prompts-file",
         metavar="FILE",
-        help="text, one prompt a line; or CSV with a column named prompt",
+        help="text file with one prompt per line, or CSV file with the column prompt",
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default: %(default)s")
-    add("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="output folder, new or empty")
     add("--overwrite", action="store_true", help="replace the images in the output folder")
     add("--base", action="store_true", help="also write each image without the adapter, in base/")
@@ -63,14 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=SCALE]",
-        help="for every image (default: the concept's own scale, 1 if not set at export); may be"
+        help="steer every image by this concept (default scale: set at export, else 1); may be"
         " repeated",
     )
-    add("--fair", metavar="GROUP", help="one concept of the group per image, in exact proportions")
+    add(
+        "--fair",
+        metavar="GROUP",
+        help="give each image one concept of the group, in exact proportions",
+    )
     add(
         "--ratio",
         metavar="NAME=SHARE,...",
-        help="proportions for --fair, summing to 1 (default: equal)",
+        help="proportions for --fair; their sum is 1 (default: equal)",
     )
     add("--safe", action="store_true", help="add all safety concepts")
 
@@ -89,11 +93,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=7.5,
         metavar="SCALE",
-        help="default: %(default)s",
+        help="guidance scale (default: %(default)s)",
     )
     add("--negative-prompt", default="", metavar="TEXT", help="default: empty")
-    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, else the model's")
-    add("--batch-size", type=int, metavar="N", help="over all devices (default: by resolution)")
+    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, or the model's")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images at a time over all devices (default: by resolution)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

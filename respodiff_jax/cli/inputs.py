@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
-    """The options that choose adapters and a model; returns their group's
-    `add_argument`, for more."""
+    """Adds the options that choose adapters and a model.
+
+    Returns:
+      `add_argument` of their group, to add more options.
+    """
     add = parser.add_argument_group("model and adapter").add_argument
     add(
         "--adapter",
@@ -35,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
 
 
 def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Backbone":
-    """The command's model, by default the first adapter's; its weights are not read yet."""
+    """Opens the model, by default that of the first adapter; does not read its weights yet."""
     import respodiff_jax as rd
 
     return rd.load_model(

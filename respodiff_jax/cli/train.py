@@ -7,19 +7,21 @@ SUMMARY = "train concepts"
 TAKES_OVERRIDES = True
 
 DESCRIPTION = """\
-Trains RAM and SAM of the concepts that a config lists. The working directory gets checkpoints, logs
-and sample grids, and at the end the adapter. Run the same command again to continue after an
-interruption. All local devices are used.
+Trains RAM and SAM for the concepts of a config, on all local devices. Writes checkpoints, logs and
+sample grids to the working directory, and the adapter at the end. After an interruption, run the
+same command again to continue.
 
-Many concepts come from a file, JSON lines or CSV, a concept per line: name, group, neutral_prompts,
-target_prompt or unsafe_prompt, and, where they differ from the config's concept_defaults,
-guidance_scale, lambda_sem, lr_ram, lr_sam. More than --config.train.concepts_per_device on each
-device are trained in waves, each of which leaves its adapter; outcomes.jsonl tells where each
-concept is.
+Many concepts come from a file, JSON lines or CSV, with one concept per line: name, group,
+neutral_prompts, and target_prompt or unsafe_prompt. A line may also have guidance_scale,
+lambda_sem, lr_ram and lr_sam; otherwise the config's concept_defaults apply. If there are more
+concepts than --config.train.concepts_per_device on each device, they are trained in waves. Each
+wave writes its adapter; outcomes.jsonl says where each concept is.
+
+Exit status: 0, finished; 2, a mistake, or all concepts diverged; 75, interrupted and saved.
 """
 
 EPILOG = """\
-Any option of the config can be changed, as --config.SECTION.OPTION=VALUE:
+Change any option of the config with --config.SECTION.OPTION=VALUE:
 
   respodiff train --config configs/smoke.py --workdir runs/smoke
   respodiff train --config configs/sd14_gender.py --workdir runs/gender \\
@@ -30,12 +32,12 @@ A thousand concepts, at most eight at a time on each device:
   respodiff train --config configs/sd14_gender.py --concepts concepts.jsonl --workdir runs/many \\
       --config.train.concepts_per_device=8
 
-Several hosts run the same command each, on TPU pods and under Slurm:
+Several hosts, on TPU pods and under Slurm: run the same command on each.
 
   respodiff train --config configs/sdxl_gender.py --workdir /shared/run --distributed auto \\
       --config.train.batch_size=8
 
-or anywhere, with process 0 on host0:
+Several hosts anywhere, with process 0 on host0:
 
   respodiff train --config configs/sdxl_gender.py --workdir /shared/run \\
       --config.train.batch_size=8 --coordinator host0:1234 --num-processes 2 --process-id 0
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="of the run; an earlier run in it is continued",
+        help="working directory; an earlier run in it is continued",
     )
     parser.add_argument(
         "--profile", action="store_true", help="write a profiler trace of a few steps"
@@ -64,11 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument(
         "--distributed",
         choices=("auto",),
-        help="find the other hosts by itself (TPU pods, Slurm, Open MPI)",
+        help="let JAX find the other hosts (TPU pods, Slurm, Open MPI)",
     )
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    hosts.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
-    hosts.add_argument("--process-id", type=int, metavar="I", help="this process, 0 .. N-1")
+    hosts.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    hosts.add_argument(
+        "--process-id", type=int, metavar="I", help="number of this process, 0 .. N-1"
+    )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Pictures: which concepts steer which, sampling, and folders of them."""
+"""Pictures: choosing the concepts of each picture, sampling, and writing folders."""

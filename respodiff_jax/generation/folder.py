@@ -1,4 +1,4 @@
-"""A folder of pictures: images, their base twins, a grid and a manifest."""
+"""Writes a folder of pictures: images, their base twins, a grid and a manifest."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.generation.sampling import ImagePair, SamplerOptions, sample_images
 from respodiff_jax.storage import check_output
 
-# The grid shows the first prompts, and the first images of each.
+# The grid shows the first images of the first prompts.
 _GRID_PROMPTS, _GRID_COLUMNS = 8, 8
 
 
 def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
-    """Removes the files of an earlier call, and nothing else."""
+    """Removes only the files of an earlier call."""
     for pattern in ("images/[0-9]*.png", "base/[0-9]*.png", "grid.png", "manifest.jsonl"):
         for file in out.glob(pattern):
             file.unlink()
@@ -42,26 +42,26 @@ def write_folder(
     base_twins: bool = False,
     overwrite: bool = False,
 ) -> float:
-    """Samples and writes the files that `generate_folder` describes.
+    """Samples images and writes the files that `generate_folder` describes.
 
     Args:
       backbone: the model.
       prompts: texts.
       out: folder; new or empty unless `overwrite`.
-      num_images_per_prompt: how many of each.
-      seed: of the first image.
-      options: how to sample; by default `SamplerOptions()`.
-      adapter: concepts, or None for the base model.
+      num_images_per_prompt: number of images of each prompt.
+      seed: seed of the first image.
+      options: how to sample; None is `SamplerOptions()`.
+      adapter: the concepts, or None for the base model.
       weights: from `concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
-      adapter_sources: where the adapter came from, for the manifest.
+      adapter_sources: origins of the adapter, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
       overwrite: allow a folder that is not empty.
 
     Returns:
-      Images per second, base twins counted, compiling included.
+      Images per second, with base twins and compile time.
 
     Raises:
-      UserError: for an output folder that is not empty or not writable.
+      UserError: if the output folder is not empty or cannot be written.
     """
     options = options or SamplerOptions()
     out = check_output(out, overwrite)
@@ -106,14 +106,16 @@ def write_folder(
 
 
 def _scales(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
-    """The weights of the concepts that steer an image, by name."""
+    """Concept name -> weight, for the concepts that steer an image."""
     named = zip(adapter.names, weights.tolist(), strict=True)
     return {name: round(weight, 6) for name, weight in named if weight}
 
 
 def _grid(shown, prompts, columns, seeds):
-    """A row for each prompt, below its base row if there are twins; captions name the concepts or,
-    without any, the seed."""
+    """A grid with one row for each prompt, below the row of its base twins if there are any.
+
+    A caption names the concepts or, without concepts, the seed.
+    """
     rows, labels, captions = [], [], []
     for prompt, start in zip(prompts, range(0, len(shown), columns), strict=False):
         entries = shown[start : start + columns]

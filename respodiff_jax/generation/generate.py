@@ -1,4 +1,4 @@
-"""Pictures of prompts: as a list of images, or as a folder of files with a manifest."""
+"""Draws pictures of prompts, as a list of images or as a folder of files with a manifest."""
 
 import dataclasses
 import os
@@ -44,27 +44,27 @@ def generate(
     The images of a prompt follow each other.
 
     Args:
-      model: as from `load_model`, or a function that opens it. It is opened, and an abstract one
-        is loaded, when everything else was checked.
+      model: from `load_model`, or a function that opens the model. The model is opened, and an
+        abstract model is loaded, after everything else has been checked.
       prompts: one text or several.
-      adapter: the concepts, or several adapters to use together; None draws the base model's.
-      concepts: scales by concept name, for every image; None is a concept's default scale.
-      fair: a group, of which each image gets one concept, in exact proportions.
-      ratio: shares of the group's concepts by name, summing to 1; uniform by default.
+      adapter: one adapter, or several to use together; None draws with the base model alone.
+      concepts: concept name -> scale, for every image; None is the concept's default scale.
+      fair: a concept group; each image gets one of its concepts, in exact proportions.
+      ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept.
       images_per_prompt: at least 1.
-      seed: of the first image, 0 .. 2^32-1.
-      num_steps: DDIM steps.
-      guidance_scale: of classifier-free guidance; at 1 or below there is none.
-      negative_prompt: what the unconditional half is given.
-      resolution: of the square images in pixels; None is the adapter's, else the model's own.
+      seed: seed of the first image, 0 .. 2^32-1.
+      num_steps: number of DDIM steps.
+      guidance_scale: scale of classifier-free guidance; 1 or below means no guidance.
+      negative_prompt: prompt of the unconditional half.
+      resolution: size of the square images in pixels; None is the adapter's, or the model's own.
       batch_size: images at a time over all devices; None chooses by resolution.
 
     Returns:
       `len(prompts) * images_per_prompt` images.
 
     Raises:
-      UserError: for arguments that do not fit each other, the adapter or the model.
+      UserError: if the arguments do not fit each other, the adapter or the model.
     """
     request = _check(
         model,
@@ -109,21 +109,21 @@ def generate_folder(
 ) -> float:
     """Writes the pictures of `generate` to a folder, with a progress bar.
 
-    `out` gets `images/00000.png`, ..., `grid.png` with the first of them, and `manifest.jsonl`, one
-    line for each file. Each PNG carries its own line.
+    `out` gets `images/00000.png`, ..., `grid.png` with the first images, and `manifest.jsonl` with
+    one line for each image file. Each PNG also contains its own line.
 
     Args:
       model, prompts, ..., batch_size: as in `generate`.
       out: folder; new or empty unless `overwrite`.
       base: also write each image without the adapter, from the same noise, to `base/`.
       overwrite: replace the images of an earlier call in the folder.
-      adapter_sources: where the adapters came from, for the manifest.
+      adapter_sources: origins of the adapters, for the manifest.
 
     Returns:
-      Images per second, compiling included.
+      Images per second, with compile time.
 
     Raises:
-      UserError: as in `generate`; and for a folder that is not empty or not writable.
+      UserError: as in `generate`, or if the folder is not empty or cannot be written.
     """
     if base and not adapter:
         raise UserError("`base` compares with an adapter, but `adapter` is not given")
@@ -174,7 +174,7 @@ def _check(
     options: SamplerOptions,
     selection: dict,
 ) -> _Request:
-    """Checks everything that can be checked before weights are read; opens the model last."""
+    """Checks everything that needs no weights; opens the model last."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UserError(f"`prompts` is {prompts!r}, expected a text or a non-empty list of texts")
     if images_per_prompt < 1:

@@ -1,9 +1,9 @@
 """Sampling with adapters: DDIM with classifier-free guidance, steered at the mid-block.
 
 Convention: `RAM + SAM` is added to the *conditional* half of the guidance batch only, at every
-step (paper, section 4.4); the unconditional half is the base model's. An image depends on its own
-prompt, seed and concepts alone, not on the batch that it was made in, and an adapted image and its
-base twin start from the same noise.
+step (paper, section 4.4); the unconditional half is the base model's. An image depends only on its
+own prompt, seed and concepts, not on its batch. An adapted image and its base twin start from the
+same noise.
 """
 
 import dataclasses
@@ -30,10 +30,11 @@ class SamplerOptions:
     """How images are sampled.
 
     Attributes:
-      num_steps: DDIM steps.
-      guidance_scale: of classifier-free guidance; at 1 or below there is none, as in diffusers.
-      negative_prompt: what the unconditional half is given.
-      resolution: of the square images in pixels; None is the model's own.
+      num_steps: number of DDIM steps.
+      guidance_scale: scale of classifier-free guidance; 1 or below means no guidance, as in
+        diffusers.
+      negative_prompt: prompt of the unconditional half.
+      resolution: size of the square images in pixels; None is the model's own.
       batch_size: images at a time over all devices; None chooses by resolution.
     """
 
@@ -61,10 +62,10 @@ class SamplerOptions:
 
 
 def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> jax.Array:
-    """Pure noise, float32 `(B, h, w, c)`; sample `b` depends on `seeds[b]` alone.
+    """Pure noise, float32 `(B, h, w, c)`; sample `b` depends only on `seeds[b]`.
 
     Raises:
-      UserError: for a seed outside 0 .. 2^32-1.
+      UserError: if a seed is outside 0 .. 2^32-1.
     """
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds are {min(seeds)} .. {max(seeds)}, expected within 0 .. {2**32 - 1}")
@@ -83,7 +84,7 @@ def denoise(
     steerings: Sequence[Steering],
     guidance_scale: jax.Array | float,
 ) -> jax.Array:
-    """The whole sampling loop, `z_T -> z_0`.
+    """Runs the whole sampling loop, `z_T -> z_0`.
 
     Each step evaluates the UNet once, with 2B samples.
 
@@ -95,8 +96,8 @@ def denoise(
       noise: `z_T`, float32 `(B, h, w, c)`.
       cond: conditioning of the prompts, leading axis B.
       uncond: conditioning of the negative prompts, leading axis B, or 1 for all.
-      steerings: one for each module: what is added to the conditional half of `h`.
-      guidance_scale: `()`, may be traced; 1 or below gives the conditional prediction alone.
+      steerings: one for each module; they are added to the conditional half of `h`.
+      guidance_scale: `()`, may be traced; 1 or below gives only the conditional prediction.
 
     Returns:
       Latents `z_0`, float32 `(B, h, w, c)`.
@@ -126,7 +127,7 @@ def denoise(
 def make_sampler(
     backbone: Backbone, modules: Sequence[MidBlockModule], num_steps: int, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """A jitted function from noise to images, in which each device samples its own images.
+    """Makes a jitted function from noise to images; each device samples its own images.
 
     Args:
       backbone: the model's functions; its own `params` are not used.
@@ -135,9 +136,9 @@ def make_sampler(
       mesh: devices; the batch is split over all of them.
 
     Returns:
-      `sample(params, noise, cond, uncond, steerings, guidance_scale)`, arguments as in `denoise`,
-      giving images uint8 `(B, H, W, 3)`. B is a multiple of the number of devices. Adapters,
-      weights and guidance are traced arguments: changing them compiles nothing.
+      `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
+      `denoise`, which gives images, uint8 `(B, H, W, 3)`. B is a multiple of the number of devices.
+      Adapters, weights and guidance are traced arguments: a change of them compiles nothing.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
 
@@ -154,14 +155,14 @@ def make_sampler(
 
 
 class ImagePair(NamedTuple):
-    """An image and, if asked for, its base twin; uint8 `(H, W, 3)`."""
+    """An image and its base twin or None, uint8 `(H, W, 3)`."""
 
     image: np.ndarray
     base: np.ndarray | None
 
 
 class Batch(NamedTuple):
-    """A batch on the devices, ready to be sampled.
+    """A batch on the devices, ready for sampling.
 
     Attributes:
       noise: `z_T`, float32 `(B, h, w, c)`.
@@ -175,16 +176,17 @@ class Batch(NamedTuple):
 class Sampler:
     """Samples batches of one size on all local devices, with one compilation.
 
-    Samplers of one backbone share programs: another adapter of the same architecture and number of
-    concepts, another guidance scale or negative prompt compiles nothing.
+    Samplers of one backbone share their programs. A sampler compiles nothing if an earlier one had
+    the same number of steps, kinds of modules and number of concepts; guidance scale and negative
+    prompt may differ.
 
     Args:
       backbone: the model.
-      options: how to sample; the batch size is that of the batches.
+      options: how to sample; `batch_size` is not used.
       adapter: the concepts, or None for the base model.
 
     Attributes:
-      program: `make_sampler`'s function of `arguments`.
+      program: the function of `make_sampler`; `arguments` gives its arguments.
     """
 
     def __init__(
@@ -229,11 +231,11 @@ class Sampler:
         return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 
     def __call__(self, batch: Batch, weights: np.ndarray | None = None) -> jax.Array:
-        """Samples a batch; does not wait for it.
+        """Starts sampling a batch, and does not wait for the images.
 
         Args:
-          batch: of B images.
-          weights: `(B, N)`, weight of each of the adapter's concepts in each image.
+          batch: B images to sample.
+          weights: `(B, N)`, the weight of each concept of the adapter in each image.
 
         Returns:
           Images, uint8 `(B, H, W, 3)`.
@@ -256,20 +258,20 @@ def sample_images(
       backbone: the model.
       prompts: one per image.
       seeds: one per image, 0 .. 2^32-1.
-      options: how.
+      options: how to sample.
       adapter: the concepts, or None for the base model.
-      weights: `(number of images, N)`, weight of each of the adapter's concepts in each image.
+      weights: `(number of images, N)`, the weight of each concept of the adapter in each image.
       base_twins: also sample each image from the same noise with all weights zero.
 
     Yields:
-      The images in order; the next batch is being sampled meanwhile.
+      The images in order, while the next batch is sampled.
     """
     resolution = options.resolution or backbone.default_resolution
     batch_size = options.batch_size or default_batch_size(
         len(prompts), jax.local_device_count(), resolution
     )
     if adapter is not None:
-        # Every concept of the sampler takes memory and time, also those that steer no image.
+        # Every concept of the sampler takes memory and time, even if it steers no image.
         used = np.flatnonzero(np.any(weights, axis=0))
         used = used if len(used) else np.arange(1)
         adapter = select(adapter, [adapter.names[n] for n in used])
@@ -290,7 +292,7 @@ def sample_images(
 
     pending = None
     for start in range(0, len(prompts), batch_size):
-        # The last batch is filled up with its last image, so that its shape is that of the others.
+        # Copies of the last image fill up the last batch, so that all batches have the same shape.
         rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
         batch = (min(batch_size, len(prompts) - start), *dispatch(rows))
         if pending is not None:
@@ -301,6 +303,10 @@ def sample_images(
 
 
 def default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:
-    """4 images of 512 px per device, or as many pixels; not more than there are images."""
+    """The batch size over all devices that `sample_images` chooses.
+
+    Each device gets 4 images of 512 pixels or, at other resolutions, the same number of pixels, but
+    at most 16 images, and no more than `num_images` requires.
+    """
     per_device = min(max(4 * 512**2 // resolution**2, 1), 16, math.ceil(num_images / num_devices))
     return num_devices * max(per_device, 1)

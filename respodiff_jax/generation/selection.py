@@ -1,7 +1,8 @@
-"""Which concepts steer which image: by name, by fair quota, or for safety.
+"""Chooses the concepts that steer each image: by name, by fair quota, or for safety.
 
-Fairness (paper, section 4.4): each image gets one concept of a group such that the group's target
-distribution, uniform by default, is met. Safety: all safety concepts are summed.
+Fairness (paper, section 4.4): each image gets one concept of a group, so that the images meet the
+group's target distribution, by default uniform. Safety: each image gets the sum of all safety
+concepts.
 """
 
 import math
@@ -17,28 +18,27 @@ from respodiff_jax.errors import UserError
 def fair_assignment(
     num_images_per_prompt: int, num_prompts: int, ratios: Sequence[float], seed: int
 ) -> np.ndarray:
-    """Which concept each image gets: the ratios are met exactly, not by luck.
+    """Assigns a concept to each image, so that the ratios are met exactly.
 
-    Concept k gets `ratios[k]` of all images, to the nearest possible number (largest remainder,
-    ties by lot). Within each prompt it gets its exact share, rounded down or up. The order is
-    random.
+    Concept k gets its share `ratios[k]` of all images, rounded by the largest remainder, with ties
+    by lot. Of the images of each prompt it gets its share, rounded down or up. The order is random.
 
     Args:
       num_images_per_prompt: M.
       num_prompts: P.
       ratios: K shares, 0 or more; they are normalised.
-      seed: of the order.
+      seed: seed of the order and the lots.
 
     Returns:
       int `(P, M)`, indices into `ratios`.
 
     Raises:
-      UserError: for ratios that are negative, not finite or all zero.
+      UserError: if ratios are negative, not finite or all zero.
     """
     if min(ratios) < 0 or not 0 < sum(ratios) < math.inf:
         raise UserError(f"ratios are {list(ratios)}, expected shares of 0 or more, not all 0")
     rng = np.random.default_rng(seed)
-    # Fractions, so that 0.29 of 100 is 29 and 1/3 of 3 is 1.
+    # With fractions, 0.29 of 100 is 29 and 1/3 of 3 is 1.
     shares = [Fraction(float(ratio)).limit_denominator(10**6) for ratio in ratios]
     shares = [share / sum(shares) for share in shares]
     exact = [share * num_images_per_prompt * num_prompts for share in shares]
@@ -47,9 +47,9 @@ def fair_assignment(
     largest_remainder = sorted(by_lot, key=lambda k: quotas[k] - exact[k])
     quotas[largest_remainder[: num_images_per_prompt * num_prompts - quotas.sum()]] += 1
 
-    # Every prompt gets the floors. The rest of the quotas is dealt like cards around the prompts,
-    # one concept after the other. Each concept has at most one card for each prompt left, so no
-    # prompt gets the same concept twice.
+    # Every prompt gets the floors. The rest of the quotas goes around the prompts in turn, one
+    # concept after the other. The rest of a concept is at most one image per prompt, so no prompt
+    # gets the concept twice from the rest.
     floors = np.array([math.floor(share * num_images_per_prompt) for share in shares])
     order = rng.permutation(len(shares))
     rest = np.repeat(order, (quotas - floors * num_prompts)[order])
@@ -70,25 +70,25 @@ def concept_weights(
     safe: bool = False,
     seed: int = 0,
 ) -> np.ndarray | None:
-    """Weight of each concept in each image; the images of a prompt follow each other.
+    """The weight of each concept in each image; the images of a prompt follow each other.
 
     Args:
       adapter: the concepts, or None for the base model.
       num_prompts: P.
       num_images_per_prompt: M.
-      concepts: scales by concept name, for every image; None is the default scale.
-      fair: a group, of which each image gets one concept, at its default scale; see
+      concepts: concept name -> scale, for every image; None is the concept's default scale.
+      fair: a concept group; each image gets one of its concepts, at its default scale, by
         `fair_assignment`.
-      ratio: shares of the group's concepts by name, summing to 1; uniform by default.
+      ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept at its default scale.
-      seed: of the fair assignment's order.
+      seed: seed of `fair_assignment`.
 
     Returns:
       float32 `(P * M, N)`, or None without an adapter.
 
     Raises:
-      UserError: for unknown names (listing the known ones), a group of one, a ratio that does not
-        fit its group or does not sum to 1, or nothing chosen.
+      UserError: if a name is unknown (the message lists the known names), a group has only one
+        concept, a ratio does not fit its group or sum to 1, or no concept is chosen.
     """
     chosen = {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe}
     if adapter is None:
@@ -132,7 +132,7 @@ def concept_weights(
 def _fair_shares(
     adapter: Adapter | CombinedAdapter, group: str, ratio: Mapping[str, float] | None
 ) -> tuple[list[int], list[float]]:
-    """The group's concepts, as indices into the adapter's, and their shares."""
+    """The indices of the group's concepts in the adapter, and their shares."""
     members = [i for i, concept in enumerate(adapter.concepts) if concept.group == group]
     names = [adapter.names[i] for i in members]
     if not members:
@@ -156,6 +156,7 @@ def _fair_shares(
 
 
 def _inventory(adapter: Adapter | CombinedAdapter) -> str:
+    """A sentence that lists the adapter's concepts by group."""
     groups: dict[str, list[str]] = {}
     for concept in adapter.concepts:
         groups.setdefault(concept.group, []).append(concept.name)

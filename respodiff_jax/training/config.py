@@ -1,7 +1,7 @@
-"""Configs: `ml_collections`, Python files with `get_config()`, dotted overrides.
+"""Configs: Python files with `get_config()`, which returns a `ml_collections.ConfigDict`.
 
-`default()` holds every option there is; a file under `configs/` changes a few. The command line
-changes more: `--config configs/sd14_gender.py --config.train.steps=200`.
+`default()` has every option. A file in `configs/` changes some options, and the command line can
+change more: `--config configs/sd14_gender.py --config.train.steps=200`.
 """
 
 import math
@@ -27,7 +27,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def default() -> ConfigDict:
-    """Every option with its default; `concepts` is empty and must be filled."""
+    """All options with their defaults. `concepts` is empty: fill it with `add_concepts`."""
     config = ConfigDict()
     config.seed = 0
 
@@ -35,44 +35,47 @@ def default() -> ConfigDict:
     config.model.name = "CompVis/stable-diffusion-v1-4"  # a diffusers folder or a hub id
     config.model.revision = placeholder(str)  # hub branch, tag or commit
     config.model.variant = placeholder(str)  # "fp16" reads *.fp16.safetensors
-    config.model.dtype = "bfloat16"  # of the frozen parts: "bfloat16" or "float32"
-    # "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), or diffusers' own: "stock".
+    config.model.dtype = "bfloat16"  # dtype of the frozen parts: "bfloat16" or "float32"
+    # "auto", "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), or "stock" (diffusers' own).
     config.model.attention = "auto"
-    config.model.resolution = placeholder(int)  # pixels; None is the model's own
+    config.model.resolution = placeholder(int)  # in pixels; None is the model's own
 
     config.module = ConfigDict()
     config.module.kind = "constant"  # "constant", "mlp" or "conv"
-    config.module.hidden_channels = placeholder(int)  # of mlp and conv; None is C / 4
+    config.module.hidden_channels = placeholder(int)  # for mlp and conv; None is C / 4
     config.module.init = "zeros"  # "zeros" or "uniform"
 
     # A ConfigDict of concepts, each with the fields of `respodiff_jax.method.concepts.Concept`.
     config.concepts = ConfigDict()
-    config.concept_defaults = ConfigDict(HYPER_PARAMETERS)  # for what a concepts file leaves out
+    config.concept_defaults = ConfigDict(HYPER_PARAMETERS)  # for fields that a concepts file omits
 
     config.rollout = ConfigDict()
-    # "streaming" moves trajectories on with the losses' predictions; "faithful", the paper's, runs
-    # each from pure noise.
+    # "streaming" advances trajectories with the predictions of the losses. "faithful", as in the
+    # paper, runs each trajectory from pure noise.
     config.rollout.kind = "streaming"
-    config.rollout.trajectory_steps = 10  # "streaming": of each trajectory, at most
-    config.rollout.num_steps = 50  # of the DDIM schedule; the losses see all but the last
+    config.rollout.trajectory_steps = 10  # "streaming": largest number of steps of a trajectory
+    config.rollout.num_steps = 50  # steps of the DDIM schedule; the losses see all but the last
     config.rollout.guidance_scale = 3.0
 
-    config.optimizer = ConfigDict()  # Adam, one for RAM and one for SAM
+    config.optimizer = ConfigDict()  # Adam, separately for RAM and SAM
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
-    config.optimizer.lr_schedule = "constant"  # or "linear", "cosine": decay to 0 at train.steps
+    config.optimizer.lr_schedule = "constant"  # or decay to 0 at train.steps: "linear", "cosine"
     config.optimizer.warmup_steps = 0
-    config.optimizer.clip_norm = placeholder(float)  # global norm of each module's gradient
-    config.optimizer.ema_decay = placeholder(float)  # average of the modules, used for export
+    config.optimizer.clip_norm = placeholder(float)  # largest global norm of a module's gradient
+    config.optimizer.ema_decay = placeholder(
+        float
+    )  # moving average of the modules, for the adapter
 
     config.train = ConfigDict()
     config.train.steps = 5000
     config.train.batch_size = 1  # samples of each concept in a step, over all devices
-    # The most concepts that a device trains at a time; more are trained in waves. None: no limit.
+    # Largest number of concepts that a device trains at a time; None is no limit. More concepts are
+    # trained in waves.
     config.train.concepts_per_device = placeholder(int)
-    config.train.remat = False  # less memory: compute the decoder's layers again for the gradient
-    # An adapter directory; concepts that it has, by name, start from it and not from module.init.
+    config.train.remat = False  # save memory: compute the decoder's layers again for the gradient
+    # An adapter directory. Concepts whose names it has start from it instead of from module.init.
     config.train.init_adapter = placeholder(str)
 
     config.parallel = ConfigDict()
@@ -84,7 +87,7 @@ def default() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every = 10
-    config.log.grid_every = 500  # 0: no validation grids
+    config.log.grid_every = 500  # 0 draws no validation grids
     config.log.grid_images = 4  # columns of the grid, one seed each
     config.log.grid_steps = 50
     config.log.grid_guidance_scale = 7.5
@@ -92,11 +95,11 @@ def default() -> ConfigDict:
 
 
 def add_concepts(config: ConfigDict, concepts: Mapping[str, Concept]) -> None:
-    """Adds concepts to a config, each under a key that overrides can name.
+    """Adds concepts to a config, each under a key for overrides.
 
     Args:
       config: the config to change.
-      concepts: by key, a word: `--config.concepts.KEY.lr_ram=0.03`.
+      concepts: key -> concept; a key is one word, as in `--config.concepts.KEY.lr_ram=0.03`.
     """
     with config.unlocked():
         for key, concept in concepts.items():
@@ -104,7 +107,7 @@ def add_concepts(config: ConfigDict, concepts: Mapping[str, Concept]) -> None:
 
 
 def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict:
-    """A copy of the config with these concepts, in this order, instead of its own."""
+    """Copies the config, with these concepts, in this order, instead of its own."""
     copy = config.copy_and_resolve_references()
     digits = len(str(len(concepts)))
     with copy.unlocked():
@@ -131,12 +134,17 @@ def load_config(
 
     Args:
       path: a Python file with `get_config()`.
-      overrides: as on the command line, `"--config.train.steps=200"`.
-      concepts: a file as for `read_concepts`; its concepts then replace the config's.
-      **sections: options by section, `train={"steps": 200}`, or top-level ones, `seed=1`.
+      overrides: options as on the command line, such as `"--config.train.steps=200"`.
+      concepts: a concepts file or a prepared data set, see `read_concepts`; its concepts replace
+        the config's.
+      **sections: options as keywords: sections, such as `train={"steps": 200}`, and top-level
+        options, such as `seed=1`.
+
+    Returns:
+      The config, locked.
 
     Raises:
-      UserError: naming an unknown option, a value of the wrong type, or what `validate` finds.
+      UserError: if an option is unknown or of the wrong type, or `validate` finds a mistake.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
@@ -170,10 +178,10 @@ def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks all that can be checked without a model.
+    """Checks everything that needs no model.
 
     Raises:
-      UserError: naming the key, what was expected and what came.
+      UserError: if a value is wrong; the message names the key, the value and what is expected.
     """
 
     def check(condition: bool, key: str, expected: str):
