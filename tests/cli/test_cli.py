@@ -30,7 +30,7 @@ def adapter_folder(tmp_path_factory):
 
 
 def fails(capsys, *argv):
-    """The message of a command line that exits with status 2."""
+    """Runs a command, which must exit with status 2, and returns its message."""
     assert cli.main([str(arg) for arg in argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("respodiff: error: ")
@@ -38,7 +38,7 @@ def fails(capsys, *argv):
     return error
 
 
-def test_help_needs_no_jax():
+def test_help_imports_no_jax():
     script = (
         "import sys\n"
         "from respodiff_jax import cli\n"
@@ -52,8 +52,8 @@ def test_help_needs_no_jax():
     assert "--fair GROUP" in result.stdout
 
 
-def test_a_second_start_finds_what_the_first_has_compiled(tmp_path):
-    """In the user's cache, from another process."""
+def test_second_process_finds_compiled_programs_in_the_cache(tmp_path):
+    """Without an option, the cache is a folder in the user's cache."""
     script = (
         "import jax, sys\n"
         "from respodiff_jax import cli\n"
@@ -89,7 +89,7 @@ def test_each_verb_has_help_with_examples(verb, capsys):
     assert capsys.readouterr().out.count(f"respodiff {verb}") >= 2  # usage, and an example
 
 
-def test_python_m_is_the_command():
+def test_python_m_runs_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "respodiff_jax", "fly"], capture_output=True, text=True
     )
@@ -97,7 +97,7 @@ def test_python_m_is_the_command():
     assert "invalid choice: 'fly'" in result.stderr
 
 
-def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
+def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_path, capsys):
     (tmp_path / "prompts.csv").write_text('id,prompt\n1,"a person, smiling"\n2,\n3,a man\n')
     identity = random_backbone("tiny", abstract=True).identity
     safety = make_adapter("mlp", (VIOLENCE,), shape=(4, 4, 64), **identity, resolution=16)
@@ -156,7 +156,7 @@ def test_generate_from_an_adapter_to_a_folder(adapter_folder, tmp_path, capsys):
         ),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(
+def test_generate_reports_mistakes_before_loading_a_model(
     arguments, message, adapter_folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("respodiff_jax.backbone.load_backbone", pytest.fail)
@@ -165,21 +165,23 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_that_does_not_fit_is_refused(adapter_folder, tmp_path, capsys):
+def test_generate_refuses_a_resolution_that_does_not_fit_the_adapter(
+    adapter_folder, tmp_path, capsys
+):
     argv = ["generate", "--adapter", adapter_folder, "--prompt", "a", "--concept", "a man"]
     assert "resolution is 0" in fails(capsys, *argv, "--resolution", 0, "--out", tmp_path / "out")
     message = fails(capsys, *argv, "--resolution", 32, "--out", tmp_path / "out")
     assert "(4, 4, 64)" in message and "(8, 8, 64); generate at resolution 16" in message
 
 
-def test_scales_of_concepts():
+def test_scales_of_concepts_are_parsed():
     scales = inputs.read_scales("--concept", ["a man", "a=b=0.5", " young = -1 "], optional=True)
     assert scales == {"a man": None, "a=b": 0.5, "young": -1.0}
     with pytest.raises(UserError, match="names 'a man' twice"):
         inputs.read_scales("--concept", ["a man", "a man=2"], optional=True)
 
 
-def test_prompts_of_files(tmp_path):
+def test_prompts_are_read_from_text_and_csv_files(tmp_path):
     text, table = tmp_path / "a.txt", tmp_path / "b.CSV"
     text.write_text("\ufeffa nurse\n\n  a cook \n", encoding="utf-8")
     table.write_text("text\nx\n")
@@ -216,7 +218,7 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
         ["train", "--config", "c.py"],
     ],
 )
-def test_unknown_options_are_refused(arguments, capsys):
+def test_unknown_and_missing_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     error = capsys.readouterr().err
@@ -224,7 +226,7 @@ def test_unknown_options_are_refused(arguments, capsys):
     assert "unrecognized arguments" in error or "required: --workdir" in error
 
 
-def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
+def test_export_writes_the_adapter_of_a_run(tmp_path, monkeypatch, capsys):
     adapter = make_adapter("conv")
     calls = []
 
@@ -251,7 +253,7 @@ def test_export_writes_the_runs_adapter(tmp_path, monkeypatch, capsys):
         ["push", "gs://b/x", "owner/name"],
     ],
 )
-def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatch, capsys):
+def test_buckets_are_refused_by_verbs_that_need_local_paths(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     assert "gs://b/x is on Google Cloud Storage" in fails(capsys, *command)
@@ -266,7 +268,7 @@ def test_a_bucket_is_refused_where_none_is_reached(command, tmp_path, monkeypatc
         (Interrupted("stopped at step 3", 3), 75, "stopped at step 3; run the same command"),
     ],
 )
-def test_how_it_ended_is_in_the_exit_status(error, status, told, tmp_path, monkeypatch, capsys):
+def test_exit_status_says_how_the_command_ended(error, status, told, tmp_path, monkeypatch, capsys):
     def ended(*args):
         raise error
 

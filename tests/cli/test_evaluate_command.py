@@ -1,4 +1,4 @@
-"""`respodiff evaluate`: mistakes are found early, and parts that lack something are left out."""
+"""`respodiff evaluate`: mistakes are reported early, incomplete parts are left out."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from respodiff_jax.cli import inputs
 from respodiff_jax.evaluation import load_results
 
 
-def test_command_refuses_options_that_do_not_fit_together(capsys, tmp_path):
+def test_evaluate_refuses_conflicting_options(capsys, tmp_path):
     out = ["--out", str(tmp_path)]
     for argv, message in (
         (["all", *out], "nothing to evaluate"),
@@ -24,7 +24,9 @@ def test_command_refuses_options_that_do_not_fit_together(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_mistakes_are_found_before_anything_is_loaded(tiny_backbone, monkeypatch, capsys, tmp_path):
+def test_evaluate_reports_mistakes_before_loading_anything(
+    tiny_backbone, monkeypatch, capsys, tmp_path
+):
     whole = constant_adapter(tiny_backbone, 1.0)
     few = {"ram": {"constant": whole.ram["constant"][1:4]}}
     few |= {"sam": {"constant": whole.sam["constant"][1:4]}}
@@ -60,7 +62,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_backbone, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_all_leaves_out_parts_that_lack_something(clip_folder, capsys, tmp_path):
+def test_all_leaves_out_parts_that_lack_prompts_or_detectors(clip_folder, capsys, tmp_path):
     grey_pictures(tmp_path / "made", {"cook/a.png": 24, "cook/b.png": 24})
     argv = ["evaluate", "all", "--images", str(tmp_path / "made"), "--clip", str(clip_folder)]
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""Concepts files: JSON lines, CSV, data sets, and the messages about wrong ones."""
+"""Concepts files: JSON lines, CSV, data sets, and messages about mistakes."""
 
 import pathlib
 
@@ -54,7 +54,7 @@ def test_json_lines_csv_and_data_sets_give_the_same_concepts(tmp_path):
         assert read_concepts(builder.data_path, defaults) == CONCEPTS
 
 
-def test_another_data_set_is_refused_by_name(tmp_path):
+def test_other_data_sets_are_refused_by_name(tmp_path):
     builder = winobias_prompts_dataset_builder.Builder(
         config="winobias", data_dir=tmp_path, file_format="array_record"
     )

@@ -1,4 +1,4 @@
-"""Prompt sets: CSV files in the layouts in use, their builders, and their evaluation."""
+"""Prompt sets: CSV files in the published layouts, their builders, and their evaluation."""
 
 import hashlib
 import os
@@ -187,7 +187,7 @@ def test_builders_keep_every_example_of_their_files(files, tmp_path):
     assert [e["profession"] for e in examples] == [b"attendant", b"lab tech", b"attendant"]
 
 
-def test_a_shipped_suite_takes_no_file(files, tmp_path):
+def test_shipped_suite_takes_no_file(files, tmp_path):
     with pytest.raises(UserError, match=r"config 'winobias'.*expected config=\"custom\""):
         winobias_prompts.Builder(file=files["fairness"], data_dir=tmp_path)
 

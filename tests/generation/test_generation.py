@@ -1,4 +1,4 @@
-"""Pictures as a list and as a folder."""
+"""`generate` and `generate_folder`: pictures as a list, and as a folder."""
 
 import json
 
@@ -15,7 +15,7 @@ from respodiff_jax.images import read_metadata
 
 @pytest.fixture(scope="module")
 def run(tiny_backbone, tmp_path_factory):
-    """A fair run of 2 prompts x 6 images with base twins, on 8 devices: a full and a part batch."""
+    """A fair run of 2 prompts x 6 images with base twins: a full and a partial batch of 8."""
     out = tmp_path_factory.mktemp("run") / "deep" / "out"
     adapter = tiny_adapter(tiny_backbone)
     generate_folder(
@@ -35,7 +35,7 @@ def run(tiny_backbone, tmp_path_factory):
     return out
 
 
-def test_generate_returns_the_images_of_the_folder(run, tiny_backbone):
+def test_generate_gives_the_same_images_as_generate_folder(run, tiny_backbone):
     images = generate(
         tiny_backbone,
         PROMPTS,
@@ -52,7 +52,7 @@ def test_generate_returns_the_images_of_the_folder(run, tiny_backbone):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(saved))
 
 
-def test_model_is_opened_after_everything_else_was_checked(tiny_backbone):
+def test_mistakes_are_reported_before_the_model_is_opened(tiny_backbone):
     adapter = tiny_adapter(tiny_backbone)
     for mistake, message in (
         ({"fair": "race"}, "no group 'race'"),
@@ -65,7 +65,7 @@ def test_model_is_opened_after_everything_else_was_checked(tiny_backbone):
     assert image.size == (16, 16)
 
 
-def test_generate_writes_images_twins_grid_and_manifest(run, tiny_backbone):
+def test_folder_has_images_base_twins_grid_and_manifest(run, tiny_backbone):
     assert sorted(path.name for path in run.iterdir()) == [
         "base",
         "grid.png",
@@ -93,7 +93,7 @@ def test_generate_writes_images_twins_grid_and_manifest(run, tiny_backbone):
         assert grid.size == (12 + 140 + 6 * 132 - 4 + 12, grid.size[1])
 
 
-def test_base_twins_are_the_base_models_images(run, tiny_backbone, tmp_path):
+def test_base_twins_equal_images_of_the_base_model(run, tiny_backbone, tmp_path):
     options = {"images_per_prompt": 6, "seed": 40, "num_steps": 2, "batch_size": 8}
     generate_folder(tiny_backbone, PROMPTS, tmp_path, **options)
     assert not (tmp_path / "base").exists()
@@ -106,7 +106,7 @@ def test_base_twins_are_the_base_models_images(run, tiny_backbone, tmp_path):
         assert (adapted != base).any()
 
 
-def test_output_folder_is_only_overwritten_on_request(tiny_backbone, tmp_path):
+def test_output_folder_is_overwritten_only_on_request(tiny_backbone, tmp_path):
     kept, old = tmp_path / "notes.txt", tmp_path / "images" / "00007.png"
     old.parent.mkdir()
     kept.write_text("mine")

@@ -41,7 +41,7 @@ def jitted_denoise(backbone, *modules, num_steps=3):
 
 
 def arguments(backbone, seeds=(0, 1), prompts=PROMPTS):
-    """params, noise, cond and uncond of one image per seed."""
+    """params, noise, cond and uncond for one image per seed."""
     noise = initial_noise(seeds, backbone.latent_shape(16))
     cond = backbone.encode_prompts(prompts, 16)
     return backbone.params, noise, cond, backbone.encode_prompts([""], 16)
@@ -61,7 +61,7 @@ def test_50_guided_ddim_steps_equal_diffusers(fixture, request):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapted_sampling_equals_a_hook_in_diffusers(kind, sd_folder, tmp_path):
+def test_adapted_sampling_equals_diffusers_with_a_hook(kind, sd_folder, tmp_path):
     backbone = load_backbone(sd_folder)
     adapter = tiny_adapter(backbone, kind)
     save_adapter(adapter, tmp_path)
@@ -120,8 +120,8 @@ def torch_images(folder, latents):
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).detach().numpy()
 
 
-def test_one_step_by_hand(backbone):
-    """Only the conditional half is steered, then CFG and DDIM, in numpy."""
+def test_one_step_equals_numpy(backbone):
+    """In numpy: only the conditional half is steered, then CFG and DDIM."""
     encode, decode = jax.jit(backbone.encode), jax.jit(backbone.decode)
     adapter = tiny_adapter(backbone)
     weights = np.float32([[1.0, 0.0], [0.25, 2.0]])
@@ -145,7 +145,7 @@ def test_one_step_by_hand(backbone):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_adapter_is_the_base_model_bit_for_bit(backbone, kind):
+def test_zero_adapter_gives_the_base_model_bit_for_bit(backbone, kind):
     args = arguments(backbone)
     base = jitted_denoise(backbone)(*args, (), 7.5)
     adapter = tiny_adapter(backbone, kind)
@@ -159,7 +159,7 @@ def test_zero_adapter_is_the_base_model_bit_for_bit(backbone, kind):
     assert np.abs(sample(*args, steerings(adapter, np.ones((2, 2))), 7.5) - base).max() > 1e-3
 
 
-def test_an_image_does_not_depend_on_its_batch(backbone):
+def test_image_does_not_depend_on_its_batch(backbone):
     adapter = tiny_adapter(backbone)
     weights = np.float32([[1, 0], [0, 1], [0.6, 0.4], [0, 0]])
     seeds, prompts = (5, 6, 7, 8), ["a person", "a man", "a boat", ""]
@@ -178,7 +178,7 @@ def test_an_image_does_not_depend_on_its_batch(backbone):
     assert min(np.abs(together[0] - together[i]).max() for i in (1, 2, 3)) > 0.1
 
 
-def test_noise_is_each_seeds_own():
+def test_noise_of_an_image_depends_only_on_its_seed():
     noise = initial_noise([3, 2**32 - 1], (2, 3, 4))
     np.testing.assert_array_equal(noise[0], jax.random.normal(jax.random.key(3), (2, 3, 4)))
     assert noise.dtype == jnp.float32
@@ -186,7 +186,7 @@ def test_noise_is_each_seeds_own():
         initial_noise([4, -1], (2, 3, 4))
 
 
-def test_guidance_and_adapters_compile_once(backbone):
+def test_other_guidance_and_adapters_compile_nothing(backbone):
     sample = jitted_denoise(backbone, tiny_adapter(backbone).module)
     args = arguments(backbone)
     outputs = [
@@ -201,7 +201,7 @@ def test_guidance_and_adapters_compile_once(backbone):
     assert sample._cache_size() == 1
     for a, b in itertools.pairwise(outputs):
         assert np.abs(a - b).max() > 1e-3
-    # As in diffusers: at 1 and below the negative prompt has no part.
+    # As in diffusers: at 1 and below, the negative prompt has no effect.
     low = sample(*args, steerings(tiny_adapter(backbone, seed=1), np.ones((2, 2))), 0.3)
     np.testing.assert_array_equal(low, outputs[-1])
     other_uncond = (*args[:3], backbone.encode_prompts(["a boat"], 16))
@@ -209,7 +209,7 @@ def test_guidance_and_adapters_compile_once(backbone):
     np.testing.assert_allclose(sample(*other_uncond, steering, 1.0), low, atol=2e-5)
 
 
-def test_devices_do_not_talk_to_each_other(backbone):
+def test_devices_sample_without_exchanging_data(backbone):
     adapter = tiny_adapter(backbone)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
     split, whole = (
@@ -237,7 +237,7 @@ def test_devices_do_not_talk_to_each_other(backbone):
     assert images.shape == (8, 16, 16, 3) and images.dtype == jnp.uint8
 
 
-def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypatch):
+def test_sampling_compiles_once_for_all_lengths_and_adapters(backbone, monkeypatch):
     traces = []
 
     def counted(backbone, modules, schedule, params, noise, *args):
@@ -245,7 +245,7 @@ def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypat
         return denoise(backbone, modules, schedule, params, noise, *args)
 
     monkeypatch.setattr(sampling, "denoise", counted)
-    backbone = dataclasses.replace(backbone)  # which has no programs yet
+    backbone = dataclasses.replace(backbone)  # a copy without compiled programs
     adapter = tiny_adapter(backbone)
     other = dataclasses.replace(adapter, ram=jax.tree.map(lambda x: x + 1, adapter.ram))
     pairs, others, weaker = (
@@ -272,7 +272,7 @@ def test_runs_compile_once_whatever_their_length_and_adapter(backbone, monkeypat
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8
 
 
-def test_concepts_that_steer_no_image_cost_nothing(backbone, monkeypatch):
+def test_concepts_that_steer_no_image_are_left_out(backbone, monkeypatch):
     adapter, options = tiny_adapter(backbone), SamplerOptions(num_steps=1, batch_size=8)
     sizes, sampler = [], sampling.Sampler
 

@@ -1,4 +1,4 @@
-"""Who gets which concept: exact quotas, weights, and requests that cannot be met."""
+"""The concepts of each image: exact quotas, weights, and requests that cannot be met."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ YOUNG = dataclasses.replace(WOMAN, name="young", group="age")
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_quotas_are_exact_and_even_in_each_prompt(num_images, num_prompts, ratios, totals, seed):
+def test_quotas_are_met_overall_and_in_each_prompt(num_images, num_prompts, ratios, totals, seed):
     assignment = fair_assignment(num_images, num_prompts, ratios, seed)
     assert assignment.shape == (num_prompts, num_images)
     counts = np.stack([np.bincount(row, minlength=len(ratios)) for row in assignment])
@@ -36,7 +36,7 @@ def test_quotas_are_exact_and_even_in_each_prompt(num_images, num_prompts, ratio
     assert (np.abs(counts - share) < 1 - 1e-9).all()
 
 
-def test_order_is_random_by_seed_and_ties_by_lot():
+def test_seed_decides_order_and_ties():
     first, again, other = (fair_assignment(20, 2, [0.5, 0.5], seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -44,8 +44,8 @@ def test_order_is_random_by_seed_and_ties_by_lot():
     assert {int(fair_assignment(1, 1, [0.5, 0.5], seed)[0, 0]) for seed in range(20)} == {0, 1}
 
 
-def test_odd_shares_meet_in_exact_thirds_whatever_the_order():
-    # Each of 3 prompts x 2 images: every concept twice over the run, no prompt twice the same.
+def test_thirds_are_met_exactly_for_every_seed():
+    # 3 prompts with 2 images each: each concept twice in all, and never twice for one prompt.
     for seed in range(10):
         assignment = fair_assignment(2, 3, [1 / 3] * 3, seed)
         assert np.bincount(assignment.ravel()).tolist() == [2, 2, 2]
@@ -58,7 +58,7 @@ def test_wrong_ratios_are_refused():
             fair_assignment(2, 2, ratios, 0)
 
 
-def test_weights_add_up():
+def test_weights_of_named_fair_and_safety_concepts_add_up():
     adapter = make_adapter(concepts=(WOMAN, MAN, VIOLENCE, YOUNG))
     weights = concept_weights(adapter, 1, 2, concepts={"a man": 0.5, "young": 2.0})
     np.testing.assert_array_equal(weights, [[0, 0.5, 0, 2]] * 2)
@@ -90,13 +90,13 @@ def test_weights_add_up():
         ({"fair": "gender", "ratio": {"a man": 1.5, "a woman": -0.5}}, "shares of 0 or more"),
     ],
 )
-def test_requests_that_cannot_be_met(request_, message):
+def test_requests_that_cannot_be_met_are_refused(request_, message):
     adapter = make_adapter(concepts=(WOMAN, MAN, VIOLENCE, YOUNG))
     with pytest.raises(UserError, match=message):
         concept_weights(adapter, 1, 2, **request_)
 
 
-def test_requests_without_the_concepts_for_them():
+def test_requests_without_safety_concepts_or_adapter_are_refused():
     with pytest.raises(UserError, match="no safety concepts"):
         concept_weights(make_adapter(), 1, 2, safe=True)
     with pytest.raises(UserError, match="`fair`, `safe` given but no adapter"):

@@ -54,7 +54,7 @@ def test_ddim_equals_diffusers(name, num_steps):
     np.testing.assert_allclose(z / scale, reference.numpy() / scale, atol=1e-5)
 
 
-def test_samples_may_be_at_different_steps():
+def test_ddim_step_takes_a_different_index_for_each_sample():
     schedule = diffusion.Schedule.from_config(CONFIGS["sd2"], 50)
     z = np.random.default_rng(0).standard_normal((3, 2, 2, 4), np.float32)
     index = np.array([0, 20, 49])
@@ -64,8 +64,8 @@ def test_samples_may_be_at_different_steps():
         np.testing.assert_allclose(together[i], alone[0], rtol=1e-6)
 
 
-def test_v_prediction_means_the_same_noise():
-    """eps and v of a known (z_0, eps): both give that eps back."""
+def test_eps_and_v_predictions_give_the_same_noise():
+    """Both outputs for a known (z_0, eps) give back that eps."""
     z_0, eps = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 4), np.float32)
     for name in ("sd1", "sd2"):
         schedule = diffusion.Schedule.from_config(CONFIGS[name], 50)
@@ -76,7 +76,7 @@ def test_v_prediction_means_the_same_noise():
         np.testing.assert_allclose(found, eps, atol=1e-5)
 
 
-def test_guidance():
+def test_guidance_equals_hand_computation():
     cond, uncond = jnp.array([3.0]), jnp.array([1.0])
     assert diffusion.cfg_combine(cond, uncond, 7.5) == 16.0
     assert diffusion.cfg_combine(cond, uncond, 1.0) == 3.0
@@ -92,7 +92,7 @@ def test_guidance():
         ({"steps_offset": 1}, 1000, "ask for timestep 1000"),
     ],
 )
-def test_wrong_schedules_are_named(change, num_steps, message):
+def test_wrong_schedules_are_refused(change, num_steps, message):
     with pytest.raises(UserError, match=message):
         diffusion.Schedule.from_config(change, num_steps)
 

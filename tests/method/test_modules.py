@@ -1,4 +1,4 @@
-"""RAM and SAM: architectures against PyTorch, initialisation, weighted sums."""
+"""RAM and SAM: architectures compared with PyTorch, initialisation, weighted sums."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def one(params, i=0):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_module_changes_nothing_to_the_last_bit(kind):
+def test_zero_module_changes_nothing_bit_for_bit(kind):
     module, params = make(kind, "zeros")
     for dtype in (jnp.float32, jnp.bfloat16):
         h = jax.random.normal(jax.random.key(1), (2, *SHAPE), dtype)
@@ -51,7 +51,7 @@ def test_uniform_initialisation_fills_its_range(kind, limit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steering_is_a_weighted_sum_per_sample(kind):
+def test_steering_is_a_weighted_sum_for_each_sample(kind):
     module, ram = make(kind, concepts=3)
     sam = jax.tree.map(lambda x: 0.5 * x, ram)
     h = jax.random.normal(jax.random.key(1), (2, *SHAPE))
@@ -78,6 +78,6 @@ def test_steering_is_a_weighted_sum_per_sample(kind):
         ({"kind": "mlp", "hidden_channels": 0}, "hidden_channels is 0"),
     ],
 )
-def test_wrong_fields_are_named(fields, message):
+def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         MidBlockModule(mid_block_shape=SHAPE, **fields)

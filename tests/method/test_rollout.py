@@ -1,4 +1,4 @@
-"""The streaming rollout: whole trajectories, the paper's indices, the procedure's numbers."""
+"""The streaming rollout: whole trajectories, the paper's indices, the numbers of PyTorch."""
 
 import math
 
@@ -20,7 +20,7 @@ SHAPE = (2, 2, 1)
 
 
 def fly(rollout, num_samples, steps):
-    """Indices and prompts seen at each step, `(steps, B)`, with a model that predicts no noise."""
+    """Indices and prompts at each step, `(steps, B)`, for a model that predicts no noise."""
     keys = jax.vmap(jax.random.key)(jnp.arange(num_samples))
     state = rollout.init(Samples(keys, jnp.int32(3), SHAPE))
 
@@ -46,14 +46,14 @@ def test_indices_become_uniform_and_trajectories_are_whole(num_steps, stride):
     longest = math.ceil(length / stride)
     seen, prompts = fly(rollout, num_samples, 3 * longest)
     assert set(np.unique(seen)) == set(range(length))  # k ~ U{0 .. num_steps - 2}
-    # Once all have ended once, any step sees every index equally often.
+    # Once every first trajectory has ended, each step sees all indices equally often.
     expected = num_samples / length
     for indices in seen[longest:]:
         counts = np.bincount(indices, minlength=length)
         assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
-    # An index counts up to the end, then begins again, with a prompt that it keeps till then.
+    # An index counts up to the end of its trajectory. The next trajectory has a new prompt.
     begins = np.diff(seen, axis=0) != stride
-    ends = np.cumsum(begins, axis=0) > 1  # the first may end anywhere
+    ends = np.cumsum(begins, axis=0) > 1  # the first trajectory may end anywhere
     assert (seen[:-1][begins & ends] + stride >= length).all()
     assert set(seen[1:][begins]) == set(range(stride))
     assert len(np.unique(prompts)) == 3
@@ -64,7 +64,7 @@ def test_indices_become_uniform_and_trajectories_are_whole(num_steps, stride):
     ("num_steps", "trajectory_steps", "stride"),
     [(50, 10, 5), (50, 49, 1), (4, 10, 1), (50, 20, 3), (50, 1, 49)],
 )
-def test_trajectories_have_at_most_as_many_steps_as_the_config_says(
+def test_trajectories_have_at_most_the_configured_number_of_steps(
     num_steps, trajectory_steps, stride
 ):
     config = default().rollout
@@ -75,7 +75,7 @@ def test_trajectories_have_at_most_as_many_steps_as_the_config_says(
 
 
 def ddim_step(scheduler, output, z_t, timestep, to_timestep):
-    """As the paper has it, in PyTorch."""
+    """A DDIM step by the paper's formula, in PyTorch."""
     alpha, to = (float(scheduler.alphas_cumprod[t]) for t in (timestep, to_timestep))
     if scheduler.config.prediction_type == "epsilon":
         eps, z_0 = output, (z_t - (1 - alpha) ** 0.5 * output) / alpha**0.5
@@ -91,7 +91,7 @@ def in_flight(state):
 
 
 def check_against_pytorch(folder, concept, steps, stride, **changes):
-    """Trains one sample; every latent, restart and loss is computed again in PyTorch."""
+    """Trains one sample and compares every latent, restart and loss with PyTorch."""
     backbone = load_backbone(str(folder), dtype="float32")
     changes |= {"module.init": "uniform", "rollout.kind": "streaming"}
     changes |= {"rollout.trajectory_steps": NUM_STEPS // stride}
@@ -124,7 +124,7 @@ def check_against_pytorch(folder, concept, steps, stride, **changes):
             assert 0 <= int(after.ddim_index) < stride
             assert int(after.last_index) == NUM_STEPS - 2
         else:
-            # With the updated RAM and the SAM from before.
+            # The trajectory advances with the updated RAM and the SAM from before the step.
             updated = {name: value.clone() for name, value in reference.sam.state_dict().items()}
             reference.sam.load_state_dict(sam)
             timestep, to_timestep = (scheduler.timesteps[i] for i in (index, index + stride))

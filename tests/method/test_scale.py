@@ -1,4 +1,4 @@
-"""The training step at the published models' sizes."""
+"""The training step at the sizes of the published models."""
 
 import contextlib
 import dataclasses
@@ -27,9 +27,9 @@ WOMAN = Concept("a woman", "gender", ("a person",), target_prompt="a woman")
 
 
 def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
-    """The specification and the shapes of a step's arguments.
+    """The specification of a step and the shapes of its arguments.
 
-    `prompts(leading axes)` gives conditioning.
+    `prompts(*leading_axes)` gives the shapes of a conditioning.
     """
     config = default()
     config.update_from_flattened_dict(changes)
@@ -59,7 +59,7 @@ def sd14_prompts(*axes):
     return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
 
 
-def test_sdxl_at_1024_pixels_traces():
+def test_step_of_sdxl_traces_at_1024_pixels():
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
 
     def prompts(*axes):
@@ -76,8 +76,8 @@ def test_sdxl_at_1024_pixels_traces():
     assert jax.tree.structure(new_state) == jax.tree.structure(args[0])
 
 
-def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
-    """Against one plain forward pass of the UNet; the published procedure takes 59."""
+def test_streaming_sample_of_sd14_takes_six_unet_evaluations(capsys):
+    """Relative to one plain forward pass of the UNet. The published procedure takes 59."""
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
 
     batch = 2
@@ -89,7 +89,7 @@ def test_streaming_takes_six_evaluations_of_sd14_per_sample(capsys):
 
 
 def equations(jaxpr, scope=""):
-    """Every equation of a program with the layers it is in, but for what kernels do on the chip."""
+    """All equations of a program with their layers, except those inside kernels."""
     for equation in jaxpr.eqns:
         layers = f"{scope}/{equation.source_info.name_stack}"
         yield layers, equation
@@ -98,18 +98,18 @@ def equations(jaxpr, scope=""):
                 yield from equations(inner, layers)
 
 
-def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
-    """In the step of SD 1.4 as it is written, with a TPU's attention.
+def test_large_transposes_are_of_heads_and_large_casts_of_attention_and_norms():
+    """In the step of SD 1.4 as written, with the attention of a TPU.
 
-    Attention takes its heads before the positions; its kernels lay the positions along the lanes,
-    as does the gradient of a product. Norms and attention's softmax and scale are float32, as are
-    the modules and the latents, which are small.
+    Attention moves heads before positions. Its kernels, and the gradient of a product, lay the
+    positions along the lanes. Norms and attention's softmax and scale are float32. The modules and
+    latents are float32 too, but small.
     """
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)
     backbone = dataclasses.replace(backbone, attention="flash")
     spec, args = abstract_step(backbone, 1, 4, sd14_prompts)
     program = jax.make_jaxpr(partial(train_step, spec))(*args)
-    # Of the step's three predictions of four pictures.
+    # The size of the mid-block's output in the step's three predictions of four pictures.
     mid_blocks = 3 * 4 * math.prod(args[0].concepts.ram["constant"].shape)
 
     def large(primitive):
@@ -118,7 +118,7 @@ def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
                 yield re.findall("attn|norm|$", layers)[0], equation
 
     transposed = {(layer, equation.params["permutation"]) for layer, equation in large("transpose")}
-    # Axes are concept, picture, heads, positions, features; in kernels the pictures' heads are one.
+    # Axes: concept, picture, heads, positions, features. Kernels join pictures and heads.
     swapped = ((0, 1, 3, 2, 4), (0, 1, 2, 4, 3), (0, 1, 3, 2))
     assert transposed == {("attn", permutation) for permutation in swapped}
     cast = {
@@ -131,7 +131,7 @@ def test_only_heads_are_transposed_and_only_what_is_float32_is_cast():
 
 @contextlib.contextmanager
 def peak_memory():
-    """Samples this process's memory; the list yielded then holds its peak in GiB."""
+    """Samples the memory of this process; the yielded list holds the peak in GiB."""
     peak, done = [0.0], threading.Event()
 
     def sample():
@@ -149,8 +149,8 @@ def peak_memory():
 
 
 @pytest.mark.slow
-def test_sd14_takes_a_step_at_512_pixels_on_a_24_gb_machine(capsys):
-    """860 M parameters in bf16."""
+def test_step_of_sd14_at_512_pixels_fits_a_24_gb_machine(capsys):
+    """The UNet has 860 M parameters in bf16."""
     backbone = random_backbone("sd14", dtype="bfloat16")
     spec = step_spec(default(), backbone, 512)
     arrays = embed_concepts(backbone, [WOMAN], 512)

@@ -41,7 +41,7 @@ def make_config(**changes) -> ConfigDict:
 
 
 def setup(backbone, concepts, batch_size=BATCH, **changes):
-    """Specification, embedded concepts, first state and compiled step for these concepts."""
+    """Specification, embedded concepts, first state and jitted step for these concepts."""
     resolution = backbone.default_resolution
     spec = step_spec(make_config(**changes), backbone, resolution)
     arrays = embed_concepts(backbone, concepts, resolution)
@@ -51,7 +51,7 @@ def setup(backbone, concepts, batch_size=BATCH, **changes):
 
 @dataclasses.dataclass(frozen=True)
 class FixedRollout:
-    """Gives the losses known latents."""
+    """Returns fixed latents for the losses."""
 
     latents: Latents
 
@@ -119,7 +119,7 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
     changes = {"module.kind": kind, "module.init": "uniform", "module.hidden_channels": 24}
     spec, arrays, state, _ = setup(backbone, [concept], **changes)
     ddim_index, prompt_index = 2, [len(concept.neutral_prompts) - 1, 0]
-    # Far from zero, so that the losses stand out from the rounding of the predictions.
+    # Large modules make the losses much larger than the rounding of the predictions.
     far = jax.tree.map(lambda x: 10 * x, (state.concepts.ram, state.concepts.sam))
     state = state.replace(concepts=state.concepts.replace(ram=far[0], sam=far[1]))
     z_t = jax.random.normal(jax.random.key(9), (BATCH, *spec.latent_shape))
@@ -142,7 +142,7 @@ def test_losses_gradients_and_updates_equal_pytorch(folder, kind, concept, reque
         assert relative_error(sam, reference.sam.flax()) < 1e-4
 
 
-def test_rollout_and_step_equal_pytorch(sd_folder):
+def test_faithful_rollout_and_step_equal_pytorch(sd_folder):
     backbone = load_backbone(str(sd_folder), dtype="float32")
     changes = {"module.init": "uniform"}
     spec, arrays, state, step = setup(backbone, [WOMAN], **changes)
@@ -167,8 +167,8 @@ def test_rollout_and_step_equal_pytorch(sd_folder):
         losses = reference.step(z_t, k, *conditions)
         ours = (metrics.loss_resp[0], metrics.loss_sem[0])
         np.testing.assert_allclose(ours, losses, rtol=1e-4)
-    assert len(seen) > 1  # the rollouts were of different lengths
-    assert step._cache_size() == 1  # and one compilation served them all
+    assert len(seen) > 1  # the rollouts had different lengths
+    assert step._cache_size() == 1  # and were compiled once
 
 
 def run(step, state, backbone, arrays, steps):
@@ -179,7 +179,7 @@ def run(step, state, backbone, arrays, steps):
 
 @pytest.fixture(scope="module")
 def two_concepts(tiny_backbone):
-    """A compiled step for two concepts: `(spec, step)`; learning rates are data."""
+    """A jitted step for two concepts, `(spec, step)`; learning rates are arguments."""
     spec, _, _, step = setup(tiny_backbone, [WOMAN, MAN])
     return spec, step
 
@@ -189,11 +189,11 @@ def start(backbone, spec, concepts):
     return arrays, init_state(spec, arrays, seed=3, batch_size=BATCH)
 
 
-def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
+def test_concept_trains_the_same_alone_and_among_others(tiny_backbone, two_concepts):
     spec, step = two_concepts
     arrays, state = start(tiny_backbone, spec, [MAN, VIOLENCE])
     together, _ = run(step, state, tiny_backbone, arrays, 3)
-    # Alone it also keeps a moving average, which must change nothing.
+    # Alone, the concept also has a moving average, which must not change its training.
     _, arrays, state, step = setup(tiny_backbone, [VIOLENCE], **{"optimizer.ema_decay": 0.75})
     average = np.zeros_like(state.concepts.ram["constant"])
     for _ in range(3):
@@ -209,12 +209,12 @@ def test_a_concept_trains_alone_as_among_others(tiny_backbone, two_concepts):
         assert relative_error(both[0], np.asarray(both[1])) > 0.1  # they learn different things
 
 
-def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
+def test_update_of_one_module_leaves_the_other_unchanged(tiny_backbone, two_concepts):
     spec, step = two_concepts
     only_ram = dataclasses.replace(WOMAN, lr_sam=0.0)
     only_sam = dataclasses.replace(MAN, lr_ram=0.0)
     arrays, before = start(tiny_backbone, spec, [only_ram, only_sam])
-    # With RAM at zero there is nothing for SAM to mend, so give it something.
+    # SAM's gradient is zero while RAM is zero, so set RAM.
     ram = {"constant": before.concepts.ram["constant"].at[1].set(0.5)}
     before = before.replace(concepts=before.concepts.replace(ram=ram))
     after, _ = run(step, before, tiny_backbone, arrays, 2)
@@ -227,7 +227,7 @@ def test_each_update_leaves_the_other_module_alone(tiny_backbone, two_concepts):
     np.testing.assert_array_equal(moved("sam"), [False, True])
 
 
-def test_a_diverged_concept_stops_and_spares_the_others(tiny_backbone, two_concepts):
+def test_diverged_concept_stops_and_the_other_is_unchanged(tiny_backbone, two_concepts):
     spec, step = two_concepts
     wild, tame = (dataclasses.replace(MAN, lr_ram=lr) for lr in (1e38, 0.0))
     arrays, before = start(tiny_backbone, spec, [WOMAN, wild])
@@ -258,7 +258,7 @@ def optimizer_config(**changes) -> ConfigDict:
         ("cosine", [0.0, 0.5, 1.0, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_learning_rate_schedules(schedule, expected):
+def test_learning_rates_follow_their_schedule(schedule, expected):
     optimizer = make_optimizer(optimizer_config(lr_schedule=schedule, warmup_steps=2), steps=6)
     params = jnp.zeros(1)
     state = optimizer.init(params)
@@ -291,7 +291,7 @@ def test_adam_equals_pytorch_over_several_steps():
     np.testing.assert_allclose(params, value.detach().numpy(), rtol=1e-5)
 
 
-def test_the_encoder_is_shared(tiny_backbone):
+def test_losses_share_the_encoder_pass(tiny_backbone):
     """FLOPs after the rollout: 3 encoder passes, 3 + 2 × (forward, backward) decoder passes."""
     spec, arrays, state, _ = setup(tiny_backbone, [WOMAN])
     shape = (BATCH, *spec.latent_shape)
@@ -314,10 +314,10 @@ def test_the_encoder_is_shared(tiny_backbone):
     with_backward = flops(jax.value_and_grad(loss), h)
     step = flops(partial(train_step, spec), state, frozen, arrays, jnp.arange(BATCH))
     assert step == pytest.approx(3 * encoder + 3 * decoder + 2 * with_backward, rel=0.05)
-    assert step < 3 * encoder + 3 * decoder + 2 * with_backward + encoder  # one more would show
+    assert step < 3 * encoder + 3 * decoder + 2 * with_backward + encoder  # less than one more
 
 
-def test_remat_keeps_less_for_the_same_gradient(tiny_backbone):
+def test_remat_stores_less_and_gives_the_same_gradient(tiny_backbone):
     spec, arrays, _, _ = setup(tiny_backbone, [WOMAN])
     frozen = {"unet": tiny_backbone.params["unet"]}
     cond = jax.tree.map(lambda x: jnp.asarray(x[0, :1]).repeat(BATCH, 0), arrays.neutral)
@@ -328,7 +328,7 @@ def test_remat_keeps_less_for_the_same_gradient(tiny_backbone):
         return jnp.sum(tiny_backbone.decode(frozen, h, skips, remat) ** 2)
 
     def kept(remat):
-        """Bytes that the backward pass is given, without the parameters, which it always is."""
+        """Bytes stored for the backward pass, without parameters and skips."""
         residuals = jax.eval_shape(lambda h: jax.vjp(partial(loss, remat), h)[1], h)
         weights = {x.shape for x in jax.tree.leaves((frozen, skips))}
         found = [x for x in jax.tree.leaves(residuals) if x.shape not in weights]

@@ -1,4 +1,4 @@
-"""Configs and concepts: overrides, the shipped files, errors."""
+"""Configs and concepts: overrides, shipped configs, mistakes."""
 
 import dataclasses
 import pathlib
@@ -24,8 +24,8 @@ def test_shipped_configs_are_valid_and_documented(path):
     assert f"respodiff train --config configs/{path.name} --workdir" in path.read_text()
 
 
-def test_hyper_parameters_are_the_papers():
-    """Method table: (lr RAM, lr SAM, lambda, guidance), steps."""
+def test_hyper_parameters_equal_the_papers_table():
+    """The columns are lr of RAM, lr of SAM, lambda and guidance."""
 
     def table(name):
         fields = ("lr_ram", "lr_sam", "lambda_sem", "guidance_scale")
@@ -101,17 +101,17 @@ def test_overrides_reach_every_level_and_type():
         ("concepts.man.lambda_sem=-1.0", "concept 'a man': lambda_sem is -1.0"),
     ],
 )
-def test_wrong_overrides_are_named(override, message):
+def test_wrong_overrides_are_refused(override, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         load("sd14_gender", override)
 
 
-def test_a_missing_config_file_is_named(tmp_path):
+def test_missing_config_file_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.py"):
         load_config(str(tmp_path / "nothing.py"))
 
 
-def test_a_config_without_concepts_is_refused(tmp_path):
+def test_config_without_concepts_is_refused(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("from respodiff_jax.training.config import default as get_config\n")
     with pytest.raises(UserError, match="no concepts"):
@@ -132,12 +132,12 @@ def test_a_config_without_concepts_is_refused(tmp_path):
         ({"lambda_sem": True}, "lambda_sem is True"),
     ],
 )
-def test_wrong_concepts_are_named(fields, message):
+def test_wrong_concepts_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(WOMAN, **fields)
 
 
-def test_concepts_round_trip_and_name_unknown_fields():
+def test_concepts_round_trip_and_refuse_wrong_fields():
     assert Concept.from_dict(WOMAN.to_dict()) == WOMAN
     with pytest.raises(UserError, match=r"unknown fields \['lr'\]"):
         Concept.from_dict(WOMAN.to_dict() | {"lr": 1.0})

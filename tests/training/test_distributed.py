@@ -1,4 +1,4 @@
-"""Jobs of several processes, on one machine: a process that is killed, stopped or fails."""
+"""Jobs of several processes on one machine: a process is killed, told to stop, or fails."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from respodiff_jax.training.config import load_config
 from respodiff_jax.training.waves import train
 
 
-def test_distributed_arguments_come_together():
+def test_distributed_arguments_are_required_together():
     with pytest.raises(UserError, match="process_id missing"):
         distributed.initialize("localhost:1", 2)
     with pytest.raises(UserError, match="'auto' finds"):
@@ -31,8 +31,11 @@ def test_distributed_arguments_come_together():
 
 @contextlib.contextmanager
 def in_training(tmp_path, processes, *arguments, checkpoint_every=10**6):
-    """A pod of processes with two devices each, in training: the script's process, and theirs by
-    their numbers."""
+    """Starts a pod of processes with two devices each, and waits until it trains.
+
+    Yields:
+      The process of the script, and a mapping from process number to process id.
+    """
     options = {
         "train.steps": 10**6,
         "checkpoint.every": checkpoint_every,
@@ -78,7 +81,7 @@ def _has_begun(workdir):
 
 @pytest.fixture
 def pod(tmp_path):
-    """A pod of two processes in training; see `in_training`."""
+    """A pod of two processes, see `in_training`."""
     with in_training(tmp_path, 2) as started:
         yield started
 
@@ -89,7 +92,7 @@ def told(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_is_killed_the_other_ends_and_says_so(pod, tmp_path, victim):
+def test_killed_process_makes_the_other_end_with_a_message(pod, tmp_path, victim):
     process, numbers = pod
     os.kill(numbers[victim], signal.SIGKILL)
     assert process.wait(timeout=200) != 0
@@ -99,8 +102,8 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(pod, tmp_path, vict
 
 
 @pytest.mark.slow
-def test_when_a_process_is_told_to_stop_all_save_and_more_go_on(pod, tmp_path):
-    """Two processes, of which one is told, then four, train as one process does."""
+def test_sigterm_to_one_process_saves_all_and_more_processes_continue(pod, tmp_path):
+    """Two processes, one of them told to stop, and then four train what one process trains."""
     process, numbers = pod
     os.kill(numbers[1], signal.SIGTERM)
     assert process.wait(timeout=120) == 0
@@ -113,7 +116,7 @@ def test_when_a_process_is_told_to_stop_all_save_and_more_go_on(pod, tmp_path):
 
 
 def assert_same_modules(workdir, other):
-    """Of all concepts, to float tolerance."""
+    """Compares the modules of all concepts, to float tolerance."""
     ours, theirs = modules_of(workdir), modules_of(other)
     assert list(ours) == list(theirs)
     for name, parts in ours.items():
@@ -122,8 +125,8 @@ def assert_same_modules(workdir, other):
 
 
 @pytest.mark.slow
-def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
-    """Four processes, of which one is killed, then two, train two waves as one process does."""
+def test_killed_pod_continues_with_fewer_processes(tmp_path):
+    """Four processes, one of them killed, and then two train the two waves that one trains."""
     file, workdir = tmp_path / "concepts.jsonl", tmp_path / "run"
     row = {"group": "numbers", "neutral_prompts": ["a person"], "lr_sam": 0.01}
     rows = [row | {"name": f"{i}", "target_prompt": f"the number {i}"} for i in range(12)]
@@ -131,7 +134,7 @@ def test_a_killed_pod_goes_on_with_fewer_processes(tmp_path):
     few = ["--config.train.batch_size=1", "--config.train.concepts_per_device=1"]
     concepts = ["--concepts", str(file)]
 
-    def saved_steps():  # without one that is being written, which the kill may cut off
+    def saved_steps():  # complete ones: the kill may interrupt one that is being written
         names = [path.name for path in workdir.glob("waves/0000/checkpoints/*")]
         return [int(name) for name in names if name.isdigit()]
 
@@ -179,7 +182,7 @@ distributed.initialize(f"localhost:{port}", 2, process_id)
 with distributed.Preemption() as preemption:
     if process_id == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # until the service has told both
+    time.sleep(3)  # until the service has notified both
     for step in range(3000, 3050):
         time.sleep(0.1)
         if preemption.reached():
@@ -188,7 +191,7 @@ with distributed.Preemption() as preemption:
 """
 
 
-def test_processes_agree_to_stop_although_told_before_the_first_step():
+def test_sigterm_before_the_first_step_stops_processes_at_the_same_step():
     texts = ["".join(text) for _, text in pair(STOPPING)]
     steps = [re.search(r"stopped after step (\d+)", text)[1] for text in texts]
     assert steps[0] == steps[1]
@@ -222,7 +225,7 @@ with Checkpoints(workdir) as checkpoints:
 """
 
 
-def test_a_checkpoint_that_one_process_cannot_read_is_nobodys(tmp_path):
+def test_checkpoint_damaged_on_one_process_is_skipped_by_all(tmp_path):
     (_, first), (_, second) = pair(DAMAGED, tmp_path)
     for out, error in (first, second):
         assert "[1] " in out, error
@@ -230,8 +233,8 @@ def test_a_checkpoint_that_one_process_cannot_read_is_nobodys(tmp_path):
     assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
 
 
-def test_a_process_that_fails_does_not_wait_for_those_that_wait_for_it():
-    (first, _), (second, texts) = pair(LEAVING)  # JAX's own is 300 s
+def test_failed_process_leaves_without_waiting_for_the_others():
+    (first, _), (second, texts) = pair(LEAVING)  # JAX itself waits 300 s
     assert second == 2 and "no space left on this host" in "".join(texts)
     assert first != 0
 
@@ -244,7 +247,7 @@ def pair(program, *arguments):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(port), str(number), *map(str, arguments)],
-            env=os.environ | {"XLA_FLAGS": ""},  # a device each
+            env=os.environ | {"XLA_FLAGS": ""},  # one device each
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -27,7 +27,7 @@ SEEDS, NUM_STEPS, GUIDANCE = (0, 1), 2, 3.0
 
 
 class Log:
-    """What a run's log has of grids."""
+    """A log that records the names of grids."""
 
     def __init__(self):
         self.names = []
@@ -37,8 +37,8 @@ class Log:
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
-def test_grids_show_what_sampling_gives(tiny_backbone, strategy, tmp_path, monkeypatch):
-    """Of the concepts that the adapter has, in another order than its own."""
+def test_grids_equal_the_images_of_the_sampler(tiny_backbone, strategy, tmp_path, monkeypatch):
+    """The adapter has some of the concepts, in another order."""
     own = dict(tiny_backbone.identity) | {"resolution": 16}
     adapter = make_adapter(shape=(4, 4, 64), concepts=(MAN, WOMAN), **own)
     placement = parallel.Placement(strategy, len(CONCEPTS), 8)
@@ -83,7 +83,7 @@ def test_grids_show_what_sampling_gives(tiny_backbone, strategy, tmp_path, monke
     grids.write(8, frozen, select(adapter, ["a woman"]), log)
     assert log.names == ["a woman", "a man", "a woman"]
     np.testing.assert_array_equal(shown.pop(), shown[0])
-    # Traced once, for the three of at most 24 pictures that each device samples.
+    # Traced once: each device samples three of at most 24 pictures.
     assert shares == [3]
 
     ram_only = dataclasses.replace(adapter, sam=jax.tree.map(np.zeros_like, adapter.sam))

@@ -13,7 +13,7 @@ from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training import parallel
 
 STEPS, BATCH = 2, 8
-ROLLOUT = {"rollout.trajectory_steps": 3}  # of streaming: samples are at different places
+ROLLOUT = {"rollout.trajectory_steps": 3}  # streaming samples are at different indices
 
 
 def modules(state):
@@ -23,7 +23,7 @@ def modules(state):
 
 
 def train_on_all_devices(backbone, concepts, strategy, rollout):
-    """Modules after some steps, the last one's metrics, and the compiled placement."""
+    """Modules after some steps, metrics of the last step, and the placement."""
     changes = ROLLOUT | {"rollout.kind": rollout}
     spec, arrays, fresh, _ = setup(backbone, concepts, BATCH, **changes)
     placement = parallel.Placement(strategy, len(concepts), BATCH)
@@ -63,19 +63,19 @@ def on_one_device(tiny_backbone):
         ([WOMAN, VIOLENCE], "mesh", "streaming", (2, 4)),
     ],
 )
-def test_eight_devices_train_what_one_does(
+def test_eight_devices_train_the_same_as_one(
     tiny_backbone, on_one_device, concepts, strategy, rollout, shards
 ):
     found, metrics, placement = train_on_all_devices(tiny_backbone, concepts, strategy, rollout)
     assert placement.mesh.devices.shape == shards
     expected, expected_metrics = on_one_device(concepts, rollout)
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
-    # Where streaming looks differs from sample to sample, that is from device to device.
+    # Streaming samples, and so devices, are at different indices.
     np.testing.assert_allclose(metrics.ddim_index, expected_metrics.ddim_index, rtol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
-def test_states_survive_the_way_to_the_devices_and_back(tiny_backbone, strategy):
+def test_state_is_unchanged_by_placing_and_fetching(tiny_backbone, strategy):
     _, _, fresh, _ = setup(tiny_backbone, [WOMAN, MAN], BATCH, **{"module.init": "uniform"})
     placement = parallel.Placement(strategy, 2, BATCH)
     placed = placement.place_state(fresh)
@@ -83,14 +83,14 @@ def test_states_survive_the_way_to_the_devices_and_back(tiny_backbone, strategy)
     jax.tree.map(np.testing.assert_array_equal, back, fresh)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused():
+def test_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(
         UserError, match=r"train.batch_size is 6, expected a multiple of 4: 8 devices"
     ):
         parallel.Placement("pmap", 2, 6)
 
 
-def test_both_strategies_train_the_same_bits(tiny_backbone):
+def test_both_strategies_train_the_same_bit_for_bit(tiny_backbone):
     by_pmap, by_mesh = (
         train_on_all_devices(tiny_backbone, [WOMAN, VIOLENCE], strategy, "streaming")[0]
         for strategy in ("pmap", "mesh")

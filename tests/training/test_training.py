@@ -1,4 +1,4 @@
-"""`respodiff train` as a whole: what it writes, stopping, resuming, refusing."""
+"""Whole trainings: what they write, interruption, continuation, refusals."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def assert_same_state(workdir, other):
 
 @contextlib.contextmanager
 def sigterm_at(step):
-    """SIGTERM to this process when the log of that step is written."""
+    """Sends SIGTERM to this process when it writes the log of a step."""
     write = monitoring.RunLog.write
 
     def write_and_kill(self, at):
@@ -93,11 +93,11 @@ def finished(tmp_path_factory):
     return workdir
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_run_writes_logs_grids_record_and_adapter(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["concepts"]["a man"]["loss_resp"] > 0 for line in lines)
-    assert lines[0]["concepts"]["a man"]["loss_sem"] > 0  # with the updated, no longer zero, RAM
+    assert lines[0]["concepts"]["a man"]["loss_sem"] > 0  # the updated RAM is not zero
     assert list((finished / "tensorboard").glob("events*"))
     grids = sorted((finished / "grids").glob("*.png"))
     assert [g.name for g in grids] == ["0000006_00_a_man.png", "0000006_01_a_woman.png"]
@@ -115,9 +115,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert np.abs(exported.ram["constant"]).max() > 0
 
 
-def test_export_of_a_run_is_what_train_wrote_and_exports_again_to_the_same_bytes(
-    finished, tmp_path
-):
+def test_all_exports_of_a_run_have_the_same_bytes(finished, tmp_path):
     def contents(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -128,8 +126,8 @@ def test_export_of_a_run_is_what_train_wrote_and_exports_again_to_the_same_bytes
         assert contents(out) == written
 
 
-def test_a_run_starts_from_an_adapter(finished, tmp_path):
-    """At a learning rate of 0: what the adapter has stays, what it has not starts afresh."""
+def test_run_starts_from_an_adapter(finished, tmp_path):
+    """At a learning rate of 0, the adapter's concept keeps its modules; the other is new."""
     changes = {"train.init_adapter": str(finished / "adapter"), "train.steps": 1}
     config = make_config(**changes)
     config.concepts.man.lr_ram = config.concepts.man.lr_sam = 0.0
@@ -157,7 +155,7 @@ def test_a_run_starts_from_an_adapter(finished, tmp_path):
         ),
     ],
 )
-def test_an_adapter_that_a_run_cannot_start_from_is_refused(finished, tmp_path, changes, message):
+def test_init_adapter_that_does_not_fit_is_refused(finished, tmp_path, changes, message):
     changes = {"train.init_adapter": str(finished / "adapter")} | changes
     with pytest.raises(UserError, match=message):
         train(make_config(**changes), str(tmp_path))
@@ -221,7 +219,7 @@ def test_interrupted_grids_are_drawn_when_the_run_continues(finished, interrupte
         train(config, str(tmp_path))
     names = [f"{step:07d}_{c}.png" for step in (3, 6) for c in ("00_a_man", "01_a_woman")]
     assert len(list((tmp_path / "grids").glob("*.png"))) < 2
-    for name in names[2:]:  # left by a run that was killed later: they are replaced
+    for name in names[2:]:  # from a run that was killed later; the new run replaces them
         (tmp_path / "grids").mkdir(exist_ok=True)
         (tmp_path / "grids" / name).write_bytes(b"old")
     train(config, str(tmp_path))
@@ -232,7 +230,7 @@ def test_interrupted_grids_are_drawn_when_the_run_continues(finished, interrupte
 
 
 def test_interrupted_command_exits_with_75_and_continues(tmp_path, capsys):
-    """With a moving average, a schedule and the other strategy."""
+    """The config has a moving average, a schedule and the other strategy."""
     changes = {
         "train.steps": 4,
         "checkpoint.every": 2,
@@ -267,7 +265,7 @@ def test_interrupted_command_exits_with_75_and_continues(tmp_path, capsys):
 
 
 def test_more_steps_continue_a_finished_run(finished, tmp_path):
-    """Shorter first; with another strategy's devices, checkpoints and logs."""
+    """The second run also has another strategy and other checkpoints."""
     train(make_config(**{"train.steps": 4}), str(tmp_path))
     changes = {"parallel.strategy": "mesh", "checkpoint.every": 1, "checkpoint.keep": 2}
     train(make_config(**changes), str(tmp_path))
@@ -277,7 +275,7 @@ def test_more_steps_continue_a_finished_run(finished, tmp_path):
         assert checkpoints.steps == [5, 6]
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, tmp_path, capfd):
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(finished, tmp_path, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     for file in (workdir / "checkpoints" / str(STEPS)).rglob("*"):
@@ -311,14 +309,14 @@ def test_only_damage_moves_a_checkpoint_aside(finished, error, monkeypatch, capf
     assert "damaged" not in "".join(capfd.readouterr())
 
 
-def test_reading_a_run_makes_nothing(finished, tmp_path):
+def test_reading_a_run_writes_nothing(finished, tmp_path):
     shutil.copy(finished / "run.json", tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         trained.load_adapter(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_damaged_log_is_named(finished, tmp_path):
+def test_damaged_log_is_reported(finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
     (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[1][5:] + lines[2])
@@ -335,8 +333,10 @@ def test_a_damaged_log_is_named(finished, tmp_path):
         ({"train.steps": 8, "optimizer.lr_schedule": "linear"}, r"lr_schedule: 'constant' there"),
     ],
 )
-def test_another_runs_directory_is_refused_with_a_diff(finished, changes, message, monkeypatch):
-    monkeypatch.setattr(training, "load_backbone", None)  # refused before a model is opened
+def test_directory_of_another_config_is_refused_with_the_differences(
+    finished, changes, message, monkeypatch
+):
+    monkeypatch.setattr(training, "load_backbone", None)  # refused before the model is opened
     before = (finished / "run.json").read_text()
     with pytest.raises(UserError, match=message):
         train(make_config(**changes), str(finished))
@@ -371,7 +371,7 @@ def test_working_directory_of_version_0_1_0_opens_and_continues(tmp_path):
     assert not np.array_equal(adapter.ram["out"]["kernel"], exported.ram["out"]["kernel"])
 
 
-def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
+def test_changed_model_of_the_same_name_is_refused(finished, tmp_path):
     record = json.loads((finished / "run.json").read_text())
     record["backbone"]["unet_sha256"] = "0" * 64
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -379,7 +379,7 @@ def test_another_backbone_behind_the_same_name_is_refused(finished, tmp_path):
         train(make_config(), str(tmp_path))
 
 
-def test_a_diverging_concept_is_dropped_and_does_not_disturb_the_other(finished, tmp_path, capfd):
+def test_diverged_concept_is_dropped_and_the_other_is_unchanged(finished, tmp_path, capfd):
     wild = {"concepts.man.lr_ram": 1e38, "log.every": 2}
     train(make_config(**wild), str(tmp_path))
     written = "".join(capfd.readouterr())
@@ -405,7 +405,7 @@ def test_a_diverging_concept_is_dropped_and_does_not_disturb_the_other(finished,
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_a_run_of_which_nothing_is_left_stops(tmp_path):
+def test_run_fails_when_all_concepts_diverge(tmp_path):
     wild = {"concepts.man.lr_ram": 1e38, "concepts.woman.lr_ram": 1e38, "log.every": 2}
     with pytest.raises(UserError, match=r"'a man' at step \d, 'a woman' at step \d"):
         train(make_config(**wild), str(tmp_path))
@@ -415,7 +415,7 @@ def test_a_run_of_which_nothing_is_left_stops(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_prompt_that_is_cut_is_told_before_the_weights_are_read(tmp_path, monkeypatch):
+def test_truncated_prompt_is_reported_before_the_weights_are_read(tmp_path, monkeypatch):
     opened = []
 
     def recording_load(*args, abstract=False, **options):
@@ -424,19 +424,19 @@ def test_a_prompt_that_is_cut_is_told_before_the_weights_are_read(tmp_path, monk
 
     monkeypatch.setattr(training, "load_backbone", recording_load)
     changes = {"concepts.man.target_prompt": "a man " * 20}
-    with pytest.raises(UserWarning, match=r"'a man a man .* not read: "):  # an error in the tests
+    with pytest.raises(UserWarning, match=r"'a man a man .* not read: "):  # an error in tests
         train(make_config(**changes), str(tmp_path))
     assert opened == ["abstract"]
 
 
-def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+def test_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"`workdir` .*file.* cannot be written to"):
         train(make_config(), str(tmp_path / "file" / "run"))
 
 
-def test_every_option_is_read(tmp_path, monkeypatch):
-    """Training looks at each option of the config, and the test would notice one it does not."""
+def test_training_reads_every_option(tmp_path, monkeypatch):
+    """The added option `train.idle` shows that the test notices an option that is not read."""
     config = make_config(**{"log.grid_every": 2, "train.steps": 2, "log.grid_steps": 2})
     with config.unlocked():
         config.train.idle = 0
@@ -459,7 +459,7 @@ def test_every_option_is_read(tmp_path, monkeypatch):
         read.add(f"{paths.get(id(self))}{key}")
         return get(self, key)
 
-    # Validation and the run's record look at everything; neither is a use.
+    # Validation and the run's record read every option; neither counts.
     monkeypatch.setattr(waves, "validate", lambda config: None)
     plain, to_dict = config.to_dict(), ConfigDict.to_dict
     monkeypatch.setattr(
@@ -467,14 +467,14 @@ def test_every_option_is_read(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ConfigDict, "__getitem__", recording_get)
     train(config, str(tmp_path))
-    # `tests/training/test_waves.py` looks at these, which are read where concepts are added.
+    # A concepts file uses these; `tests/data/test_concept_files.py` tests it.
     read |= {option for option in options if option.startswith("concept_defaults.")}
     assert options - read == {"train.idle"}
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_what_one_does(tmp_path, processes):
-    """Processes of two devices each, as hosts of a pod, against this one with eight."""
+def test_several_processes_train_the_same_as_one(tmp_path, processes):
+    """Processes with two devices each, like hosts of a pod, and this process with eight."""
     changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
     overrides = [f"--config.{change}" for change in changes]
     environment = os.environ | {
@@ -509,8 +509,8 @@ def test_processes_train_what_one_does(tmp_path, processes):
         assert np.abs(difference).max() <= 2
 
 
-def test_a_run_goes_on_with_the_commit_it_began_with(tmp_path, monkeypatch):
-    """Also where the config names a branch, which may be elsewhere by now."""
+def test_run_continues_with_the_model_commit_it_began_with(tmp_path, monkeypatch):
+    """The config names a branch, which may have moved since."""
     asked = []
 
     def opened(name, revision, **options):

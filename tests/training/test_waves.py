@@ -1,4 +1,4 @@
-"""Batches of concepts: waves, what becomes of each concept, kills and restarts."""
+"""Batches of concepts: waves, outcomes, kills and restarts."""
 
 import dataclasses
 import functools
@@ -45,12 +45,12 @@ OVERRIDES = (
 
 
 def write_concepts(path, count, **of_one):
-    """A file of `count` concepts, whose second has other fields too."""
+    """Writes a file of `count` concepts; the second also has the fields `of_one`."""
     rows = [
         {
             "name": f"concept {i}",
             "group": "numbers",
-            # Not all have as many neutral prompts, and not all waves the most.
+            # Concepts, and waves, differ in their number of neutral prompts.
             "neutral_prompts": ["a person", "someone"][: 1 + (i == 0)],
             "target_prompt": f"the number {i}",
         }
@@ -67,7 +67,7 @@ def train_command(concepts, workdir, *overrides):
 
 
 def modules_of(workdir):
-    """Concept name -> its (RAM, SAM), each as one vector, of all adapters that a job left."""
+    """Concept name -> (RAM, SAM), each as one vector, from all adapters of a job."""
     found = {}
     for outcome in read_outcomes(workdir):
         if outcome["adapter"] is not None:
@@ -84,8 +84,10 @@ def _vector(params, row):
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
-    """Twenty concepts on eight devices, one a device: waves of eight, eight and four; the
-    eighth is wild."""
+    """Twenty concepts, one on each of eight devices: waves of eight, eight and four.
+
+    The second concept diverges.
+    """
     folder = tmp_path_factory.mktemp("twenty")
     concepts = write_concepts(folder / "concepts.jsonl", 20, lr_ram=1e38)
     assert cli.main(train_command(concepts, folder / "run")) == 0
@@ -97,7 +99,7 @@ def twenty(tmp_path_factory):
     [
         (3, 8, None, 3),
         (64, 8, 8, 64),
-        (20, 8, 8, 24),  # in one wave, three a device
+        (20, 8, 8, 24),  # one wave, three per device
         (20, 8, None, 24),
         (300, 256, 2, 512),
         (65, 8, 8, 40),  # two waves of about equal size, not 64 and 1
@@ -108,11 +110,11 @@ def twenty(tmp_path_factory):
         (3, 2, 1, 2),
     ],
 )
-def test_size_of_waves(concepts, devices, per_device, size):
+def test_wave_size_follows_from_concepts_and_devices(concepts, devices, per_device, size):
     assert wave_size(concepts, devices, per_device) == size
 
 
-def test_a_batch_leaves_an_adapter_per_wave_and_tells_where_each_concept_is(twenty, capsys):
+def test_each_wave_writes_an_adapter_and_outcomes_list_all_concepts(twenty, capsys):
     _, workdir = twenty
     outcomes = read_outcomes(workdir)
     assert [o["name"] for o in outcomes] == [f"concept {i}" for i in range(20)]
@@ -121,13 +123,13 @@ def test_a_batch_leaves_an_adapter_per_wave_and_tells_where_each_concept_is(twen
     ]
     assert outcomes[1]["diverged_at"] is not None and outcomes[0]["steps"] == 4
     adapter = load_adapter(workdir / "waves" / "0002" / "adapter")
-    assert adapter.names == tuple(f"concept {i}" for i in range(16, 20))  # no fillers
+    assert adapter.names == tuple(f"concept {i}" for i in range(16, 20))  # without the copies
     assert cli.main(["inspect", str(workdir / "waves" / "0002")]) == 0
     assert "concept 19" in capsys.readouterr().out
 
 
-def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_path, monkeypatch):
-    """A job that stops before its second wave."""
+def test_finished_waves_can_be_exported_before_the_others_finish(twenty, tmp_path, monkeypatch):
+    """The job stops before its second wave."""
     concepts, _ = twenty
     run = waves.train_run
 
@@ -143,7 +145,7 @@ def test_waves_that_have_ended_can_be_used_before_the_others_have(twenty, tmp_pa
     assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
 
 
-def test_a_batch_of_which_all_diverged_so_far_has_nothing_to_use(tmp_path):
+def test_batch_whose_concepts_all_diverged_so_far_has_no_adapter(tmp_path):
     outcome = {"name": "a", "group": "g", "steps": 4, "diverged_at": 1, "adapter": None}
     (tmp_path / "outcomes.jsonl").write_text(json.dumps(outcome) + "\n")
     (tmp_path / "waves.json").write_text(json.dumps({"size": 1, "concepts": 2}))
@@ -152,7 +154,7 @@ def test_a_batch_of_which_all_diverged_so_far_has_nothing_to_use(tmp_path):
 
 
 def test_outcomes_are_gathered_again_from_the_waves(twenty, tmp_path):
-    """Where the directory's file is missing, or has what is no more."""
+    """The directory's file is missing, or has outcomes of a deleted wave."""
     concepts, finished = twenty
     shutil.copytree(finished / "waves", tmp_path / "waves")
     planned = plan_runs(finished, load_config(SMOKE, OVERRIDES, concepts), 8)
@@ -168,7 +170,7 @@ def test_outcomes_are_gathered_again_from_the_waves(twenty, tmp_path):
     ]
 
 
-def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
+def test_concepts_of_several_waves_are_exported_together(twenty, tmp_path, capsys):
     _, workdir = twenty
 
     def export(*names):
@@ -178,7 +180,7 @@ def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     assert export("concept 17", "concept 3") == 0
     adapter = load_adapter(tmp_path / "out")
     assert adapter.names == ("concept 17", "concept 3")
-    assert adapter.training["steps"] == 4  # of two waves, trained alike
+    assert adapter.training["steps"] == 4  # the same in both waves
     for row, name in enumerate(adapter.names):
         np.testing.assert_array_equal(_vector(adapter.ram, row), modules_of(workdir)[name][0])
     assert export() == 0
@@ -190,8 +192,8 @@ def test_concepts_of_a_batch_are_exported_together(twenty, tmp_path, capsys):
     assert "has no concept 'concept 99' yet" in capsys.readouterr().err
 
 
-def test_waves_start_from_an_adapter_that_has_few_of_the_concepts(twenty, tmp_path):
-    """At a learning rate of 0: one concept of the first wave is the adapter's, all else is new."""
+def test_waves_start_from_an_adapter_with_one_of_the_concepts(twenty, tmp_path):
+    """At a learning rate of 0, one concept keeps the adapter's modules; the others are new."""
     _, workdir = twenty
     out = str(tmp_path / "start")
     assert cli.main(["export", str(workdir), "--only", "concept 2", "--out", out]) == 0
@@ -207,8 +209,8 @@ def test_waves_start_from_an_adapter_that_has_few_of_the_concepts(twenty, tmp_pa
             np.testing.assert_array_equal(ours, theirs if name == "concept 2" else 0 * theirs)
 
 
-def test_a_single_wave_is_filled_up_to_as_many_concepts_a_device(twenty, tmp_path):
-    """Nine on eight devices, two a device, in the directory itself; and it stays so elsewhere."""
+def test_single_wave_is_filled_up_to_the_same_number_on_each_device(twenty, tmp_path):
+    """Nine concepts on eight devices, two on each, without `waves/`; on other devices, too."""
     concepts, workdir = write_concepts(tmp_path / "nine.jsonl", 9), tmp_path / "run"
     more = ["--config.train.concepts_per_device=2"]
     assert cli.main(train_command(concepts, workdir, *more, "--config.train.steps=2")) == 0
@@ -220,18 +222,18 @@ def test_a_single_wave_is_filled_up_to_as_many_concepts_a_device(twenty, tmp_pat
     trained = modules_of(twenty[1])
     for name, modules in modules_of(workdir).items():
         for ours, theirs in zip(modules, trained.get(name, modules), strict=True):
-            # Adam's first steps enlarge what is rounded; of another concept all would differ.
+            # Adam's first steps enlarge rounding errors. Modules of other concepts differ far more.
             assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
 
 
-def test_a_concept_of_a_batch_is_the_one_trained_alone(twenty, tmp_path):
+def test_concept_of_a_batch_equals_the_one_trained_alone(twenty, tmp_path):
     concepts, workdir = twenty
     lines = pathlib.Path(concepts).read_text().splitlines()
     found = modules_of(workdir)
     assert len(found) == 19
     for i in (0, 19):
         (tmp_path / f"{i}.jsonl").write_text(lines[i])
-        # Alone it lies on all eight devices, which share its batch; so it gets that of one.
+        # Eight devices cannot share the lone concept's batch of one sample: use one device.
         config = load_config(SMOKE, OVERRIDES, str(tmp_path / f"{i}.jsonl"))
         with pytest.MonkeyPatch.context() as patch:
             _use_one_device(patch)
@@ -249,7 +251,7 @@ def _use_one_device(patch):
     patch.setattr(jax, "device_count", lambda: 1)
 
 
-def test_a_finished_batch_has_nothing_left_to_do(twenty, capsys):
+def test_finished_batch_is_not_trained_again(twenty, capsys):
     concepts, workdir = twenty
     before = {path: path.stat().st_mtime_ns for path in (workdir / "waves").rglob("*.safetensors")}
     assert cli.main(train_command(concepts, workdir)) == 0
@@ -257,7 +259,7 @@ def test_a_finished_batch_has_nothing_left_to_do(twenty, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_another_batch_is_refused(twenty, tmp_path, capsys):
+def test_directory_of_another_batch_is_refused(twenty, tmp_path, capsys):
     _, workdir = twenty
     more = write_concepts(tmp_path / "more.jsonl", 21)
     assert cli.main(train_command(more, workdir)) == 2
@@ -267,7 +269,7 @@ def test_another_batch_is_refused(twenty, tmp_path, capsys):
     assert "concept_1.lambda_sem: 0.5 there, 3.0 here" in capsys.readouterr().err
 
 
-def test_a_batch_continues_on_other_devices_with_the_waves_it_began_with(twenty):
+def test_batch_keeps_its_waves_on_other_devices(twenty):
     concepts, workdir = twenty
     config = load_config(SMOKE, OVERRIDES, concepts)
     for devices in (1, 8, 512):
@@ -278,8 +280,12 @@ def test_a_batch_continues_on_other_devices_with_the_waves_it_began_with(twenty)
 
 
 def kill_and_finish(argv, moments):
-    """Runs a command to its end, but for SIGKILLs: one a while after each of `moments`, which are
-    functions that say whether it has come."""
+    """Runs a command once for each moment, with a SIGKILL soon after the moment, then to its end.
+
+    Args:
+      argv: arguments of the command.
+      moments: functions that say whether their moment has come.
+    """
     command = [sys.executable, "-m", "respodiff_jax", *argv]
     seconds = random.Random(0)
     for has_come in moments:
@@ -294,7 +300,7 @@ def kill_and_finish(argv, moments):
 
 
 def assert_same_adapters(workdir, other, count):
-    """The same files to the byte, and the same outcomes."""
+    """Checks for the same adapter files, to the byte, and the same outcomes."""
     files = sorted(path.relative_to(workdir) for path in workdir.rglob("*.safetensors"))
     assert len(files) == count
     for file in files:
@@ -302,7 +308,7 @@ def assert_same_adapters(workdir, other, count):
     assert read_outcomes(workdir) == read_outcomes(other)
 
 
-def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, tmp_path):
+def test_batch_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path):
     concepts, workdir = twenty
     ended = {}
 
@@ -314,7 +320,7 @@ def test_killed_at_random_moments_it_loses_nothing_and_changes_nothing(twenty, t
     moments = [functools.partial(wave_trains, number) for number in (0, 1)]
     kill_and_finish(train_command(concepts, tmp_path / "run"), moments)
     assert 1 <= len(ended) < 3
-    for path, moment in ended.items():  # is not trained again
+    for path, moment in ended.items():  # the wave is not trained again
         assert path.stat().st_mtime_ns == moment
     assert_same_adapters(workdir, tmp_path / "run", 3)
 
@@ -331,21 +337,23 @@ EMOJI_OVERRIDES = (
 
 
 def sixty_four_command(workdir):
-    """Of emoji concepts, on eight simulated devices, eight concepts each."""
+    """Trains 64 emoji concepts on eight simulated devices, eight on each."""
     argv = ["train", "--config", EMOJI_CONFIG, "--concepts", EMOJI_CONCEPTS]
     return [*argv, "--workdir", str(workdir), *EMOJI_OVERRIDES]
 
 
 @pytest.fixture(scope="module")
 def sixty_four(tmp_path_factory):
-    """Where they were trained without interruption."""
+    """The directory of 64 concepts that were trained without interruption."""
     workdir = tmp_path_factory.mktemp("sixty_four")
     assert cli.main(sixty_four_command(workdir)) == 0
     return workdir
 
 
 @pytest.mark.slow
-def test_sixty_four_emoji_concepts_killed_at_random_moments(sixty_four, tmp_path):
+def test_sixty_four_emoji_concepts_killed_at_random_moments_end_with_the_same_bytes(
+    sixty_four, tmp_path
+):
     def has_logged(step):
         log = tmp_path / "metrics.jsonl"
         return log.exists() and f'"step": {step},' in log.read_text()
@@ -356,7 +364,7 @@ def test_sixty_four_emoji_concepts_killed_at_random_moments(sixty_four, tmp_path
 
 
 @pytest.mark.slow
-def test_sixty_four_emoji_concepts_are_those_trained_alone(sixty_four):
+def test_sixty_four_emoji_concepts_equal_those_trained_alone(sixty_four):
     """Run with `-s` to see the differences."""
     config = load_config(EMOJI_CONFIG, EMOJI_OVERRIDES, EMOJI_CONCEPTS)
     together = modules_of(sixty_four)
@@ -383,9 +391,9 @@ def test_sixty_four_emoji_concepts_are_those_trained_alone(sixty_four):
 
 @pytest.mark.slow
 def test_throughput_grows_with_the_concepts_of_a_batch():
-    """One step of 1 to 64 concepts on one device, by turns; run with `-s` to see the curve.
+    """Times steps of 1 to 64 concepts on one device, in turns; run with `-s` to see the rates.
 
-    It is judged by processor time, which other programs on the machine do not take away.
+    The test compares processor time, which does not include other programs on the machine.
     """
     overrides = ["--config.train.batch_size=1", "--config.module.kind=constant"]
     config = load_config(str(CONFIGS / "emoji_gender.py"), overrides, EMOJI_CONCEPTS)
