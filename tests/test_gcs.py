@@ -251,7 +251,7 @@ def test_a_model_that_is_not_in_the_bucket_is_told(remote_model, tmp_path):
     for name in (f"{remote_model}s", "gs://nowhere/model"):
         with pytest.raises(UserError, match=f"model '{name}'"):
             load_backbone(name, cache_dir=tmp_path)
-    with pytest.raises(UserError, match="revision='main' applies to hub models"):
+    with pytest.raises(UserError, match="`revision` is 'main', which applies to hub models"):
         load_backbone(remote_model, revision="main", cache_dir=tmp_path)
     epath.Path(remote_model, "vae", "config.json").unlink()
     with pytest.raises(UserError, match=r"missing: vae/config\.json"):

@@ -1,6 +1,7 @@
-"""Backbones with random weights: real architectures to measure, tiny ones to test and try."""
+"""Backbones with random weights: published architectures to measure, tiny ones to test with."""
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 
@@ -161,12 +162,14 @@ _ARCHITECTURES = {
 
 
 def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) -> dict:
-    """Flax's default initialisation, drawn tensor by tensor: no fp32 copy of everything exists.
+    """Flax's default initialisation, drawn tensor by tensor, so no fp32 copy of all tensors exists.
 
-    Large tensors have a generator each, so that all cores draw them.
+    Each large tensor has its own generator, so all cores draw at once.
     """
+    flat = flax.traverse_util.flatten_dict(abstract)
 
-    def draw(path, leaf, rng):
+    def draw(path, rng):
+        leaf = flat[path]
         if path[-1] == "bias":
             return np.zeros(leaf.shape, dtype)
         if path[-1] == "scale":
@@ -174,14 +177,10 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
         deviation = 0.01 if path[-1] == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
         return (deviation * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
-    flat = flax.traverse_util.flatten_dict(abstract)
     large = [path for path, leaf in flat.items() if leaf.size > 2**20]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [
-            (path, flat[path], own) for path, own in zip(large, rng.spawn(len(large)), strict=True)
-        ]
-        drawn = dict(zip(large, pool.map(lambda job: draw(*job), jobs), strict=True))
-    drawn |= {path: draw(path, leaf, rng) for path, leaf in flat.items() if path not in drawn}
+        drawn = dict(zip(large, pool.map(draw, large, rng.spawn(len(large))), strict=True))
+    drawn |= {path: draw(path, rng) for path in flat if path not in drawn}
     return flax.traverse_util.unflatten_dict(drawn)
 
 
@@ -196,10 +195,11 @@ def random_backbone(
     """A backbone with random weights and a byte-level tokenizer; reads no files.
 
     Args:
-      architecture: "sd14", "sd21" (768 px, v-prediction) or "sdxl"; or "tiny", "tiny-v"
-        (v-prediction), "tiny-xl": the same in miniature, 16 px images and a (4, 4, 64) mid-block.
-      dtype: "float32" or "bfloat16".
-      attention: as `Backbone.attention`; it need not run on this machine.
+      architecture: "sd14", "sd21" (768 pixels, v-prediction) or "sdxl"; or one of the miniatures
+        "tiny", "tiny-v" (v-prediction) and "tiny-xl", with 16-pixel images and a mid-block output
+        of (4, 4, 64).
+      dtype: "float32" or "bfloat16", of all parameters and computation.
+      attention: as `Backbone.attention`; this machine need not have it.
       seed: of the weights.
       abstract: `params` are `ShapeDtypeStruct`s and nothing is allocated, for tracing and
         compiling.
@@ -212,13 +212,13 @@ def random_backbone(
     """
     if architecture not in _ARCHITECTURES:
         raise UserError(
-            f"unknown architecture {architecture!r}; expected one of {', '.join(_ARCHITECTURES)}."
+            f"unknown architecture {architecture!r}; expected one of {', '.join(_ARCHITECTURES)}"
         )
     kind = flax_models.compute_dtype(dtype)
     configs = dict(_ARCHITECTURES[architecture])
     scheduler_config = dict(configs.pop("scheduler"))
     modules = flax_models.build_modules(configs, kind, f"random/{architecture}")
-    towers = [part for part in modules if part.startswith("text_encoder")]
+    encoders = [part for part in modules if part.startswith("text_encoder")]
     rng = np.random.default_rng(seed)
     params = {}
     for part, module in modules.items():
@@ -227,6 +227,9 @@ def random_backbone(
             params[part] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, kind), shapes)
         else:
             params[part] = _random_params(shapes, kind, rng)
+    load = functools.partial(
+        random_backbone, architecture, dtype=dtype, attention=attention, seed=seed
+    )
     described = json.dumps({"unet": configs["unet"], "seed": seed}, sort_keys=True)
     return Backbone(
         identity={
@@ -237,11 +240,12 @@ def random_backbone(
         },
         unet=modules["unet"],
         vae=modules["vae"],
-        text_encoders=tuple(modules[t] for t in towers),
-        tokenizers=tuple(byte_tokenizer() for _ in towers),
+        text_encoders=tuple(modules[part] for part in encoders),
+        tokenizers=tuple(byte_tokenizer() for _ in encoders),
         scheduler_config=scheduler_config,
         params=params,
         dtype=kind,
-        zeros_for_empty_prompt=len(towers) == 2,
+        zeros_for_empty_prompt=len(encoders) == 2,
         attention=attention,
+        load=load if abstract else None,
     )

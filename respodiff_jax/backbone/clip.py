@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts as unit vectors of one space; classifies zero-shot and scores."""
+"""CLIP, which maps pictures and texts to unit vectors of one space."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from respodiff_jax.backbone.files import find_clip, sha256
+from respodiff_jax.backbone.files import find_clip, read_json, sha256
 from respodiff_jax.backbone.text import tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
 from respodiff_jax.errors import UserError
@@ -27,11 +27,12 @@ class Clip:
     """A CLIP with its preprocessing.
 
     Attributes:
-      identity: `name`, `revision` (a hub model's commit, else None) and `sha256` of the weights.
-      module: the Flax module.
+      identity: `name`, `revision` (the commit of a hub model, else None) and `sha256` of the
+        weight files.
+      module: the unbound Flax module.
       params: its parameters, float32.
-      tokenizer: of its texts.
-      processor: of its pictures.
+      tokenizer: prepares texts.
+      processor: prepares pictures.
     """
 
     identity: Mapping[str, Any]
@@ -51,13 +52,16 @@ class Clip:
     def image_features(
         self, images: Sequence[Any], batch_size: int = 64, progress: bool = False
     ) -> np.ndarray:
-        """Unit vectors, float32 `(N, D)`, computed on all local devices.
+        """The unit vectors of pictures, computed on all local devices.
 
         Args:
-          images: N pictures, uint8 `(H, W, 3)` arrays or PIL images, of any sizes; resized,
-            cropped and normalised as the model was trained.
-          batch_size: pictures at a time on each device.
+          images: N pictures of any sizes, uint8 (height, width, 3) arrays or PIL images. They are
+            resized, cropped and normalised as in CLIP's training.
+          batch_size: the number of pictures that each device takes at a time.
           progress: show a progress bar.
+
+        Returns:
+          float32 (N, D).
         """
         mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
         by_sample = NamedSharding(mesh, PartitionSpec("data"))
@@ -75,7 +79,15 @@ class Clip:
         return np.concatenate(features)
 
     def text_features(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
-        """Unit vectors, float32 `(N, D)`; a text too long is cut, with a warning."""
+        """The unit vectors of texts; a text that is too long is cut, with a warning.
+
+        Args:
+          texts: N strings.
+          batch_size: the number of texts at a time.
+
+        Returns:
+          float32 (N, D).
+        """
         ids = tokenise(
             self.tokenizer, texts, self.module.config.text_config.max_position_embeddings
         )
@@ -87,27 +99,25 @@ class Clip:
         return np.concatenate(features)
 
 
-def _is_not_deprecation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("TensorFlow and JAX classes are deprecated")
-
-
-# transformers logs this of every model; setup.py bounds the version instead.
-logging.getLogger("transformers.modeling_flax_utils").addFilter(_is_not_deprecation)
+# transformers logs this for every model; setup.py bounds the version instead.
+logging.getLogger("transformers.modeling_flax_utils").addFilter(
+    lambda record: not record.getMessage().startswith("TensorFlow and JAX classes are deprecated")
+)
 
 
 def build_clip(config: transformers.CLIPConfig) -> nn.Module:
-    """The Flax module of a CLIP, float32, unbound."""
+    """The unbound Flax module of a CLIP, float32."""
     return transformers.FlaxCLIPModel(config, _do_init=False).module
 
 
 def init_clip(config: transformers.CLIPConfig, key: jax.Array) -> dict:
-    """Fresh parameters, as transformers draws them."""
+    """New random parameters, as transformers draws them."""
     model = transformers.FlaxCLIPModel(config, _do_init=False)
     return model.init_weights(key, model.input_shape)
 
 
 def encode_images(module: nn.Module, params: Mapping, pixels: jax.Array) -> jax.Array:
-    """Preprocessed float32 `(B, H, W, 3)` -> unit vectors `(B, D)`."""
+    """Preprocessed pictures, float32 (B, height, width, 3), to unit vectors, float32 (B, D)."""
 
     def project(clip, pixels):
         return clip.visual_projection(clip.vision_model(pixel_values=pixels)[1])
@@ -116,23 +126,24 @@ def encode_images(module: nn.Module, params: Mapping, pixels: jax.Array) -> jax.
 
 
 def encode_texts(module: nn.Module, params: Mapping, ids: jax.Array) -> jax.Array:
-    """Token ids, int32 `(B, L)` -> unit vectors `(B, D)`.
+    """Token ids, int32 (B, L), to unit vectors, float32 (B, D).
 
-    Nothing is masked: the feature is taken at the end token, which does not see what follows.
+    There is no padding mask: the feature is that of the end token, which does not attend to the
+    padding after it.
     """
 
     def project(clip, ids):
-        return clip.text_projection(_text_tower(clip, ids)[1])
+        return clip.text_projection(_text(clip, ids)[1])
 
     return _unit(module.apply({"params": params}, ids, method=project))
 
 
 def encode_contexts(module: nn.Module, params: Mapping, ids: jax.Array) -> jax.Array:
-    """Token ids, int32 `(B, L)` -> last hidden states `(B, L, W)`, a diffusion's conditioning."""
-    return module.apply({"params": params}, ids, method=lambda clip, ids: _text_tower(clip, ids)[0])
+    """Token ids, int32 (B, L), to last hidden states, float32 (B, L, D), the UNet's context."""
+    return module.apply({"params": params}, ids, method=lambda clip, ids: _text(clip, ids)[0])
 
 
-def _text_tower(clip, ids):
+def _text(clip, ids):
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     return clip.text_model(ids, jnp.ones_like(ids), positions)
 
@@ -153,17 +164,21 @@ def load_clip(
       name_or_path: a folder in transformers' layout (config, preprocessor, tokenizer, and
         safetensors or Flax weights), or a hub id such as "openai/clip-vit-base-patch32".
       revision: branch, tag or commit of a hub id.
-      cache_dir: instead of the default Hugging Face cache.
+      cache_dir: replaces the default Hugging Face cache.
+
+    Returns:
+      The `Clip`, with its parameters as numpy arrays.
 
     Raises:
-      UserError: if it is not there, is incomplete, is no CLIP, or its weights do not fit.
+      UserError: if there is no such model, files are missing (names all of them) or damaged, the
+        model is not a CLIP, or the weights do not fit the config.
     """
     folder, commit, weights = find_clip(str(name_or_path), revision=revision, cache_dir=cache_dir)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json")
     if content.get("model_type") != "clip":
         raise UserError(
-            f"{name_or_path}: config.json says model_type {content.get('model_type')!r}, expected"
-            " 'clip', for example openai/clip-vit-base-patch32"
+            f"{name_or_path}: config.json: model_type is {content.get('model_type')!r}, expected"
+            " 'clip'; use for example openai/clip-vit-base-patch32"
         )
     config = transformers.CLIPConfig.from_dict(content)
     abstract = jax.eval_shape(functools.partial(init_clip, config), jax.random.key(0))
@@ -184,7 +199,16 @@ def save_clip(
     processor: transformers.CLIPImageProcessor,
     dtype: str = "float16",
 ) -> None:
-    """Writes a folder that `load_clip` and PyTorch's `CLIPModel` and `CLIPProcessor` read."""
+    """Writes a folder that `load_clip` and PyTorch's `CLIPModel` and `CLIPProcessor` read.
+
+    Args:
+      folder: created if it does not exist; existing files are overwritten.
+      config: of the model.
+      params: the parameter tree of the model; numpy or JAX arrays.
+      tokenizer: prepares texts.
+      processor: prepares pictures.
+      dtype: "float32", "float16" or "bfloat16", of the weight file.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(params, folder / "model.safetensors", dtype)

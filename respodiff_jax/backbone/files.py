@@ -1,5 +1,4 @@
-"""Where a pipeline's files are: in a diffusers folder, here or on Google Cloud Storage, or in the
-Hugging Face cache; are all there?"""
+"""Finds a model's files: in a folder, on Google Cloud Storage or in the Hugging Face cache."""
 
 import dataclasses
 import functools
@@ -17,32 +16,36 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
-from respodiff_jax.backbone.weights import read_index
 from respodiff_jax.errors import UserError
 from respodiff_jax.storage import is_remote, open_path
 
-_STEMS = {
-    "diffusers": ("diffusion_pytorch_model", "diffusion_flax_model"),
-    "transformers": ("model", "flax_model"),
-}
 _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
 # Models that come with the package.
 _EMBEDDED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
-_CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
+
+# Chooses the files to fetch from the paths of all of a model's files.
+Choose = Callable[[Collection[str]], Collection[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineFiles:
-    """A complete set of files: what is small is read, weights are paths.
+    """The complete files of a pipeline: JSON files are read, weight files are paths.
 
-    `configs` and `weights` are keyed by part: "unet", "vae", "text_encoder" and, for SDXL,
-      "text_encoder_2".
+    Attributes:
+      revision: the commit of a hub model, else None.
+      index: the contents of model_index.json.
+      configs: the contents of config.json by part: "unet", "vae", "text_encoder" and, for SDXL,
+        "text_encoder_2".
+      weights: the weight files by part.
+      tokenizers: the folder of each text encoder's tokenizer.
+      scheduler_config: the contents of scheduler/scheduler_config.json.
     """
 
-    name: str
     revision: str | None
     index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
@@ -53,7 +56,7 @@ class PipelineFiles:
 
 @functools.lru_cache
 def sha256(*files: pathlib.Path) -> str:
-    """Hexadecimal digest of files, one after the other."""
+    """The hexadecimal digest of files, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -62,13 +65,41 @@ def sha256(*files: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
-    """Which of a part's files to read: one file, or an index followed by its shards; [] if there
-    are none.
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: if the file holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}; download or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file} holds {content!r:.100}, expected a JSON object; download or copy it again"
+        )
+    return content
+
+
+def local_folder(name: str) -> pathlib.Path:
+    """The folder of a model: an embedded one's ("emoji-world"), or `name` as a path."""
+    return _EMBEDDED.get(name) or pathlib.Path(name).expanduser()
+
+
+def _stems(part: str) -> tuple[str, str]:
+    """Names of a part's weight files without extension, of PyTorch and of Flax."""
+    if part in ("unet", "vae"):
+        return "diffusion_pytorch_model", "diffusion_flax_model"
+    return "model", "flax_model"
+
+
+def _choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
+    """Which of a part's files to read: one file, or an index followed by its shards, or none.
 
     Safetensors come before msgpack; without a `variant` the plain files come before fp16.
     """
-    stem, flax_stem = _STEMS["transformers" if part.startswith("text_encoder") else "diffusers"]
+    stem, flax_stem = _stems(part)
     for v in (variant,) if variant else (None, "fp16"):
         infix = f".{v}" if v else ""
         if f"{stem}{infix}.safetensors" in names:
@@ -82,21 +113,64 @@ def choose_weights(names: Collection[str], part: str, variant: str | None) -> li
     return [f"{flax_stem}.msgpack"] if f"{flax_stem}.msgpack" in names and not variant else []
 
 
-def _parts(index: dict) -> list[str]:
-    present = [p for p in ("text_encoder", "text_encoder_2") if (index.get(p) or [None])[0]]
-    return ["unet", "vae", *present]
+def _find_weights(
+    folder: pathlib.Path, part: str, variant: str | None
+) -> tuple[list[pathlib.Path], list[str]]:
+    """The weight files in a part's folder, and the names of those that are missing."""
+    inside = [file.name for file in folder.glob("*")]
+    chosen = _choose_weights(inside, part, variant)
+    if not chosen:
+        return [], [_missing_weights(inside, part, variant)]
+    if chosen[0].endswith(".json"):
+        chosen = _read_shards(folder / chosen[0])
+    return [folder / name for name in chosen], [name for name in chosen if name not in inside]
 
 
-def _snapshot(
-    name: str,
-    revision: str | None,
-    cache_dir: Any,
-    wanted: Callable[[Collection[str]], Collection[str]],
-) -> pathlib.Path:
-    """A hub model's folder in the cache: what is not there is fetched, if there is a network.
+def _read_shards(index: pathlib.Path) -> list[str]:
+    """The shards that a *.safetensors.index.json names, sorted."""
+    shard_of = read_json(index).get("weight_map")
+    shards = list(shard_of.values()) if isinstance(shard_of, dict) else []
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise UserError(
+            f"{index} is not an index of safetensors shards: weight_map is {shard_of!r:.100},"
+            " expected an object of file names; download or copy it again"
+        )
+    return sorted(set(shards))
 
-    `wanted` chooses from the names of all the model's files; without a network, of none.
-    """
+
+def _missing_weights(inside: Collection[str], part: str, variant: str | None) -> str:
+    """The name of a part's absent weight file, and the reason if the folder suggests one."""
+    wanted = f"{_stems(part)[0]}{f'.{variant}' if variant else ''}.safetensors"
+    if others := sorted(n for n in inside if n.endswith((".safetensors", ".msgpack"))):
+        return f"{wanted} (there is {', '.join(others)}; choose another variant)"
+    if pickled := sorted(n for n in inside if n.endswith(".bin")):
+        loader = "CLIPModel" if part == "clip" else "DiffusionPipeline"
+        return (
+            f"{wanted} (there is only the pickled {pickled[0]}; convert it where torch is "
+            f"installed: {loader}.from_pretrained(model).save_pretrained(folder))"
+        )
+    return wanted
+
+
+def _find_folder(
+    name: str, revision: str | None, cache_dir: Any, choose: Choose
+) -> tuple[pathlib.Path, str | None]:
+    """The local folder with a model's files and, for a hub model, the commit; fetches the files."""
+    folder = local_folder(name)
+    if is_remote(name) or folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"`revision` is {revision!r}, which applies to hub models, but {name!r} is a folder"
+            )
+        return _copy_remote(name, cache_dir, choose) if is_remote(name) else folder, None
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'")
+    folder = _download(name, revision, cache_dir, choose)
+    return folder, folder.name
+
+
+def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -> pathlib.Path:
+    """A hub model's folder in the cache; without a network, as an earlier download left it."""
     available, reason = None, "the hub is not asked in offline mode (HF_HUB_OFFLINE)"
     if not constants.HF_HUB_OFFLINE:
         try:
@@ -108,7 +182,7 @@ def _snapshot(
             name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=list(wanted(available or ())),
+            allow_patterns=list(choose(available or ())),
             local_files_only=available is None,
         )
     except OSError as error:
@@ -116,52 +190,32 @@ def _snapshot(
         raise UserError(
             f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "
             f"fetched: {reason if available is None else error}. Give a folder, check the name, or "
-            "download it first where there is a network."
+            "download the model first where there is a network"
         ) from error
     return pathlib.Path(folder)
 
 
-def _pipeline_files(available: Collection[str], variant: str | None) -> list[str]:
-    wanted = [_INDEX, _SCHEDULER]
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        inside = [n.removeprefix(f"{part}/") for n in available if n.startswith(f"{part}/")]
-        wanted += [f"{part}/{n}" for n in ("config.json", *choose_weights(inside, part, variant))]
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        wanted += [f"{tokenizer}/{n}" for n in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
-    return wanted
+def _copy_remote(name: str, cache_dir: Any, choose: Choose) -> pathlib.Path:
+    """A folder in the cache with a copy of a model on Google Cloud Storage.
 
-
-def local_folder(name: str) -> pathlib.Path:
-    """The folder that a model's name means, if it is one: an embedded model's, or a path."""
-    return _EMBEDDED.get(name) or pathlib.Path(name).expanduser()
-
-
-def _fetch_remote(
-    name: str, cache_dir: Any, wanted: Callable[[Collection[str]], Collection[str]]
-) -> pathlib.Path:
-    """A copy on this machine of the files that are `wanted` of a folder on Google Cloud Storage.
-
-    It is kept; a folder that has changed since is copied again.
-
-    Raises:
-      UserError: if there are none or they cannot be read.
+    The copy stays in the cache; the files are copied again only after they have changed.
     """
     root = open_path(name)
     try:
         files = [file for pattern in ("*", "*/*") for file in root.glob(pattern)]
-        available = {file.relative_to(root).as_posix(): file for file in files}
-        chosen = {path: available[path] for path in wanted(available) if path in available}
-        stats = {path: file.stat() for path, file in chosen.items()}
-    except Exception as error:  # gcsfs and Google's authentication raise kinds of their own
+    except Exception as error:  # gcsfs and Google's authentication raise many kinds
         raise UserError(f"model {name!r} cannot be read: {error}") from error
+    available = {file.relative_to(root).as_posix(): file for file in files}
+    chosen = {path: available[path] for path in choose(available) if path in available}
     if not chosen:
-        raise UserError(f"model {name!r}: no such folder, or none with a model's files.")
+        raise UserError(f"model {name!r}: no such folder, or none with a model's files")
+    stats = {path: file.stat() for path, file in chosen.items()}
     state = [name, *((path, stat.length, stat.mtime) for path, stat in sorted(stats.items()))]
     default_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     cache = pathlib.Path(cache_dir or default_cache / "respodiff_jax" / "models")
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-    with WeakFileLock(folder.with_suffix(".lock")):  # of the processes of a host one copies
+    with WeakFileLock(folder.with_suffix(".lock")):  # one process of a host copies
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=cache) as partial:
                 for path, file in chosen.items():
@@ -173,84 +227,59 @@ def _fetch_remote(
     return folder
 
 
-def _find_folder(
-    name: str,
-    revision: str | None,
-    cache_dir: Any,
-    wanted: Callable[[Collection[str]], Collection[str]],
-) -> tuple[pathlib.Path, str | None]:
-    """A local folder, a remote one's copy, or a hub model's in the cache and its commit."""
-    folder = local_folder(name)
-    if is_remote(name) or folder.is_dir():
-        if revision is not None:
-            raise UserError(
-                f"revision={revision!r} applies to hub models, but {name!r} is a folder."
-            )
-        return _fetch_remote(name, cache_dir, wanted) if is_remote(name) else folder, None
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'.")
-    folder = _snapshot(name, revision, cache_dir, wanted)
-    return folder, folder.name
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from error
-
-
 def find_pipeline(
     name: str, *, revision: str | None = None, variant: str | None = None, cache_dir: Any = None
 ) -> PipelineFiles:
-    """Finds every file of a Stable Diffusion pipeline, fetching from the hub what is not there.
+    """Finds every file of a Stable Diffusion pipeline; fetches absent ones from the hub.
+
+    Args: as `load_backbone`.
 
     Raises:
-      UserError: if there is no such model, it is of another kind, or files are missing; names all
-        of them.
+      UserError: if there is no such model, it is of another kind, or files are missing; names every
+        missing file.
     """
-    folder, commit = _find_folder(
-        name, revision, cache_dir, lambda available: _pipeline_files(available, variant)
-    )
+
+    def choose(available):
+        wanted = [_INDEX, _SCHEDULER]
+        for part in ("unet", "vae", *_TEXT_ENCODERS):
+            inside = [n.removeprefix(f"{part}/") for n in available if n.startswith(f"{part}/")]
+            files = ("config.json", *_choose_weights(inside, part, variant))
+            wanted += [f"{part}/{file}" for file in files]
+        for tokenizer in ("tokenizer", "tokenizer_2"):
+            wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
+        return wanted
+
+    folder, commit = _find_folder(name, revision, cache_dir, choose)
     if not (folder / _INDEX).is_file():
-        raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}.")
-    index = _read_json(folder / _INDEX)
-    if "unet" not in index or not (index.get("text_encoder") or [None])[0]:
+        raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}")
+    index = read_json(folder / _INDEX)
+    # An absent part is not listed, or listed as [null, null].
+    encoders = [part for part in _TEXT_ENCODERS if index.get(part) not in (None, [None, None])]
+    if "unet" not in index or "text_encoder" not in encoders:
         raise UserError(
             f"{name}: a {index.get('_class_name')} without a unet and a text_encoder; expected a "
-            "Stable Diffusion 1.x, 2.x or XL base model."
+            "Stable Diffusion 1.x, 2.x or XL base model"
         )
-    parts = _parts(index)
-    missing, weights = [], {}
+    parts = ["unet", "vae", *encoders]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
+    needed = [_SCHEDULER, *(f"{part}/config.json" for part in parts)]
+    needed += [f"{tokenizer}/{file}" for tokenizer in tokenizers for file in _TOKENIZER_FILES]
+    missing = [path for path in needed if not (folder / path).is_file()]
+    weights = {}
     for part in parts:
-        if not (folder / part / "config.json").is_file():
-            missing.append(f"{part}/config.json")
-        inside = [f.name for f in (folder / part).glob("*")]
-        chosen = choose_weights(inside, part, variant)
-        if chosen and chosen[0].endswith(".json"):
-            chosen = read_index(folder / part / chosen[0])
-            missing += [f"{part}/{shard}" for shard in chosen if shard not in inside]
-        if not chosen:
-            missing.append(_no_weights(part, inside, variant))
-        weights[part] = [folder / part / n for n in chosen]
-    tokenizers = [folder / p.replace("text_encoder", "tokenizer") for p in parts[2:]]
-    missing += [
-        f"{t.name}/{n}" for t in tokenizers for n in _TOKENIZER_FILES if not (t / n).is_file()
-    ]
-    if not (folder / _SCHEDULER).is_file():
-        missing.append(_SCHEDULER)
+        weights[part], lacking = _find_weights(folder / part, part, variant)
+        missing += [f"{part}/{file}" for file in lacking]
     if missing:
         raise UserError(
-            f"{name}: the model is incomplete in {folder}; missing: {'; '.join(missing)}."
+            f"{name}: the model is incomplete in {folder}; missing: {'; '.join(missing)}"
         )
     return PipelineFiles(
-        name=name,
         revision=commit,
         index=index,
-        configs={part: _read_json(folder / part / "config.json") for part in parts},
+        configs={part: read_json(folder / part / "config.json") for part in parts},
         weights=weights,
-        tokenizers=tokenizers,
-        scheduler_config=_read_json(folder / _SCHEDULER),
+        tokenizers=[folder / tokenizer for tokenizer in tokenizers],
+        scheduler_config=read_json(folder / _SCHEDULER),
     )
 
 
@@ -260,38 +289,18 @@ def find_clip(
     """Finds a CLIP's folder, its commit on the hub (None for a folder) and its weight files.
 
     Raises:
-      UserError: if there is no such model or files are missing; names all of them.
+      UserError: if there is no such model or files are missing; names every missing file.
     """
+    needed = (*_CLIP_CONFIGS, *_TOKENIZER_FILES)
 
-    def wanted(available):
-        files = (*_CLIP_CONFIGS, *_TOKENIZER_FILES, *_TOKENIZER_OPTIONS)
-        return [*files, *choose_weights(available, "text_encoder", None)]
+    def choose(available):
+        return [*needed, *_TOKENIZER_OPTIONS, *_choose_weights(available, "clip", None)]
 
-    folder, commit = _find_folder(name, revision, cache_dir, wanted)
-    inside = [file.name for file in folder.iterdir()]
-    chosen = choose_weights(inside, "text_encoder", None)
-    if chosen and chosen[0].endswith(".json"):
-        chosen = read_index(folder / chosen[0])
-    missing = sorted({*_CLIP_CONFIGS, *_TOKENIZER_FILES, *chosen} - set(inside))
-    if not chosen:
-        missing.append("model.safetensors or flax_model.msgpack")
+    folder, commit = _find_folder(name, revision, cache_dir, choose)
+    weights, lacking = _find_weights(folder, "clip", None)
+    missing = [file for file in needed if not (folder / file).is_file()] + lacking
     if missing:
         raise UserError(
-            f"{name}: the CLIP is incomplete in {folder}; missing: {', '.join(missing)}."
+            f"{name}: the CLIP is incomplete in {folder}; missing: {'; '.join(missing)}"
         )
-    return folder, commit, [folder / file for file in chosen]
-
-
-def _no_weights(part: str, inside: Collection[str], variant: str | None) -> str:
-    stem = _STEMS["transformers" if part.startswith("text_encoder") else "diffusers"][0]
-    wanted = f"{part}/{stem}{f'.{variant}' if variant else ''}.safetensors"
-    pickled = sorted(n for n in inside if n.endswith(".bin"))
-    others = sorted(n for n in inside if n.endswith((".safetensors", ".msgpack")))
-    if others:
-        return f"{wanted} (there is {', '.join(others)}; choose another variant)"
-    if pickled:
-        return (
-            f"{wanted} (there is only the pickled {pickled[0]}; convert it where torch is "
-            "installed: DiffusionPipeline.from_pretrained(model).save_pretrained(folder))"
-        )
-    return wanted
+    return folder, commit, weights

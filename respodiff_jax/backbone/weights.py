@@ -1,15 +1,14 @@
-"""Weight files of diffusers and transformers <-> Flax parameter trees, tensor by tensor and without
+"""Converts weight files of diffusers and transformers to Flax parameter trees and back, without
 torch.
 
-The Flax module's own tree says what to read: each of its leaves has one name (or an older one) in a
-PyTorch state dict, found by `torch_names`, and one layout.
+The parameter tree of the Flax module says what to read. `torch_names` gives the PyTorch names of
+each leaf, and `_to_flax` converts the layout.
 """
 
-import json
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import flax.serialization
 import flax.traverse_util
@@ -27,6 +26,8 @@ _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _IGNORED = re.compile(r".*\bposition_ids$")  # a buffer that old transformers versions saved
 
 Path = tuple[str, ...]
+# By name: the file that holds a tensor, and a function that reads the tensor.
+Stored = dict[str, tuple[pathlib.Path, Callable[[str], np.ndarray]]]
 
 
 def torch_names(path: Path) -> tuple[str, ...]:
@@ -68,72 +69,30 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
     return f"{len(keys)} ({', '.join(keys[:limit])}{more})"
 
 
-def _check_keys(missing: Iterable[str], extra: Iterable[str], where: str) -> None:
-    if missing:
-        also = f"; it holds unknown ones: {_listed(extra)}" if extra else ""
-        raise UserError(
-            f"{where} lacks parameters of the model in config.json: {_listed(missing)}{also}. "
-            "The weights and the config belong to different models."
-        )
-    if extra:
-        warnings.warn(
-            f"{where} holds parameters that the model ignores: {_listed(extra)}.", stacklevel=2
-        )
+def _open_safetensors(files: list[pathlib.Path]) -> Stored:
+    stored = {}
+    for file in files:
+        try:
+            handle = safetensors.safe_open(file, framework="numpy")
+        except safetensors.SafetensorError as error:
+            raise UserError(
+                f"{file} is truncated or not a safetensors file ({error}); download or copy it"
+                " again"
+            ) from error
+        stored |= {name: (file, handle.get_tensor) for name in handle.keys()}  # noqa: SIM118
+    return stored
 
 
-def _checked(array: np.ndarray, expected: tuple[int, ...], name: str, where: str) -> np.ndarray:
-    if array.shape != expected:
-        raise UserError(
-            f"{where}: {name} has shape {array.shape} (in Flax's layout), the model in config.json "
-            f"expects {expected}."
-        )
-    return array
-
-
-def _open(file: pathlib.Path):
-    try:
-        return safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise UserError(
-            f"{file} is truncated or not a safetensors file ({error}); download or copy it again."
-        ) from error
-
-
-def _load_safetensors(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) -> dict:
-    where = str(files[0] if len(files) == 1 else files[0].parent)
-    handles = [_open(file) for file in files]
-    holder = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    file_of = {id(handle): file for handle, file in zip(handles, files, strict=True)}
-    flat = flax.traverse_util.flatten_dict(abstract)
-    found = {path: next((n for n in torch_names(path) if n in holder), None) for path in flat}
-    extra = {n for n in holder if not _IGNORED.match(n)} - set(found.values())
-    _check_keys(
-        [torch_names(path)[0] for path, name in found.items() if name is None], extra, where
-    )
-    loaded = {}
-    for path, name in found.items():
-        tensor = _to_flax(holder[name].get_tensor(name), path[-1], len(flat[path].shape))
-        _checked(tensor, flat[path].shape, name, str(file_of[id(holder[name])]))
-        loaded[path] = tensor.astype(dtype, order="C", copy=False)
-    return flax.traverse_util.unflatten_dict(loaded)
-
-
-def _load_msgpack(file: pathlib.Path, abstract: Mapping, dtype: np.dtype) -> dict:
+def _open_msgpack(file: pathlib.Path) -> Stored:
+    damaged = f"{file} is truncated or not a Flax msgpack file"
     try:
         tree = flax.serialization.msgpack_restore(file.read_bytes())
-        stored = flax.traverse_util.flatten_dict(tree, sep="/")
-    except Exception as error:  # msgpack raises a different exception for each way to be damaged
-        raise UserError(
-            f"{file} is truncated or not a Flax msgpack file ({error}); download or copy it again."
-        ) from error
-    flat = flax.traverse_util.flatten_dict(abstract, sep="/")
-    extra = {n for n in stored if not _IGNORED.match(n)} - flat.keys()
-    _check_keys(flat.keys() - stored.keys(), extra, str(file))
-    loaded = {
-        name: _checked(stored.pop(name), leaf.shape, name, str(file)).astype(dtype)
-        for name, leaf in flat.items()
-    }
-    return flax.traverse_util.unflatten_dict(loaded, sep="/")
+    except Exception as error:  # msgpack raises many kinds for damaged files
+        raise UserError(f"{damaged} ({error}); download or copy it again") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{damaged}; download or copy it again")
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {name: (file, lambda name: np.asarray(flat.pop(name))) for name in flat}
 
 
 def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) -> dict:
@@ -142,28 +101,59 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
     Args:
       files: one .msgpack, or one or more .safetensors that together hold the state dict.
       abstract: the model's tree of `ShapeDtypeStruct`s.
-      dtype: what every parameter is cast to.
+      dtype: every parameter is cast to it.
 
     Returns:
       A tree like `abstract`, of numpy arrays in `dtype`.
 
     Raises:
-      UserError: for missing parameters (listed, with the extra ones), a wrong shape, or a damaged
-        file, naming the file. Extra parameters alone only warn.
+      UserError: for missing parameters (listed, with the unknown ones), a wrong shape, or a damaged
+        file. Unknown parameters alone only give a warning.
     """
-    if files[0].suffix == ".msgpack":
-        return _load_msgpack(files[0], abstract, dtype)
-    return _load_safetensors(files, abstract, dtype)
+    is_flax = files[0].suffix == ".msgpack"
+    stored = _open_msgpack(files[0]) if is_flax else _open_safetensors(files)
+    flat = flax.traverse_util.flatten_dict(abstract)
+    names = {path: ("/".join(path),) if is_flax else torch_names(path) for path in flat}
+    found = {path: next((n for n in names[path] if n in stored), None) for path in flat}
+
+    where = files[0] if len(files) == 1 else files[0].parent
+    missing = [names[path][0] for path, name in found.items() if name is None]
+    unknown = {name for name in stored if not _IGNORED.match(name)} - set(found.values())
+    if missing:
+        also = f"; it holds unknown ones: {_listed(unknown)}" if unknown else ""
+        raise UserError(
+            f"{where} lacks parameters of the model in config.json: {_listed(missing)}{also}. "
+            "The weights and the config belong to different models"
+        )
+    if unknown:
+        warnings.warn(
+            f"{where} holds parameters that the model ignores: {_listed(unknown)}", stacklevel=2
+        )
+
+    loaded = {}
+    for path, name in found.items():
+        file, read = stored[name]
+        expected = flat[path].shape
+        array = read(name)
+        if not is_flax:
+            array = _to_flax(array, path[-1], len(expected))
+        if array.shape != expected:
+            raise UserError(
+                f"{file}: {name} has shape {array.shape} in Flax's layout, the model in config.json"
+                f" expects {expected}"
+            )
+        loaded[path] = array.astype(dtype, order="C", copy=False)
+    return flax.traverse_util.unflatten_dict(loaded)
 
 
 def save_weights(params: Mapping, path: str | pathlib.Path, dtype: str = "float32") -> None:
     """Writes a Flax tree as one .safetensors file with PyTorch's names and layouts.
 
-    diffusers (UNet, VAE) and transformers (CLIP) read it as `diffusion_pytorch_model.safetensors`
-    and `model.safetensors`; so does `load_backbone`.
+    diffusers (UNet, VAE) and transformers (CLIP) read the file, as
+    `diffusion_pytorch_model.safetensors` and `model.safetensors`. So does `load_backbone`.
 
     Args:
-      params: the parameter tree of a UNet, a VAE, a CLIP or its text tower; numpy or JAX arrays.
+      params: the parameter tree of a UNet, a VAE, a CLIP or its text encoder; numpy or JAX arrays.
       path: the file to write.
       dtype: "float32", "float16" or "bfloat16".
     """
@@ -172,11 +162,3 @@ def save_weights(params: Mapping, path: str | pathlib.Path, dtype: str = "float3
         for key, value in flax.traverse_util.flatten_dict(params).items()
     }
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-
-
-def read_index(file: pathlib.Path) -> list[str]:
-    """The shards that a *.safetensors.index.json names, sorted."""
-    try:
-        return sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{file} is not an index of safetensors shards ({error!r}).") from error
