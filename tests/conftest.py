@@ -3,8 +3,8 @@
 import os
 import tempfile
 
-# Before JAX is imported. Compiling is most of the work, and many tests compile the same step: they
-# share what is compiled, also with the other workers of `pytest -n`.
+# This must come before JAX is imported. Compiling is most of the work and many tests compile the
+# same step, so they share a cache of compiled programs, also with the other workers of `pytest -n`.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(1)  # its threads and those of the simulated devices wait for each other
+torch.set_num_threads(1)  # more threads would wait for those of the simulated devices
 
 
 def pytest_configure(config):
@@ -60,7 +60,7 @@ def sdxl_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def emoji_folder():
-    """The model that comes with the package."""
+    """The folder of the model that comes with the package."""
     from respodiff_jax.backbone import local_folder
 
     return local_folder("emoji-world")
@@ -76,7 +76,7 @@ def tiny_backbone():
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A small CLIP with random weights, saved by PyTorch, that resizes and crops."""
+    """A small CLIP with random weights that resizes and crops, saved by PyTorch."""
     from pipelines import clip
 
     return clip(tmp_path_factory.mktemp("clip"))

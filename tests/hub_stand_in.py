@@ -1,4 +1,4 @@
-"""A Hugging Face hub in miniature: models made, committed to and downloaded over HTTP."""
+"""A miniature Hugging Face hub: creates models, takes commits and serves downloads over HTTP."""
 
 import base64
 import contextlib
@@ -16,7 +16,13 @@ _MODEL = r"/api/models/([^/]+/[^/]+)"
 
 @dataclasses.dataclass
 class Hub:
-    """Where it is, what is in each branch of each model by (model, branch), and what is private."""
+    """A running hub.
+
+    Attributes:
+      address: its URL.
+      files: the content of each file by (model, branch) and name.
+      private: the names of private models.
+    """
 
     address: str
     files: dict[tuple[str, str], dict[str, bytes]]
@@ -24,13 +30,13 @@ class Hub:
 
 
 def commit_id(model: str, branch: str) -> str:
-    """Of a branch's only commit."""
+    """The id of a branch's only commit."""
     return hashlib.sha1(f"{model}@{branch}".encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def hub() -> Iterator[Hub]:
-    """Serves on a free port."""
+    """Serves a hub on a free port."""
     files: dict[tuple[str, str], dict[str, bytes]] = {}
     private: set[str] = set()
 
@@ -50,7 +56,7 @@ def hub() -> Iterator[Hub]:
             self.answer(json.dumps(value).encode(), status, Content_Type="application/json")
 
         def find(self, model, revision):
-            """The commit and the files of a branch or commit; None, and 404, if there is none."""
+            """The commit and the files of a branch or commit; if there is none, answers 404."""
             for (name, branch), content in files.items():
                 if name == model and unquote(revision) in (branch, commit_id(name, branch)):
                     return commit_id(name, branch), content

@@ -1,4 +1,4 @@
-"""Small random PyTorch pipelines, the references that the Flax backbone is compared with."""
+"""Small random PyTorch pipelines, to compare the Flax backbone with."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ LIMIT = 16
 
 
 def tokenizer(folder: pathlib.Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A CLIP tokenizer that has learned "person", "man" and "woman"; the rest is letters."""
+    """A CLIP tokenizer with tokens for "person", "man" and "woman", and for single letters."""
     folder.mkdir(parents=True)
     letters = list(bytes_to_unicode().values())
     merged = [merge.replace(" ", "") for merge in MERGES]
@@ -53,8 +53,8 @@ def tokenizer(folder: pathlib.Path, pad_token: str = "<|endoftext|>") -> CLIPTok
 
 
 def _text_config(**changes) -> CLIPTextConfig:
-    # eos_token_id=2 is what the published Stable Diffusion configs say (transformers treats it as
-    # "the highest id"); the vocabulary's real end token is 522.
+    # The published Stable Diffusion configs have eos_token_id=2, for which transformers takes the
+    # highest id; the vocabulary's real end token is 522.
     settings = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -65,7 +65,7 @@ def _text_config(**changes) -> CLIPTextConfig:
         "max_position_embeddings": LIMIT,
         "bos_token_id": 0,
         "eos_token_id": 2,
-        # Larger than the default: otherwise all prompts look alike and parity shows little.
+        # With the default, all prompts would give almost the same features.
         "initializer_factor": 4.0,
     }
     return CLIPTextConfig(**settings | changes)
@@ -97,7 +97,8 @@ def _scheduler(**changes) -> DDIMScheduler:
 def stable_diffusion(
     folder: pathlib.Path, *, v_prediction: bool = False
 ) -> StableDiffusionPipeline:
-    """Like SD 1.4; or SD 2.1: v-prediction, linear projections, heads per level, GELU in CLIP."""
+    """A pipeline like SD 1.4, or like SD 2.1: with v-prediction, linear projections, its own number
+    of heads per level, and GELU in CLIP."""
     torch.manual_seed(0)
     variation = {"attention_head_dim": 2, "layers_per_block": 1}
     if v_prediction:
@@ -129,7 +130,8 @@ def stable_diffusion(
 
 
 def stable_diffusion_xl(folder: pathlib.Path) -> StableDiffusionXLPipeline:
-    """Like SDXL: two text encoders, pooled embeddings, time ids, several transformer layers."""
+    """A pipeline like SDXL: two text encoders, pooled embeddings, time ids, several transformer
+    layers per block."""
     torch.manual_seed(1)
     pipeline = StableDiffusionXLPipeline(
         unet=UNet2DConditionModel(
@@ -156,7 +158,7 @@ def stable_diffusion_xl(folder: pathlib.Path) -> StableDiffusionXLPipeline:
 
 
 def _perturb(pipeline):
-    """Gives biases and norms random values too: zeros and ones would hide a mix-up."""
+    """Gives biases and norms random values, because zeros and ones would hide a mix-up."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(2)
     for part in pipeline.components.values():
@@ -169,7 +171,7 @@ def _perturb(pipeline):
 
 
 def clip(folder):
-    """Saves a CLIP of 32 × 32 pixels and 16 dimensions in a folder, and returns it."""
+    """Saves a CLIP of 32 × 32 pixels and 16 dimensions in a folder, and returns the folder."""
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     tower |= {"num_attention_heads": 2, "projection_dim": 16}

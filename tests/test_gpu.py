@@ -1,6 +1,6 @@
-"""On an NVIDIA GPU, `pytest -m gpu`: cuDNN's attention, and what bfloat16 does to training.
+"""cuDNN's attention, and training in bfloat16, on an NVIDIA GPU: `pytest -m gpu`.
 
-The other tests have JAX use the CPU; with this marker it uses the GPU.
+With this marker JAX uses the GPU; for the other tests it uses the CPU.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from respodiff_jax.training.parallel import make_placement
 
 pytestmark = pytest.mark.gpu
 
-# Latents of 64 × 64 as of SD 1.4, attended to at two levels, in a UNet of 6.6 M parameters.
+# A UNet of 6.6 M parameters with attention at two levels, and latents of 64 × 64 like SD 1.4.
 _SMALL = architectures._TINY | {
     "unet": architectures._TINY["unet"]
     | {
@@ -37,7 +37,7 @@ _SMALL = architectures._TINY | {
 
 @pytest.fixture(autouse=True, scope="module")
 def gpu():
-    """Fails, rather than skips, where there is none: these tests were asked for."""
+    """Fails, rather than skips, without a GPU: `-m gpu` asked for these tests."""
     try:
         return jax.devices("cuda")[0]
     except RuntimeError as error:
@@ -47,7 +47,7 @@ def gpu():
         )
 
 
-def test_bfloat16_attends_with_cudnn():
+def test_bfloat16_uses_cudnn_and_float32_does_not():
     assert choose_attention("auto", jnp.dtype("bfloat16")) == "cudnn"
     assert choose_attention("auto", jnp.dtype("float32")) == "plain"
 
@@ -56,7 +56,7 @@ def test_bfloat16_attends_with_cudnn():
 @pytest.mark.parametrize(
     ("tokens", "keys", "head_dim"),
     [
-        (4096, 4096, 40),  # SD 1.4, self-attention and attention to the prompt
+        (4096, 4096, 40),  # SD 1.4, self- and cross-attention
         (4096, 77, 40),
         (1024, 1024, 80),
         (4096, 4096, 64),  # SDXL
@@ -64,7 +64,7 @@ def test_bfloat16_attends_with_cudnn():
     ],
 )
 def test_cudnn_equals_plain(tokens, keys, head_dim, concepts):
-    """Forward and backward, alone and with the leading axis of the training step's `vmap`."""
+    """Compares values and gradients, alone and with the leading axis of the step's `vmap`."""
     args = inputs(tokens, keys, 8, head_dim, batch=2 * (concepts or 1), dtype=jnp.bfloat16)
     with jax.default_matmul_precision("highest"):
         exact = value_and_gradients("plain", *(x.astype(jnp.float32) for x in args))
@@ -78,8 +78,8 @@ def test_cudnn_equals_plain(tokens, keys, head_dim, concepts):
         assert_close(found.reshape(expected.shape), expected, 0.02)
 
 
-def test_the_autoencoder_attends_without_cudnn():
-    """Its one head is too wide."""
+def test_vae_attention_is_plain_instead_of_cudnn():
+    """The VAE's one head is too wide for cuDNN."""
     query, key, value, _ = inputs(256, 256, 1, 512, dtype=jnp.bfloat16)
     attend = partial(attention, scale=512**-0.5)
     plain = attend(query, key, value)
@@ -111,10 +111,11 @@ def trained(config, steps):
     return concepts.ram, concepts.sam
 
 
-def test_adapters_of_bfloat16_agree_with_those_of_float32(monkeypatch):
-    """From the same weights, prompts and noise; what differs is rounding, and the attention.
+def test_bfloat16_and_float32_train_similar_adapters(monkeypatch):
+    """Weights, prompts and noise are the same; rounding and the attention differ.
 
-    Adam's first steps go by the gradient's sign, so that elements with almost none differ at first.
+    Adam's first steps follow the sign of the gradient, so elements with a tiny gradient differ at
+    first.
     """
     with jax.default_matmul_precision("highest"):
         exact = trained(config_of("float32", monkeypatch), steps=30)
@@ -124,7 +125,7 @@ def test_adapters_of_bfloat16_agree_with_those_of_float32(monkeypatch):
     assert max(errors) < 0.2
 
 
-def test_pictures_of_bfloat16_are_those_of_float32(monkeypatch):
+def test_bfloat16_and_float32_give_similar_pictures(monkeypatch):
     def pictures(dtype):
         config = config_of(dtype, monkeypatch)
         options = SamplerOptions(num_steps=10, guidance_scale=4.0, batch_size=2)

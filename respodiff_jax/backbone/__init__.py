@@ -1,6 +1,6 @@
-"""Everything frozen: the base model, its files, its prompts, and the paper's e and g.
+"""The frozen base model: its files, text encoders, UNet (the paper's e and g) and VAE.
 
-The only room that knows diffusers and the Flax classes of transformers.
+Only this package imports diffusers and the Flax classes of transformers.
 """
 
 from respodiff_jax.backbone.architectures import random_backbone

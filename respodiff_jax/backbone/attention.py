@@ -1,14 +1,14 @@
-"""Attention of the frozen models, plain or by a kernel that never writes the scores to memory.
+"""Attention of the frozen models, plain or by a fused kernel.
 
-A self-attention over 64 × 64 positions has 4096 × 4096 scores for every head of every image.
-Written to memory and read back, by the softmax and by the gradient, they are most of the memory
-traffic of a training step. The fused kernels keep them on the chip:
+Self-attention over 64 × 64 positions has 4096 × 4096 scores for each head of each image. Writing
+these scores to memory and reading them back, for the softmax and for the gradient, is most of the
+memory traffic of a training step. A fused kernel keeps the scores on the chip:
 
 * `flash`, on TPU: Pallas' Splash attention, forward and backward.
 * `cudnn`, on NVIDIA: cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
-Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock` is none of these:
-diffusers' module as it stands, scores and softmax in the model's dtype, to compare with.
+Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock`, for comparison,
+leaves diffusers' module unchanged, with scores and softmax in the model's dtype.
 """
 
 import re
@@ -25,14 +25,14 @@ from respodiff_jax.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn", "stock")
 
-# Fewer scores, 1 MiB a head in float32, need not leave the chip. 64 × 64 positions attending to the
-# 77 tokens of a prompt have more, 32 × 32 positions fewer.
+# From here on a fused kernel pays: fewer scores, 1 MiB a head in float32, stay on the chip anyway.
+# 64 × 64 positions attending to the 77 tokens of a prompt have more, 32 × 32 positions fewer.
 _FUSED_FROM_SCORES = 2**18
-_LANES = 128  # a TPU register's width, of which the kernel's blocks are multiples
+_LANES = 128  # the width of a TPU register; the kernel's blocks are multiples of it
 
 
 def choose_attention(implementation: str, dtype: np.dtype) -> str:
-    """The implementation that runs here; "auto" is the fastest for backend and dtype.
+    """The attention implementation to use; "auto" means the fastest for this backend and dtype.
 
     Args:
       implementation: one of `IMPLEMENTATIONS`.
@@ -42,11 +42,11 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
       "plain", "flash", "cudnn" or "stock".
 
     Raises:
-      UserError: for an unknown name, or one that this backend or dtype does not have.
+      UserError: for an unknown name, or if this backend or dtype does not have the implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
-            f"attention={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}."
+            f"`attention` is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
         )
     backend = jax.default_backend()
     available = {
@@ -60,8 +60,8 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
     if not available[implementation]:
         needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
         raise UserError(
-            f"attention={implementation!r} needs {needs[implementation]}; this is {backend} with"
-            f" {jnp.dtype(dtype).name}. Use 'auto' or 'plain'."
+            f"`attention` is {implementation!r}, which needs {needs[implementation]}; this is"
+            f" {backend} with {jnp.dtype(dtype).name}: use 'auto' or 'plain'"
         )
     return implementation
 
@@ -83,13 +83,13 @@ def attention(
     share along the mesh's axis "data". `pmap` and `shard_map` need nothing.
 
     Args:
-      query: (B, T, H, D), float32 or bfloat16.
-      key, value: (B, S, H, D), of the same dtype.
-      scale: of the scores.
-      implementation: "plain", "flash" or "cudnn". A fused one is used where it pays.
+      query: float32 or bfloat16 (batch, T, heads, head_dim).
+      key, value: (batch, S, heads, head_dim), in the dtype of the query.
+      scale: the factor of the scores.
+      implementation: "plain", "flash" or "cudnn"; small attentions are plain in any case.
 
     Returns:
-      (B, T, H, D), in the arguments' dtype.
+      (batch, T, heads, head_dim), in the dtype of the query.
     """
     tokens, keys, head_dim = query.shape[1], key.shape[1], key.shape[3]
     fits = head_dim % 8 == 0 and head_dim <= 128  # on Hopper also up to 256
@@ -115,14 +115,14 @@ def _cudnn(query, key, value, scale):
 def _flash(query, key, value, scale):
     """Pallas' Splash attention without a mask.
 
-    The kernel multiplies by no scale: the queries are scaled before it, and rounded once more.
+    The kernel has no scale argument, so the queries are scaled first, and rounded once more.
     """
     batch, tokens, keys = *query.shape[:2], key.shape[1]
     query = (scale * query.astype(jnp.float32)).astype(query.dtype)
     query, key, value = map(_heads_first, (query, key, value))
     (heads, padded_tokens, head_dim), padded_keys = query.shape, key.shape[1]
     segments = None
-    if padded_keys > keys:  # what fills up the keys is of another segment than any query
+    if padded_keys > keys:  # padding keys are in another segment, so no query attends to them
         segments = splash_attention.SegmentIds(
             q=jnp.zeros(padded_tokens, jnp.int32),
             kv=(jnp.arange(padded_keys) >= keys).astype(jnp.int32),
@@ -137,16 +137,17 @@ def _flash(query, key, value, scale):
 
 
 def _heads_first(x):
-    """(B, T, H, D) -> (B * H, T filled up to a multiple of the lanes, D)."""
+    """(batch, T, heads, head_dim) -> (batch * heads, T padded to a multiple of 128, head_dim)."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _LANES), (0, 0), (0, 0)))
     return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _block_sizes(tokens: int, keys: int, row_bytes: int) -> splash_attention.BlockSizes:
-    """Blocks that fit into 16 MiB of vector memory, two of each array at a time.
+    """Blocks such that two of each array fit into 16 MiB of vector memory.
 
-    As many keys as can be: they are read anew for every block of queries, unless one block holds
-    them all. `SEQ_MINOR` lays positions along the lanes: a head of 40 would fill 40 of 128.
+    The blocks of keys are as large as possible, because the kernel reads the keys again for every
+    block of queries, unless one block holds all keys. `SEQ_MINOR` lays positions along the lanes; a
+    head dimension of 40 would fill only 40 of the 128 lanes.
     """
     block_kv = _block(keys, 2**20 // row_bytes)
     block_kv_dkv = _block(keys, min(2048, 2**18 // row_bytes))
@@ -166,7 +167,7 @@ def _block_sizes(tokens: int, keys: int, row_bytes: int) -> splash_attention.Blo
 
 
 def _block(length: int, limit: int) -> int:
-    """The largest multiple of the lanes that divides `length` and is within `limit`, if one is."""
+    """The largest multiple of 128 that divides `length` and is at most `limit`; at least 128."""
     count = length // _LANES
     return _LANES * max(n for n in range(1, max(limit // _LANES, 1) + 1) if count % n == 0)
 

@@ -1,4 +1,4 @@
-"""`Backbone`: what the rest of the package sees of a frozen diffusion model."""
+"""`Backbone`, the frozen diffusion model that the rest of the package works with."""
 
 import dataclasses
 import functools
@@ -12,34 +12,37 @@ import numpy as np
 
 from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
-from respodiff_jax.backbone.flax_models import by_repeating, with_attention
+from respodiff_jax.backbone.flax_models import upsample_by_repeating, with_attention
 from respodiff_jax.backbone.unet import Conditioning, Skips
 from respodiff_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen text-to-image model: modules, tokenizers and parameters, with images and latents
-    NHWC.
+    """A frozen text-to-image model: its modules, tokenizers and parameters.
 
-    Parameters are an explicit argument of every function that runs inside a compiled step; `params`
-    holds the loaded ones, on the host, for the caller to place.
+    Every method that runs inside a compiled step takes the parameters as its first argument.
+    `params` holds the loaded ones on the host; the caller places them on devices.
+
+    Shapes are channels last: (B, h, w, c) for latents, (B, H, W, C) for the mid-block output, and
+    (B, height, width, 3) for images. n counts prompts, L tokens, D the features of a token and P
+    those of the pooled prompt.
 
     Attributes:
-      identity: `{"name", "revision", "variant", "unet_sha256"}`, what an adapter records of its
-        base model. The hash is that of the UNet's weight files, so two variants (fp16, fp32) of one
-        model differ in it.
+      identity: `{"name", "revision", "variant", "unet_sha256"}`, which an adapter records as its
+        base model. The hash covers the UNet's weight files, so the fp16 and fp32 files of one model
+        have different hashes.
       unet: the unbound `FlaxUNet2DConditionModel`.
       vae: the unbound `FlaxAutoencoderKL`.
-      text_encoders: the unbound CLIP text towers, two for SDXL.
-      tokenizers: their `CLIPTokenizer`s.
+      text_encoders: the unbound CLIP text encoders, one for SD 1.x and 2.x, two for SDXL.
+      tokenizers: the `CLIPTokenizer` of each text encoder.
       scheduler_config: the contents of scheduler/scheduler_config.json.
       params: `{"unet", "vae", "text_encoder"[, "text_encoder_2"]}`, parameter trees in `dtype`.
       dtype: float32 or bfloat16, of parameters and computation.
       zeros_for_empty_prompt: SDXL's `force_zeros_for_empty_prompt`; see `encode_prompts`.
-      attention: implementation in UNet and VAE, "plain", "flash", "cudnn" or "stock"; see
-        `flax_models.with_attention`.
-      load: of a model opened with `abstract=True`: reads the weights of the same files.
+      attention: the implementation in UNet and VAE, "plain", "flash", "cudnn" or "stock"; see
+        `attention.attention`.
+      load: for a model opened with `abstract=True`, reads its weights; else None.
     """
 
     identity: Mapping[str, str | None]
@@ -65,7 +68,7 @@ class Backbone:
 
     @property
     def default_resolution(self) -> int:
-        """The square resolution in pixels that the model was trained for."""
+        """The side, in pixels, of the square images that the model was trained on."""
         return self.unet.sample_size * self.vae_factor
 
     @property
@@ -74,7 +77,14 @@ class Backbone:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     def trained_at(self, resolution: int) -> dict[str, Any]:
-        """What an adapter trained on this model at a resolution, in pixels, says of it."""
+        """The `backbone` entry of an adapter trained on this model.
+
+        Args:
+          resolution: the side of the training images in pixels.
+
+        Returns:
+          `identity` with `resolution` and `prediction_type`.
+        """
         return {
             **self.identity,
             "resolution": resolution,
@@ -82,7 +92,13 @@ class Backbone:
         }
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(h, w, c) of a latent for square images of `resolution` pixels.
+        """The shape of a latent.
+
+        Args:
+          resolution: the side of the square images in pixels.
+
+        Returns:
+          (h, w, c).
 
         Raises:
           UserError: if the UNet cannot halve such latents evenly; names the nearest valid
@@ -93,14 +109,24 @@ class Backbone:
             below = max(resolution // multiple, 1) * multiple
             nearest = f"{below} or {below + multiple}" if resolution > multiple else f"{multiple}"
             raise UserError(
-                f"resolution={resolution}: this model needs a positive multiple of {multiple} "
-                f"pixels; the nearest valid is {nearest} (trained at {self.default_resolution})."
+                f"`resolution` is {resolution}, this model needs a positive multiple of {multiple} "
+                f"pixels; the nearest is {nearest} (trained at {self.default_resolution})"
             )
         side = resolution // self.vae_factor
         return side, side, self.unet.in_channels
 
     def mid_block_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(H, W, C) of h, the mid-block output, for square images of `resolution` pixels."""
+        """The shape of h, the mid-block output.
+
+        Args:
+          resolution: the side of the square images in pixels.
+
+        Returns:
+          (H, W, C).
+
+        Raises:
+          UserError: as `latent_shape`.
+        """
         side = self.latent_shape(resolution)[0] // self._unet_factor
         return side, side, self.unet.block_out_channels[-1]
 
@@ -111,17 +137,47 @@ class Backbone:
     def encode(
         self, params: Mapping, z_t: jax.Array, timesteps: jax.Array, cond: Conditioning
     ) -> tuple[jax.Array, Skips]:
-        """h = e(z_t, t, y) and what g needs beside it; see `unet.encode`."""
+        """The paper's e: the mid-block output h = e(z_t, t, y).
+
+        Args:
+          params: as `self.params`; only "unet" is read.
+          z_t: float32 (B, h, w, c) noisy latents.
+          timesteps: int32 (B,), from 0 to below the number of training timesteps.
+          cond: the prompts' conditioning, leading axis B.
+
+        Returns:
+          h: `dtype` (B, H, W, C).
+          skips: the `Skips` that `decode` needs.
+
+        Raises:
+          UserError: if an argument has the wrong shape.
+        """
         return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond, self.attention)
 
     def decode(self, params: Mapping, h: jax.Array, skips: Skips, remat: bool = False) -> jax.Array:
-        """The model output g(h, ...), (B, h, w, c) fp32; see `unet.decode`."""
+        """The paper's g: the UNet's output g(h, ...), eps or v as in `prediction_type`.
+
+        Args:
+          params: as `self.params`; only "unet" is read.
+          h: float32 or bfloat16 (B, H, W, C) mid-block output, with the deltas added to it.
+          skips: from `encode`.
+          remat: save memory in the gradient: keep each layer's output, compute the rest again.
+
+        Returns:
+          float32 (B, h, w, c).
+        """
         return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention, remat)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Each text encoder's token ids, int32 (n, L); warns of prompts that are cut.
+        """The token ids of prompts; warns if a prompt is too long and is cut.
 
-        Needs no weights: called on an abstract backbone it shows in time what will be cut.
+        It needs no weights, so a model opened with `abstract=True` can give the warning early.
+
+        Args:
+          prompts: n strings.
+
+        Returns:
+          int32 (n, L) for each text encoder.
         """
         ids = []
         for tokenizer, module in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -132,56 +188,65 @@ class Backbone:
     def encode_prompts(
         self, prompts: Sequence[str], resolution: int, params: Mapping | None = None
     ) -> Conditioning:
-        """The prompts' conditioning, as the diffusers pipeline of this model computes it.
+        """The conditioning of prompts, as the diffusers pipeline of this model computes it.
 
-        For an SDXL model with `force_zeros_for_empty_prompt` the empty prompt gives zeros for
-        context and pooled: it means "no negative prompt", for which diffusers uses zeros too.
+        With SDXL's `force_zeros_for_empty_prompt` the empty prompt gives zeros for context and
+        pooled, as diffusers does where there is no negative prompt.
 
         Args:
-          prompts: n >= 1 strings; text beyond the tokenizer's limit is cut with a warning.
-          resolution: of the images to come, in pixels; SDXL is told of it.
-          params: as `self.params`, which are the default.
+          prompts: n >= 1 strings. A prompt over the tokenizer's limit is cut, with a warning.
+          resolution: the side of the images in pixels; SDXL conditions on it.
+          params: as `self.params`, the default; only the text encoders' are read.
 
         Returns:
-          `Conditioning` with leading axis n, in `dtype` (`time_ids` fp32).
+          The conditioning: context `dtype` (n, L, D) and, for SDXL, pooled `dtype` (n, P) and
+          time_ids float32 (n, 6).
 
         Raises:
-          UserError: if prompts is not a non-empty sequence of strings, or the resolution does not
-            fit.
+          UserError: if `prompts` is not a non-empty sequence of strings, or the model does not
+            have this resolution.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise UserError(f"prompts must be a non-empty sequence of strings, got {prompts!r}.")
+            raise UserError(f"`prompts` is {prompts!r}, expected a non-empty sequence of strings")
         self.latent_shape(resolution)
         params = self.params if params is None else params
         ids = self.tokenise(prompts)
         keep = np.array([p != "" or not self.zeros_for_empty_prompt for p in prompts])
-        towers = [p for name, p in sorted(params.items()) if name.startswith("text_encoder")]
-        context, pooled = self._encode_tokens(towers, ids, keep)
+        encoders = [p for name, p in sorted(params.items()) if name.startswith("text_encoder")]
+        context, pooled = self._encode_tokens(encoders, ids, keep)
         if pooled is None:
             return Conditioning(context)
         size = (resolution, resolution)
         time_ids = np.array([[*size, 0, 0, *size]] * len(prompts), np.float32)
         return Conditioning(context, pooled, jnp.asarray(time_ids))
 
-    @functools.cached_property
-    def programs(self) -> dict[Any, Callable]:
-        """Jitted programs that users of this model share, by what tells them apart."""
-        return {}
-
-    @functools.cached_property
-    def _encode_tokens(self) -> Callable:
-        return jax.jit(functools.partial(text.encode_tokens, self.text_encoders))
-
     def decode_latents(self, params: Mapping, z: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3), fp32 in [0, 1], of latents z (B, h, w, c)."""
+        """The images of latents, by the VAE's decoder.
+
+        Args:
+          params: as `self.params`; only "vae" is read.
+          z: float32 (B, h, w, c) latents as the UNet sees them.
+
+        Returns:
+          float32 (B, height, width, 3) in [0, 1].
+        """
 
         def decoder(vae, z):
             return vae.decoder(vae.post_quant_conv(z))
 
         z = z / self.vae.config.scaling_factor
         with (
-            nn.intercept_methods(by_repeating),
+            nn.intercept_methods(upsample_by_repeating),
             nn.intercept_methods(with_attention(self.attention)),
         ):
             images = self.vae.apply({"params": params["vae"]}, z, method=decoder)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+    @functools.cached_property
+    def programs(self) -> dict[Any, Callable]:
+        """A cache for the jitted programs of this model; the caller chooses the keys."""
+        return {}
+
+    @functools.cached_property
+    def _encode_tokens(self) -> Callable:
+        return jax.jit(functools.partial(text.encode_tokens, self.text_encoders))

@@ -1,9 +1,9 @@
-"""The Flax classes of diffusers and transformers, built from a pipeline's config files.
+"""Builds the Flax modules of diffusers and transformers from a pipeline's config files.
 
-The only file that imports them, but for CLIP's, which judges pictures (`clip.py`): a replacement
-UNet, VAE or text tower is a change of this file. The Flax classes ignore options that their PyTorch
-siblings obey; here such options are refused by name, so that a model that would silently compute
-something else is never run.
+Only this file imports these classes, except for the CLIP that judges pictures (`clip.py`), so
+another UNet, VAE or text encoder changes this file alone. The Flax classes ignore some options that
+the PyTorch classes obey. A config that sets such an option is refused, because the Flax model would
+silently compute something else.
 """
 
 import logging
@@ -18,11 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 _DEPRECATION = "Flax classes are deprecated and will be removed in Diffusers"
 
-
-def _is_not_deprecation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_DEPRECATION)
-
-
 # diffusers logs this on import and again for every submodule; setup.py bounds the version instead.
 for _name in (
     "attention_flax",
@@ -32,7 +27,9 @@ for _name in (
     "unets.unet_2d_condition_flax",
     "vae_flax",
 ):
-    logging.getLogger(f"diffusers.models.{_name}").addFilter(_is_not_deprecation)
+    logging.getLogger(f"diffusers.models.{_name}").addFilter(
+        lambda record: not record.getMessage().startswith(_DEPRECATION)
+    )
 
 from diffusers.models import vae_flax  # noqa: E402
 from diffusers.models.attention_flax import (  # noqa: E402
@@ -54,9 +51,9 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
 from respodiff_jax.backbone.attention import attention  # noqa: E402
 from respodiff_jax.errors import UserError  # noqa: E402
 
-LAYER = "layer"  # what `name_layers` names
+LAYER = "layer"  # the name that `name_layers` gives
 
-# What the Flax UNet computes whatever the config says: option -> values that mean just that.
+# Options that the Flax UNet ignores, with the values that mean what it computes.
 _UNET_FIXED = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default", None),
@@ -112,78 +109,79 @@ _TEXT_ENCODERS = {
 }
 
 
-def _check_fixed(where: str, config: Mapping, fixed: Mapping) -> None:
+def _check_options(file: str, config: Mapping, fixed: Mapping, blocks: Mapping) -> None:
     for option, accepted in fixed.items():
         if option in config and config[option] not in accepted:
             raise UserError(
-                f"{where}: {option}={config[option]!r} is not supported by the Flax model, "
-                f"expected {' or '.join(map(repr, accepted))}. Use a Stable Diffusion 1.x, 2.x or "
-                "XL base model."
+                f"{file}: {option} is {config[option]!r}, the Flax model supports only "
+                f"{' or '.join(map(repr, accepted))}; use a Stable Diffusion 1.x, 2.x or XL base "
+                "model"
+            )
+    for option, accepted in blocks.items():
+        kinds = config.get(option, ())
+        if not isinstance(kinds, list | tuple) or any(kind not in accepted for kind in kinds):
+            raise UserError(
+                f"{file}: {option} is {kinds!r}, the Flax model supports a list of only "
+                f"{' or '.join(map(repr, accepted))}"
             )
 
 
-def _check_blocks(where: str, config: Mapping, blocks: Mapping) -> None:
-    for option, accepted in blocks.items():
-        for kind in config.get(option, ()):
-            if kind not in accepted:
-                raise UserError(
-                    f"{where}: {option} holds {kind!r}, expected only {' or '.join(accepted)}."
-                )
-
-
-def _check_unet(where: str, config: Mapping) -> None:
-    _check_fixed(where, config, _UNET_FIXED)
-    _check_blocks(where, config, _UNET_BLOCKS)
+def _check_unet(file: str, config: Mapping) -> None:
+    _check_options(file, config, _UNET_FIXED, _UNET_BLOCKS)
     for option in ("layers_per_block", "cross_attention_dim", "sample_size"):
         if not isinstance(config.get(option), int):
-            raise UserError(f"{where}: {option} must be one integer, got {config.get(option)!r}.")
-    widths = config.get("block_out_channels", ())
-    if not widths or any(width % 32 for width in widths):
+            raise UserError(f"{file}: {option} is {config.get(option)!r}, expected one integer")
+    widths = config.get("block_out_channels")
+    if (
+        not isinstance(widths, list | tuple)
+        or not widths
+        or any(not isinstance(width, int) or width % 32 for width in widths)
+    ):
         raise UserError(
-            f"{where}: block_out_channels must be multiples of the 32 normalisation groups, "
-            f"got {widths}."
+            f"{file}: block_out_channels is {widths!r}, expected a list of multiples of 32, the"
+            " number of normalisation groups"
         )
 
 
-def _check_text_encoder(where: str, config: Mapping) -> None:
+def _check_text_encoder(file: str, config: Mapping) -> None:
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
-        raise UserError(f"{where}: model_type={kind!r}, expected a 'clip_text_model'.")
+        raise UserError(f"{file}: model_type is {kind!r}, expected 'clip_text_model'")
     activation = config.get("hidden_act", "quick_gelu")
-    if activation not in ACT2FN:
-        raise UserError(f"{where}: hidden_act={activation!r}, expected one of {sorted(ACT2FN)}.")
+    if activation not in list(ACT2FN):
+        raise UserError(f"{file}: hidden_act is {activation!r}, expected one of {sorted(ACT2FN)}")
 
 
-def _check_together(where: str, modules: Mapping[str, nn.Module]) -> None:
-    """Do the parts belong together?"""
+def _check_parts_fit(where: str, modules: Mapping[str, nn.Module]) -> None:
     unet, vae = modules["unet"], modules["vae"]
-    towers = [module.config for part, module in modules.items() if part.startswith("text_encoder")]
+    texts = [module.config for part, module in modules.items() if part.startswith("text_encoder")]
+    file = f"{where}: unet/config.json"
     for option in ("in_channels", "out_channels"):
         if getattr(unet, option) != vae.latent_channels:
             raise UserError(
-                f"{where}, unet: {option}={getattr(unet, option)}, expected the VAE's "
-                f"{vae.latent_channels} latents. Inpainting, depth and upscaling models are "
-                "not supported."
+                f"{file}: {option} is {getattr(unet, option)}, expected the VAE's "
+                f"{vae.latent_channels} latent channels; inpainting, depth and upscaling models "
+                "are not supported"
             )
-    width = sum(config.hidden_size for config in towers)
+    width = sum(config.hidden_size for config in texts)
     if width != unet.cross_attention_dim:
         raise UserError(
-            f"{where}: the text encoders give {width} features, the unet's cross_attention_dim is "
-            f"{unet.cross_attention_dim}; the parts belong to different models."
+            f"{file}: cross_attention_dim is {unet.cross_attention_dim}, but the text encoders "
+            f"give {width} features; the parts belong to different models"
         )
     is_xl = unet.addition_embed_type == "text_time"
-    if len(towers) != 1 + is_xl:
+    if len(texts) != 1 + is_xl:
         raise UserError(
-            f"{where}: {len(towers)} text encoder(s) for a unet with addition_embed_type="
-            f"{unet.addition_embed_type!r}; expected one with None or two with 'text_time'."
+            f"{file}: addition_embed_type is {unet.addition_embed_type!r} and the model has "
+            f"{len(texts)} text encoder(s), expected None with one or 'text_time' with two"
         )
     if is_xl:
-        features = 6 * unet.addition_time_embed_dim + towers[1].projection_dim
+        features = 6 * unet.addition_time_embed_dim + texts[1].projection_dim
         if unet.projection_class_embeddings_input_dim != features:
             raise UserError(
-                f"{where}, unet: projection_class_embeddings_input_dim="
+                f"{file}: projection_class_embeddings_input_dim is "
                 f"{unet.projection_class_embeddings_input_dim}, expected {features} for six time "
-                "ids and the pooled text embedding. The SDXL refiner is not supported."
+                "ids and the pooled text embedding; the SDXL refiner is not supported"
             )
 
 
@@ -205,36 +203,34 @@ def build_modules(
       where: the model's name, for messages.
 
     Returns:
-      The modules, keyed as `configs`. SDXL's second text encoder has a projection.
+      The modules by the keys of `configs`. SDXL's second text encoder has a projection.
 
     Raises:
-      UserError: if the Flax classes would not compute the model faithfully, naming the part, the
-        option, what was expected and what came.
+      UserError: if the Flax classes would not compute the model faithfully; names the file and the
+        option.
     """
     modules = {}
     for part, config in configs.items():
-        at = f"{where}, {part}"
+        file = f"{where}: {part}/config.json"
         if part == "unet":
-            _check_unet(at, config)
+            _check_unet(file, config)
             modules[part] = _build(FlaxUNet2DConditionModel, config, dtype)
         elif part == "vae":
-            _check_fixed(at, config, _VAE_FIXED)
-            _check_blocks(at, config, _VAE_BLOCKS)
+            _check_options(file, config, _VAE_FIXED, _VAE_BLOCKS)
             modules[part] = _build(FlaxAutoencoderKL, config, dtype)
         else:
-            _check_text_encoder(at, config)
-            tower = _TEXT_ENCODERS[part]
-            modules[part] = tower(config=CLIPTextConfig(**config), dtype=dtype)
-    _check_together(where, modules)
+            _check_text_encoder(file, config)
+            module_class = _TEXT_ENCODERS[part]
+            modules[part] = module_class(config=CLIPTextConfig(**config), dtype=dtype)
+    _check_parts_fit(where, modules)
     return modules
 
 
-def as_trained(next_function: Callable, args: tuple, kwargs: Mapping, context: Any) -> jax.Array:
-    """A `flax.linen` interceptor that makes the Flax UNet compute what its weights were trained
-    for.
+def match_pytorch(next_function: Callable, args: tuple, kwargs: Mapping, context: Any) -> jax.Array:
+    """A `flax.linen` interceptor that makes the Flax UNet compute what PyTorch's UNet computes.
 
-    diffusers' Flax UNet departs from its PyTorch one, which trained them, in the transformer
-    blocks: GELU is approximated by tanh, and the group norm's epsilon is 1e-5 instead of 1e-6. On a
+    The weights were trained with diffusers' PyTorch UNet. The Flax UNet differs in the transformer
+    blocks: it approximates GELU by tanh, and the group norm's epsilon is 1e-5 instead of 1e-6. On a
     small random SDXL-like model that alone moves the mid-block output by 3e-4.
     """
     module = context.module
@@ -247,11 +243,14 @@ def as_trained(next_function: Callable, args: tuple, kwargs: Mapping, context: A
     return next_function(*args, **kwargs)
 
 
-def by_repeating(next_function: Callable, args: tuple, kwargs: Mapping, context: Any) -> jax.Array:
-    """A `flax.linen` interceptor that doubles pictures by repeating their positions.
+def upsample_by_repeating(
+    next_function: Callable, args: tuple, kwargs: Mapping, context: Any
+) -> jax.Array:
+    """A `flax.linen` interceptor that doubles the resolution by repeating positions.
 
-    The stock layers look every position up, the same to the last bit, but the gradient of a look-up
-    is a scatter, which accelerators do one element at a time; that of repeating is a sum.
+    The stock layers look up every position, with the same result to the last bit. But the gradient
+    of a look-up is a scatter, which accelerators do one element at a time, while the gradient of
+    repeating is a sum.
     """
     module = context.module
     if context.method_name == "__call__" and isinstance(
@@ -265,13 +264,13 @@ def by_repeating(next_function: Callable, args: tuple, kwargs: Mapping, context:
 
 
 def with_attention(implementation: str) -> Callable:
-    """A `flax.linen` interceptor that gives the UNet's and the VAE's attention another core.
+    """A `flax.linen` interceptor that replaces the attention of the UNet and the VAE.
 
-    Projections and everything else stay the module's own. The heads stay the last axis but one: the
-    stock UNet moves them to the batch and back.
+    The modules keep their projections. The heads stay on the last axis but one, whereas the stock
+    UNet moves them to the batch axis and back.
 
     Args:
-      implementation: see `attention.attention`; "stock" leaves the modules as they are.
+      implementation: see `attention.attention`; "stock" changes nothing.
     """
 
     def intercept(next_function, args, kwargs, context):
@@ -279,17 +278,17 @@ def with_attention(implementation: str) -> Callable:
         if implementation == "stock":
             return next_function(*args, **kwargs)
         if context.method_name == "__call__" and isinstance(module, FlaxAttention):
-            return of_unet(module, *args, **kwargs)
+            return unet_attention(module, *args, **kwargs)
         if context.method_name == "__call__" and isinstance(module, FlaxAttentionBlock):
-            return of_vae(module, *args, **kwargs)
+            return vae_attention(module, *args, **kwargs)
         return next_function(*args, **kwargs)
 
-    def of_unet(module, hidden_states, context=None, deterministic=True):
+    def unet_attention(module, hidden_states, context=None, deterministic=True):
         del deterministic  # there is no dropout
         tokens = hidden_states if context is None else context
         return module.proj_attn(attend(module, hidden_states, tokens, module.heads))
 
-    def of_vae(module, hidden_states):
+    def vae_attention(module, hidden_states):
         x = module.group_norm(hidden_states)
         x = x.reshape(len(x), -1, module.channels)
         x = module.proj_attn(attend(module, x, x, module.num_heads))
@@ -308,7 +307,7 @@ def with_attention(implementation: str) -> Callable:
 
 
 def name_layers(next_function, args, kwargs, context):
-    """A `flax.linen` interceptor that names the UNet's layers' outputs, for `jax.checkpoint`."""
+    """A `flax.linen` interceptor that names the outputs of the UNet's layers (`jax.checkpoint`)."""
     output = next_function(*args, **kwargs)
     if isinstance(context.module, FlaxResnetBlock2D | FlaxBasicTransformerBlock):
         return checkpoint_name(output, LAYER)
@@ -316,7 +315,7 @@ def name_layers(next_function, args, kwargs, context):
 
 
 def abstract_params(module: nn.Module) -> dict:
-    """The module's parameter tree as fp32 `ShapeDtypeStruct`s; nothing is allocated or computed."""
+    """The module's parameters as float32 `ShapeDtypeStruct`s; allocates and computes nothing."""
     key = jax.random.key(0)
     if isinstance(module, (FlaxUNet2DConditionModel, FlaxAutoencoderKL)):
         return jax.eval_shape(module.init_weights, key)
@@ -325,11 +324,11 @@ def abstract_params(module: nn.Module) -> dict:
 
 
 def compute_dtype(dtype: str) -> np.dtype:
-    """The dtype of that name.
+    """The numpy dtype of a name.
 
     Raises:
-      UserError: unless it is float32 or bfloat16.
+      UserError: unless the name is "float32" or "bfloat16".
     """
     if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
+        raise UserError(f"`dtype` is {dtype!r}, expected 'float32' or 'bfloat16'")
     return jnp.dtype(dtype)

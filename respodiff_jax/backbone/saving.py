@@ -1,4 +1,4 @@
-"""`Backbone` -> a diffusers folder, for `load_backbone` and PyTorch's `DiffusionPipeline` alike."""
+"""Saves a `Backbone` as a diffusers folder, for `load_backbone` and PyTorch's diffusers."""
 
 import json
 import pathlib
@@ -25,13 +25,13 @@ def save_backbone(
     params: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes a Stable Diffusion pipeline trained in JAX as a diffusers folder.
+    """Writes a Stable Diffusion pipeline as a diffusers folder.
 
     Args:
-      backbone: modules, tokenizers and scheduler config to write.
-      folder: made if it does not exist; files there are overwritten.
-      params: as `backbone.params`, which are the default.
-      dtype: of the weight files, "float32", "float16" or "bfloat16".
+      backbone: the modules, tokenizers and scheduler config to write.
+      folder: created if it does not exist; existing files are overwritten.
+      params: as `backbone.params`, the default.
+      dtype: "float32", "float16" or "bfloat16", of the weight files.
     """
     folder = pathlib.Path(folder)
     params = backbone.params if params is None else params
@@ -54,9 +54,9 @@ def save_backbone(
         index[f"text_encoder{suffix}"] = ["transformers", model]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
         part = folder / f"text_encoder{suffix}"
-        # transformers 5 computes in the dtype of the files unless told, diffusers in float32.
-        told = {"architectures": [model], "dtype": "float32"}
-        _write_json(part / "config.json", module.config.to_diff_dict() | told)
+        # Without a dtype, transformers 5 computes in that of the files, diffusers in float32.
+        added = {"architectures": [model], "dtype": "float32"}
+        _write_json(part / "config.json", module.config.to_diff_dict() | added)
         save_weights(params[f"text_encoder{suffix}"], part / "model.safetensors", dtype)
         tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
 

@@ -1,4 +1,4 @@
-"""Prompts to conditioning: tokenisation and the CLIP text towers, as in diffusers' pipelines."""
+"""Turns prompts into conditioning with CLIP text encoders, as diffusers' pipelines do."""
 
 import json
 import pathlib
@@ -15,10 +15,18 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
-    """Token ids, int32 (len(prompts), length): begin, text, end, then padding.
+    """The token ids of prompts: begin, text, end, then padding.
 
-    A prompt that is too long is cut as diffusers cuts it, with a warning that names the prompt and
-    the lost text.
+    A prompt that is too long is cut as diffusers cuts it. A warning names the prompt and the text
+    that is lost.
+
+    Args:
+      tokenizer: the text encoder's tokenizer.
+      prompts: n strings.
+      length: L, the number of tokens that the text encoder reads.
+
+    Returns:
+      int32 (n, L).
     """
     ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
     rows = tokenizer(list(prompts), verbose=False)["input_ids"]
@@ -27,7 +35,7 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> n
             lost = tokenizer.decode(row[length - 1 : -1])
             warnings.warn(
                 f"prompt {prompt!r} has {len(row)} tokens, the text encoder reads {length}; "
-                f"not read: {lost!r}. Shorten the prompt.",
+                f"not read: {lost!r}. Shorten the prompt",
                 stacklevel=3,
             )
             row = [*row[: length - 1], row[-1]]
@@ -41,20 +49,22 @@ def encode_tokens(
     ids: Sequence[jax.Array],
     keep: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs the text towers.
+    """Runs the text encoders.
 
-    One tower (SD 1.x, 2.x): its last hidden state after the final layer norm. Two (SDXL): their
-    penultimate hidden states side by side, and the second's projected embedding as `pooled`.
+    With one text encoder (SD 1.x, 2.x) the context is its last hidden state, after the final layer
+    norm. With two (SDXL) the context is the penultimate hidden states of both, concatenated, and
+    pooled is the projected embedding of the second.
 
     Args:
       text_encoders: one or two CLIP text modules.
-      params: their parameters.
-      ids: their token ids, int32 (n, L); every position is attended to, padding too, as in
-        training.
-      keep: bool (n,); the outputs of prompts not kept are zeros.
+      params: the parameters of each.
+      ids: int32 (n, L) token ids for each. Every position is attended to, padding included, as in
+        Stable Diffusion's training.
+      keep: bool (n,); the outputs are zeros where it is False.
 
     Returns:
-      context (n, L, D) and pooled (n, P) or None.
+      context: the modules' dtype (n, L, D).
+      pooled: the modules' dtype (n, P) for two text encoders, else None.
     """
     outputs = []
     for module, module_params, tokens in zip(text_encoders, params, ids, strict=True):
@@ -79,7 +89,7 @@ def encode_tokens(
 
 
 def byte_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer whose tokens are single bytes: 514 entries, no merges, no files to fetch."""
+    """A CLIP tokenizer with a token for each byte: 514 entries, no merges, nothing to download."""
     symbols = list(bytes_to_unicode().values())
     vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""The paper's e and g: the frozen UNet cut at its mid-block output.
+"""The paper's e and g: the frozen UNet, cut at the mid-block output h.
 
-`h, skips = encode(...)` is h = e(z_t, t, y); `decode(..., h + delta, skips)` is g(h + delta, ...).
-Both call the submodules of diffusers' own UNet, so `decode(encode(...))` equals the stock model
-(with `flax_models.as_trained`) to the last bit. Encode once and decode many times: the decoder
-needs nothing but h and the skips.
+`encode` computes h = e(z_t, t, y), and `decode` computes g(h, ...) from h and the skips. A latent
+can be encoded once and decoded many times, with different deltas added to h.
+
+Both call the submodules of diffusers' Flax UNet, so `decode(encode(...))` equals the whole UNet
+(with `flax_models.match_pytorch`) to the last bit. `Backbone` explains the letters in shapes.
 """
 
 from typing import NamedTuple
@@ -14,21 +15,21 @@ import jax.numpy as jnp
 
 from respodiff_jax.backbone.flax_models import (
     LAYER,
-    as_trained,
-    by_repeating,
+    match_pytorch,
     name_layers,
+    upsample_by_repeating,
     with_attention,
 )
 from respodiff_jax.errors import UserError
 
 
 class Conditioning(NamedTuple):
-    """All that the UNet knows of a prompt; a pytree, so prompts stack, slice and shard like arrays.
+    """What the UNet gets of a prompt; a pytree, so prompts stack, slice and shard like arrays.
 
     Attributes:
-      context: (..., L, D) text encoder hidden states; SDXL: of both encoders, concatenated.
-      pooled: (..., P) SDXL: the second text encoder's projected embedding; else None.
-      time_ids: (..., 6) fp32, SDXL: original size, crop corner, target size; else None.
+      context: (..., L, D) hidden states of the text encoder; for SDXL, of both, concatenated.
+      pooled: (..., P) for SDXL, the second text encoder's projected embedding; else None.
+      time_ids: float32 (..., 6) for SDXL, original size, crop corner and target size; else None.
     """
 
     context: jax.Array
@@ -37,11 +38,18 @@ class Conditioning(NamedTuple):
 
 
 class Skips(NamedTuple):
-    """What the decoder needs beside h; a pytree whose arrays all lead with the batch axis."""
+    """What `decode` needs besides h; a pytree whose arrays all have the leading axis B.
 
-    residuals: tuple[jax.Array, ...]  # outputs of conv_in and of every down layer, (B, ., ., .)
-    temb: jax.Array  # (B, 4 * block_out_channels[0]) time (and SDXL size and text) embedding
-    context: jax.Array  # (B, L, D) text encoder hidden states
+    Attributes:
+      residuals: (B, ., ., .) outputs of conv_in and of every down layer.
+      temb: (B, 4 * block_out_channels[0]) embedding of the timestep and, for SDXL, of the image
+        size and the pooled prompt.
+      context: (B, L, D) hidden states of the text encoder.
+    """
+
+    residuals: tuple[jax.Array, ...]
+    temb: jax.Array
+    context: jax.Array
 
 
 def _takes_context(block: nn.Module) -> bool:
@@ -77,7 +85,7 @@ def _decode(unet, h, skips):
 def _check_inputs(unet, z_t, timesteps, cond):
     if z_t.ndim != 4 or z_t.shape[-1] != unet.in_channels:
         raise UserError(
-            f"z_t must be (B, h, w, {unet.in_channels}), channels last; got {z_t.shape}."
+            f"`z_t` has shape {z_t.shape}, expected (B, h, w, {unet.in_channels}), channels last"
         )
     batch = z_t.shape[0]
     expected = {
@@ -87,7 +95,7 @@ def _check_inputs(unet, z_t, timesteps, cond):
     if unet.addition_embed_type == "text_time":
         if cond.pooled is None or cond.time_ids is None:
             raise UserError(
-                "SDXL needs cond.pooled and cond.time_ids; see Backbone.encode_prompts."
+                "SDXL needs `cond.pooled` and `cond.time_ids`, which Backbone.encode_prompts gives"
             )
         expected |= {
             "cond.pooled": (cond.pooled, (batch, None)),
@@ -98,7 +106,9 @@ def _check_inputs(unet, z_t, timesteps, cond):
             e not in (None, g) for e, g in zip(shape, value.shape, strict=True)
         ):
             wanted = ", ".join("." if e is None else str(e) for e in shape)
-            raise UserError(f"{name} must be ({wanted}) for {batch} latents, got {value.shape}.")
+            raise UserError(
+                f"`{name}` has shape {value.shape}, expected ({wanted}) for {batch} latents"
+            )
 
 
 def encode(
@@ -109,24 +119,25 @@ def encode(
     cond: Conditioning,
     attention: str = "plain",
 ) -> tuple[jax.Array, Skips]:
-    """The paper's e: h = e(z_t, t, y), the mid-block output.
+    """The paper's e: the mid-block output h = e(z_t, t, y).
 
     Args:
       unet: a `FlaxUNet2DConditionModel`.
       params: its parameters.
-      z_t: (B, h, w, c) latents, any float dtype; computed in `unet.dtype`.
-      timesteps: (B,) integers in [0, number of training timesteps).
-      cond: the prompts' `Conditioning`, leading axis B.
-      attention: implementation, see `attention.attention`.
+      z_t: float32 (B, h, w, c) noisy latents.
+      timesteps: int32 (B,), from 0 to below the number of training timesteps.
+      cond: the prompts' conditioning, leading axis B.
+      attention: the implementation, see `attention.attention`.
 
     Returns:
-      h (B, H, W, C) in `unet.dtype`, and the `Skips` that `decode` needs.
+      h: `unet.dtype` (B, H, W, C).
+      skips: the `Skips` that `decode` needs.
 
     Raises:
-      UserError: if an argument's shape does not fit, naming it.
+      UserError: if an argument has the wrong shape.
     """
     _check_inputs(unet, z_t, timesteps, cond)
-    with nn.intercept_methods(as_trained), nn.intercept_methods(with_attention(attention)):
+    with nn.intercept_methods(match_pytorch), nn.intercept_methods(with_attention(attention)):
         return unet.apply({"params": params}, z_t, timesteps, cond, method=_encode)
 
 
@@ -138,25 +149,26 @@ def decode(
     attention: str = "plain",
     remat: bool = False,
 ) -> jax.Array:
-    """The paper's g: the model's output (eps, or v for a v-prediction model) from h and the skips.
+    """The paper's g: the UNet's output (eps, or v for a v-prediction model).
 
     Args:
       unet: a `FlaxUNet2DConditionModel`.
-      params: its parameters; the encoder's are not used.
-      h: (B, H, W, C) mid-block output with whatever was added to it; cast to `unet.dtype`.
+      params: its parameters; those of the encoder are not used.
+      h: float32 or bfloat16 (B, H, W, C) mid-block output, with the deltas added to it; cast to
+        `unet.dtype`.
       skips: from `encode`.
-      attention: as of `encode`.
-      remat: keep only each layer's output for the gradient, and compute the rest again.
+      attention: the implementation, see `attention.attention`.
+      remat: save memory in the gradient: keep each layer's output, compute the rest again.
 
     Returns:
-      (B, h, w, c) fp32.
+      float32 (B, h, w, c).
     """
 
     def apply(params, h, skips):
         with (
             nn.intercept_methods(name_layers),
-            nn.intercept_methods(as_trained),
-            nn.intercept_methods(by_repeating),
+            nn.intercept_methods(match_pytorch),
+            nn.intercept_methods(upsample_by_repeating),
             nn.intercept_methods(with_attention(attention)),
         ):
             return unet.apply({"params": params}, h, skips, method=_decode)

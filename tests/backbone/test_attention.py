@@ -1,8 +1,8 @@
-"""Attention cores: the kernels, interpreted on the CPU, against plain attention, and where they
-sit.
+"""The attention kernels, interpreted on the CPU, against plain attention; and which modules use
+them.
 
-`pytest -m tpu_compile` compiles the TPU kernels with libtpu and without a TPU; `test_gpu.py` runs
-cuDNN's.
+`pytest -m tpu_compile` compiles the TPU kernels with libtpu, without a TPU. `test_gpu.py` runs the
+cuDNN kernel.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ P = PartitionSpec
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU kernels run on the CPU, on attentions of any size."""
+    """Runs the TPU kernels on the CPU, for attentions of any size."""
     make = splash_attention.make_splash_mha_single_device
     monkeypatch.setattr(
         splash_attention, "make_splash_mha_single_device", partial(make, interpret=True)
@@ -56,8 +56,8 @@ def value_and_gradients(implementation, query, key, value, cotangent):
     return out, *vjp(cotangent)
 
 
-def by_hand(query, key, value, scale):
-    """In float64."""
+def numpy_attention(query, key, value, scale):
+    """Attention in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     scores = scale * np.einsum("bthd,bshd->bhts", query, key)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -66,22 +66,22 @@ def by_hand(query, key, value, scale):
 
 
 def assert_close(found, expected, tolerance):
-    """Relative to the largest element."""
+    """Compares relative to the largest element."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
-def test_plain_attention_by_hand():
+def test_plain_attention_equals_numpy():
     query, key, value, _ = inputs(12, 7, 3, 8, batch=2)
-    assert_close(attention(query, key, value, 0.3), by_hand(query, key, value, 0.3), 1e-6)
+    assert_close(attention(query, key, value, 0.3), numpy_attention(query, key, value, 0.3), 1e-6)
 
 
-def test_the_softmax_of_bfloat16_is_float32():
-    """Scores of 50, in bfloat16, would be off by 0.1."""
+def test_softmax_is_float32_for_bfloat16_inputs():
+    """In bfloat16, scores of 50 would be off by 0.1."""
     query, key, value, _ = inputs(16, 64, 1, 32, dtype=jnp.bfloat16)
     out = attention(query, key, value, 2.0)
     assert out.dtype == jnp.bfloat16
-    assert_close(out, by_hand(query, key, value, 2.0), 0.01)
+    assert_close(out, numpy_attention(query, key, value, 2.0), 0.01)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_flash_equals_plain(tokens, keys, head_dim, interpreted):
         assert_close(ours, theirs, 1e-5)
 
 
-def test_flash_in_bfloat16_is_as_exact_as_plain(interpreted):
+def test_flash_is_as_exact_as_plain_in_bfloat16(interpreted):
     args = inputs(256, 256, heads=2, head_dim=40, dtype=jnp.bfloat16)
     exact = value_and_gradients("plain", *(x.astype(jnp.float32) for x in args))
     for implementation in ("flash", "plain"):
@@ -108,7 +108,7 @@ def test_flash_in_bfloat16_is_as_exact_as_plain(interpreted):
 
 @pytest.mark.parametrize("tokens", [128, 640, 2304, 4096, 9216, 10880])
 @pytest.mark.parametrize("row_bytes", [80, 128, 256, 1024, 2048])
-def test_blocks_divide_what_they_are_of(tokens, row_bytes):
+def test_kernel_blocks_divide_their_axes(tokens, row_bytes):
     sizes = attention_lib._block_sizes(tokens, tokens, row_bytes)
     for block in (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv):
         assert block % 128 == 0 and tokens % block == 0
@@ -120,7 +120,7 @@ def test_blocks_divide_what_they_are_of(tokens, row_bytes):
 @pytest.mark.parametrize(
     ("implementation", "tokens", "keys", "head_dim", "is_fused"),
     [
-        # SD 1.4 at 512 pixels: self-attention of three levels, cross-attention of two
+        # SD 1.4 at 512 pixels: self-attention at three levels, cross-attention at two
         ("flash", 4096, 4096, 40, True),
         ("flash", 1024, 1024, 80, True),
         ("flash", 256, 256, 160, False),
@@ -132,7 +132,9 @@ def test_blocks_divide_what_they_are_of(tokens, row_bytes):
         ("plain", 4096, 4096, 40, False),
     ],
 )
-def test_large_attentions_are_fused(implementation, tokens, keys, head_dim, is_fused, monkeypatch):
+def test_only_large_attentions_are_fused(
+    implementation, tokens, keys, head_dim, is_fused, monkeypatch
+):
     fused = []
 
     def core(query, key, value, scale):
@@ -149,8 +151,8 @@ def test_large_attentions_are_fused(implementation, tokens, keys, head_dim, is_f
     assert fused == [0.125] * is_fused
 
 
-def test_a_transformer_block_with_flash(interpreted):
-    """Self- and cross-attention, with the gradient that trains the modules."""
+def test_transformer_block_with_flash_equals_stock(interpreted):
+    """Compares self- and cross-attention, and the gradient that trains the modules."""
     block = FlaxBasicTransformerBlock(dim=32, n_heads=2, d_head=16)
     x = jax.random.normal(jax.random.key(0), (2, 64, 32))
     context = jax.random.normal(jax.random.key(1), (2, 77, 24))
@@ -172,12 +174,11 @@ def test_a_transformer_block_with_flash(interpreted):
     for theirs, same, ours in zip(expected, plain, flash, strict=True):
         assert_close(same, theirs, 1e-6)
         assert_close(ours, theirs, 1e-5)
-        assert np.abs(ours - theirs).max() > 0  # other sums, so it is another core
+        assert np.abs(ours - theirs).max() > 0  # rounded differently, so the kernel did run
 
 
 @pytest.mark.parametrize("architecture", ["tiny", "tiny-xl"])
-def test_every_attention_has_the_core(architecture, monkeypatch):
-    """Also that of the autoencoder, which the stock module computes in other steps."""
+def test_every_attention_of_unet_and_vae_is_replaced(architecture, monkeypatch):
     lengths = []
 
     def core(query, key, value, scale):
@@ -200,7 +201,7 @@ def test_every_attention_has_the_core(architecture, monkeypatch):
     assert len(lengths) == modules + 1 and lengths[-1] == (64, 64)
 
 
-def test_vae_equals_the_stock_one(tiny_backbone):
+def test_vae_equals_stock_vae(tiny_backbone):
     z = jax.random.normal(jax.random.key(1), (2, *tiny_backbone.latent_shape(16)))
 
     def stock(params, z):
@@ -216,7 +217,7 @@ def test_vae_equals_the_stock_one(tiny_backbone):
 
 
 def on_mesh(function, args, spec):
-    """Results on two concept × four data devices, and the compiled program's text."""
+    """The results on two concept × four data devices, and the compiled program's text."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("concept", "data"))
 
     def partitioned(*args):
@@ -228,8 +229,8 @@ def on_mesh(function, args, spec):
     return compiled(*args), compiled.as_text()
 
 
-def test_devices_attend_for_their_own_samples(interpreted):
-    """Where XLA partitions the program, with the concepts in two shards and the batch in four."""
+def test_devices_attend_only_for_their_own_samples(interpreted):
+    """XLA partitions the program, the concepts into two shards and the batch into four."""
     args = [jnp.stack([x, 2 * x]) for x in inputs(128, 128, 1, 8, batch=4)]
     found, program = on_mesh(partial(value_and_gradients, "flash"), args, P("concept", "data"))
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
@@ -240,7 +241,7 @@ def test_devices_attend_for_their_own_samples(interpreted):
         assert_close(ours, theirs, 1e-5)
 
 
-def test_a_batch_that_devices_cannot_share_is_everywhere(interpreted):
+def test_batch_that_does_not_divide_is_computed_on_every_device(interpreted):
     args = [jnp.stack([x, 2 * x]) for x in inputs(128, 128, 1, 8, batch=3)[:3]]
     attend = partial(attention, scale=0.3)
     found, program = on_mesh(partial(attend, implementation="flash"), args, P("concept"))
@@ -248,7 +249,7 @@ def test_a_batch_that_devices_cannot_share_is_everywhere(interpreted):
     assert_close(found, jax.vmap(attend)(*args), 1e-5)
 
 
-def on(monkeypatch, backend, capability=""):
+def pretend(monkeypatch, backend, capability=""):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
 
@@ -266,8 +267,8 @@ def on(monkeypatch, backend, capability=""):
         ("gpu", "gfx90a", jnp.bfloat16, "plain"),
     ],
 )
-def test_auto_is_what_the_device_has(backend, capability, dtype, chosen, monkeypatch):
-    on(monkeypatch, backend, capability)
+def test_auto_chooses_the_fastest_attention(backend, capability, dtype, chosen, monkeypatch):
+    pretend(monkeypatch, backend, capability)
     assert choose_attention("auto", jnp.dtype(dtype)) == chosen
     assert choose_attention(chosen, jnp.dtype(dtype)) == chosen
 
@@ -275,22 +276,25 @@ def test_auto_is_what_the_device_has(backend, capability, dtype, chosen, monkeyp
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("flash", "attention='flash' needs a TPU; this is cpu with bfloat16. Use 'auto'"),
-        ("cudnn", "attention='cudnn' needs bfloat16 and an NVIDIA GPU"),
-        ("fast", "attention='fast': expected one of auto, plain, flash, cudnn"),
+        (
+            "flash",
+            "`attention` is 'flash', which needs a TPU; this is cpu with bfloat16: use 'auto'",
+        ),
+        ("cudnn", "`attention` is 'cudnn', which needs bfloat16 and an NVIDIA GPU"),
+        ("fast", "`attention` is 'fast', expected one of auto, plain, flash, cudnn"),
     ],
 )
-def test_attention_that_is_not_here_is_refused(attention, message):
+def test_unavailable_attention_is_refused(attention, message):
     with pytest.raises(UserError, match=message):
         load_backbone("random/tiny", dtype="bfloat16", attention=attention, abstract=True)
 
 
-def test_a_run_has_the_attention_of_its_config(tmp_path):
+def test_training_uses_the_attention_of_its_config(tmp_path):
     config = default()
     add_concepts(config, GENDER)
     config.model.name, config.model.attention = "random/tiny", "flash"
     config.train.batch_size = jax.device_count()
-    with pytest.raises(UserError, match="attention='flash' needs a TPU"):
+    with pytest.raises(UserError, match="`attention` is 'flash', which needs a TPU"):
         train(config, str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""The frozen model: parity with PyTorch and with the stock Flax UNet."""
+"""The frozen model equals PyTorch's pipelines and the stock Flax UNet."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from respodiff_jax.backbone import (
     random_backbone,
     save_backbone,
 )
-from respodiff_jax.backbone.flax_models import as_trained
+from respodiff_jax.backbone.flax_models import match_pytorch
 from respodiff_jax.errors import UserError
 
 PROMPTS = ["a woman", "a person", "the man, 35", ""]
@@ -68,7 +68,7 @@ def _stock(backbone, params, z, timesteps, cond):
 
     def apply(params, z):
         z_nchw = jnp.moveaxis(z, -1, 1)
-        with nn.intercept_methods(as_trained):
+        with nn.intercept_methods(match_pytorch):
             out = backbone.unet.apply({"params": params}, z_nchw, timesteps, cond.context, added)
         return jnp.moveaxis(out.sample, 1, -1)
 
@@ -105,7 +105,7 @@ def test_encode_and_decode_equal_pytorch(pair):
 
 
 @pytest.mark.parametrize("pair", ["sd_folder", "sdxl_folder"], indirect=True)
-def test_decode_of_encode_is_the_stock_unet_bit_for_bit(pair):
+def test_encode_then_decode_equals_stock_unet_bit_for_bit(pair):
     backbone, _ = pair
     inputs = _inputs(backbone)
     h, skips = jax.jit(backbone.encode)(backbone.params, *inputs)
@@ -113,8 +113,8 @@ def test_decode_of_encode_is_the_stock_unet_bit_for_bit(pair):
     np.testing.assert_array_equal(eps, _stock(backbone, backbone.params, *inputs))
 
 
-def test_the_gradient_scatters_nothing(tiny_backbone):
-    """The stock upsampling's does, position by position."""
+def test_gradient_has_no_scatter(tiny_backbone):
+    """The gradient of the stock upsampling is a scatter, position by position."""
     h, skips = jax.jit(tiny_backbone.encode)(tiny_backbone.params, *_inputs(tiny_backbone))
 
     def loss(h):
@@ -134,7 +134,7 @@ def test_bfloat16_is_close_to_float32(pair):
     assert cond.time_ids.dtype == jnp.float32
     h, skips = jax.jit(rounded.encode)(rounded.params, z, timesteps, cond)
     assert {x.dtype.name for x in jax.tree.leaves((h, skips))} == {"bfloat16"}
-    # What is added is fp32, as the adapters are.
+    # Deltas are added in fp32, so h is fp32.
     eps = jax.jit(rounded.decode)(rounded.params, h.astype(jnp.float32), skips)
     assert eps.dtype == jnp.float32
 
@@ -143,7 +143,7 @@ def test_bfloat16_is_close_to_float32(pair):
     assert 0 < np.abs(eps - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_norms_and_softmax_are_computed_in_float32_and_products_in_bfloat16():
+def test_bfloat16_model_computes_norms_and_softmax_in_float32():
     backbone = random_backbone("tiny", dtype="bfloat16", abstract=True)
     shape = jax.ShapeDtypeStruct
 
@@ -158,7 +158,7 @@ def test_norms_and_softmax_are_computed_in_float32_and_products_in_bfloat16():
     )
     text = jax.jit(predict).lower(backbone.params, *inputs).as_text()
     for op, dtype in {
-        "reduce": "f32",  # means and variances, the softmax's largest and sum
+        "reduce": "f32",  # means and variances, maximum and sum of the softmax
         "rsqrt": "f32",
         "convolution": "bf16",
         "dot_general": "bf16",
@@ -167,7 +167,7 @@ def test_norms_and_softmax_are_computed_in_float32_and_products_in_bfloat16():
         assert {re.search(r"x(bf16|f32)>", line)[1] for line in lines} == {dtype}, op
 
 
-def test_prompts_equal_pytorch(pair):
+def test_encoded_prompts_equal_pytorch(pair):
     backbone, pipeline = pair
     cond = backbone.encode_prompts(PROMPTS, 16)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_prompts_equal_pytorch(pair):
     np.testing.assert_allclose(cond.context, context, atol=1e-4, rtol=0)
 
 
-def test_empty_prompt_of_sdxl_is_no_negative_prompt(sdxl_folder, tmp_path):
+def test_empty_sdxl_prompt_equals_no_negative_prompt(sdxl_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(sdxl_folder)
     with torch.no_grad():
         _, negative, _, negative_pooled = pipeline.encode_prompt("a man", device="cpu")
@@ -208,7 +208,7 @@ def test_empty_prompt_of_sdxl_is_no_negative_prompt(sdxl_folder, tmp_path):
     np.testing.assert_allclose(cond.pooled, negative_pooled, atol=1e-4, rtol=0)
 
 
-def test_images_equal_pytorch(pair):
+def test_decoded_images_equal_pytorch(pair):
     backbone, pipeline = pair
     z = 0.3 * jax.random.normal(jax.random.key(3), (2, *backbone.latent_shape(16)))
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_images_equal_pytorch(pair):
     np.testing.assert_allclose(images, expected, atol=1e-4, rtol=0)
 
 
-def test_prompt_over_the_limit_warns_with_the_lost_text(sd_folder):
+def test_too_long_prompt_warns_with_the_lost_text(sd_folder):
     backbone = load_backbone(sd_folder)
     prompt = "woman " * 14 + "man person"
     with pytest.warns(UserWarning, match=r"has 18 tokens, .* reads 16; not read: 'man person ?'"):
@@ -263,7 +263,7 @@ def test_published_architectures(architecture, resolution, latent, mid_block, un
     assert eps.shape == z.shape and eps.dtype == jnp.float32
 
 
-def test_random_backbone_depends_on_the_seed_alone():
+def test_random_weights_depend_only_on_the_seed():
     a, b, c = (random_backbone("tiny", seed=seed) for seed in (1, 1, 2))
     assert a.identity["name"] == "random/tiny" and a.identity["revision"] == "seed-1"
     assert a.identity == b.identity
@@ -305,7 +305,7 @@ def test_saved_backbone_loads_here_and_in_pytorch(architecture, tmp_path):
 @pytest.mark.parametrize(
     ("resolution", "nearest"), [(18, "16 or 20"), (3, "is 4 "), (0, "is 4 "), (-8, "is 4 ")]
 )
-def test_resolution_that_does_not_fit_names_the_nearest(resolution, nearest):
+def test_invalid_resolution_names_the_nearest_valid_ones(resolution, nearest):
     backbone = random_backbone("tiny", abstract=True)
     with pytest.raises(UserError, match=rf"multiple of 4 pixels.*{nearest}"):
         backbone.latent_shape(resolution)
@@ -313,7 +313,7 @@ def test_resolution_that_does_not_fit_names_the_nearest(resolution, nearest):
         backbone.encode_prompts(["a man"], resolution)
 
 
-def test_inputs_of_a_wrong_shape_are_named():
+def test_wrong_input_shapes_are_named():
     backbone = random_backbone("tiny-xl", abstract=True)
     shape = jax.ShapeDtypeStruct
     good = {
@@ -331,15 +331,15 @@ def test_inputs_of_a_wrong_shape_are_named():
 
     assert encode()[0].shape == (2, 4, 4, 64)
     for name, bad, message in [
-        ("z", (2, 4, 8, 8), "z_t must be .B, h, w, 4., channels last"),
-        ("t", (1,), "timesteps must be .2. for 2 latents, got .1,."),
-        ("t", (), "timesteps must be"),
-        ("context", (77, 64), "cond.context must be"),
-        ("context", (1, 77, 64), "cond.context must be"),
-        ("pooled", (3, 32), "cond.pooled must be"),
-        ("time_ids", (2, 5), "cond.time_ids must be .2, 6."),
+        ("z", (2, 4, 8, 8), "`z_t` has shape .2, 4, 8, 8., expected .B, h, w, 4., channels last"),
+        ("t", (1,), "`timesteps` has shape .1,., expected .2. for 2 latents"),
+        ("t", (), "`timesteps` has shape"),
+        ("context", (77, 64), "`cond.context` has shape"),
+        ("context", (1, 77, 64), "`cond.context` has shape"),
+        ("pooled", (3, 32), "`cond.pooled` has shape"),
+        ("time_ids", (2, 5), "`cond.time_ids` has shape .2, 5., expected .2, 6."),
     ]:
         with pytest.raises(UserError, match=message):
             encode(**{name: shape(bad, jnp.float32)})
-    with pytest.raises(UserError, match=r"SDXL needs cond.pooled"):
+    with pytest.raises(UserError, match=r"SDXL needs `cond.pooled`"):
         encode(pooled=None)

@@ -1,4 +1,4 @@
-"""Finding and reading a model: folders, hub ids, and every refusal."""
+"""Loading models from folders and hub ids; missing files and unsupported models are refused."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
 
 from respodiff_jax.backbone import Backbone, load_backbone
@@ -28,7 +30,7 @@ def _cached(folder, cache, name="owner/small-diffusion", commit="a1" * 20):
     return name, commit
 
 
-def test_folder_identity_is_the_hash_of_the_unet_file(sd_folder):
+def test_identity_of_a_folder_is_the_hash_of_its_unet(sd_folder):
     backbone = load_backbone(str(sd_folder))
     assert isinstance(backbone, Backbone)
     file = sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -42,7 +44,19 @@ def test_folder_identity_is_the_hash_of_the_unet_file(sd_folder):
     assert backbone.scheduler_config["prediction_type"] == "epsilon"
 
 
-def test_hub_id_offline_is_taken_from_the_cache(sd_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_random", [False, True])
+def test_abstract_model_loads_its_weights_later(sd_folder, is_random):
+    name, options = ("random/tiny", {"revision": "seed-3"}) if is_random else (str(sd_folder), {})
+    expected = load_backbone(name, **options)
+    sketch = load_backbone(name, **options, abstract=True)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(sketch.params))
+    loaded = sketch.loaded()
+    assert loaded.identity == sketch.identity == expected.identity
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
+    assert loaded.loaded() is loaded
+
+
+def test_offline_hub_model_is_read_from_the_cache(sd_folder, tmp_path, monkeypatch):
     name, commit = _cached(sd_folder, tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_backbone(name, cache_dir=tmp_path).identity["name"] == name
@@ -50,7 +64,7 @@ def test_hub_id_offline_is_taken_from_the_cache(sd_folder, tmp_path, monkeypatch
         assert find_pipeline(name, cache_dir=tmp_path, revision=revision).revision == commit
 
 
-def test_hub_id_without_a_network_is_taken_from_the_cache(sd_folder, tmp_path, monkeypatch):
+def test_hub_model_is_read_from_the_cache_without_a_network(sd_folder, tmp_path, monkeypatch):
     def unreachable(self, *args, **kwargs):
         raise ConnectionError("network is down")
 
@@ -62,7 +76,7 @@ def test_hub_id_without_a_network_is_taken_from_the_cache(sd_folder, tmp_path, m
         load_backbone("owner/other", cache_dir=tmp_path)
 
 
-def test_hub_id_fetches_only_what_is_read(sd_folder, tmp_path, monkeypatch):
+def test_only_needed_files_are_downloaded(sd_folder, tmp_path, monkeypatch):
     here = [str(f.relative_to(sd_folder)) for f in sd_folder.rglob("*") if f.is_file()]
     half = [f.replace(".safetensors", ".fp16.safetensors") for f in here]
     half = [f for f in half if ".fp16." in f and not f.startswith("vae/")]
@@ -98,21 +112,21 @@ def test_hub_id_fetches_only_what_is_read(sd_folder, tmp_path, monkeypatch):
         ("./absent/folder/model", {}, "no such folder, and not a hub id"),
         ("/absent/model", {}, "no such folder, and not a hub id"),
         ("random/small", {}, "unknown architecture 'small'; expected one of sd14, sd21"),
-        ("random/tiny", {"revision": "main"}, "revision='main'.*expected 'seed-0'"),
-        ("random/tiny", {"dtype": "float16"}, "dtype='float16': expected 'float32' or 'bfloat16'"),
+        ("random/tiny", {"revision": "main"}, "`revision` is 'main', expected 'seed-0'"),
+        ("random/tiny", {"dtype": "float16"}, "`dtype` is 'float16', expected 'float32' or"),
     ],
 )
-def test_model_that_is_not_there(name, options, message, tmp_path):
+def test_missing_model_is_refused(name, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_backbone(name, cache_dir=tmp_path, **options)
 
 
 def test_revision_of_a_folder_is_refused(sd_folder):
-    with pytest.raises(UserError, match="revision='main' applies to hub models"):
+    with pytest.raises(UserError, match="`revision` is 'main', which applies to hub models"):
         load_backbone(sd_folder, revision="main")
 
 
-def test_incomplete_model_names_every_missing_file(sdxl_folder, tmp_path):
+def test_every_missing_file_is_named(sdxl_folder, tmp_path):
     folder = shutil.copytree(sdxl_folder, tmp_path / "model")
     (folder / "vae" / "config.json").unlink()
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -132,14 +146,18 @@ def test_incomplete_model_names_every_missing_file(sdxl_folder, tmp_path):
         load_backbone(folder)
 
 
-def test_damaged_config_is_named(sd_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not valid JSON"), ("[1]", r"holds \[1\], expected a JSON object")],
+)
+def test_damaged_config_is_named(sd_folder, tmp_path, content, message):
     folder = shutil.copytree(sd_folder, tmp_path / "model")
-    (folder / "vae" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"vae/config.json is not valid JSON"):
+    (folder / "vae" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"vae/config.json {message}"):
         load_backbone(folder)
 
 
-def test_other_kinds_of_pipelines_are_refused(sd_folder, tmp_path):
+def test_other_pipeline_classes_are_refused(sd_folder, tmp_path):
     folder = shutil.copytree(sd_folder, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     del index["unet"]
@@ -152,32 +170,43 @@ def test_other_kinds_of_pipelines_are_refused(sd_folder, tmp_path):
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("unet", {"mid_block_type": None}, "mid_block_type=None .*'UNetMidBlock2DCrossAttn'"),
-        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D'"),
-        ("unet", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
-        ("unet", {"norm_num_groups": 16}, "norm_num_groups=16"),
-        ("unet", {"encoder_hid_dim": 64}, "encoder_hid_dim=64"),
+        ("unet", {"mid_block_type": None}, "mid_block_type is None, .*'UNetMidBlock2DCrossAttn'"),
+        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type is 'UNetMidBlock2D'"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+        ("unet", {"norm_num_groups": 16}, "norm_num_groups is 16"),
+        ("unet", {"encoder_hid_dim": 64}, "encoder_hid_dim is 64"),
         ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
-        ("unet", {"in_channels": 9}, "in_channels=9, expected the VAE's 4 .*Inpainting"),
-        ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "'AttnDownBlock2D'"),
-        ("unet", {"layers_per_block": [1, 2]}, r"layers_per_block must be one integer"),
-        ("unet", {"block_out_channels": [32, 48]}, "multiples of the 32"),
-        ("unet", {"cross_attention_dim": 64}, "give 32 features, .* is 64"),
-        ("unet", {"addition_embed_type": "image"}, "addition_embed_type='image'"),
-        ("unet", {"addition_embed_type": "text_time"}, r"1 text encoder\(s\) for a unet"),
-        ("vae", {"shift_factor": 0.1}, "shift_factor=0.1"),
-        ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention=False"),
-        ("text_encoder", {"model_type": "t5"}, "model_type='t5'"),
-        ("text_encoder", {"hidden_act": "mish"}, "hidden_act='mish'"),
+        ("unet", {"in_channels": 9}, "in_channels is 9, expected the VAE's 4 .*inpainting"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, ".*'AttnDownBlock2D'"),
+        ("unet", {"down_block_types": None}, "down_block_types is None, .* a list"),
+        (
+            "unet",
+            {"layers_per_block": [1, 2]},
+            r"layers_per_block is \[1, 2\], expected one integer",
+        ),
+        ("unet", {"block_out_channels": [32, 48]}, ".* expected a list of multiples of 32"),
+        (
+            "unet",
+            {"block_out_channels": ["32"]},
+            r"block_out_channels is \['32'\], expected a list",
+        ),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64, .* give 32 features"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type is 'image'"),
+        ("unet", {"addition_embed_type": "text_time"}, r".* has 1 text encoder\(s\)"),
+        ("vae", {"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention is False"),
+        ("text_encoder", {"model_type": "t5"}, "model_type is 't5'"),
+        ("text_encoder", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ("text_encoder", {"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\]"),
     ],
 )
-def test_options_that_flax_would_ignore_are_refused(sd_folder, tmp_path, part, changes, message):
+def test_unsupported_options_are_refused(sd_folder, tmp_path, part, changes, message):
     folder = shutil.copytree(sd_folder, tmp_path / "model")
     _edit(folder / part / "config.json", **changes)
     for weights in folder.rglob("*.safetensors"):
         weights.write_bytes(b"never read")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{part}/config.json: {message}"):
         load_backbone(folder)
 
 
@@ -187,8 +216,6 @@ def test_sdxl_refiner_is_refused(sdxl_folder, tmp_path):
     with pytest.raises(UserError, match=r"expected 72 for six time ids.*refiner"):
         load_backbone(folder)
 
-
-# --- the environment --------------------------------------------------------------------------
 
 _WITHOUT_TORCH = """
 import importlib.machinery as machinery, sys
@@ -202,7 +229,7 @@ print(backbone.encode_prompts(["a man"], 16).context.shape, "torch" in sys.modul
 """
 
 
-def test_loads_without_torch_and_in_silence(sd_folder, tmp_path):
+def test_loading_needs_no_torch_and_prints_nothing(sd_folder, tmp_path):
     folder = shutil.copytree(sd_folder, tmp_path / "model")
     _edit(folder / "text_encoder" / "config.json", torch_dtype="float16", architectures=["CLIP"])
     done = subprocess.run(
@@ -216,7 +243,7 @@ def test_loads_without_torch_and_in_silence(sd_folder, tmp_path):
     assert done.stderr == ""
 
 
-def test_only_the_deprecation_of_flax_is_silenced():
+def test_only_the_flax_deprecation_is_silenced():
     seen = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
