@@ -5,13 +5,13 @@
     image = pipe("a photo of a doctor").images[0]
     adapter.detach()
 
-This file needs torch and safetensors, and huggingface_hub for hub ids: neither JAX nor the rest of
-the package it may come with. It can be copied.
+You can copy this file. It needs torch and safetensors, and huggingface_hub for hub ids, but neither
+JAX nor the rest of this package.
 
-Convention: `sum_i scale_i (RAM_i(h) + SAM_i(h))` is added to the mid-block's output `h` of the
-*conditional* half of the guidance batch only, at every sampling step (RespoDiff, section 4.4). In
-diffusers that is the second half of the batch, or all of it without guidance. Deltas are computed
-and added in float32, whatever the pipeline's dtype.
+Convention: at every sampling step, `sum_i scale_i (RAM_i(h) + SAM_i(h))` is added to the mid-block
+output `h` of the *conditional* half of the guidance batch only (RespoDiff, section 4.4). In
+diffusers that is the second half of the batch, or the whole batch without guidance. Deltas are
+computed and added in float32, whatever the pipeline's dtype.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _ROLES = ("ram", "sam")
-# Of pipelines that call the UNet with batches other than [uncond, cond].
+# Options of the pipelines that call the UNet with batches other than [uncond, cond].
 _REFUSED_OPTIONS = (
     "editing_prompt",
     "image_guidance_scale",
@@ -43,7 +43,7 @@ _REFUSED_OPTIONS = (
     "sag_scale",
     "view_batch_size",
 )
-# What fields of the config are, in words and in code.
+# What a field of the config must be, in words and in code.
 _TEXT, _SIZE = "a text that is not empty", "a whole number of 1 or more"
 _LIST, _MAPPING = "a list", "a mapping"
 _IS = {
@@ -55,15 +55,15 @@ _IS = {
 
 
 class RespoDiffAdapter:
-    """RAM and SAM of N concepts, and which of them steer the images to come.
+    """RAM and SAM of N concepts, and the choice of concepts that steer the next images.
 
-    As loaded it changes nothing: choose with `set_concepts`, `fair` or `safe`, before or after
-    `attach`. The choice holds until the next one. Several adapters, of any kinds, may be attached
-    to one pipeline; each adds its own concepts, computed from the same `h`.
+    A loaded adapter changes nothing until you choose concepts with `set_concepts`, `fair` or
+    `safe`, before or after `attach`. A choice holds until the next one. One pipeline can have
+    several adapters of any kinds; each adds its own concepts, computed from the same `h`.
 
     Attributes:
       config: the contents of adapter_config.json.
-      names: of the concepts.
+      names: the names of the concepts.
       groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
     """
 
@@ -76,7 +76,7 @@ class RespoDiffAdapter:
             self.groups[group] = (*self.groups.get(group, ()), concept["name"])
         self._scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
-        self._weights = torch.zeros(1, len(self.names))  # one row for all images, or one for each
+        self._weights = torch.zeros(1, len(self.names))  # a row for all images, or one for each
         self._per_image = False
         self._chosen = False
         self._enabled = True
@@ -90,16 +90,16 @@ class RespoDiffAdapter:
         revision: str | None = None,
         cache_dir: str | os.PathLike | None = None,
     ) -> "RespoDiffAdapter":
-        """Loads an adapter directory, or one on the Hugging Face hub.
+        """Loads an adapter from a directory or from the Hugging Face hub.
 
         Args:
           directory_or_hub_id: a folder, or "owner/name".
           revision: branch, tag or commit of a hub id.
-          cache_dir: for downloads, instead of the default Hugging Face cache.
+          cache_dir: replaces the default Hugging Face cache for downloads.
 
         Raises:
-          ValueError: naming the file and what is wrong in it: missing, truncated, of a newer
-            format, missing or unknown keys, wrong shapes, values that are not finite.
+          ValueError: if a file is missing, truncated or of a newer format, if keys are missing or
+            unknown, shapes are wrong, or values are not finite; names the file.
         """
         folder = pathlib.Path(directory_or_hub_id)
         try:
@@ -109,39 +109,44 @@ class RespoDiffAdapter:
                 if not (folder / file).is_file():
                     raise ValueError(f"not an adapter directory: it has no {file}")
             config = _read_config(folder / CONFIG_FILE)
-            return cls(config, _read_tensors(folder / WEIGHTS_FILE, config))
+            tensors = _read_tensors(folder / WEIGHTS_FILE, config)
         except (OSError, RecursionError, ValueError) as error:
             raise ValueError(f"adapter {directory_or_hub_id}: {error}") from error
+        return cls(config, tensors)
 
     def attach(self, pipe: Any) -> "RespoDiffAdapter":
-        """Makes a pipeline use this adapter; returns the adapter.
+        """Makes a pipeline use this adapter.
 
-        Any Stable Diffusion or SDXL pipeline of diffusers whose batch is `[uncond, cond]`: text to
-        image, image to image, inpainting, ControlNet. Pipelines that share a UNet (`from_pipe`)
-        share its adapters; attach to the one that is called, whose guidance is looked at.
+        Args:
+          pipe: a Stable Diffusion or SDXL pipeline of diffusers whose batch is `[uncond, cond]`:
+            text to image, image to image, inpainting, ControlNet. Pipelines that share a UNet
+            (`from_pipe`) share its adapters; give the one that you call, because its guidance
+            decides which half of the batch is steered.
+
+        Returns:
+          This adapter.
 
         Raises:
-          ValueError: when the pipeline has no such UNet, divides its batch otherwise, or has
-            another mid-block or prediction type than trained on; when its UNet is steered for
-            another pipeline.
+          ValueError: if the pipeline has no such UNet or batch, if its mid-block or prediction type
+            is not that of the training, or if its UNet is steered for another pipeline.
         """
         self._check_fits(pipe)
         hook = _hook_of(pipe.unet)
         if hook is not None and hook.pipe is not pipe and hook.adapters != [self]:
             raise ValueError(
                 f"the UNet of this {type(pipe).__name__} is steered for another pipeline that"
-                f" shares it, a {type(hook.pipe).__name__}, whose guidance is looked at: detach its"
-                " adapters first, with adapter.detach()"
+                f" shares it, a {type(hook.pipe).__name__}: detach that pipeline's adapters first,"
+                " with adapter.detach()"
             )
         self.detach()
-        # Dynamo does not notice hooks that come or go after it has compiled.
+        # Dynamo does not notice hooks that are added or removed after it has compiled.
         _forget_compiled(pipe.unet)
         self._hook = _hook_of(pipe.unet) or _MidBlockHook(pipe)
         self._hook.adapters.append(self)
         return self
 
     def detach(self) -> None:
-        """Takes the adapter off its pipeline, whose output is then what it was, to the bit."""
+        """Removes the adapter from its pipeline, whose output is then the original, to the bit."""
         if self._hook is not None:
             hook, self._hook = self._hook, None
             hook.adapters.remove(self)
@@ -151,7 +156,7 @@ class RespoDiffAdapter:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """`with adapter.disabled():` the pipeline is without it."""
+        """Switches the adapter off inside `with adapter.disabled():`."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -159,20 +164,20 @@ class RespoDiffAdapter:
             self._enabled = before
 
     def set_concepts(self, concepts: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
-        """Chooses weighted concepts, in place of all that was chosen before.
+        """Chooses weighted concepts, and drops every earlier choice.
 
         Args:
-          concepts: scales by name, for every image; `{}` for none. Or a sequence of such mappings,
-            one for each image of a batch: `num_images_per_prompt` for the first prompt, then for
-            the second, and so on, as diffusers orders them.
+          concepts: scales by name, for every image; `{}` chooses none. Or a sequence of such
+            mappings, one for each image of a batch, in the order of diffusers: the
+            `num_images_per_prompt` images of the first prompt, then those of the second, and so on.
 
         Raises:
-          ValueError: for a name that the adapter does not have, or a scale that is not finite.
+          ValueError: if the adapter does not have a name, or a scale is not finite.
         """
         per_image = not isinstance(concepts, Mapping)
         rows = list(concepts) if per_image else [concepts]
         if not rows:
-            raise ValueError("concepts for no images; give {} to choose none for every image")
+            raise ValueError("concepts is empty, expected a mapping for each image; {} is none")
         weights = torch.zeros(len(rows), len(self.names))
         for row, chosen in zip(weights, rows, strict=True):
             for name, scale in chosen.items():
@@ -189,27 +194,28 @@ class RespoDiffAdapter:
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> list[str]:
-        """Gives each image of a batch one concept of a group, such that the ratios are met exactly.
+        """Gives each image of a batch one concept of a group, in exact ratios.
 
-        Of all `P * M` images concept k gets `ratios[k]`, to the nearest possible number; of each
-        prompt's M its exact share, rounded down or up. The order is random. Other concepts stay as
-        they are. Each call draws anew: call it before every batch.
+        Concept k gets the share `ratios[k]` of all `P * M` images, to the nearest possible number,
+        and its exact share, rounded down or up, of each prompt's M images. The order is random, and
+        each call draws a new one: call `fair` before every batch. The choice of concepts outside
+        the group does not change.
 
         Args:
           group: for example "gender".
-          num_images_per_prompt: M, as given to the pipeline.
-          num_prompts: P.
-          ratios: shares of the group's concepts by name, summing to 1; equal by default.
-          scale: of the concepts, instead of each one's own default scale.
-          generator: of the order, for a result that can be repeated.
+          num_images_per_prompt: M >= 1, as given to the pipeline.
+          num_prompts: P >= 1.
+          ratios: shares by name of the group's concepts, with sum 1; equal by default.
+          scale: replaces each concept's own default scale.
+          generator: makes the order repeatable.
 
         Returns:
-          Each image's concept, `P * M` names, in the order of the batch. For more images than fit
-          into one batch, draw once for all, and give each batch its part with `set_concepts`.
+          The concept of each image, `P * M` names in the order of the batch. For more images than
+          fit into one batch, draw once for all, and give each batch its part with `set_concepts`.
 
         Raises:
-          ValueError: for an unknown group, one of safety concepts or of a single concept, ratios
-            that do not fit it, or numbers below 1.
+          ValueError: for an unknown group, a group of safety concepts or of a single concept,
+            ratios that do not fit the group, or numbers below 1.
         """
         members = self.groups.get(group)
         if members is None:
@@ -236,13 +242,13 @@ class RespoDiffAdapter:
         return names
 
     def safe(self, scale: float | None = None) -> None:
-        """Adds all safety concepts, in every image; other concepts stay as they are.
+        """Adds all safety concepts to every image; the choice of other concepts does not change.
 
         Args:
-          scale: of the concepts, instead of each one's own default scale.
+          scale: replaces each concept's own default scale.
 
         Raises:
-          ValueError: when the adapter has none.
+          ValueError: if the adapter has no safety concepts.
         """
         columns = [i for i, name in enumerate(self.names) if self._is_safety(name)]
         if not columns:
@@ -258,17 +264,22 @@ class RespoDiffAdapter:
 
     @property
     def active(self) -> bool:
-        """Whether it changes anything: enabled, with a concept chosen."""
+        """Whether the adapter changes images: it is enabled and a concept is chosen."""
         return self._enabled and self._chosen
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
-        """What is added to mid-block outputs `h` `(B, C, H, W)`; float32, broadcastable to them.
+        """The delta to add to mid-block outputs, computed in float32 even under `torch.autocast`.
 
-        It is computed in float32 under `torch.autocast` too.
+        Args:
+          h: (B, C, H, W), of any float dtype.
+
+        Returns:
+          float32 (B, C, H, W), or (1, C, H, W) for a `constant` adapter with one choice for all
+          images.
 
         Raises:
-          ValueError: when concepts were chosen for another number of images, or `h` has another
-            shape than a `constant` was trained at.
+          ValueError: if concepts were chosen for another number of images, or if `h` does not have
+            the shape that a `constant` adapter was trained at.
         """
         if self._weights.device != h.device:
             self._weights = self._weights.to(h.device)
@@ -277,7 +288,7 @@ class RespoDiffAdapter:
         if self._per_image and len(weights) != len(h):
             raise ValueError(
                 f"concepts were chosen for {len(weights)} images, but the batch has {len(h)};"
-                " choose one for each prompt's num_images_per_prompt images"
+                " choose for every image: num_images_per_prompt times the number of prompts"
             )
         if "constant" in params:
             trained, came = tuple(params["constant"].shape[1:]), tuple(h.shape[1:])
@@ -306,13 +317,13 @@ class RespoDiffAdapter:
         self._chosen = bool(weights.any())
 
     def _without(self, columns: Sequence[int], num_images: int) -> torch.Tensor:
-        """The weights as they are but for some concepts, a row for each image."""
+        """The weights with some columns set to zero, a row for each image."""
         weights = self._weights.cpu().clone()
         weights[:, columns] = 0
         if len(weights) != num_images and (weights != weights[:1]).any():
             raise ValueError(
-                f"other concepts were chosen for {len(weights)} images, these for {num_images};"
-                " begin with set_concepts({})"
+                f"other concepts are chosen for {len(weights)} images, but these are for"
+                f" {num_images}; call set_concepts({{}}) first"
             )
         return weights[:1].repeat(num_images, 1) if len(weights) != num_images else weights
 
@@ -335,10 +346,10 @@ class RespoDiffAdapter:
         for option in _REFUSED_OPTIONS:
             if option in options:
                 raise ValueError(
-                    f"{type(pipe).__name__} cannot take the adapter: for its {option} it calls the"
-                    " UNet with batches other than [uncond, cond]"
+                    f"{type(pipe).__name__} cannot take the adapter: its option {option} makes it"
+                    " call the UNet with batches other than [uncond, cond]"
                 )
-        unet_type = type(getattr(unet, "_orig_mod", unet))  # of the module that was compiled
+        unet_type = type(getattr(unet, "_orig_mod", unet))  # torch.compile wraps the module
         if (
             all(base.__name__ != "UNet2DConditionModel" for base in unet_type.__mro__)
             or unet.mid_block is None
@@ -346,9 +357,9 @@ class RespoDiffAdapter:
             or not hasattr(pipe, "vae_scale_factor")
         ):
             raise ValueError(
-                f"{type(pipe).__name__} cannot take the adapter: expected a Stable Diffusion or"
-                " SDXL pipeline of diffusers, with a guidance_scale, whose unet is a"
-                f" UNet2DConditionModel with a mid_block; this one's is a {unet_type.__name__}"
+                f"{type(pipe).__name__} cannot take the adapter: its unet is a"
+                f" {unet_type.__name__}; expected a Stable Diffusion or SDXL pipeline of diffusers"
+                " with a guidance_scale, whose unet is a UNet2DConditionModel with a mid_block"
             )
         shape, widths = self.config["module"]["mid_block_shape"], unet.config.block_out_channels
         ours = (shape["channels"], Fraction(trained["resolution"], shape["height"]))
@@ -357,14 +368,14 @@ class RespoDiffAdapter:
             raise ValueError(
                 f"the adapter was trained on {trained['name']}, whose mid-block has {ours[0]}"
                 f" channels and a position for each {ours[1]} pixels, this pipeline's has"
-                f" {theirs[0]} and {theirs[1]}: use that model or a fine-tune of it"
+                f" {theirs[0]} and {theirs[1]}: use {trained['name']} or a fine-tune of it"
             )
         ours = trained["prediction_type"]
         theirs = pipe.scheduler.config.get("prediction_type", ours)
         if ours != theirs:
             raise ValueError(
                 f"the adapter was trained on {trained['name']}, which predicts {ours!r}; this"
-                f" pipeline's scheduler has prediction_type {theirs!r}: use a model of that kind"
+                f" pipeline's scheduler has prediction_type {theirs!r}: use a model with {ours!r}"
             )
         name = str(getattr(pipe.config, "_name_or_path", ""))
         if name != trained["name"] and all(map(_is_hub_id, (name, trained["name"]))):
@@ -376,17 +387,17 @@ class RespoDiffAdapter:
 
 
 class _MidBlockHook:
-    """The forward hook of a pipeline's mid-block, which all adapters attached to it share.
+    """The forward hook of a UNet's mid-block, which all adapters attached to the UNet share.
 
-    Dynamo can trace it: what it reads is plain attributes.
+    The hook reads only plain attributes, so Dynamo can trace it.
     """
 
-    is_respodiff_hook = True  # by which other copies of this file know it
+    is_respodiff_hook = True  # other copies of this file recognise the hook by this attribute
 
     def __init__(self, pipe: Any):
         self.adapters: list[RespoDiffAdapter] = []
         self.pipe = pipe
-        # A distilled UNet is told the guidance scale; its batch has no unconditional half.
+        # A distilled UNet takes the guidance scale as input; its batch has no unconditional half.
         self._distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
         self.handle = pipe.unet.mid_block.register_forward_hook(self)
 
@@ -394,12 +405,12 @@ class _MidBlockHook:
         adapters = [adapter for adapter in self.adapters if adapter.active]
         if not adapters:
             return None
-        # Asked at each call: a callback may end guidance half-way.
+        # Read at each call, because a callback may end guidance half-way.
         guidance_scale = getattr(self.pipe, "guidance_scale", None)
         if guidance_scale is None:
             raise ValueError(
                 f"the adapter is attached to a {type(self.pipe).__name__} that was never called,"
-                " but its UNet is: attach to the pipeline that you call"
+                " but another pipeline calls its UNet: attach to the pipeline that you call"
             )
         guided = guidance_scale > 1 and not self._distilled
         h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
@@ -408,15 +419,15 @@ class _MidBlockHook:
 
 
 def _hook_of(unet: torch.nn.Module) -> "_MidBlockHook | None":
-    """The hook that adapters have put on this UNet, if there is one."""
+    """The hook of the adapters attached to this UNet, if there is one."""
     hooks = unet.mid_block._forward_hooks.values()
     return next((hook for hook in hooks if hasattr(hook, "is_respodiff_hook")), None)
 
 
 def _forget_compiled(unet: torch.nn.Module | None) -> None:
-    """Drops compiled code, if there is any of this UNet; it is compiled again when next called."""
+    """Drops the compiled code if this UNet has any; the next call compiles it again."""
     if (
-        unet is None  # taken out of its pipeline, by someone who may have compiled it
+        unet is None  # the user took it out of the pipeline, and may have compiled it
         or hasattr(unet, "_orig_mod")
         or any(module._compiled_call_impl is not None for module in unet.modules())
     ):
@@ -432,10 +443,10 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 def _stack(
     kind: str, num_concepts: int, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The parameters of all RAM and SAM as those of one module, float32.
+    """The parameters of all RAM and SAM, joined to those of one module, float32.
 
-    `constant`: `(N, C, H, W)`, RAM + SAM. `mlp` and `conv`: two convolutions, the first with the
-    hidden channels of all modules after each other, out.bias `(N, C)`.
+    A `constant` has shape (N, C, H, W) and is RAM + SAM. `mlp` and `conv` become two convolutions:
+    the first has the hidden channels of all modules in a row; out.bias has shape (N, C).
     """
 
     def each(key: str) -> list[list[torch.Tensor]]:
@@ -484,7 +495,7 @@ def _deal(
     num_prompts: int,
     generator: torch.Generator | None,
 ) -> list[int]:
-    """For each image which of the shares it belongs to; see `RespoDiffAdapter.fair`."""
+    """The index of each image's share; see `RespoDiffAdapter.fair`."""
 
     def shuffled(items: Sequence[Any]) -> list[Any]:
         device = "cpu" if generator is None else generator.device
@@ -498,8 +509,8 @@ def _deal(
     for k in largest_remainder[: num_images_per_prompt * num_prompts - sum(quotas)]:
         quotas[k] += 1
 
-    # Every prompt gets the floors. What is left is dealt like cards, one concept after the other
-    # around the prompts, at most one of each per prompt.
+    # Every prompt gets the floors. The rest is dealt like cards, one concept after the other around
+    # the prompts, so each prompt gets at most one more of each concept.
     floors = [math.floor(share * num_images_per_prompt) for share in shares]
     common = [k for k in everyone for _ in range(floors[k])]
     rest = [k for k in shuffled(everyone) for _ in range(quotas[k] - floors[k] * num_prompts)]
@@ -523,7 +534,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _download(name: str, revision: str | None, cache_dir: Any) -> pathlib.Path:
-    """The folder in the Hugging Face cache with a hub id's adapter."""
+    """The folder in the Hugging Face cache that holds the adapter of a hub id."""
     if not _is_hub_id(name):
         raise ValueError("no such folder, and not a hub id like 'owner/name'")
     try:
@@ -552,8 +563,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     version = _field(config, "format_version", _SIZE)
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path.name}: format_version is {version}, this file reads up to {FORMAT_VERSION};"
-            " get a newer respodiff_jax"
+            f"{path.name}: format_version is {version}, torch_adapter.py reads up to"
+            f" {FORMAT_VERSION}; get a newer respodiff_jax"
         )
     half = _field(_field(config, "guidance", _MAPPING), "steered_half", _TEXT, "guidance.")
     if half != "conditional":
@@ -578,7 +589,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _field(section: Mapping[str, Any], key: str, expected: str, where: str = "") -> Any:
-    """The section's value of the config's field `{where}{key}`, if it is as `_IS` says."""
+    """The value of the config's field `{where}{key}`, if it is as expected."""
     if key not in section:
         raise ValueError(f"{CONFIG_FILE}: {where}{key} is missing, expected {expected}")
     if not _IS[expected](section[key]):
@@ -589,7 +600,7 @@ def _field(section: Mapping[str, Any], key: str, expected: str, where: str = "")
 
 
 def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, all of the shapes that the config says."""
+    """The tensors of a safetensors file, with the shapes that the config gives."""
     shapes = _shapes(config["module"])
     expected = {
         f"concepts.{i}.{role}.{key}": shape
@@ -623,7 +634,7 @@ def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, to
 
 
 def _shapes(module: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of one RAM or SAM."""
+    """The shape of each tensor of one RAM or SAM."""
     kind = _field(module, "kind", _TEXT, "module.")
     shape = _field(module, "mid_block_shape", _MAPPING, "module.")
     channels, height, width = (

@@ -1,4 +1,4 @@
-"""Adapters in PyTorch: parity with Flax sampling, and every way a diffusers pipeline is used."""
+"""Adapters in PyTorch equal Flax sampling, for every way to use a diffusers pipeline."""
 
 import functools
 import importlib.util
@@ -20,7 +20,7 @@ from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import KINDS
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
-# Of the schedulers: numpy's and torch's newest releases are at odds there.
+# diffusers' schedulers give this warning with the newest releases of numpy and torch.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SHAPE = (4, 4, 64)  # of the tiny models' mid-blocks
@@ -38,8 +38,8 @@ def pipeline(folder):
 
 @functools.cache
 def flax_sampler(folder, kind):
-    """An adapter for the model, noise, and `sample(weights (4, 3)) -> z_0`: PROMPTS, two images
-    each, 50 DDIM steps."""
+    """An adapter for the model, noise, and `sample(weights) -> z_0` with weights (4, 3): two images
+    of each of PROMPTS, 50 DDIM steps."""
     backbone = load_backbone(folder)
     resolution = backbone.default_resolution
     schedule = Schedule.from_config(backbone.scheduler_config, 50)
@@ -57,11 +57,11 @@ def flax_sampler(folder, kind):
     return adapter, np.asarray(noise), run
 
 
-NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))  # of the tiny models
+NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))  # for the tiny models
 
 
 def torch_latents(pipe, prompts=PROMPTS, noise=NOISE, steps=50, guidance_scale=7.5, **options):
-    """z_0 `(B, h, w, c)` of a text-to-image pipeline, an equal number of images for each prompt."""
+    """z_0, (B, h, w, c), of a text-to-image pipeline; each prompt gets equally many images."""
     latents = pipe(
         prompts,
         latents=torch.tensor(noise).permute(0, 3, 1, 2).to(pipe.unet.dtype),
@@ -96,7 +96,7 @@ def assert_close(ours, theirs, tolerance=1e-3):
 
 
 def choices():
-    """What can be chosen: a function of the adapter that returns the weights that it stands for."""
+    """Functions that choose concepts of an adapter, and return the weights they stand for."""
 
     def single(adapter):
         adapter.set_concepts({"a woman": 1.0})
@@ -126,7 +126,9 @@ def choices():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fixture", MODELS)
-def test_50_steps_equal_flax_sampling_and_detach_leaves_no_trace(fixture, kind, load, request):
+def test_50_steps_equal_flax_sampling_and_detach_restores_the_pipeline(
+    fixture, kind, load, request
+):
     folder = request.getfixturevalue(fixture)
     pipe = pipeline(folder)
     flax_adapter, noise, sample = flax_sampler(folder, kind)
@@ -150,7 +152,7 @@ def test_50_steps_equal_flax_sampling_and_detach_leaves_no_trace(fixture, kind, 
 
 
 def explicit_hook(flax_adapter, weights, guided):
-    """The rule in a hook that is told whether there is guidance, with the Flax modules' deltas."""
+    """A hook that adds the Flax modules' deltas; the caller says whether there is guidance."""
 
     def hook(module, args, h):
         h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
@@ -180,7 +182,7 @@ WEIGHTS = [[1, 0, 0], [0, 0.5, 0], [0.3, 0, 1], [0, 0, 0]]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0, 0.0])
-def test_each_image_has_its_own_concepts_with_and_without_guidance(
+def test_each_image_gets_its_own_concepts_with_and_without_guidance(
     sd_folder, load, kind, guidance_scale
 ):
     pipe, flax_adapter = pipeline(sd_folder), people(kind)
@@ -210,7 +212,7 @@ SCHEDULERS = (
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_any_scheduler(sd_folder, load, scheduler):
+def test_schedulers(sd_folder, load, scheduler):
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     scheduler_class = getattr(diffusers, f"{scheduler}Scheduler")
     pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, clip_sample=False)
@@ -273,7 +275,7 @@ def test_controlnet(sd_folder, load):
         parts["unet"], conditioning_embedding_out_channels=(16, 16)
     )
     for convolution in (controlnet.controlnet_mid_block, *controlnet.controlnet_down_blocks):
-        torch.nn.init.normal_(convolution.weight, std=0.1)  # they begin at zero
+        torch.nn.init.normal_(convolution.weight, std=0.1)  # initially zero
     pipe = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     image = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16).repeat(2, 1, 1, 1)
@@ -289,7 +291,7 @@ def test_controlnet(sd_folder, load):
     assert np.linalg.norm(steered - base) > 1e-2 * np.linalg.norm(base)
 
 
-def test_guidance_that_a_callback_ends_half_way(sd_folder, load):
+def test_callback_can_end_guidance_half_way(sd_folder, load):
     pipe = pipeline(sd_folder)
     seen = []
 
@@ -303,7 +305,7 @@ def test_guidance_that_a_callback_ends_half_way(sd_folder, load):
         seen.append(h)
 
     adapter = load(people()).attach(pipe)
-    adapter.set_concepts(ROWS)  # for 4 images: all 8 or all 4 of a batch would be refused
+    adapter.set_concepts(ROWS)  # for 4 images, so steering the wrong part of a batch would fail
     handle = pipe.unet.mid_block.register_forward_hook(remember)
     torch_latents(
         pipe,
@@ -317,8 +319,8 @@ def test_guidance_that_a_callback_ends_half_way(sd_folder, load):
 
 
 @pytest.mark.parametrize("kinds", [("mlp", "conv"), ("constant", "constant")])
-def test_adapters_compose_whatever_their_kinds(sd_folder, load, kinds):
-    """Each sees the same `h`: their order does not matter, and equal kinds act as one adapter."""
+def test_adapters_of_any_kinds_add_up(sd_folder, load, kinds):
+    """Each gets the same `h`, so the order does not matter, and equal kinds act as one adapter."""
     pipe = pipeline(sd_folder)
     flax = [
         make_adapter(kind, concepts, seed=seed, shape=SHAPE)
@@ -351,7 +353,7 @@ def test_adapters_compose_whatever_their_kinds(sd_folder, load, kinds):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_adds_in_float32(sd_folder, load, kind, dtype):
+def test_half_precision_pipelines_add_in_float32(sd_folder, load, kind, dtype):
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     adapter, flax_adapter = load(people(kind)), people(kind)
@@ -362,15 +364,15 @@ def test_half_precision_adds_in_float32(sd_folder, load, kind, dtype):
     pipe._guidance_scale = 7.5
     steered = adapter._hook(None, None, h)
     assert steered.dtype == dtype
-    # One unit in the last place, where the two sums round differently.
+    # The two sums may round differently, by one unit in the last place.
     torch.testing.assert_close(steered, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     latents = torch_latents(pipe, steps=2)
     assert np.isfinite(latents).all()
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
-def test_torch_compile_sees_every_change(sd_folder, load, attach_first):
-    """`fullgraph=True` would refuse a graph break; changed scales and guidance add few graphs."""
+def test_torch_compile_follows_every_change(sd_folder, load, attach_first):
+    """`fullgraph=True` would refuse a graph break; new scales and guidance add few graphs."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     pipe.set_progress_bar_config(disable=True)
     run = functools.partial(torch_latents, pipe, steps=2)
@@ -417,13 +419,13 @@ def test_cpu_offload(sd_folder, load, offload):
     adapter.detach()
     if offload == "model":
         pipe.enable_model_cpu_offload(device="cpu")
-    else:  # as the pipeline does it; its own method cannot without a GPU take CLIP's buffers along
+    else:  # as in the pipeline's own method, which needs a GPU for CLIP's buffers
         accelerate.cpu_offload(pipe.unet, execution_device="cpu")
     assert isinstance(pipe.unet._hf_hook, accelerate.hooks.ModelHook)
     weight = pipe.unet.mid_block.resnets[0].conv1.weight
     assert weight.device.type == ("meta" if offload == "sequential" else "cpu")
     adapter.attach(pipe)
-    for _ in range(2):  # after a call the pipeline installs its hooks anew
+    for _ in range(2):  # after a call the pipeline installs its hooks again
         np.testing.assert_array_equal(torch_latents(pipe, steps=2), expected)
 
 
@@ -434,12 +436,12 @@ def test_cpu_offload(sd_folder, load, offload):
             {"shape": (4, 4, 32)},
             "some/model, whose mid-block has 32 channels and .*, this pipeline's has 64 and 4",
         ),
-        # As SD 1.4 on SDXL: as many channels, but halved once more.
+        # As for SD 1.4 and SDXL: the same number of channels, but halved once more.
         ({"resolution": 32}, "64 channels and a position for each 8 pixels, .* has 64 and 4: use"),
         ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'; this pipeline's scheduler"),
     ],
 )
-def test_another_backbone_is_refused_and_nothing_attached(sd_folder, load, change, message):
+def test_other_backbone_is_refused_and_nothing_is_attached(sd_folder, load, change, message):
     pipe = pipeline(sd_folder)
     with pytest.raises(ValueError, match=message):
         load(make_adapter(**{"shape": SHAPE} | change)).attach(pipe)
@@ -457,7 +459,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pipelines_of_another_kind_are_refused(load, name, request):
+def test_other_pipeline_classes_are_refused(load, name, request):
     folder = request.getfixturevalue("sdxl_folder" if name.endswith("XL") else "sd_folder")
     parts = pipeline(folder).components
     wanted = ("unet", "scheduler") if name == "DDPMPipeline" else parts
@@ -467,7 +469,7 @@ def test_pipelines_of_another_kind_are_refused(load, name, request):
 
 
 class UNetMotionModel(torch.nn.Module):
-    """Of videos, whose mid-block is called with frames for images."""
+    """A UNet for videos, which calls its mid-block with frames instead of images."""
 
     def __init__(self, unet):
         super().__init__()
@@ -475,24 +477,24 @@ class UNetMotionModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_unets_of_another_kind_are_refused(sd_folder, load, compiled):
+def test_other_unet_classes_are_refused(sd_folder, load, compiled):
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     unet = UNetMotionModel(pipe.unet)
     pipe.unet = torch.compile(unet, backend="eager") if compiled else unet
     with pytest.raises(
-        ValueError, match=r"is a UNet2DConditionModel .* one's is a UNetMotionModel"
+        ValueError, match=r"its unet is a UNetMotionModel; .* is a UNet2DConditionModel"
     ):
         load(people()).attach(pipe)
 
 
-def test_another_hub_model_is_warned_of(sd_folder, load):
+def test_other_hub_model_gives_a_warning(sd_folder, load):
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     pipe.register_to_config(_name_or_path="other/model")
     with pytest.warns(UserWarning, match="trained on some/model, the pipeline is other/model"):
         load(people()).attach(pipe)
 
 
-def test_a_batch_or_size_that_does_not_fit_is_refused(sd_folder, load):
+def test_wrong_batch_or_image_size_is_refused(sd_folder, load):
     pipe = pipeline(sd_folder)
     adapter = load(people()).attach(pipe)
     adapter.fair("gender", 3)
@@ -506,7 +508,7 @@ def test_a_batch_or_size_that_does_not_fit_is_refused(sd_folder, load):
 
 
 def test_pipelines_that_share_a_unet_are_not_mixed_up(sd_folder, load):
-    """The hook looks at the guidance of the one that was attached to."""
+    """The hook reads the guidance of the pipeline that the adapter is attached to."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
     twin = diffusers.StableDiffusionPipeline.from_pipe(pipe)
     first, second = load(people()), load(people("mlp"))
@@ -518,21 +520,21 @@ def test_pipelines_that_share_a_unet_are_not_mixed_up(sd_folder, load):
     with pytest.raises(ValueError, match=r"for another pipeline .*, with adapter\.detach\(\)"):
         second.attach(twin)
     assert second._hook is None
-    first.attach(twin)  # itself, it moves
+    first.attach(twin)  # alone on the UNet, so it can move
     second.attach(twin)
     assert first._hook is second._hook and first._hook.pipe is twin
     torch_latents(twin, steps=1)
 
 
-def test_attaching_and_detaching_in_any_order(sd_folder, load):
+def test_attach_and_detach_work_in_any_order(sd_folder, load):
     pipe, adapter = diffusers.DiffusionPipeline.from_pretrained(sd_folder), load(people())
     pipe.set_progress_bar_config(disable=True)
     run = functools.partial(torch_latents, pipe, steps=2)
     base = run()
-    adapter.detach()  # is nowhere
+    adapter.detach()  # not attached
     adapter.attach(pipe).set_concepts({"a man": 1.0})
     steered = run()
-    adapter.attach(pipe)  # again, and acts once
+    adapter.attach(pipe)  # attached twice, acts once
     np.testing.assert_array_equal(run(), steered)
     with adapter.disabled():
         with adapter.disabled():
@@ -552,7 +554,7 @@ def test_attaching_and_detaching_in_any_order(sd_folder, load):
 
 
 def test_adapters_of_two_copies_of_the_file_share_a_hook(sd_folder, load, tmp_path):
-    """That of the package and one beside an adapter: both see the same `h`."""
+    """The package's file and a copy beside an adapter: both adapters get the same `h`."""
     spec = importlib.util.spec_from_file_location("a_copy", torch_adapter.__file__)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)

@@ -1,4 +1,4 @@
-"""The PyTorch adapter apart from pictures: quotas, files that must be refused, what it imports."""
+"""The PyTorch adapter without pipelines: quotas, refused files, imports."""
 
 import pathlib
 import subprocess
@@ -42,13 +42,13 @@ def adapter(tmp_path):
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.29, 0.71), (1.0, 0.0), (0.33, 0.67)])
 @pytest.mark.parametrize(("images", "prompts"), [(1, 1), (7, 3), (100, 1), (3, 10), (1, 9)])
-def test_fair_meets_the_quotas_of_flax_exactly(adapter, shares, images, prompts):
+def test_fair_quotas_equal_those_of_flax(adapter, shares, images, prompts):
     ratios = dict(zip(("a woman", "a man"), shares, strict=True))
     generator = torch.Generator().manual_seed(1)
     picks = adapter.fair("gender", images, prompts, ratios=ratios, generator=generator)
     flax = fair_assignment(images, prompts, shares, seed=0)
     counts = [picks.count(name) for name in ratios]
-    if 0.5 not in shares:  # no ties, which are broken by lot
+    if 0.5 not in shares:  # ties are broken at random
         assert counts == np.bincount(flax.reshape(-1), minlength=2).tolist()
     assert all(
         abs(n - share * images * prompts) < 1 for n, share in zip(counts, shares, strict=True)
@@ -62,7 +62,7 @@ def test_fair_meets_the_quotas_of_flax_exactly(adapter, shares, images, prompts)
 
 @pytest.mark.parametrize("shares", [(0.25,) * 4, (0.1, 0.2, 0.3, 0.4), (0.45, 0.45, 0.1, 0)])
 @pytest.mark.parametrize(("images", "prompts"), [(7, 3), (3, 10), (5, 4)])
-def test_fair_deals_what_is_left_around_the_prompts(adapter, shares, images, prompts):
+def test_fair_spreads_the_remainder_over_the_prompts(adapter, shares, images, prompts):
     names = [concept.name for concept in ELEMENTS]
     picks = adapter.fair("element", images, prompts, ratios=dict(zip(names, shares, strict=True)))
     assert len(picks) == images * prompts
@@ -72,7 +72,7 @@ def test_fair_deals_what_is_left_around_the_prompts(adapter, shares, images, pro
             assert abs(picks[start : start + images].count(name) - share * images) < 1
 
 
-def test_fair_is_random_but_for_its_generator(adapter):
+def test_fair_is_random_and_repeatable_with_a_generator(adapter):
     def draw(seed):
         return adapter.fair("gender", 40, generator=torch.Generator().manual_seed(seed))
 
@@ -80,7 +80,7 @@ def test_fair_is_random_but_for_its_generator(adapter):
     assert adapter.fair("gender", 40) != adapter.fair("gender", 40)
 
 
-def test_choices_add_up_and_keep_to_their_concepts(adapter):
+def test_choices_of_different_concepts_add_up(adapter):
     adapter.set_concepts({"old": 0.5})
     picks = adapter.fair("gender", 4, scale=0.6)
     adapter.safe(2.0)
@@ -89,13 +89,13 @@ def test_choices_add_up_and_keep_to_their_concepts(adapter):
     adapter.fair("gender", 2)  # for another number of images
     assert len(adapter._weights) == 2 and (adapter._weights[:, 2:4] == torch.tensor([2, 0.5])).all()
     adapter.set_concepts([{"old": 1.0}, {}])
-    with pytest.raises(ValueError, match=r"chosen for 2 images, these for 4; begin with set_conc"):
+    with pytest.raises(ValueError, match=r"chosen for 2 images, but these are for 4; call set_c"):
         adapter.fair("gender", 4)
     adapter.set_concepts({})
     assert not adapter.active
 
 
-def test_a_list_is_for_as_many_images_as_it_names(adapter):
+def test_choices_hold_only_for_their_number_of_images(adapter):
     h = torch.zeros(3, 8, 3, 4)
     adapter.set_concepts({"old": 1.0})
     assert adapter.delta(h).shape == (1, 8, 3, 4)  # for any number of images
@@ -142,7 +142,7 @@ def test_default_scales_are_used(tmp_path):
         (lambda a: a.set_concepts({"a man": 10**400}), "scale of 'a man' is 1000"),
         (lambda a: a.set_concepts({"a man": 1e39}), "scale of 'a man' is 1e.39, expected a finite"),
         (lambda a: a.safe("2"), "scale is '2', expected a finite number"),
-        (lambda a: a.set_concepts([]), "concepts for no images"),
+        (lambda a: a.set_concepts([]), "concepts is empty"),
         (lambda a: a.fair("race", 2), "no group 'race'"),
         (lambda a: a.fair("safety", 2), "use safe()"),
         (lambda a: a.fair("age", 2), "only 'old', nothing to balance"),
@@ -246,7 +246,7 @@ def write_config(content):
         (edit_tensors(lambda t: t[RAM_0].fill(np.nan)), "concepts.0.ram.constant holds NaN"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path, damage, message):
+def test_damaged_files_are_refused(tmp_path, damage, message):
     save_adapter(make_adapter(), tmp_path)
     RespoDiffAdapter.from_pretrained(tmp_path)
     damage(tmp_path)
@@ -255,12 +255,12 @@ def test_wrong_files_are_refused(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "../nowhere/at/all", "no/such", "a/b/../../c"])
-def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name):
+def test_name_that_is_no_folder_and_no_hub_id_is_refused(name):
     with pytest.raises(ValueError, match=f"adapter {name}: no such folder"):
         RespoDiffAdapter.from_pretrained(name)
 
 
-def test_what_the_system_refuses_is_a_mistake_too(tmp_path, monkeypatch):
+def test_unreadable_files_are_value_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="File name too long"):
         RespoDiffAdapter.from_pretrained("a" * 5000)
     save_adapter(make_adapter(), tmp_path)
@@ -273,8 +273,8 @@ def test_what_the_system_refuses_is_a_mistake_too(tmp_path, monkeypatch):
         RespoDiffAdapter.from_pretrained(tmp_path)
 
 
-def test_the_file_alone_is_enough(tmp_path):
-    """Copied beside an adapter, with the rest of this package and JAX out of reach."""
+def test_the_file_works_alone(tmp_path):
+    """A copy beside an adapter runs without the rest of this package and without JAX."""
     save_adapter(make_adapter("conv"), tmp_path / "adapter")
     code = pathlib.Path(torch_adapter.__file__).read_text()
     (tmp_path / "torch_adapter.py").write_text(code)
