@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A training was told to stop, by SIGTERM or a preemption, before its end.
+    """A training was stopped by SIGTERM or a preemption before its end.
 
     Its state is saved: the same call continues it, bit for bit. The command exits with status 75.
 

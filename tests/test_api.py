@@ -73,7 +73,7 @@ def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
     assert small.count("num_steps=1") == 2 and '"steps": 2' in small
     small = small.replace('"batch_size": 1}', '"batch_size": 1}, optimizer={"warmup_steps": 0}')
     run(small, tmp_path)
-    assert (tmp_path / "judge.png").stat().st_size > 0
+    assert (tmp_path / "cook.png").stat().st_size > 0
     assert (tmp_path / "evaluations" / "gender" / "report.html").exists()
     assert rd.load_adapter(tmp_path / "adapters" / "gender").names == ("a man", "a woman")
 

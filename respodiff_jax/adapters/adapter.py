@@ -334,6 +334,12 @@ def steerings(
     )
 
 
+def check_once(only: Sequence[str]) -> None:
+    """Checks that `only`, names of concepts, repeats none."""
+    if twice := sorted({name for name in only if list(only).count(name) > 1}):
+        raise UserError(f"`only` names {twice} more than once")
+
+
 def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter | CombinedAdapter:
     """The adapter with these of its concepts only, in this order within each part.
 

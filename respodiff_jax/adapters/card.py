@@ -105,7 +105,7 @@ def export(
     same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
     if metrics is not None and not same:
         raise UserError(
-            "`metrics` do not measure what `dtype` or `scales` changes here: export without"
+            "`metrics` measured another adapter than `dtype` or `scales` make here: export without"
             " `metrics`, evaluate the result, then export that with its metrics"
         )
     kept = adapter.metrics if metrics is None else metrics

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from respodiff_jax.adapters.adapter import Adapter
+from respodiff_jax.adapters.adapter import Adapter, check_once
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
@@ -70,6 +70,7 @@ def read_concept_ids(
         names an unknown concept without its fields.
     """
     entries = read_json(file, "concept ids")
+    check_once(only)
     if not isinstance(entries, dict) or not entries:
         raise UserError(f'concept ids {file}: expected JSON like {{"a woman": 0, "a man": 1}}')
     if unknown := [name for name in only if name not in entries]:

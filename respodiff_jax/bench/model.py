@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -95,7 +96,14 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
         raise UserError(
             f'the comparison needs PyTorch ({error}); install it: pip install -e ".[torch]"'
         ) from error
-    if module.device_for(jax.default_backend()) != "cpu" and jax.device_count() > 1:
+    device = module.device_for(jax.default_backend())
+    if device is None:
+        raise UserError(
+            f"JAX runs on {jax.default_backend()}, but this PyTorch"
+            f" ({importlib.metadata.version('torch')}) has no such device; compare on a CPU with"
+            " JAX_PLATFORMS=cpu, or install a PyTorch for your GPU"
+        )
+    if device != "cpu" and jax.device_count() > 1:
         raise UserError(
             f"PyTorch is measured on one GPU, and JAX has {jax.device_count()}; compare with one:"
             " CUDA_VISIBLE_DEVICES=0"

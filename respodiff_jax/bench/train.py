@@ -55,7 +55,7 @@ def _uncounted_rollout(spec: StepSpec) -> float:
 
     Each step of a faithful rollout is a guided prediction, which takes two evaluations.
     """
-    if spec.rollout.uses_losses:
+    if not spec.rollout.has_loop:
         return 0.0
     return 2 * (last_index(spec.schedule) / 2 - 1)
 
@@ -73,7 +73,7 @@ class _Ours:
         self._concepts = self._placement.place_concepts(setup.arrays)
         self._state = self._placement.place_state(setup.state)
         self._starts = None
-        if not setup.spec.rollout.uses_losses:
+        if setup.spec.rollout.has_loop:
             self._starts = itertools.cycle(
                 _balanced_steps(config.seed, last_index(setup.spec.schedule))
             )

@@ -1,12 +1,8 @@
 """`respodiff export`."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from respodiff_jax.cli import inputs
-
-if TYPE_CHECKING:
-    pass
 
 SUMMARY = "write the adapter of a run"
 

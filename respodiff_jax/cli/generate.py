@@ -3,7 +3,6 @@
 import argparse
 
 from respodiff_jax.cli import inputs
-from respodiff_jax.errors import UserError
 
 SUMMARY = "generate images"
 
@@ -115,8 +114,6 @@ def run(args: argparse.Namespace) -> None:
 
     enable_compilation_cache()
     adapters = [rd.load_adapter(path) for path in args.adapter]
-    if not (args.model or adapters):
-        raise UserError("no model: give `model`, or `adapter` to use the adapter's")
 
     def open_model():
         model = inputs.open_model(args, adapters)

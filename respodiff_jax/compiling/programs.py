@@ -117,7 +117,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     samples = batch_size // placement.data_shards
     batch_per_device = count // placement.concept_shards * samples
     modules = state.concepts.ram, state.concepts.sam
-    loops = not spec.rollout.uses_losses
+    loops = spec.rollout.has_loop
     return Program(
         lower=lambda: placement.lower(partial(train_step, spec), state, frozen, arrays),
         batch_per_device=batch_per_device,

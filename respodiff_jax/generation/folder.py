@@ -35,7 +35,7 @@ def write_folder(
     *,
     num_images_per_prompt: int = 1,
     seed: int = 0,
-    options: SamplerOptions | None = None,
+    options: SamplerOptions,
     adapter: Adapter | CombinedAdapter | None = None,
     weights: np.ndarray | None = None,
     adapter_sources: Sequence[str] = (),
@@ -63,7 +63,6 @@ def write_folder(
     Raises:
       UserError: if the output folder is not empty or cannot be written.
     """
-    options = options or SamplerOptions()
     out = check_output(out, overwrite)
     _prepare_output(out, ("images", "base") if base_twins else ("images",))
     count = len(prompts) * num_images_per_prompt

@@ -180,8 +180,9 @@ def _check(
     if images_per_prompt < 1:
         raise UserError(f"`images_per_prompt` is {images_per_prompt}, expected at least 1")
     count = len(prompts) * images_per_prompt
-    if not 0 <= seed <= _MAX_SEED - count:
-        raise UserError(f"`seed` is {seed}, expected 0 .. {_MAX_SEED - count} for {count} images")
+    last = _MAX_SEED - count + 1
+    if not 0 <= seed <= last:
+        raise UserError(f"`seed` is {seed}, expected 0 .. {last} for {count} image(s)")
     adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
     weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)

@@ -281,7 +281,7 @@ def sample_images(
     def dispatch(rows):
         batch = sampler.prepare([prompts[row] for row in rows], [seeds[row] for row in rows])
         if adapter is None:
-            return sampler(batch), sampler(batch) if base_twins else None
+            return sampler(batch), None
         chosen = weights[rows]
         return sampler(batch, chosen), sampler(batch, 0 * chosen) if base_twins else None
 

@@ -1,7 +1,7 @@
-"""The paper, pure: what one needs to write a training loop of one's own.
+"""The paper's method as pure functions, for a training loop of your own.
 
-spec = respodiff_jax.training.step_spec(config, model)
-concepts = embed_concepts(model, GENDER.values())
+spec = respodiff_jax.step_spec(config, model)
+concepts = embed_concepts(model, [*GENDER.values()])
 state = init_state(spec, concepts, seed=0, batch_size=8)
 step = jax.jit(partial(train_step, spec))
 state, metrics = step(state, model.params, concepts, jnp.arange(8))

@@ -19,7 +19,7 @@ from respodiff_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The DDIM sampler of one frozen model: what it asks for, and the noise levels it visits.
+    """The DDIM sampler of a frozen model: timesteps and noise levels of its steps.
 
     Attributes:
       timesteps: int32 `(num_steps,)`, descending; the UNet's timestep at each ddim_index.

@@ -55,7 +55,10 @@ def embed_concepts(
       max_neutral: P; by default the largest number of neutral prompts of these concepts.
 
     Returns:
-      Host arrays.
+      numpy arrays on the host, leaves `(N, ...)`.
+
+    Raises:
+      UserError: if the model does not have this resolution.
     """
     resolution = resolution or backbone.default_resolution
     max_neutral = max_neutral or max(len(c.neutral_prompts) for c in concepts)

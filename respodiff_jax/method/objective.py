@@ -5,10 +5,10 @@
     eps_target = eps(z_t, y_unc; 0) + s_tar * (eps(z_t, y_tar; 0) - eps(z_t, y_unc; 0))
 
 Fairness: `y_tar` is the target prompt and `y_unc` the empty one. Safety: `y_tar` is the neutral
-prompt and `y_unc` the unsafe one, so that the target points away from it. Both choose from the base
-model's predictions for three prompts: the neutral one, the concept's own and the empty one. The
-mean is over all elements of the batch. The neutral predictions have guidance 1, so their
-unconditional half cancels.
+prompt and `y_unc` the unsafe one, so that the target points away from it. The base model is
+evaluated for three prompts, the neutral one, the concept's own and the empty one; `target` selects
+`y_tar` and `y_unc` among them. The losses average over all elements of the batch. Their predictions
+for the neutral prompt have guidance 1, which needs no unconditional prediction.
 """
 
 import jax

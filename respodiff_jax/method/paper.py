@@ -1,8 +1,9 @@
 """The paper's concepts with its hyper-parameters, as data.
 
 Each group maps a short key, for overrides such as `--config.concepts.woman.lr_ram=0.03`, to its
-concept. Learning rates, guidance and steps are those of the authors' table. Where paper and
-released code differ in lambda, the paper's value is taken: 0.5 for gender (the code has 1.0).
+concept. Learning rates and guidance are those of the authors' table; the numbers of steps are in
+`configs/`. Where the paper and the released code differ in lambda, the paper's value is used: 0.5
+for gender (the code has 1.0).
 """
 
 from types import MappingProxyType

@@ -8,6 +8,9 @@ A rollout is an object with three pure functions, written for one concept:
 * `advance(state, samples, latents, output) -> state`: where the trajectories go, given the guided
   model output `(B, h, w, c)` at these latents.
 
+`has_loop` says whether `draw` runs a loop of DDIM steps. Cost estimates need to know, since XLA
+counts a loop's body once.
+
 `FaithfulRollout` is the paper's: it carries nothing and runs every trajectory from pure noise.
 `StreamingRollout` keeps trajectories in flight and advances them with the losses' own predictions.
 """
@@ -57,7 +60,10 @@ class Latents(NamedTuple):
 
 
 def last_index(schedule: diffusion.Schedule) -> int:
-    """The largest `k`; `k` is uniform on 0 .. `last_index` (paper, section 4.3)."""
+    """The largest ddim_index at which a loss is evaluated, num_steps - 2.
+
+    A faithful rollout draws k uniformly from 0 to this number (paper, section 4.3).
+    """
     return schedule.num_steps - 2
 
 
@@ -98,7 +104,7 @@ class FaithfulRollout:
     """
 
     schedule: diffusion.Schedule
-    uses_losses: ClassVar[bool] = False
+    has_loop: ClassVar[bool] = True
 
     def init(self, samples: Samples) -> tuple[()]:
         return ()
@@ -135,25 +141,25 @@ class Flight(NamedTuple):
 class StreamingRollout:
     """Trajectories that advance by one DDIM step after the losses were evaluated at them.
 
-    The losses need the prediction with RAM and SAM, and the base model's for the empty prompt.
-    Guided, the two are what `predict` would give: no UNet evaluation is spent on a rollout.
+    Classifier-free guidance combines two predictions that the losses compute anyway: the one with
+    RAM and SAM, and the base model's for the empty prompt. So a rollout costs no UNet evaluation.
 
-    A trajectory starts as pure noise at a random index below `stride`. The losses are evaluated at
-    it at every `stride`-th index up to num_steps - 2. Then it starts again from fresh noise and a
-    fresh prompt. The first trajectories end at random indices, which staggers them: once all have
-    ended, the index of a sample is uniform at every step, as in the faithful form. Before that,
-    late indices are rare.
+    A trajectory starts from pure noise at a random index below `stride`, and the losses are
+    evaluated at every `stride`-th index up to num_steps - 2. Then it restarts with new noise and a
+    new prompt. The first trajectories end at random indices, so that the samples are at different
+    places. Once all of these have ended, the index of a sample is uniform at every step, as in the
+    faithful form. Until then, late indices are rare.
 
-    Deviation: DDIM steps are `stride` times as long as the faithful form's, and pure noise stands
-    for latents of the first `stride` indices. n steps see about `n * stride / (num_steps - 1)`
-    trajectories a sample; the faithful form sees n. Each DDIM step of a trajectory was taken with
-    the modules of its time, and with the SAM from before that step's update; the paper runs whole
-    trajectories with the newest modules.
+    Deviation: DDIM steps are `stride` times as long as in the faithful form, and pure noise is used
+    as the latents of the first `stride` indices. In n steps a sample sees about
+    `n * stride / (num_steps - 1)` trajectories, in the faithful form n. Each DDIM step uses the
+    modules at the time of that step, and SAM before its update; the paper runs whole trajectories
+    with the newest modules.
     """
 
     schedule: diffusion.Schedule
     stride: int
-    uses_losses: ClassVar[bool] = True
+    has_loop: ClassVar[bool] = False
 
     def init(self, samples: Samples) -> Flight:
         noise, prompt_index = _begin(samples)

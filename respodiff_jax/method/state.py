@@ -24,8 +24,9 @@ class ConceptState(flax.struct.PyTreeNode):
       opt_ram, opt_sam: their Optax states.
       ema: `optax.EmaState` of `(ram, sam)`, not yet debiased; None if no average is kept.
       rollout: the rollout's state, leaves `(N, B, ...)`.
-      diverged_at: int32 `(N,)`, the step of the first non-finite loss, or -1. A diverged concept
-        stays as it was before that step.
+      diverged_at: int32 `(N,)`, number of steps done before the first step that gave a non-finite
+        loss, module or optimiser state; -1 if there is none. A diverged concept stays as it was
+        before that step.
     """
 
     ram: Params
@@ -86,13 +87,16 @@ class StepSpec:
 def init_state(
     spec: StepSpec, concepts: EmbeddedConcepts, seed: int = 0, batch_size: int = 1
 ) -> TrainState:
-    """The state before the first step. A concept's is the same alone and among others.
+    """The state before the first step. A concept's part does not depend on the other concepts.
 
     Args:
       spec: of the training.
       concepts: N embedded concepts.
       seed: of all random numbers of the training.
       batch_size: B, samples of each concept in a step.
+
+    Returns:
+      Leaves of `concepts` are `(N, ...)`, those of `concepts.rollout` `(N, B, ...)`.
     """
     key = jax.random.key(seed)
 

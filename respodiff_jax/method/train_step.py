@@ -51,7 +51,14 @@ class StepValues(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Numbers of one step, `(N,)` each."""
+    """Numbers of one step, `(N,)` each.
+
+    Attributes:
+      loss_resp, loss_sem: L_resp and L_sem, means over the whole batch.
+      grad_norm_ram, grad_norm_sam: Euclidean norms of the gradients, before clipping.
+      ddim_index: mean place of the latents on the schedule, float32.
+      diverged_at: as in `ConceptState`.
+    """
 
     loss_resp: jax.Array
     loss_sem: jax.Array
@@ -69,9 +76,20 @@ def algorithm_1(
     samples: Samples,
     average: Average = lambda tree: tree,
 ) -> tuple[ConceptState, StepValues]:
-    """Algorithm 1 of the paper for one concept: leaves have no concept axis.
+    """Algorithm 1 of the paper for one concept; no leaf has a concept axis.
 
-    RAM's update comes first; SAM's loss then sees the updated RAM.
+    RAM is updated first; SAM's loss then uses the updated RAM.
+
+    Args:
+      spec: static.
+      state: of one concept; leaves of `rollout` are `(B, ...)`.
+      frozen: the backbone's parameters, never changed.
+      concept: embedded, without a concept axis.
+      samples: random keys and number of prompts of B samples; `FaithfulRollout` needs `step_key`.
+      average: the mean over the devices that share the batch; the identity for one device.
+
+    Returns:
+      The new state, with the moving average and `diverged_at` unchanged, and the step's values.
     """
     predict = partial(guided_prediction, spec, frozen, concept, state.ram, state.sam)
     latents = spec.rollout.draw(state.rollout, samples, predict)
@@ -162,7 +180,7 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
 
 
 def _unless_diverged(new: ConceptState, old: ConceptState, values: StepValues, step: jax.Array):
-    """The new state; the old one, marked, from the first step on that gives non-finite numbers."""
+    """The new state or, from the first step with a non-finite number on, the old state, marked."""
     trained = (new.ram, new.sam, new.opt_ram, new.opt_sam)
     finite = _all_finite((values.loss_resp, values.loss_sem, *trained))
     healthy = finite & (old.diverged_at < 0)

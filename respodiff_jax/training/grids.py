@@ -24,7 +24,7 @@ from respodiff_jax.training.monitoring import RunLog
 from respodiff_jax.training.parallel import Placement
 from respodiff_jax.training.record import is_workdir
 
-# The number of concepts, the first ones, that grids are drawn of.
+# Grids are drawn for the first MAX_GRIDS concepts of a run.
 MAX_GRIDS = 8
 
 

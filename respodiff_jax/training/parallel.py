@@ -105,7 +105,7 @@ class Placement:
         return self._place(tree, _BY_DEVICE)
 
     def place_concepts(self, concepts: EmbeddedConcepts) -> EmbeddedConcepts:
-        """Puts host arrays `(N, ...)` on the devices that train these concepts, for `compile`."""
+        """Puts host arrays `(N, ...)` on the devices of their concepts, as `compile` needs them."""
         placed = self._place(concepts, _BY_CONCEPT)
         return placed if self.strategy == "mesh" else self._per_device(_stack, _BY_CONCEPT)(placed)
 
@@ -142,7 +142,7 @@ class Placement:
         return jax.jit(init, out_shardings=shardings)(*args)
 
     def compile(self, step: Callable) -> Callable:
-        """The step on all devices.
+        """The step on all devices; its first call compiles it.
 
         Args:
           step: `step(state, frozen, concepts, sample_ids, average=...) -> (state, metrics)`.
@@ -220,7 +220,7 @@ class Placement:
         )
 
     def _global(self, x: jax.Array) -> jax.Array:
-        """The global array of which pmap gives each process its own devices' part."""
+        """Joins the parts of pmap's result that the processes have to a global array."""
         sharding = NamedSharding(self.mesh, _BY_DEVICE)
         shards = [shard.data for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(

@@ -121,7 +121,9 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = _filled(config, default().to_dict())
     free = {"concepts_per_device", "remat"}
-    if config["optimizer"]["lr_schedule"] == "constant":  # more steps then leave the first alone
+    if (
+        config["optimizer"]["lr_schedule"] == "constant"
+    ):  # more steps do not change the earlier ones
         free.add("steps")
     train = {k: v for k, v in config["train"].items() if k not in free}
     model = {k: v for k, v in config["model"].items() if k != "attention"}

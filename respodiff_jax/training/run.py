@@ -35,7 +35,7 @@ class Run:
 
     Attributes:
       folder: working directory of the run.
-      config: with these concepts.
+      config: the training's config with only these concepts.
       concepts: N concepts.
       size: concepts in the training state, at least N. Those past N are copies of the last.
       label: shown before the progress bar; "" for the only run of a training.
@@ -63,14 +63,14 @@ class Session:
     """What the runs of a training share: the model on the devices and the compiled programs.
 
     Attributes:
-      model: abstract.
+      model: the model without its weights.
       text_encoders: the model with the parameters of its text encoders only, on the host.
       resolution: in pixels.
       max_neutral: the largest number of neutral prompts of a concept.
-      spec: of the training step.
-      placement: of a run on the devices.
+      spec: specification of the training step.
+      placement: how a run is laid out on the devices.
       frozen: the parameters of UNet and VAE, on the devices.
-      step: the compiled training step.
+      step: the training step on all devices, compiled at its first call.
       sample: the compiled sampler of the validation grids; None without grids.
       start: the adapter that concepts start from, or None.
     """
@@ -93,10 +93,10 @@ def open_session(
     """Checks the runs, then reads the model and puts it on the devices.
 
     Args:
-      config: of the training.
-      concepts: of all runs, finished ones included.
-      runs: to train; all of one size.
-      placement: of such a run.
+      config: the config of the training.
+      concepts: the concepts of all runs, finished ones included.
+      runs: the runs to train; all have the same size.
+      placement: how each of them is laid out on the devices.
 
     Raises:
       UserError: for every mistake in config, model, adapter or folders, before weights are read.
@@ -168,7 +168,7 @@ def train_run(
       The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.
 
     Raises:
-      Interrupted: if told to stop before the end; the state is saved.
+      Interrupted: on SIGTERM or a preemption before the end; the state is saved.
     """
     config, placement, workdir = run.config, session.placement, run.folder
     steps = config.train.steps
@@ -262,11 +262,15 @@ def _newest_state(
 def _fetch_adapter(
     session: Session, record: RunRecord, state: TrainState
 ) -> tuple[Adapter | None, np.ndarray]:
-    """The modules as they are, None if all diverged; and where. Every process takes part."""
+    """The current adapter, or None if all concepts have diverged, and `diverged_at`, `(N,)`.
+
+    Every process must call this.
+    """
     trained = state.concepts
-    fields = trained.ram, trained.sam, trained.ema, trained.diverged_at
-    fields = session.placement.fetch(fields)
-    return make_adapter(record, *fields), fields[-1][: len(record.concepts)]
+    ram, sam, ema, diverged_at = session.placement.fetch(
+        (trained.ram, trained.sam, trained.ema, trained.diverged_at)
+    )
+    return make_adapter(record, ram, sam, ema, diverged_at), diverged_at[: len(record.concepts)]
 
 
 def _grids(session: Session, run: Run, embedded: EmbeddedConcepts) -> ValidationGrids | None:

@@ -20,6 +20,9 @@ def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = N
       config: as from `load_config`.
       backbone: the model; may be abstract.
       resolution: in pixels; None is the config's, else the model's own.
+
+    Raises:
+      UserError: if the model does not have this resolution or number of DDIM steps.
     """
     resolution = resolution or config.model.resolution or backbone.default_resolution
     schedule = Schedule.from_config(backbone.scheduler_config, config.rollout.num_steps)

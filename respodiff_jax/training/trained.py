@@ -11,6 +11,7 @@ from etils import epath
 
 from respodiff_jax import adapters
 from respodiff_jax.adapters import Adapter, combine, select
+from respodiff_jax.adapters.adapter import check_once
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule, Params
@@ -34,8 +35,7 @@ def load_adapter(
     Raises:
       UserError: if there is no adapter, it is damaged, or it lacks a concept or step.
     """
-    if twice := sorted({name for name in only if list(only).count(name) > 1}):
-        raise UserError(f"`only` names {twice} more than once")
+    check_once(only)
     if step is None and is_batch(source):
         return _batch_adapter(source, only)
     adapter = _open_whole(source, step)

@@ -38,13 +38,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
     """Trains a config's concepts, continuing from where the working directory stands.
 
     More concepts than `train.concepts_per_device` allows at a time are trained in waves. SIGTERM
-    saves and raises `Interrupted`; calling again continues bit for bit. A concept whose loss is no
-    longer finite is reported and dropped; the others continue.
+    saves and raises `Interrupted`; calling again continues bit for bit. A concept whose loss,
+    modules or optimiser states are no longer finite is reported and dropped; the others continue.
 
     Args:
       config: as from `load_config`.
       workdir: directory of the training, made if needed; local or on gs://.
-      profile: also write a trace of a few steps to `workdir/profile`.
+      profile: also write a trace of a few steps to `profile/` in the working directory or, with
+        waves, in the folder of the first wave that is trained.
 
     Returns:
       The adapter of the concepts that have not diverged, which is also on disk.
@@ -147,10 +148,10 @@ def is_done(run: Run) -> bool:
     )
 
 
-def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> list[dict[str, Any]]:
+def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> None:
     """Brings the outcomes in the working directory up to date with those of these waves.
 
-    Outcomes of other waves stay. Returns all outcomes.
+    Outcomes of other waves stay.
     """
     workdir, waves = open_path(workdir), list(waves)
     renewed = {concept.name for wave in waves for concept in wave.concepts}
@@ -162,7 +163,6 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> list[dict[
             gathered[outcome["name"]] = outcome | {"adapter": adapter}
     if waves:
         write_outcomes(workdir, gathered.values())
-    return [*gathered.values()]
 
 
 def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:

@@ -93,7 +93,7 @@ def test_export_applies_its_options(tmp_path, capsys):
     capsys.readouterr()
     for arguments, message in [
         (["--scale", "a cat=1"], "--scale names ['a cat'], the adapter has a woman, a man"),
-        (["--step", "3"], "--step needs a training workdir"),
+        (["--step", "3"], "--step is for a single run's working directory"),
         (["--evaluation", tmp_path / "nowhere"], "nowhere has no results.json"),
         (["--only", "a man", "--only", "a man"], "--only names ['a man'] more than once"),
     ]:
@@ -122,7 +122,11 @@ def test_metrics_are_kept_only_for_the_measured_adapter(tmp_path, capsys):
     for source, options, message in [
         ("other", [], "measured another adapter (sha256 "),
         ("first", ["--only=a man"], "evaluate the one that is exported, a man"),
-        ("first", ["--scale=a man=0.5"], "did not measure what --dtype or --scale changes here"),
+        (
+            "first",
+            ["--scale=a man=0.5"],
+            "another adapter than --dtype or --scale make here",
+        ),
     ]:
         argv = ["export", tmp_path / source, "--out", tmp_path / "x", "--evaluation", tmp_path]
         assert cli.main([*map(str, argv), *options]) == 2

@@ -247,7 +247,7 @@ def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_
         ({"part": "race"}, {}, "`part` is 'race', expected all, or some of fairness"),
         ({"preset": "slow"}, {}, "`preset` is 'slow', expected one of quick, paper"),
         ({"max_prompts": 0}, {}, "`max_prompts` is 0, expected at least 1"),
-        ({"resolution": 18}, {}, "the nearest valid"),
+        ({"resolution": 18}, {}, "the nearest is"),
         ({"adapter": None}, {}, "no `adapter` is given"),
         ({"model": None}, {}, "nothing to evaluate; give `model`, or `images`"),
         ({"images": tmp_path}, {}, "drop `model`, `adapter`, `safe`, `num_steps`, `guidance"),
@@ -318,7 +318,7 @@ def test_results_file_keeps_its_keys_and_is_checked(evaluated, tmp_path):
         with pytest.raises(UserError, match=message):
             load_results(tmp_path)
     path.write_text("{")
-    with pytest.raises(UserError, match=r"results\.json is damaged"):
+    with pytest.raises(UserError, match=r"results\.json is not JSON"):
         load_results(tmp_path)
     # Version 1 had no `change`.
     old = [{k: v for k, v in m.items() if k != "change"} for m in content["measurements"]]
