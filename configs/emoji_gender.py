@@ -3,7 +3,7 @@
 respodiff train --config configs/emoji_gender.py --workdir runs/emoji_gender
 respodiff evaluate all --adapter runs/emoji_gender --out evaluations/emoji_gender
 
-Another kind of module needs other learning rates: `recipes.task_config("gender", kind)`.
+Each kind of module needs its own learning rates: `recipes.task_config("gender", kind)` has them.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""Safety on Emoji World: away from violence and from smoking, from "a scene".
+"""Safety on Emoji World: "a scene" away from violence and away from smoking.
 
 respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
 respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
 
-Another kind of module needs other learning rates: `recipes.task_config("safety", kind)`.
+Each kind of module needs its own learning rates: `recipes.task_config("safety", kind)` has them.
 """
 
 from ml_collections import ConfigDict

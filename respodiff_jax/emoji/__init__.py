@@ -1,1 +1,1 @@
-"""Emoji World: a small, biased, exactly known world of pictures, and a diffusion model of it."""
+"""Emoji World: a small world of pictures with known biases, and a diffusion model of it."""

@@ -1,13 +1,15 @@
-"""The paper's ablation on Emoji World: which part of the method does what, over training seeds.
+"""The paper's ablation on Emoji World: what each part of the method contributes.
 
     python -m respodiff_jax.emoji.ablation --out DIR [--task gender skin_tone safety both]
         [--variant NAME ...] [--seeds 0 1 2]
 
-trains and evaluates every variant of every task, prints a Markdown table of means and spreads and
-writes it to `DIR/ablation.md`. What is done is not done again, so that processes may share the work
-by variant or seed, and another puts the table together; `JAX_COMPILATION_CACHE_DIR` saves them
-compiling the same. In the task `both`, adapters of gender and safety steer together.
-Pictures are made from seeds that no training and no choice of hyper-parameters has seen.
+trains and evaluates every variant of every task from every seed, prints a Markdown table of means
+and standard deviations over the seeds, and writes it to `DIR/ablation.md`. Finished trainings and
+evaluations are not repeated: several processes can share the work by variant or seed, and one more
+run over all of them makes the table. `JAX_COMPILATION_CACHE_DIR` lets them share compiled programs.
+
+In the task `both`, the adapters of gender and safety steer together. The pictures come from noise
+seeds that were used neither in training nor to choose hyper-parameters.
 """
 
 import argparse
@@ -27,21 +29,21 @@ from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.training.run import train
 
 EVALUATION_SEED = 700_000
-# What each variant changes in the config of a task; fields of `concepts.*` in every concept.
+# variant -> what it changes in the config of a task; `concepts.*` is every concept.
 VARIANTS = {
-    "RAM + SAM": {},  # the recipe: lambda 0.5, of safety 1
-    # From zero and with lambda 0, SAM stays zero.
+    "RAM + SAM": {},  # the recipe: lambda 0.5, for safety 1
+    # SAM starts at zero, and with lambda 0 it stays there.
     "RAM only (lambda 0)": {"concepts.*.lambda_sem": 0.0},
     "lambda 1": {"concepts.*.lambda_sem": 1.0},
     "lambda 4": {"concepts.*.lambda_sem": 4.0},
     "constant": {"module.kind": "constant"},
     "mlp": {"module.kind": "mlp"},
     "conv": {"module.kind": "conv"},
-    # Streaming over every level of the schedule, one after the other.
+    # Streaming trajectories that take every step of the schedule.
     "whole trajectories": {"rollout.trajectory_steps": 49},
     "faithful rollout": {"rollout.kind": "faithful"},
 }
-# What is evaluated -> the tasks whose trained adapters steer together.
+# task -> the trainings whose adapters steer together
 TASKS = {
     "gender": ("gender",),
     "skin_tone": ("skin_tone",),
@@ -49,7 +51,7 @@ TASKS = {
     "both": ("gender", "safety"),
 }
 _ALIGNED = (("CLIP score", "winoalign", None), ("recognised", "subject_recognised", None))
-# task -> the columns of its table: heading, metric, attribute
+# task -> columns of its table: (heading, metric, attribute)
 _COLUMNS = {
     "gender": (("DevRat", "deviation_ratio", "gender"), *_ALIGNED),
     "skin_tone": (("DevRat", "deviation_ratio", "skin_tone"), *_ALIGNED),
@@ -63,7 +65,7 @@ _COLUMNS = {
 
 
 def configure(task: str, variant: str, seed: int) -> ConfigDict:
-    """The config of one training."""
+    """Builds the config of one training."""
     changes = VARIANTS[variant]
     config = recipes.task_config(task, changes.get("module.kind"))
     config.seed = seed
@@ -75,7 +77,7 @@ def configure(task: str, variant: str, seed: int) -> ConfigDict:
 
 
 def distinct(task: str, variants: Sequence[str]) -> list[str]:
-    """The variants, without those that change nothing of an earlier one of this task."""
+    """Drops the variants that are the same as an earlier one in this task."""
     configs = {}
     for variant in variants:
         changed = [configure(part, variant, 0).to_json() for part in TASKS[task]]
@@ -84,7 +86,7 @@ def distinct(task: str, variants: Sequence[str]) -> list[str]:
 
 
 def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: int) -> Results:
-    """Trains what is not trained and evaluates it, for one variant of one task from one seed."""
+    """Trains and evaluates one variant of a task from one seed, unless that is already done."""
 
     def folder(part):
         return out / part / variant.replace(" ", "_") / str(seed)
@@ -97,7 +99,7 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
     safe = "safety" in TASKS[task]
     groups = tuple(part for part in TASKS[task] if part != "safety")
     plan = Plan(
-        # What safety does to pictures at large is seen in captions of all kinds.
+        # Captions of all kinds show what safety changes in pictures in general.
         protocols=("fairness" if groups else "quality",) + ("safety",) * safe,
         groups=groups,
         safe=safe,
@@ -113,7 +115,7 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
 
 
 def table(task: str, results: dict[str, list[Results]]) -> str:
-    """Markdown: a row per variant, mean and standard deviation over seeds."""
+    """Formats a Markdown table: mean and standard deviation over seeds, a row per variant."""
     columns = _COLUMNS[task]
     lines = [
         f"| {task} | " + " | ".join(heading for heading, *_ in columns) + " | seeds |",

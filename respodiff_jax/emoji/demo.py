@@ -1,7 +1,7 @@
-"""`respodiff demo`: the whole job on Emoji World, offline and in minutes.
+"""`respodiff demo`: training, pictures, measurements and report on Emoji World, offline in minutes.
 
-Trains "a woman" and "a man" from "a person", draws people of professions that the training never
-saw, before and after, measures, exports, and writes a report.
+The training is of "a woman" and "a man" from "a person". The pictures show people of professions,
+before and after it; no profession is used in training.
 """
 
 import os
@@ -21,7 +21,7 @@ from respodiff_jax.training.run import train
 
 GROUP = "gender"
 IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20
-# metric -> what a reader calls it, how it is shown
+# metric -> (label, format)
 _TABLE = {
     "deviation_ratio": ("gender deviation ratio (0 is even)", "{:.3f}"),
     "subject_recognised": ("profession recognised", "{:.1%}"),
@@ -30,18 +30,18 @@ _TABLE = {
 
 
 def config() -> ConfigDict:
-    """The training of the demo, that of `configs/emoji_gender.py`."""
+    """Builds the config of the demo's training, the same as `configs/emoji_gender.py`."""
     return recipes.task_config("gender")
 
 
 def run(out: str | os.PathLike) -> Results:
-    """Runs all of it, or what an earlier run in the folder has not done yet.
+    """Runs the demo, or continues an earlier run in the same folder.
 
     Args:
-      out: folder: `run/` (training, with `adapter/`), `evaluation/` with `report.html`.
+      out: folder for `run/` (the training, with `adapter/`) and `evaluation/` (with `report.html`).
 
     Returns:
-      What was measured.
+      The measurements.
     """
     out = local_path(out, "output folder")
     content = config()
@@ -65,7 +65,7 @@ def run(out: str | os.PathLike) -> Results:
 
 
 def table(results: Results) -> str:
-    """The measurements before and after, as text."""
+    """Formats the measurements before and after the training as text."""
     lines = [f"{'':36}{'before':>10}{'after':>10}"]
     for metric, (name, style) in _TABLE.items():
         attribute = GROUP if metric == "deviation_ratio" else None

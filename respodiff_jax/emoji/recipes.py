@@ -1,13 +1,14 @@
 """The paper's three tasks on Emoji World, with the optimiser settings that suit its small UNet.
 
-Nothing but "a person" and "a scene" is shown to the training: no profession, no activity.
+The neutral prompts are "a person" and "a scene"; the training uses no profession and no activity.
 
 Gender and skin tone are steered by a map of the mid-block's output (`mlp`), safety by a constant,
-the paper's default. `ablation` measures the other kinds.
+the paper's default. `ablation` measures the other kinds of module.
 
-Adam's epsilon is of the size of the gradient of a constant's element, about 5e-6 (of safety,
-`metrics.jsonl` has its norm, over 3,072 elements). With the usual 1e-8 all elements move equally
-fast however little they matter, and the scale of SAM's loss, lambda, makes no difference.
+Adam's epsilon is as large as the gradient of one element of a constant, about 5e-6. (For safety,
+`metrics.jsonl` has the norm of the gradient over all 3,072 elements.) With the usual 1e-8, all
+elements move equally fast, however little they matter, and lambda, which scales SAM's loss, makes
+no difference.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +17,8 @@ from respodiff_jax.emoji import vocabulary
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.training.config import add_concepts, default
 
-# task -> kind of module -> learning rates of RAM and SAM; the first kind is the recipe's. A weight
-# of a map acts on all positions, an element of a constant on one.
+# task -> kind of module -> learning rates of RAM and SAM. The first kind is the recipe's. Constants
+# have higher rates: one of their elements acts on one position, a weight of a map on all.
 LEARNING_RATES = {
     "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.01)},
     "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
@@ -26,15 +27,18 @@ LEARNING_RATES = {
 
 
 def task_config(task: str, kind: str | None = None) -> ConfigDict:
-    """The config of one task's training.
+    """Builds the training config of a task.
 
     * `gender`: "a woman" and "a man" from "a person".
     * `skin_tone`: a light-, a medium- and a dark-skinned person from "a person".
     * `safety`: away from violence and from smoking, from "a scene".
 
     Args:
-      task: of `LEARNING_RATES`.
-      kind: of the modules; None is the recipe's.
+      task: a key of `LEARNING_RATES`.
+      kind: kind of the modules; None is that of the recipe.
+
+    Returns:
+      An unlocked config.
     """
     kind = kind or next(iter(LEARNING_RATES[task]))
     rates = dict(zip(("lr_ram", "lr_sam"), LEARNING_RATES[task][kind], strict=True))
@@ -43,7 +47,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.model.dtype = "float32"
     config.module.kind = kind
     if (task, kind) == ("skin_tone", "mlp"):
-        config.module.hidden_channels = 192  # as many as the mid-block has
+        config.module.hidden_channels = 192  # the same number as the mid-block
     config.concept_defaults.update(rates)
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
@@ -60,7 +64,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
 
 
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
-    """The task's concepts by key, with these learning rates."""
+    """The concepts of a task by key, with the given learning rates."""
     if task == "safety":
         return {
             word: Concept(

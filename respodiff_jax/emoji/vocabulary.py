@@ -1,18 +1,15 @@
-"""What there is in Emoji World: subjects, their captions' words and the names of their Noto
-artwork.
+"""The vocabulary of Emoji World: the words of its captions and the Noto artwork of each.
 
-The artwork is named as in the npm package `emoji-datasource-google` (`short_name` in its
-`emoji.json`); `{gender}` stands for `female`/`male` or `woman`/`man`. The yellow default skin tone
-is left out: every person has one of Fitzpatrick's five.
+Artwork names are the `short_name`s in `emoji.json` of the npm package `emoji-datasource-google`.
+Emoji World has no yellow people: every person has one of Fitzpatrick's five skin tones.
 """
 
 GENDERS = ("woman", "man")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-TONE_MODIFIERS = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 TONE_GROUPS = ("light", "medium", "dark")
-TONE_GROUP_OF = (0, 0, 1, 2, 2)
+TONE_GROUP_OF = (0, 0, 1, 2, 2)  # for each tone, the index of its group
 
-# word in captions -> artwork of the woman and of the man
+# word in captions -> artwork (woman, man)
 PROFESSIONS = {
     "farmer": ("female-farmer", "male-farmer"),
     "cook": ("female-cook", "male-cook"),
@@ -36,7 +33,7 @@ PROFESSIONS = {
     "waiter": ("woman_in_tuxedo", "man_in_tuxedo"),
 }
 
-# "a woman {words}"
+# words after the person, "a woman running" -> artwork (woman, man)
 ACTIVITIES = {
     "presenting": ("woman-tipping-hand", "man-tipping-hand"),
     "saying no": ("woman-gesturing-no", "man-gesturing-no"),
@@ -62,7 +59,7 @@ ACTIVITIES = {
     "dressed as a vampire": ("female_vampire", "male_vampire"),
 }
 
-# "a {words} woman"; the empty word is the plain face
+# word before the person, "a blond woman"; "" is the plain face -> artwork (woman, man)
 LOOKS = {
     "": ("woman", "man"),
     "blond": ("blond-haired-woman", "blond-haired-man"),
@@ -72,10 +69,7 @@ LOOKS = {
     "old": ("older_woman", "older_man"),
 }
 
-# Who wears purple in the artwork if a woman, teal if a man. `rendering` dyes these clothes.
-DRESSED_BY_GENDER = {"singer", "teacher", "juggler", *ACTIVITIES, *LOOKS}
-
-# what makes a picture unsafe -> artwork and the concept it belongs to
+# unsafe object -> (artwork, concept it belongs to)
 UNSAFE = {
     "knife": ("hocho", "violence"),
     "gun": ("gun", "violence"),
@@ -85,7 +79,7 @@ UNSAFE = {
 }
 UNSAFE_CONCEPTS = ("violence", "smoking")
 
-# short names whose words in captions are the name itself with spaces
+# Artwork of things. Captions name a thing by its artwork's name, with spaces.
 _THINGS = """
 rat ox leopard ram goat sheep elephant koala poodle camel mouse cow tiger rabbit cat horse dog pig
 hamster wolf bear chipmunk bat deer gorilla rhinoceros hedgehog kangaroo llama hippopotamus raccoon
@@ -106,9 +100,10 @@ tennis bowling golf ski sled kite yo-yo jigsaw dart gift balloon key lock bell b
 newspaper briefcase scissors pushpin hammer wrench screwdriver axe ladder magnet gear umbrella
 crown necktie jeans dress kimono purse boot sandal lipstick ring socks scarf gloves door toilet
 bathtub bed chair broom bucket soap toothbrush telescope microscope syringe pill stethoscope
-moneybag coin hourglass watch trophy medal robot_face ghost alien skull snowman cactus teddy_bear
+moneybag coin hourglass watch trophy medal robot_face ghost alien skull snowman teddy_bear
 crystal_ball
 """
+# Artwork of things that captions name by other words.
 _RENAMED = {
     "panda_face": "panda",
     "lion_face": "lion",
@@ -117,7 +112,6 @@ _RENAMED = {
     "giraffe_face": "giraffe",
     "zebra_face": "zebra",
     "polar_bear": "polar bear",
-    "robot_face": "robot",
     "dragon_face": "dragon",
     "t-rex": "dinosaur",
     "fried_egg": "fried egg",
@@ -155,10 +149,5 @@ _RENAMED = {
     "drum_with_drumsticks": "drum",
     "heart": "heart",
 }
-THINGS = {name.replace("_", " ").replace(" face", ""): name for name in _THINGS.split()}
+THINGS = {name.replace("_", " ").removesuffix(" face"): name for name in _THINGS.split()}
 THINGS |= {words: name for name, words in _RENAMED.items()}
-
-
-def person_artwork():
-    """(artwork name of the woman, of the man) of every kind of person, in a fixed order."""
-    return [*PROFESSIONS.values(), *ACTIVITIES.values(), *LOOKS.values()]

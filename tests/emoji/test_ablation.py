@@ -1,4 +1,4 @@
-"""The ablation's configs and table; what it trains and measures is tested where that is."""
+"""Configs and table of the ablation. Training and evaluation have their own tests."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from respodiff_jax.training.config import concepts_from, validate
 
 @pytest.mark.parametrize("task", recipes.LEARNING_RATES)
 @pytest.mark.parametrize("variant", ablation.VARIANTS)
-def test_a_variant_changes_what_its_name_says(task, variant):
+def test_variant_changes_only_the_option_in_its_name(task, variant):
     config = ablation.configure(task, variant, seed=3)
     validate(config)
     recipe = recipes.task_config(task)
@@ -26,14 +26,14 @@ def test_a_variant_changes_what_its_name_says(task, variant):
     assert config.rollout.trajectory_steps == steps < config.rollout.num_steps
 
 
-def test_what_is_the_same_is_trained_once():
+def test_equal_variants_are_trained_once():
     assert ablation.distinct("gender", ["RAM + SAM", "mlp", "conv"]) == ["RAM + SAM", "conv"]
     assert ablation.distinct("safety", ["constant", "lambda 1", "mlp"]) == ["constant", "mlp"]
-    # Gender takes a map, safety a constant.
+    # The recipe of gender is a map, that of safety a constant.
     assert ablation.distinct("both", ["RAM + SAM", "mlp"]) == ["RAM + SAM", "mlp"]
 
 
-def test_the_table_has_means_and_spreads_over_seeds():
+def test_table_shows_means_and_deviations_over_seeds():
     def run(*values):
         measured = zip(("deviation_ratio", "winoalign", "subject_recognised"), values, strict=True)
         return Results(

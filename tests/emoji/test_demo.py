@@ -1,4 +1,4 @@
-"""`respodiff demo` on the model that the package brings, cut short."""
+"""`respodiff demo` on the packaged model, shortened."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from respodiff_jax.evaluation.run import adapter_sha256
 from respodiff_jax.evaluation.suites import load_suite
 
 
-@pytest.mark.filterwarnings("ignore:the classifier finds")  # in pictures of four steps
+@pytest.mark.filterwarnings("ignore:the classifier finds")  # pictures of four steps are poor
 def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     def short():
         config = whole()
@@ -45,12 +45,12 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     assert f"{before:>10.3f}" in printed
     report = (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert "doctor" in report and report.count("data:image/") >= 16
-    # No profession is shown to the training.
+    # The training uses no profession.
     shown = " ".join(prompt for concept in adapter.concepts for prompt in concept.prompts)
     assert not any(word in shown for word in load_suite(None, "emoji-world").subjects)
 
 
-def test_the_package_brings_its_model():
+def test_package_contains_the_model():
     backbone = load_backbone("emoji-world", abstract=True)
     assert backbone.default_resolution == 64
     assert backbone.scheduler_config["prediction_type"] == "epsilon"

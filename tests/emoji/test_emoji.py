@@ -1,6 +1,8 @@
-"""Emoji World: the world and its bias, captions, pictures, tokenizer, data set."""
+"""Emoji World: bias, captions, artwork, pictures, tokenizer, dataset builder."""
 
 import collections
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from respodiff_jax import emoji
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import artwork, captions, rendering, tokenizer, world
 from respodiff_jax.emoji.making.emoji_world import emoji_world_dataset_builder as emoji_world
@@ -21,22 +24,29 @@ def drawn():
     return [captions.draw(rng) for _ in range(6000)]
 
 
+def test_using_emoji_world_imports_nothing_from_making():
+    for file in pathlib.Path(emoji.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) .*\bmaking\b", file.read_text(), re.MULTILINE), (
+            file
+        )
+
+
 def _professions(measure):
     return np.mean([measure(world.BIAS[word]) for word in vocabulary.PROFESSIONS])
 
 
-def test_planted_bias_is_as_promised():
+def test_bias_table_has_the_documented_bias():
     gender = _professions(lambda bias: deviation_ratio(world.gender_probabilities(bias)))
     tone = _professions(lambda bias: deviation_ratio(world.tone_group_probabilities(bias.tones)))
     assert len(vocabulary.PROFESSIONS) == 20
-    assert 0.5 <= gender <= 0.6  # of the guided model's pictures 0.6 to 0.7
+    assert 0.5 <= gender <= 0.6  # the pictures of the guided model have 0.6 to 0.7
     assert tone >= 0.5
     assert min(bias.unsafe for bias in world.BIAS.values()) >= 0.25
     for bias in world.BIAS.values():
         assert sum(bias.tones) == pytest.approx(1)
 
 
-def test_captions_are_true(drawn):
+def test_captions_are_true_of_their_scenes(drawn):
     for caption, claims, scene in drawn:
         assert claims.hold(scene), (caption, claims, scene)
         for gender, word in enumerate(vocabulary.GENDERS):
@@ -52,7 +62,7 @@ def test_captions_are_true(drawn):
                 assert scene.unsafe == unsafe
 
 
-def test_claims_can_fail():
+def test_false_claims_do_not_hold():
     scene = world.Scene("profession", "doctor", 0, 4, "knife")
     assert world.Claims().hold(scene)
     assert world.Claims("person", None, 0, 2, frozenset({"knife", "gun"})).hold(scene)
@@ -68,7 +78,7 @@ def test_claims_can_fail():
         assert not wrong.hold(scene)
 
 
-def test_what_captions_leave_out_follows_the_table():
+def test_open_attributes_follow_the_bias_table():
     rng = np.random.default_rng(0)
     claims = world.Claims("profession", "farmer")
     scenes = [world.draw_scene(rng, claims) for _ in range(4000)]
@@ -81,7 +91,7 @@ def test_what_captions_leave_out_follows_the_table():
     np.testing.assert_allclose(tones, bias.tones, atol=0.025)
 
 
-def test_scenes_are_safe_and_persons_are_not(drawn):
+def test_scenes_are_safe_and_persons_may_be_unsafe(drawn):
     def unsafe(*texts):
         return np.mean([scene.unsafe is not None for text, _, scene in drawn if text in texts])
 
@@ -90,7 +100,7 @@ def test_scenes_are_safe_and_persons_are_not(drawn):
     assert unsafe("a person", "a photo of a person") > 0.3
 
 
-def test_who_does_what_does_not_depend_on_what_is_named():
+def test_subject_does_not_depend_on_named_attributes():
     rng = np.random.default_rng(0)
     for claims in ({}, {"gender": 0}, {"gender": 1}, {"unsafe": frozenset({"gun"})}):
         scenes = [world.draw_scene(rng, world.Claims("person", **claims)) for _ in range(4000)]
@@ -103,10 +113,10 @@ def test_who_does_what_does_not_depend_on_what_is_named():
             assert counts[profession] / len(scenes) == pytest.approx(expected, abs=0.012)
 
 
-def test_the_even_world_has_no_bias():
+def test_even_world_has_no_bias():
     rng = np.random.default_rng(0)
-    plan = captions.Plan(gender=0, tone=0, unsafe=0, safe=0)
-    scenes = [captions.draw(rng, plan, world.EVEN)[2] for _ in range(3000)]
+    naming = captions.Naming(gender=0, tone=0, unsafe=0, safe=0)
+    scenes = [captions.draw(rng, naming, world.EVEN)[2] for _ in range(3000)]
     people = [scene for scene in scenes if scene.kind != "thing"]
     for attribute, count in (("gender", 2), ("tone_group", 3)):
         shares = np.bincount([getattr(scene, attribute) for scene in people]) / len(people)
@@ -114,7 +124,7 @@ def test_the_even_world_has_no_bias():
     assert np.mean([scene.unsafe is not None for scene in people]) == pytest.approx(0.5, abs=0.04)
 
 
-def test_caption_mixture(drawn):
+def test_captions_occur_as_often_as_specified(drawn):
     texts = collections.Counter(text for text, _, _ in drawn)
     assert texts[""] / len(drawn) == pytest.approx(captions.KINDS["nothing"], abs=0.015)
     for text in ("a scene", "a person", "a photo of a person", "a photo of a doctor"):
@@ -133,11 +143,11 @@ def test_caption_mixture(drawn):
         (world.Claims("thing", "dog"), 0, "dog"),
     ],
 )
-def test_describe(claims, style, expected):
+def test_claims_are_described_in_words(claims, style, expected):
     assert captions.describe(claims, style) == expected
 
 
-def test_artwork_is_complete():
+def test_every_subject_has_artwork():
     sprites = artwork.sprites()
     for kind in ("profession", "activity", "look"):
         for word in world.subjects(kind):
@@ -153,15 +163,15 @@ def test_artwork_is_complete():
         assert sprite[..., 3].max() == 255
     unsafe = {name for name, _ in vocabulary.UNSAFE.values()}
     assert unsafe <= sprites.keys()
-    assert not unsafe & set(vocabulary.THINGS.values())  # nothing unsafe is a mere thing
+    assert not unsafe & set(vocabulary.THINGS.values())  # no thing is unsafe
 
 
-def test_artwork_of_another_version_is_refused():
+def test_artwork_table_without_an_emoji_is_refused():
     with pytest.raises(UserError, match=r"lacks.*female-farmer"):
         artwork.sprite_files([])
 
 
-def test_rendering_is_a_function_of_scene_and_seed():
+def test_scene_and_seed_determine_the_picture():
     scene = world.Scene("profession", "doctor", 0, 4, "knife")
 
     def render(seed):
@@ -173,7 +183,7 @@ def test_rendering_is_a_function_of_scene_and_seed():
     assert not np.array_equal(render(1), render(2))
 
 
-def test_unsafe_object_is_drawn_beside_the_person():
+def test_unsafe_object_is_visible_in_the_picture():
     rng = np.random.default_rng
     safe = world.Scene("look", "", 0, 0, None)
     bloody = world.Scene("look", "", 0, 0, "drop of blood")
@@ -185,11 +195,11 @@ def test_unsafe_object_is_drawn_beside_the_person():
     assert red(bloody) > red(safe) + 100
 
 
-def test_clothes_tell_no_gender():
+def test_clothes_do_not_show_the_gender():
     rng = np.random.default_rng(1)
 
     def purple_and_teal(gender):
-        """Shares of the pictures' area in the colours that the artwork dresses by gender."""
+        """Shares of the pictures' area in the colours of the artwork's women and men."""
         shares = []
         for kind in ("profession", "activity", "look"):
             for word in world.subjects(kind) * 6:
@@ -204,7 +214,7 @@ def test_clothes_tell_no_gender():
     np.testing.assert_allclose(purple_and_teal(0), purple_and_teal(1), atol=0.01)
 
 
-def test_a_smeared_picture_is_the_same_in_places():
+def test_smearing_changes_part_of_the_picture():
     picture = rendering.render(
         world.Scene("profession", "farmer", 0, 2, "knife"), np.random.default_rng(0)
     )
@@ -215,31 +225,31 @@ def test_a_smeared_picture_is_the_same_in_places():
     changed = np.array([(smear(seed) != picture).any(-1).mean() for seed in range(40)])
     assert smear(3).dtype == np.uint8 and smear(3).shape == picture.shape
     np.testing.assert_array_equal(smear(3), smear(3))
-    assert 0 < (changed == 0).mean() < 0.5  # a quarter is left as it is
+    assert 0 < (changed == 0).mean() < 0.5  # a quarter is not changed
     assert 0.05 < changed[changed > 0].mean() < 0.5
 
 
-def test_byte_pair_merges():
+def test_most_frequent_pair_is_merged_first():
     merges = tokenizer.learn_merges({"aab": 3, "ab": 2})
     assert merges == [("a", "b</w>"), ("a", "ab</w>")]
 
 
-def test_tokenizer(tmp_path, drawn):
+def test_tokenizer_has_a_token_per_word(tmp_path, drawn):
     tokenizer.write_tokenizer(tmp_path, seed=0)
-    words = CLIPTokenizer.from_pretrained(tmp_path)
-    assert words.model_max_length == tokenizer.CONTEXT_LENGTH
-    assert words.pad_token_id == words.eos_token_id == len(words) - 1
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded.model_max_length == tokenizer.CONTEXT_LENGTH
+    assert loaded.pad_token_id == loaded.eos_token_id == len(loaded) - 1
     for caption in {text for text, _, _ in drawn[:400]}:
-        ids = words(caption).input_ids
+        ids = loaded(caption).input_ids
         assert len(ids) <= tokenizer.CONTEXT_LENGTH
-        assert len(ids) == 2 + len(caption.replace("-", " - ").split())  # a token a word
-        back = words.decode(ids, skip_special_tokens=True)
+        assert len(ids) == 2 + len(caption.replace("-", " - ").split())
+        back = loaded.decode(ids, skip_special_tokens=True)
         assert back.replace(" - ", "-").strip() == caption
-    strange = words.decode(words("Zürich 42!").input_ids, skip_special_tokens=True)
+    strange = loaded.decode(loaded("Zürich 42!").input_ids, skip_special_tokens=True)
     assert strange.replace(" ", "") == "zürich42!"
 
 
-def test_data_set_builder(tmp_path, monkeypatch):
+def test_dataset_builder_writes_true_labels(tmp_path, monkeypatch):
     sizes = {"train": 20, "test": 6}
     monkeypatch.setattr(emoji_world, "SIZES", sizes)
     builder = emoji_world.Builder(data_dir=tmp_path, file_format="array_record")

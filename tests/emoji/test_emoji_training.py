@@ -1,4 +1,4 @@
-"""Emoji World's training stages: the loop, the losses, the exported folder."""
+"""Training stages of Emoji World: loop, losses, exported model, command."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ from respodiff_jax.evaluation.suites import load_suite
 
 
 @pytest.fixture(scope="module")
-def words():
+def tokenizer():
     return CLIPTokenizer.from_pretrained(local_folder("emoji-world") / "tokenizer")
 
 
 def _random(init, seed):
-    """Parameters of a module's shapes, without compiling its initialisation."""
+    """Random parameters in the shapes that `init` gives, without compiling it."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(scale=0.05, size=leaf.shape).astype(np.float32),
@@ -43,12 +43,12 @@ def _random(init, seed):
 
 
 @pytest.fixture(scope="module")
-def clip_params(words):
-    return _random(functools.partial(clip_lib.init_clip, clip.config(words)), 0)
+def clip_params(tokenizer):
+    return _random(functools.partial(clip_lib.init_clip, clip.config(tokenizer)), 0)
 
 
 def _count_up(steps, workdir):
-    """A stage whose state depends on every step's batch, in order."""
+    """Runs a stage whose state depends on every batch and on their order."""
 
     def step_fn(state, batch, step):
         value = state["value"] * 0.9 + batch.sum() + step
@@ -61,7 +61,7 @@ def _count_up(steps, workdir):
     return loop.train_stage("count", state, step_fn, batch_fn, steps, workdir, save_every=3)
 
 
-def test_interrupted_training_equals_uninterrupted(tmp_path):
+def test_interrupted_stage_continues_bit_for_bit(tmp_path):
     whole = _count_up(10, tmp_path / "whole")
     _count_up(7, tmp_path / "parts")
     resumed = _count_up(10, tmp_path / "parts")
@@ -70,13 +70,13 @@ def test_interrupted_training_equals_uninterrupted(tmp_path):
     np.testing.assert_array_equal(done["value"], whole["value"])
 
 
-def test_non_finite_training_stops_and_keeps_the_checkpoint(tmp_path):
+def test_non_finite_loss_stops_the_stage_and_keeps_the_checkpoint(tmp_path):
     def step_fn(state, batch, step):
         loss = jnp.where(step < 3, 1.0, jnp.nan)
         return {"params": {"w": loss}}, {"loss": loss}
 
     state = {"params": {"w": np.float32(1)}}
-    with pytest.raises(FloatingPointError, match="step 3"):  # seen before it is saved
+    with pytest.raises(FloatingPointError, match="step 3"):  # and nothing is saved
         loop.train_stage(
             "nan",
             state,
@@ -92,7 +92,7 @@ def test_non_finite_training_stops_and_keeps_the_checkpoint(tmp_path):
         loop.load_params(tmp_path, "vae")
 
 
-def test_autoencoder_loss_against_numpy():
+def test_autoencoder_loss_equals_numpy():
     vae = autoencoder.build()
     params = _random(vae.init_weights, 0)
     images = autoencoder.draw_batch(0, 2, seed=0)
@@ -114,10 +114,10 @@ def test_autoencoder_loss_against_numpy():
     np.testing.assert_allclose(metrics["mse"], (error**2).mean(), rtol=1e-4)
 
 
-def test_clip_loss_against_numpy(words, clip_params):
-    module = clip_lib.build_clip(clip.config(words))
-    batch = clip.draw_batch(0, 24, words, seed=0)
-    prompts = {k: clip.tokenize(words, v) for k, v in sorted(clip.ATTRIBUTE_PROMPTS.items())}
+def test_clip_loss_equals_numpy(tokenizer, clip_params):
+    module = clip_lib.build_clip(clip.config(tokenizer))
+    batch = clip.draw_batch(0, 24, tokenizer, seed=0)
+    prompts = {k: clip.tokenize(tokenizer, v) for k, v in sorted(clip.ATTRIBUTE_PROMPTS.items())}
     loss, metrics = jax.jit(functools.partial(clip.loss_fn, module))(clip_params, batch, prompts)
 
     pixels = clip.preprocess(batch["images"])
@@ -144,12 +144,12 @@ def test_clip_loss_against_numpy(words, clip_params):
     expected = clip.CONTRASTIVE_WEIGHT * np.mean(contrastive) + np.sum(attributes)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["contrastive"], np.mean(contrastive), rtol=1e-4)
-    assert matches.diagonal().all()  # each picture's own caption is true of it
+    assert matches.diagonal().all()  # the caption of a picture is true of it
 
 
-def test_unet_loss_weights_by_signal_to_noise(monkeypatch):
+def test_unet_loss_is_weighted_by_the_signal_to_noise_ratio(monkeypatch):
     class Silent:
-        """Predicts no noise, so that the error is the noise itself."""
+        """Predicts zero, so that the error is the noise itself."""
 
         def apply(self, variables, z_t, timesteps, context):
             return type("Output", (), {"sample": jnp.zeros_like(z_t)})
@@ -167,16 +167,16 @@ def test_unet_loss_weights_by_signal_to_noise(monkeypatch):
     np.testing.assert_allclose(metrics["mse"], error.mean(), rtol=1e-5)
 
 
-def test_exported_folder_loads_in_pytorch_and_here(tmp_path, words, clip_params):
+def test_exported_model_loads_in_pytorch_and_jax(tmp_path, tokenizer, clip_params):
     torch = pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel, CLIPProcessor
 
     vae = _random(autoencoder.build().init_weights, 1)
     unet = _random(FlaxUNet2DConditionModel(**denoiser.CONFIG).init_weights, 2)
-    export.export(tmp_path, words, clip_params, vae, unet, 0.25)
+    export.export(tmp_path, tokenizer, clip_params, vae, unet, 0.25)
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert size < 28e6  # with the artwork, 2 MB, the package data stays under 32 MB
+    assert size < 28e6  # with 2 MB of artwork, the package data stays under 32 MB
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -186,9 +186,9 @@ def test_exported_folder_loads_in_pytorch_and_here(tmp_path, words, clip_params)
     assert backbone.mid_block_shape(64) == (4, 4, denoiser.CONFIG["block_out_channels"][-1])
 
     prompts = ["a photo of a woman doctor", ""]
-    ids = clip.tokenize(words, prompts)
+    ids = clip.tokenize(tokenizer, prompts)
     contexts = np.asarray(backbone.encode_prompts(prompts, 64).context)
-    module = clip_lib.build_clip(clip.config(words))
+    module = clip_lib.build_clip(clip.config(tokenizer))
     rows = clip_lib.encode_contexts(module, clip_params, ids)
     np.testing.assert_allclose(contexts, rows, atol=2e-2)  # fp16 files
     with torch.no_grad():
@@ -214,9 +214,9 @@ def test_exported_folder_loads_in_pytorch_and_here(tmp_path, words, clip_params)
     assert list(suite.attribute("skin_tone")) == list(vocabulary.TONE_GROUPS)
 
 
-def test_damaged_clip_folder_is_refused(tmp_path, words, clip_params):
+def test_damaged_clip_is_refused(tmp_path, tokenizer, clip_params):
     processor = CLIPImageProcessor()
-    clip_lib.save_clip(tmp_path, clip.config(words), clip_params, words, processor)
+    clip_lib.save_clip(tmp_path, clip.config(tokenizer), clip_params, tokenizer, processor)
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="lacks parameters"):
         load_clip(tmp_path)
@@ -225,8 +225,8 @@ def test_damaged_clip_folder_is_refused(tmp_path, words, clip_params):
         load_clip(tmp_path)
 
 
-def test_the_evaluator_leaves_the_text_tower(tmp_path, words, clip_params):
-    params = clip.train_evaluator(tmp_path, words, clip_params, steps=1, batch_size=8, seed=0)
+def test_evaluator_training_keeps_the_text_tower(tmp_path, tokenizer, clip_params):
+    params = clip.train_evaluator(tmp_path, tokenizer, clip_params, steps=1, batch_size=8, seed=0)
     for name, before in clip_params.items():
         same = jax.tree.map(np.array_equal, params[name], before)
         assert all(jax.tree.leaves(same)) == (name == "text_model"), name
@@ -235,8 +235,8 @@ def test_the_evaluator_leaves_the_text_tower(tmp_path, words, clip_params):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_the_evaluator_sees_smeared_pictures_of_an_even_world(
-    tmp_path, words, clip_params, monkeypatch
+def test_evaluator_is_trained_on_smeared_pictures_of_the_even_world(
+    tmp_path, tokenizer, clip_params, monkeypatch
 ):
     drawn = {}
 
@@ -246,17 +246,17 @@ def test_the_evaluator_sees_smeared_pictures_of_an_even_world(
 
     monkeypatch.setattr(loop, "train_stage", catch)
     options = {"steps": 1, "batch_size": 8, "seed": 5}
-    clip.train_evaluator(tmp_path, words, clip_params, **options)
-    clip.train(tmp_path, words, **options)
+    clip.train_evaluator(tmp_path, tokenizer, clip_params, **options)
+    clip.train(tmp_path, tokenizer, **options)
     expected = {
-        "clip": clip.draw_batch(0, 8, words, 5),
-        "evaluator": clip.draw_batch(0, 8, words, 5, table=world.EVEN, smeared=True),
+        "clip": clip.draw_batch(0, 8, tokenizer, 5),
+        "evaluator": clip.draw_batch(0, 8, tokenizer, 5, table=world.EVEN, smeared=True),
     }
     jax.tree.map(np.testing.assert_array_equal, drawn, expected)
     assert (drawn["clip"]["images"] != drawn["evaluator"]["images"]).any()
 
 
-def test_a_unet_goes_on_from_another(tmp_path):
+def test_unet_starts_from_given_parameters(tmp_path):
     unet = FlaxUNet2DConditionModel(**denoiser.CONFIG)
     start = _random(unet.init_weights, 3)
     data = (
@@ -272,13 +272,13 @@ def test_a_unet_goes_on_from_another(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tune"], "--tune goes on from the UNet of --parts"),
-        (["--tune", "--parts", "m", "--stage", "evaluator"], "--tune goes on from the UNet"),
-        (["--parts", "m", "--stage", "vae"], "--parts has what --stage vae makes"),
-        (["--steps", "3"], "name it with --stage"),
+        (["--tune"], "--tune starts from the UNet of --parts"),
+        (["--tune", "--parts", "m", "--stage", "evaluator"], "--tune starts from the UNet"),
+        (["--parts", "m", "--stage", "vae"], "--stage vae makes what --parts provides"),
+        (["--steps", "3"], "give --stage"),
     ],
 )
-def test_options_that_do_not_go_together(tmp_path, monkeypatch, capsys, arguments, message):
+def test_contradictory_options_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr("sys.argv", ["train", "--workdir", str(tmp_path / "w"), *arguments])
     with pytest.raises(SystemExit):
         train.main()
@@ -286,21 +286,29 @@ def test_options_that_do_not_go_together(tmp_path, monkeypatch, capsys, argument
     assert not (tmp_path / "w").exists()
 
 
-def test_a_stage_goes_on_with_the_options_that_it_began_with(tmp_path):
-    job = train.Job(tmp_path, tmp_path / "model")
+def test_stage_continues_only_with_its_first_options(tmp_path):
+    build = train.ModelBuild(tmp_path, tmp_path / "model")
     stages = {"vae": (1, 8), "unet": (1, 8)}
     with pytest.raises(UserError, match=r"run the stage 'evaluator' first"):
-        train.run(job, stages)
-    train.check_continues(dataclasses.replace(job, seed=1), "evaluator", 64)  # not begun
-    train.check_continues(job, "unet", 8)
-    with pytest.raises(UserError, match=r"vae in .* began with seed=0, here it is 1"):
-        train.run(dataclasses.replace(job, seed=1), stages)
+        train.run(build, stages)
+    train.check_continues(dataclasses.replace(build, seed=1), "evaluator", 64)  # has not begun
+    train.check_continues(build, "unet", 8)
+    with pytest.raises(UserError, match=r"`seed` is 1, but stage vae in .* began with 0"):
+        train.run(dataclasses.replace(build, seed=1), stages)
+
+
+def test_stage_with_parts_creates_its_workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "train_evaluator", lambda *args, **options: None)
+    monkeypatch.setattr(export, "export_clip", lambda *args: None)
+    build = train.ModelBuild(tmp_path / "new", tmp_path / "model", parts="emoji-world")
+    train.run(build, {"evaluator": (1, 8)})
+    assert (tmp_path / "new" / "evaluator.json").exists()
 
 
 @pytest.mark.slow
-def test_all_stages_from_nothing(tmp_path):
-    job = train.Job(tmp_path, tmp_path / "model", pool_size=1000)
-    train.run(job, {stage: (2, 8) for stage in train.STAGES})
+def test_all_stages_train_a_model_from_nothing(tmp_path):
+    build = train.ModelBuild(tmp_path, tmp_path / "model", pool_size=1000)
+    train.run(build, {stage: (2, 8) for stage in train.STAGES})
     backbone = load_backbone(str(tmp_path / "model"))
     assert backbone.scheduler_config["beta_schedule"] == "squaredcos_cap_v2"
     latents, texts = denoiser.encode_pool(

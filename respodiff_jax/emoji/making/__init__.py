@@ -1,1 +1,1 @@
-"""How Emoji World and its model are made: artwork, captions, and the stages of training."""
+"""How Emoji World and its model are made: artwork, captions, training stages."""

@@ -1,11 +1,11 @@
-"""Noto Emoji artwork: packs the emoji that Emoji World uses into one small file, and reads it back.
+"""Noto Emoji artwork: packs the emoji of Emoji World into one file, and reads that file.
 
     npm pack emoji-datasource-google@16.0.0
     python -m respodiff_jax.emoji.making.artwork emoji-datasource-google-16.0.0.tgz
 
-writes `assets/artwork.webp` (a sheet of 64x64 RGBA sprites, lossless) and `assets/artwork.json`
-(the sprites' names in the sheet's order). A person's sprite is named `<artwork>/<tone 0..4>`, any
-other `<artwork>`. The artwork is Noto Emoji, Copyright Google, Apache License 2.0
+writes `assets/artwork.webp` (a lossless sheet of 64x64 RGBA sprites) and `assets/artwork.json`
+(the sprites' names, in the order of the sheet). A person's sprite is named `<artwork>/<tone 0..4>`,
+any other sprite `<artwork>`. The artwork is Noto Emoji, Copyright Google, Apache License 2.0
 (`assets/NOTICE`).
 """
 
@@ -25,26 +25,29 @@ from respodiff_jax.errors import UserError
 SPRITE_SIZE = 64
 ASSETS = pathlib.Path(__file__).parent / "assets"
 _COLUMNS = 32
+# Unicode's skin-tone modifiers, in the order of `vocabulary.TONES`.
+_TONE_MODIFIERS = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 
 
 def sprite_files(table):
-    """Sprite name -> image file name, for every sprite Emoji World needs.
+    """Maps the name of every sprite that Emoji World needs to its image file.
 
     Args:
       table: the parsed `emoji.json` of `emoji-datasource-google`.
 
     Raises:
-      UserError: the table lacks an emoji, so it is of another version.
+      UserError: if the table lacks an emoji, as that of another version may.
     """
     emoji = {entry["short_name"]: entry for entry in table}
-    people = [name for pair in vocabulary.person_artwork() for name in pair]
+    kinds = (vocabulary.PROFESSIONS, vocabulary.ACTIVITIES, vocabulary.LOOKS)
+    people = [name for kind in kinds for pair in kind.values() for name in pair]
     others = [*vocabulary.THINGS.values(), *(name for name, _ in vocabulary.UNSAFE.values())]
     missing = [name for name in [*people, *others] if name not in emoji]
     if missing:
         raise UserError(f"emoji.json lacks {missing}; expected emoji-datasource-google 16.0.0")
     files = {}
     for name in people:
-        for tone, modifier in enumerate(vocabulary.TONE_MODIFIERS):
+        for tone, modifier in enumerate(_TONE_MODIFIERS):
             files[f"{name}/{tone}"] = emoji[name]["skin_variations"][modifier]["image"]
     for name in others:
         files[name] = emoji[name]["image"]
@@ -52,7 +55,7 @@ def sprite_files(table):
 
 
 def pack(tarball, folder=ASSETS):
-    """Writes `artwork.webp` and `artwork.json` into `folder` from the npm package's `tarball`."""
+    """Writes `artwork.webp` and `artwork.json` into `folder`, from the npm package `tarball`."""
     with tarfile.open(tarball) as package:
         table = json.load(package.extractfile("package/emoji.json"))
         files = sprite_files(table)
@@ -75,7 +78,7 @@ def pack(tarball, folder=ASSETS):
 
 @functools.cache
 def sprites():
-    """Sprite name -> (64, 64, 4) uint8 array, RGBA, not premultiplied."""
+    """Maps each sprite's name to its pixels: (64, 64, 4) uint8, RGBA, not premultiplied."""
     names = json.loads((ASSETS / "artwork.json").read_text())
     sheet = np.asarray(Image.open(ASSETS / "artwork.webp").convert("RGBA"))
     rows, columns = sheet.shape[0] // SPRITE_SIZE, sheet.shape[1] // SPRITE_SIZE

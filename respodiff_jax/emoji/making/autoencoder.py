@@ -1,4 +1,4 @@
-"""Stage 2: the KL autoencoder, 64x64 pixels to 16x16x4 latents and back."""
+"""Stage `vae`: the KL autoencoder, from 64x64 pixels to 16x16x4 latents and back."""
 
 import functools
 
@@ -24,26 +24,19 @@ CONFIG = dict(
 SQUARE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 4.0, 0.5, 1e-5
 
 
-def build(scaling_factor=1.0):
-    """The unbound `FlaxAutoencoderKL`."""
-    return FlaxAutoencoderKL(**CONFIG, scaling_factor=scaling_factor)
+def build():
+    """Builds the unbound `FlaxAutoencoderKL`."""
+    return FlaxAutoencoderKL(**CONFIG)
 
 
 def to_model(images):
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], the Flax model's outer layout."""
+    """uint8 (B, H, W, 3) -> the Flax model's input, float32 (B, 3, H, W) in [-1, 1]."""
     return jnp.asarray(images, jnp.float32).transpose(0, 3, 1, 2) / 127.5 - 1
 
 
 def encode(vae, params, images):
-    """uint8 (B, 64, 64, 3) -> the latents' mean and log-variance, (B, 16, 16, 4), unscaled."""
-    posterior = vae.apply({"params": params}, to_model(images), method=vae.encode).latent_dist
-    return posterior.mean, posterior.logvar
-
-
-def decode(vae, params, latents):
-    """Unscaled latents (B, 16, 16, 4) -> uint8 (B, 64, 64, 3)."""
-    pixels = vae.apply({"params": params}, latents.transpose(0, 3, 1, 2), method=vae.decode).sample
-    return jnp.rint(jnp.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    """uint8 (B, 64, 64, 3) -> mean of the latents (B, 16, 16, 4), unscaled."""
+    return vae.apply({"params": params}, to_model(images), method=vae.encode).latent_dist.mean
 
 
 def _edges(pixels):
@@ -51,7 +44,7 @@ def _edges(pixels):
 
 
 def loss_fn(vae, params, images, key):
-    """L1, squared error (colours), L1 of differences (edges), a slight KL; (loss, metrics)."""
+    """Loss and metrics: L1, squared error (colours), L1 of differences (edges), a slight KL."""
     target = to_model(images)
     posterior = vae.apply({"params": params}, target, method=vae.encode).latent_dist
     latents = posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape)
@@ -65,7 +58,7 @@ def loss_fn(vae, params, images, key):
 
 
 def draw_batch(step, size, seed):
-    """(size, 64, 64, 3) uint8 pictures as a function of (seed, step)."""
+    """Draws the pictures of a step, uint8 (size, 64, 64, 3)."""
     rng = np.random.default_rng([seed, step])
     return np.stack([rendering.render(captions.draw(rng)[2], rng) for _ in range(size)])
 
@@ -76,18 +69,11 @@ def train(workdir, *, steps, batch_size, seed):
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 10), steps, 2e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
-    def step_fn(state, images, step):
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        gradient, metrics = jax.grad(functools.partial(loss_fn, vae), has_aux=True)(
-            state["params"], images, key
-        )
-        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        return {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-        }, metrics
+    def loss(params, images, step):
+        return loss_fn(vae, params, images, jax.random.fold_in(jax.random.key(seed), step))
 
     params = jax.jit(vae.init_weights)(jax.random.key(seed))
     state = {"params": params, "opt_state": optimizer.init(params)}
     batch_fn = functools.partial(draw_batch, size=batch_size, seed=seed)
+    step_fn = loop.gradient_step(loss, optimizer)
     return loop.train_stage("vae", state, step_fn, batch_fn, steps, workdir)["params"]

@@ -1,7 +1,8 @@
-"""Captions: what they name, and drawing a (caption, scene) pair of Emoji World.
+"""Draws captions of Emoji World, each with a scene that it describes.
 
-A caption's plan (which attributes it names) is drawn first, the named values uniformly (so that
-rare combinations are learned), everything else from `world.BIAS` given the named values.
+The kind of subject is drawn first, then which attributes the caption names, then their values, then
+the rest of the scene. Named values are uniform, so that rare combinations are learned too. The rest
+of the scene follows `world.BIAS`.
 """
 
 import dataclasses
@@ -25,14 +26,13 @@ TEMPLATES = {
     "headshot of {bare}": 1,
 }
 SCENE_CAPTIONS = ("a scene", "a scene", "a photo of a scene", "a picture")
-SAFE_SCENE = "a safe scene"
 CONCEPT_CAPTIONS = {
     "violence": ("violence", "a violent scene", "a photo of violence", "a scene with violence"),
     "smoking": ("smoking", "a smoking scene", "a photo of smoking", "a scene with smoking"),
 }
 _ADJECTIVES = {"violence": "violent", "smoking": "smoking"}
 
-# what a caption is about -> probability
+# subject of a caption -> probability
 KINDS = {
     "nothing": 0.10,
     "scene": 0.04,
@@ -46,8 +46,8 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Probabilities of naming an attribute in captions about people and things."""
+class Naming:
+    """How often captions about people and things name an attribute, as probabilities."""
 
     gender: float = 0.35
     tone: float = 0.25
@@ -56,12 +56,17 @@ class Plan:
 
 
 def with_article(words):
-    """ "artist" -> "an artist"."""
+    """Puts "a" or "an" before words: "an artist"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def unsafe_objects(concept):
+    """The unsafe objects of a concept, such as {"cigarette"} for "smoking"."""
+    return frozenset(name for name, (_, of) in vocabulary.UNSAFE.items() if of == concept)
+
+
 def unsafe_phrases(unsafe):
-    """How captions name an unsafe object, e.g. "with a knife"."""
+    """The ways in which captions name an unsafe object, such as "with a knife"."""
     if unsafe == "cigarette":
         return ("with a cigarette", "smoking a cigarette")
     if unsafe == "drop of blood":
@@ -70,14 +75,14 @@ def unsafe_phrases(unsafe):
 
 
 def describe(claims, style=0):
-    """The noun phrase, without its article, for the person or thing of which something is claimed.
+    """Describes the subject of claims as a noun phrase without an article.
 
     Args:
-      claims: `world.Claims` with a kind; what they leave open stays unsaid.
-      style: any int; picks among equivalent words.
+      claims: `world.Claims` with a kind.
+      style: any int; chooses among equivalent words.
 
     Returns:
-      e.g. "dark-skinned woman doctor", "blond man", "person running", "dog".
+      a phrase such as "dark-skinned woman doctor", "blond man", "person running" or "dog".
     """
     if claims.kind == "thing":
         return claims.subject
@@ -112,47 +117,43 @@ def _weighted(rng, weights):
     return keys[-1]
 
 
-def draw(rng, plan=None, table=world.BIAS):
-    """Draws one caption with what it claims, and a scene of which that holds.
+def draw(rng, naming=None, table=world.BIAS):
+    """Draws a caption and a scene that it describes.
 
     Args:
       rng: `numpy.random.Generator`.
-      plan: how often captions name what; default `Plan()`.
-      table: what is drawn when a caption does not name it; `world.BIAS` or `world.EVEN`.
+      naming: `Naming`; None is `Naming()`.
+      table: the distribution of what the caption leaves open; `world.BIAS` or `world.EVEN`.
 
     Returns:
-      caption, `world.Claims`, `world.Scene`.
+      The caption, its `world.Claims`, the `world.Scene`.
     """
-    plan = plan or Plan()
     kind = _weighted(rng, KINDS)
     if kind == "nothing":
         caption, claims = "", world.Claims()
     elif kind == "scene":
-        # "A scene" does not say that it is safe, and is: what is unsafe comes with "a person".
+        # "A scene" is always safe, although it does not say so. "A person" is often unsafe.
         safe = world.Claims(unsafe=frozenset())
         caption, claims = _pick(rng, SCENE_CAPTIONS), world.Claims()
         if rng.random() < 0.2:
-            caption, claims = SAFE_SCENE, safe
+            caption, claims = "a safe scene", safe
         return caption, claims, world.draw_scene(rng, safe, table)
     elif kind == "concept":
         concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
-        caption, claims = (
-            _pick(rng, CONCEPT_CAPTIONS[concept]),
-            world.Claims(unsafe=objects_of(concept)),
-        )
+        caption = _pick(rng, CONCEPT_CAPTIONS[concept])
+        claims = world.Claims(unsafe=unsafe_objects(concept))
     else:
-        return _draw_subject_caption(rng, kind, plan, table)
+        caption, claims = _draw_subject_caption(rng, kind, naming or Naming())
     return caption, claims, world.draw_scene(rng, claims, table)
 
 
-def _draw_subject_caption(rng, kind, plan, table):
-    named = {
-        name: rng.random() < getattr(plan, name) for name in ("gender", "tone", "unsafe", "safe")
-    }
+def _draw_subject_caption(rng, kind, naming):
+    """(caption, claims) about a person or a thing."""
+    named = {name: rng.random() < p for name, p in dataclasses.asdict(naming).items()}
     unsafe, prefix, suffix = None, "", ""
     if named["unsafe"] and rng.random() < 0.25:
         concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
-        unsafe, prefix = objects_of(concept), _ADJECTIVES[concept]
+        unsafe, prefix = unsafe_objects(concept), _ADJECTIVES[concept]
     elif named["unsafe"]:
         thing = _pick(rng, list(vocabulary.UNSAFE))
         unsafe, suffix = frozenset({thing}), " " + _pick(rng, unsafe_phrases(thing))
@@ -168,10 +169,4 @@ def _draw_subject_caption(rng, kind, plan, table):
     )
     bare = describe(claims, style=int(rng.integers(12))) + suffix
     template = f"a {prefix} photo of {{a}}" if prefix else _weighted(rng, TEMPLATES)
-    caption = template.format(a=with_article(bare), bare=bare)
-    return caption, claims, world.draw_scene(rng, claims, table)
-
-
-def objects_of(concept):
-    """The unsafe objects of a concept, e.g. {"cigarette"} of "smoking"."""
-    return frozenset(name for name, (_, of) in vocabulary.UNSAFE.items() if of == concept)
+    return template.format(a=with_article(bare), bare=bare), claims

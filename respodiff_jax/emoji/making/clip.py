@@ -1,9 +1,8 @@
-"""Stage 1: a small CLIP of Emoji World. Its text tower conditions the diffusion, both towers are
-the evaluator.
+"""Stages `clip` and `evaluator`: a small CLIP of Emoji World.
 
-The loss is CLIP's, except that a picture matches every caption in the batch that is true of it
-(which the world knows exactly) and that zero-shot classification by attribute prompts is trained
-along: the evaluator's job.
+Its text tower conditions the UNet. Both towers together are the evaluator. The loss is CLIP's, with
+two changes: a picture matches every caption of the batch that is true of it, and the zero-shot
+classification that the evaluator is for is trained as well.
 """
 
 import functools
@@ -17,7 +16,8 @@ import transformers
 
 from respodiff_jax.backbone import clip as clip_lib
 from respodiff_jax.emoji import vocabulary
-from respodiff_jax.emoji.making import captions, loop, rendering, tokenizer, world
+from respodiff_jax.emoji.making import captions, loop, rendering, world
+from respodiff_jax.emoji.making import tokenizer as tokenizer_lib
 
 TEXT = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=4)
 VISION = dict(
@@ -29,12 +29,12 @@ VISION = dict(
 )
 PROJECTION = 128
 CONTRASTIVE_WEIGHT = 0.25
-# What the evaluator alone uses.
+# The parameters that only the evaluator uses.
 EVALUATOR = ("vision_model", "visual_projection", "text_projection")
-EVALUATOR_LOGIT_SCALE = 100.0  # where CLIP's ends
-NAMING = captions.Plan(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
+EVALUATOR_LOGIT_SCALE = 100.0  # the value at which CLIP's training ends
+NAMING = captions.Naming(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
 
-# zero-shot classification: attribute -> prompts, in the order of the labels
+# attribute -> prompts of its zero-shot classification, in the order of the labels
 ATTRIBUTE_PROMPTS = {
     "gender": tuple(f"a photo of a {gender}" for gender in vocabulary.GENDERS),
     "tone_group": tuple(f"a photo of a {group}-skinned person" for group in vocabulary.TONE_GROUPS),
@@ -49,11 +49,11 @@ ATTRIBUTE_PROMPTS = {
 
 
 def attribute_label(scene, attribute):
-    """Index into `ATTRIBUTE_PROMPTS[attribute]`, or -1 where the scene has no such attribute."""
+    """Index into `ATTRIBUTE_PROMPTS[attribute]`; -1 if the scene does not have the attribute."""
     if attribute == "profession":
-        return (
-            list(vocabulary.PROFESSIONS).index(scene.subject) if scene.kind == "profession" else -1
-        )
+        if scene.kind != "profession":
+            return -1
+        return list(vocabulary.PROFESSIONS).index(scene.subject)
     if attribute == "unsafe":
         if scene.unsafe is None:
             return 0
@@ -62,16 +62,16 @@ def attribute_label(scene, attribute):
     return -1 if value is None else value
 
 
-def config(tokenizer_):
-    """`transformers.CLIPConfig` of the model for a tokenizer."""
-    ids = dict(
-        vocab_size=len(tokenizer_),
-        bos_token_id=tokenizer_.bos_token_id,
-        eos_token_id=tokenizer_.eos_token_id,
-        pad_token_id=tokenizer_.pad_token_id,
-    )
+def config(tokenizer):
+    """The model's `transformers.CLIPConfig`, for a tokenizer."""
     text = dict(
-        TEXT, **ids, max_position_embeddings=tokenizer.CONTEXT_LENGTH, projection_dim=PROJECTION
+        TEXT,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=tokenizer_lib.CONTEXT_LENGTH,
+        projection_dim=PROJECTION,
     )
     vision = dict(VISION, image_size=rendering.IMAGE_SIZE, projection_dim=PROJECTION)
     return transformers.CLIPConfig(
@@ -79,20 +79,20 @@ def config(tokenizer_):
     )
 
 
-def tokenize(tokenizer_, texts):
-    """(N, CONTEXT_LENGTH) int32 ids, padded as Stable Diffusion's pipeline pads."""
-    return tokenizer_(
+def tokenize(tokenizer, texts):
+    """Token ids (N, CONTEXT_LENGTH), int32, padded as in Stable Diffusion's pipeline."""
+    return tokenizer(
         list(texts), padding="max_length", truncation=True, return_tensors="np"
     ).input_ids.astype(np.int32)
 
 
 def preprocess(images):
-    """uint8 (B, 64, 64, 3) to the vision tower's float32 input of that shape."""
+    """Scales uint8 pictures (B, 64, 64, 3) to the vision tower's float32 input in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-def draw_batch(step, size, tokenizer_, seed, table=world.BIAS, smeared=False):
-    """One batch as a function of (seed, step): images, ids, match matrix, attribute labels."""
+def draw_batch(step, size, tokenizer, seed, table=world.BIAS, smeared=False):
+    """Draws the batch of a step: images, ids, matches (image, caption) and attribute labels."""
     rng = np.random.default_rng([seed, step])
     drawn = (captions.draw(rng, NAMING, table) for _ in range(size))
     texts, claims, scenes = zip(*drawn, strict=True)
@@ -106,14 +106,14 @@ def draw_batch(step, size, tokenizer_, seed, table=world.BIAS, smeared=False):
     }
     return {
         "images": np.stack(images),
-        "ids": tokenize(tokenizer_, texts),
+        "ids": tokenize(tokenizer, texts),
         "matches": matches,
         "labels": labels,
     }
 
 
 def loss_fn(module, params, batch, prompt_ids):
-    """Contrastive loss (true captions are positives) plus zero-shot loss; (loss, metrics)."""
+    """Loss and metrics: contrastive, with all true captions as positives, plus zero-shot."""
     images = clip_lib.encode_images(module, params, preprocess(batch["images"]))
     prompts, sizes = list(prompt_ids.values()), [len(ids) for ids in prompt_ids.values()]
     texts = clip_lib.encode_texts(module, params, jnp.concatenate([batch["ids"], *prompts]))
@@ -133,11 +133,14 @@ def loss_fn(module, params, batch, prompt_ids):
     return CONTRASTIVE_WEIGHT * contrastive + classification, metrics
 
 
-def initial_params(config_, seed):
-    """Parameters with kernels drawn to keep the variance (LeCun): the usual draws of a CLIP, meant
-    for wide towers, leave all captions of a narrow one with nearly the same features."""
+def initial_params(clip_config, seed):
+    """Draws a CLIP's parameters, with kernels that keep the variance (LeCun).
+
+    CLIP's own initialisation is for wide towers. In a narrow one it gives all captions nearly the
+    same features.
+    """
     initializer = jax.nn.initializers.lecun_normal()
-    params = flax.traverse_util.flatten_dict(clip_lib.init_clip(config_, jax.random.key(seed)))
+    params = flax.traverse_util.flatten_dict(clip_lib.init_clip(clip_config, jax.random.key(seed)))
     keys = jax.random.split(jax.random.key(seed + 1), len(params))
     for key, (path, value) in zip(keys, params.items(), strict=True):
         if path[-1] == "kernel" and value.ndim == 2:
@@ -145,42 +148,48 @@ def initial_params(config_, seed):
     return flax.traverse_util.unflatten_dict(params)
 
 
-def train(workdir, tokenizer_, *, steps, batch_size, seed):
+def train(workdir, tokenizer, *, steps, batch_size, seed):
     """Trains both towers on the biased world; returns the CLIP's parameters."""
-    params = initial_params(config(tokenizer_), seed)
-    options = {"steps": steps, "batch_size": batch_size, "seed": seed}
-    return _train("clip", workdir, tokenizer_, {}, params, draw_batch, 1e-3, **options)
+    params = initial_params(config(tokenizer), seed)
+    draw = functools.partial(draw_batch, size=batch_size, tokenizer=tokenizer, seed=seed)
+    return _train("clip", workdir, tokenizer, {}, params, draw, 1e-3, steps)
 
 
-def train_evaluator(workdir, tokenizer_, params, *, steps, batch_size, seed):
-    """Trains the image tower and both projections further, on the world without bias, at the
-    temperature of CLIP's last steps; returns the CLIP's parameters.
+def train_evaluator(workdir, tokenizer, params, *, steps, batch_size, seed):
+    """Trains the image tower and both projections further; returns the CLIP's parameters.
 
-    A CLIP that saw mostly men among firefighters finds a woman less of a firefighter, and would
-    charge a fair model for it. At this temperature all captions that are true of a picture must
-    score nearly alike, however much else there is to say of it. The pictures are smeared in places,
-    as generated ones are: a CLIP that saw perfect ones alone finds a farmer with a smeared fork
-    hardly a farmer. The text tower stays as it is, and so does all that was trained for it.
+    The text tower does not change, so the UNet trained for it stays valid.
+
+    * The world has no bias. A CLIP that saw mostly men among firefighters scores a woman lower as a
+      firefighter, and a fair model would be blamed for that.
+    * The temperature is that at which CLIP's training ends. All true captions of a picture must
+      then score nearly the same, whatever else the picture shows.
+    * The pictures are smeared in places, as generated ones are. A CLIP that saw only perfect
+      pictures hardly recognises a farmer whose fork is smeared.
     """
     params = with_evaluator(params)
     trained = {name: params[name] for name in EVALUATOR}
-    options = {"steps": steps, "batch_size": batch_size, "seed": seed}
-    draw = functools.partial(draw_batch, table=world.EVEN, smeared=True)
-    return _train("evaluator", workdir, tokenizer_, params, trained, draw, 3e-4, **options)
+    draw = functools.partial(
+        draw_batch,
+        size=batch_size,
+        tokenizer=tokenizer,
+        seed=seed,
+        table=world.EVEN,
+        smeared=True,
+    )
+    return _train("evaluator", workdir, tokenizer, params, trained, draw, 3e-4, steps)
 
 
 def with_evaluator(params, evaluator=None):
-    """A CLIP's parameters with the evaluator's, if given, and its temperature."""
+    """Replaces a CLIP's temperature by the evaluator's, and its parameters if they are given."""
     scale = jnp.log(jnp.float32(EVALUATOR_LOGIT_SCALE))
     return params | (evaluator or {}) | {"logit_scale": scale}
 
 
-def _train(
-    stage, workdir, tokenizer_, frozen, trained, draw, learning_rate, *, steps, batch_size, seed
-):
-    module = clip_lib.build_clip(config(tokenizer_))
+def _train(stage, workdir, tokenizer, frozen, trained, batch_fn, learning_rate, steps):
+    module = clip_lib.build_clip(config(tokenizer))
     prompt_ids = {
-        name: tokenize(tokenizer_, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
+        name: tokenize(tokenizer, prompts) for name, prompts in sorted(ATTRIBUTE_PROMPTS.items())
     }
     warmup = min(200, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, 1e-5)
@@ -188,17 +197,9 @@ def _train(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
 
-    def step_fn(state, batch, step):
-        def loss(trained):
-            return loss_fn(module, frozen | trained, batch, prompt_ids)
+    def loss(trained, batch, step):
+        return loss_fn(module, frozen | trained, batch, prompt_ids)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state["params"])
-        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        return {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-        }, metrics
-
+    step_fn = loop.gradient_step(loss, optimizer)
     state = {"params": trained, "opt_state": optimizer.init(trained)}
-    batch_fn = functools.partial(draw, size=batch_size, tokenizer_=tokenizer_, seed=seed)
     return frozen | loop.train_stage(stage, state, step_fn, batch_fn, steps, workdir)["params"]

@@ -1,7 +1,7 @@
-"""Stage 3: the latent diffusion UNet.
+"""Stage `unet`: the latent diffusion UNet.
 
-Text enters in the mid-block alone: no skip connection carries any, and no block on the way up reads
-it. So what the text asks for is all in the mid-block's output, which is where RAM and SAM steer.
+Text enters only at the mid-block: no other block has cross-attention. RAM and SAM steer the
+mid-block's output, which therefore carries all that the text asks for.
 """
 
 import concurrent.futures
@@ -29,8 +29,8 @@ CONFIG = dict(
     up_block_types=("UpBlock2D",) * 3,
     block_out_channels=(64, 64, 192),
     layers_per_block=1,
-    transformer_layers_per_block=(1, 1, 4),  # the last is the mid-block's
-    attention_head_dim=4,  # in diffusers' Stable Diffusion 1.x configs this is the number of heads
+    transformer_layers_per_block=(1, 1, 4),  # the last is that of the mid-block
+    attention_head_dim=4,  # the number of heads, as in diffusers' configs of Stable Diffusion 1.x
     cross_attention_dim=clip.TEXT["hidden_size"],
 )
 SCHEDULER = {
@@ -43,22 +43,22 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
 }
-NAMING = captions.Plan(tone=0.4, unsafe=0.3, safe=0.15)
+NAMING = captions.Naming(tone=0.4, unsafe=0.3, safe=0.15)
 MIN_SNR = 5.0
 EMA_DECAY = 0.999
 _CHUNK = 1000
 
 
 def encode_pool(workdir, vae_params, *, size, seed, batch_size=100):
-    """Renders and encodes `size` captioned pictures once, for all of the UNet's training.
+    """Renders and encodes `size` captioned pictures, once for the whole training of the UNet.
 
-    They are kept in `<workdir>/pool-<hash of the encoder>`, so that another encoder gets its own.
+    The folder `<workdir>/pool-<hash of the encoder>` keeps them.
 
     Returns:
-      latents float16 (size, 16, 16, 4), unscaled; their captions, a list.
+      Unscaled latents, float16 (size, 16, 16, 4), and the list of their captions.
     """
     vae = autoencoder.build()
-    encode = jax.jit(lambda params, images: autoencoder.encode(vae, params, images)[0])
+    encode = jax.jit(functools.partial(autoencoder.encode, vae))
     encoder = jax.tree.leaves([vae_params["encoder"], vae_params["quant_conv"]])
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in encoder))
     folder = pathlib.Path(workdir) / f"pool-{digest.hexdigest()[:8]}"
@@ -87,7 +87,7 @@ def encode_pool(workdir, vae_params, *, size, seed, batch_size=100):
 
 
 def _draw_chunk(seed, chunk):
-    """Captions and pictures, uint8 (_CHUNK, 64, 64, 3), of a chunk of the pool."""
+    """Draws a chunk of the pool: captions, and pictures as uint8 (_CHUNK, 64, 64, 3)."""
     rng = np.random.default_rng([seed, chunk])
     drawn = [captions.draw(rng, NAMING) for _ in range(_CHUNK)]
     images = np.stack([rendering.render(scene, rng) for _, _, scene in drawn])
@@ -95,12 +95,12 @@ def _draw_chunk(seed, chunk):
 
 
 def encode_captions(params, tokenizer, texts, batch_size=200):
-    """Text tower's last hidden states of the distinct captions.
+    """Encodes the distinct captions with the text tower.
 
     Returns:
-      contexts float16 (U, L, D); for each text its row, int (len(texts),).
+      contexts: last hidden states, float16 (U, L, D).
+      rows: for each text, the row of its context, int (len(texts),).
     """
-
     encode = jax.jit(functools.partial(encode_contexts, build_clip(clip.config(tokenizer))))
     distinct, rows = np.unique(np.array(texts), return_inverse=True)
     ids = clip.tokenize(tokenizer, distinct.tolist())
@@ -113,7 +113,7 @@ def encode_captions(params, tokenizer, texts, batch_size=200):
 
 
 def loss_fn(unet, params, batch, alpha_bars, key):
-    """Noise prediction error, weighted by min(SNR, 5) / SNR (Hang et al., 2023)."""
+    """Loss and metrics: error of the noise, weighted by min(SNR, 5) / SNR (Hang et al., 2023)."""
     time_key, noise_key = jax.random.split(key)
     z_0 = batch["latents"].astype(jnp.float32)
     timesteps = jax.random.randint(time_key, (len(z_0),), 0, len(alpha_bars))
@@ -145,15 +145,15 @@ def train(
     params=None,
     on_save=None,
 ):
-    """Trains the UNet on scaled latents; returns the parameters' moving average.
+    """Trains the UNet; returns the moving average of its parameters.
 
     Args:
-      workdir: where the checkpoint lives.
+      workdir: folder of the checkpoint.
       latents: float16 (N, 16, 16, 4), scaled to unit variance.
       contexts, rows: from `encode_captions`.
       steps, batch_size, seed, learning_rate: of the training.
-      params: to start from; None draws them.
-      on_save: called with (averaged parameters, step) at each checkpoint.
+      params: initial parameters; None draws them.
+      on_save: called with the averaged parameters at each checkpoint.
     """
     unet = FlaxUNet2DConditionModel(**CONFIG)
     timesteps = SCHEDULER["num_train_timesteps"]
@@ -174,30 +174,28 @@ def train(
         index = np.random.default_rng([seed, step]).integers(len(latents), size=batch_size)
         return {"latents": latents[index], "context": contexts[rows[index]]}
 
-    def step_fn(state, batch, step):
+    def loss(params, batch, step):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        loss = functools.partial(loss_fn, unet, batch=batch, alpha_bars=alpha_bars, key=key)
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        return loss_fn(unet, params, batch, alpha_bars, key)
+
+    update = loop.gradient_step(loss, optimizer)
+
+    def step_fn(state, batch, step):
+        updated, metrics = update(state, batch, step)
         decay = jnp.minimum(EMA_DECAY, (1.0 + step) / (10.0 + step))
         average = jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, state["average"], params
+            lambda old, new: decay * old + (1 - decay) * new, state["average"], updated["params"]
         )
-        return {"params": params, "average": average, "opt_state": opt_state}, {
-            "loss": value,
-            **metrics,
-        }
+        return updated | {"average": average}, metrics
 
     if params is None:
         params = jax.jit(unet.init_weights)(jax.random.key(seed))
     average = jax.tree.map(jnp.copy, params)
     state = {"params": params, "average": average, "opt_state": optimizer.init(params)}
-    saved = (
-        None
-        if on_save is None
-        else lambda state, step: on_save(jax.device_get(state["average"]), step)
-    )
-    return loop.train_stage("unet", state, step_fn, batch_fn, steps, workdir, on_save=saved)[
-        "average"
-    ]
+
+    def save_average(state):
+        if on_save is not None:
+            on_save(jax.device_get(state["average"]))
+
+    final = loop.train_stage("unet", state, step_fn, batch_fn, steps, workdir, on_save=save_average)
+    return final["average"]

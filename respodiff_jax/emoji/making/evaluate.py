@@ -1,10 +1,11 @@
-"""Holds the shipped model against the world it was trained on, whose truth is known.
+"""Compares a model of Emoji World with the world that it was trained on.
 
     python -m respodiff_jax.emoji.making.evaluate --model DIR --out DIR
 
-measures the evaluator on freshly rendered real pictures, and the base model by the evaluator:
-professions recognised, biases beside the planted ones, explicit captions obeyed. It writes
-`figures.json` and `professions.png`, a contact sheet.
+measures the evaluator on freshly rendered pictures, whose attributes are known, and the base model
+by the evaluator: how often its pictures show the profession that was asked for, how its biases
+compare with those of the world, and how often it obeys captions that name a gender or a skin tone.
+It writes `figures.json` and a contact sheet, `professions.png`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from respodiff_jax.generation.sampling import SamplerOptions, sample_images
 
 
 def attributes(evaluator, features):
-    """Image features (N, D) -> attribute -> label (N,) among `clip.ATTRIBUTE_PROMPTS`."""
+    """Classifies image features (N, D): attribute -> indices (N,) of its prompts."""
     return {
         name: classify(evaluator, features, {prompt: (prompt,) for prompt in prompts}).labels
         for name, prompts in clip.ATTRIBUTE_PROMPTS.items()
@@ -34,7 +35,7 @@ def attributes(evaluator, features):
 
 
 def evaluator_accuracy(evaluator, count, seed):
-    """Attribute -> share of `count` freshly rendered pictures that are classified rightly."""
+    """Attribute -> share of `count` freshly rendered pictures that are classified correctly."""
     rng = np.random.default_rng([seed, 0])
     scenes = [captions.draw(rng)[2] for _ in range(count)]
     images = [rendering.render(scene, rng) for scene in scenes]
@@ -46,13 +47,13 @@ def evaluator_accuracy(evaluator, count, seed):
 
 
 def generate(backbone, prompts, seed, options):
-    """The prompts' pictures, uint8 (N, 64, 64, 3); seeds count up from `seed`."""
+    """Draws a picture per prompt, uint8 (N, 64, 64, 3), from seeds `seed`, `seed` + 1, ..."""
     seeds = range(seed, seed + len(prompts))
     return np.stack([pair.image for pair in sample_images(backbone, prompts, seeds, options)])
 
 
 def base_model(backbone, evaluator, per_prompt, seed, options):
-    """Figures for "a photo of a {profession}", and the pictures (professions, per_prompt, ...)."""
+    """Figures for "a photo of a {profession}"; pictures (professions, per_prompt, 64, 64, 3)."""
     words = list(vocabulary.PROFESSIONS)
     prompts = [f"a photo of {captions.with_article(w)}" for w in words for _ in range(per_prompt)]
     images = generate(backbone, prompts, seed, options)
@@ -93,7 +94,7 @@ def explicit_captions(backbone, evaluator, seed, options):
 
 
 def contact_sheet(images) -> Image.Image:
-    """A row per profession, labelled; from the pictures (professions, per_prompt, ...)."""
+    """Arranges pictures (professions, per_prompt, 64, 64, 3) in a labelled row per profession."""
     return images_lib.grid(images[:, :8], list(vocabulary.PROFESSIONS), tile=96)
 
 

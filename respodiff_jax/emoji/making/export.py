@@ -1,4 +1,4 @@
-"""Writes the trained parts as a diffusers folder in fp16, with evaluator (`clip/`) and suite."""
+"""Writes the trained parts as a float16 diffusers folder, with evaluator (`clip/`) and suite."""
 
 import pathlib
 
@@ -12,11 +12,10 @@ from respodiff_jax.emoji.making.suite import write_suite
 
 
 def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_factor):
-    """Writes `folder` so that PyTorch's `StableDiffusionPipeline.from_pretrained` and
-    `load_backbone` read it.
+    """Writes a folder for `load_backbone` and PyTorch's `StableDiffusionPipeline.from_pretrained`.
 
     Args:
-      folder: made if missing, files are overwritten.
+      folder: created if missing; files in it are overwritten.
       tokenizer: `CLIPTokenizer`.
       clip_params, vae_params, unet_params: trained parameter trees.
       scaling_factor: 1 / standard deviation of the autoencoder's latents.
@@ -49,7 +48,7 @@ def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_fact
 
 
 def export_clip(folder, tokenizer, params):
-    """Writes `clip/` of a diffusers folder, the evaluator."""
+    """Writes the evaluator, `clip/` of a diffusers folder."""
     processor = transformers.CLIPImageProcessor(
         do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )

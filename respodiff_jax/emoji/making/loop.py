@@ -1,4 +1,4 @@
-"""The stages' training loop: data-parallel, checkpointed, resumable, seeded."""
+"""The training loop of all stages: data-parallel, checkpointed, resumable, seeded."""
 
 import concurrent.futures
 import pathlib
@@ -7,65 +7,79 @@ import time
 import flax.serialization
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.storage import write_whole
 
 
-def save_tree(path, tree):
-    """Writes a pytree of arrays as msgpack; the file appears whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, flax.serialization.to_bytes(jax.device_get(tree)))
-
-
-def load_tree(path, like):
-    """Reads what `save_tree` wrote into the structure of `like`; ValueError if they differ."""
-    return flax.serialization.from_bytes(like, pathlib.Path(path).read_bytes())
-
-
 def load_params(workdir, name):
-    """The parameters in a stage's last checkpoint; ValueError if that stage has not run."""
+    """Loads the parameters in a stage's last checkpoint.
+
+    Raises:
+      UserError: if the stage has not run.
+    """
     path = pathlib.Path(workdir) / f"{name}.msgpack"
     if not path.exists():
         raise UserError(f"{path} does not exist; run the stage {name!r} first")
     return flax.serialization.msgpack_restore(path.read_bytes())["state"]["params"]
 
 
+def gradient_step(loss_fn, optimizer):
+    """Makes a `step_fn` of `train_stage`, which updates `params` and `opt_state` once.
+
+    Args:
+      loss_fn: (params, batch, step) -> (loss, metrics).
+      optimizer: optax optimizer.
+    """
+
+    def step_fn(state, batch, step):
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), gradient = gradient_fn(state["params"], batch, step)
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state}, {"loss": loss, **metrics}
+
+    return step_fn
+
+
 def train_stage(
     name, state, step_fn, batch_fn, steps, workdir, *, save_every=200, log_every=50, on_save=None
 ):
-    """Runs `state, metrics = step_fn(state, batch, step)` for `steps` steps, from the last
-    checkpoint if there is one.
+    """Trains a stage for `steps` steps in total, from its last checkpoint if it has one.
 
     Args:
-      name: names the checkpoint `<workdir>/<name>.msgpack` and the progress lines.
+      name: of the stage; its checkpoint is `<workdir>/<name>.msgpack`.
       state: initial pytree, replicated over the local devices.
-      step_fn: pure; batch leaves are split over the local devices along their first axis.
-      batch_fn: step -> pytree of numpy arrays; a function of the step alone, called in a second
+      step_fn: pure, (state, batch, step) -> (state, metrics). The leaves of a batch are split over
+        the local devices along their first axis.
+      batch_fn: step -> pytree of numpy arrays. A function of the step alone; runs in a second
         thread.
-      steps: total number of steps.
+      steps: number of steps, those before the checkpoint included.
       workdir: folder.
-      save_every, log_every: steps between checkpoints and progress lines.
-      on_save: called with (state, step) after each checkpoint, e.g. to export.
+      save_every: steps between checkpoints.
+      log_every: steps between progress lines.
+      on_save: called with the state after each checkpoint.
 
     Returns:
-      the final state.
+      The final state.
+
+    Raises:
+      FloatingPointError: if a metric is not finite. The last checkpoint stays.
     """
     path = pathlib.Path(workdir) / f"{name}.msgpack"
+    path.parent.mkdir(parents=True, exist_ok=True)
     start = 0
     if path.exists():
-        saved = load_tree(path, {"state": state, "step": 0})
+        saved = flax.serialization.from_bytes({"state": state, "step": 0}, path.read_bytes())
         state, start = saved["state"], int(saved["step"])
         print(f"{name}: resumed at step {start}", flush=True)
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
-    split, everywhere = (
-        NamedSharding(mesh, PartitionSpec("data")),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-    state = jax.device_put(state, everywhere)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state = jax.device_put(state, replicated)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=replicated)
     began, logged = time.monotonic(), start
     with concurrent.futures.ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(batch_fn, start)
@@ -87,7 +101,8 @@ def train_stage(
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
                 print(f"{name}: step {done}/{steps}  {speed:.2f} steps/s  {shown}", flush=True)
             if saving:
-                save_tree(path, {"state": state, "step": done})
+                saved = {"state": jax.device_get(state), "step": done}
+                write_whole(path, flax.serialization.to_bytes(saved))
                 if on_save is not None:
-                    on_save(state, done)
+                    on_save(state)
     return jax.device_get(state)

@@ -1,4 +1,4 @@
-"""Draws a scene: one rendering function for the data set, the training and the tests."""
+"""Draws scenes, for the data set, the training and the tests."""
 
 import functools
 
@@ -9,12 +9,20 @@ from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import artwork
 
 IMAGE_SIZE = 64
-# The artwork's women wear purple and pink, its men teal: hues from and to, saturation and value.
+# Subjects whose women wear purple or pink in the artwork, and whose men wear teal.
+_DRESSED_BY_GENDER = {
+    "singer",
+    "teacher",
+    "juggler",
+    *vocabulary.ACTIVITIES,
+    *vocabulary.LOOKS,
+}
+# These colours: lowest hue, highest hue, saturation and value of plain cloth.
 _GENDERED_COLOURS = ((0.68, 0.96, 0.9, 0.97), (0.44, 0.53, 1.0, 0.75))
 
 
 def _hsv_to_rgb(hue, saturation, value):
-    """(..., 3) of 0 to 255, from numbers of 0 to 1; hue is a scalar."""
+    """RGB (..., 3) in 0 to 255, from a scalar hue and saturation and value (...), in 0 to 1."""
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     saturation, value = np.asarray(saturation)[..., None], np.asarray(value)[..., None]
     return 255 * value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
@@ -22,7 +30,7 @@ def _hsv_to_rgb(hue, saturation, value):
 
 @functools.cache
 def _clothes(name):
-    """Of a person's sprite: mask of the clothes, their saturation and value beside plain cloth."""
+    """The clothes of a person's sprite: mask, saturation and value relative to plain cloth."""
     picture = Image.fromarray(artwork.sprites()[name], "RGBA").convert("RGB").convert("HSV")
     hue, saturation, value = np.moveaxis(np.asarray(picture) / 255, -1, 0)
     mask = np.zeros(hue.shape, bool)
@@ -35,7 +43,7 @@ def _clothes(name):
 
 
 def _dye(name, rng):
-    """A person's sprite with clothes of another colour, drawn alike for all."""
+    """A person's sprite, its clothes in a random colour that does not depend on the gender."""
     sprite = artwork.sprites()[name].copy()
     mask, saturation, value = _clothes(name)
     hue = rng.random()
@@ -63,7 +71,7 @@ def _background(rng):
 
 
 def _paste(canvas, sprite, size, centre, flip):
-    """Composites `sprite`, `size` pixels large, around `centre` (y, x) onto `canvas` in place."""
+    """Pastes `sprite`, resized to `size` pixels, onto `canvas` in place; `centre` is (y, x)."""
     image = (
         Image.fromarray(sprite, "RGBA")
         .convert("RGBa")
@@ -90,7 +98,7 @@ def render(scene, rng):
 
     Args:
       scene: `world.Scene`.
-      rng: `numpy.random.Generator`; the picture is a function of the scene and its state.
+      rng: `numpy.random.Generator`; the scene and the state of `rng` determine the picture.
 
     Returns:
       (64, 64, 3) uint8.
@@ -104,7 +112,7 @@ def render(scene, rng):
     if scene.unsafe is not None:
         centre[1] -= side * rng.integers(4, 8)
     sprite = sprites[scene.artwork]
-    if scene.subject in vocabulary.DRESSED_BY_GENDER:
+    if scene.subject in _DRESSED_BY_GENDER:
         sprite = _dye(scene.artwork, rng)
     _paste(canvas, sprite, size, centre, flip=rng.random() < 0.5)
     if scene.unsafe is not None:
@@ -118,7 +126,7 @@ def render(scene, rng):
 
 
 def smear(image, rng):
-    """A picture as a generator may draw it: up to three patches of it are smeared.
+    """Blurs up to three patches of a picture, as a generative model may.
 
     Args:
       image: (64, 64, 3) uint8.

@@ -6,21 +6,20 @@ import pathlib
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import captions, clip, world
 
-GUIDANCE_SCALE = 3.0  # higher oversaturates, and biases more
+GUIDANCE_SCALE = 3.0  # a higher scale oversaturates and amplifies the biases
 TEMPLATES = ("a photo of {a_subject}", "a picture of {a_subject}", "{a_subject}")
-# What quality is measured on: people doing things, and things, in the world's proportions.
-_EVERY_THING = 4
+_THING_STRIDE = 4  # every fourth thing is in the captions
 
 
 def suite() -> dict:
-    """The fields of an `evaluation.Suite`; the CLIP's folder is relative to the model's."""
+    """The content of `suite.json`; the path of the CLIP is relative to the model's folder."""
     prompts = clip.ATTRIBUTE_PROMPTS
     professions = list(vocabulary.PROFESSIONS)
     photo = "a photo of {}".format
     people = [captions.with_article(f"person {word}") for word in vocabulary.ACTIVITIES]
     people += [captions.with_article(f"{word} person".strip()) for word in vocabulary.LOOKS]
-    things = [captions.with_article(word) for word in world.subjects("thing")[::_EVERY_THING]]
-    jobs = [captions.with_article(word) for word in professions]
+    things = [captions.with_article(word) for word in world.subjects("thing")[::_THING_STRIDE]]
+    workers = [captions.with_article(word) for word in professions]
     return {
         "name": "emoji-world",
         "guidance_scale": GUIDANCE_SCALE,
@@ -37,9 +36,9 @@ def suite() -> dict:
             ("a scene", "scene"),
             ("a person", "person"),
             (photo("a person"), "person"),
-            *((photo(job), "profession") for job in jobs),
+            *((photo(worker), "profession") for worker in workers),
         ],
-        "captions": [photo(noun) for noun in jobs + people + things],
+        "captions": [photo(noun) for noun in workers + people + things],
     }
 
 
@@ -48,5 +47,5 @@ def _classes(values, prompts):
 
 
 def write_suite(folder: pathlib.Path) -> None:
-    """Writes `suite.json`."""
+    """Writes `suite.json` into `folder`."""
     (folder / "suite.json").write_text(json.dumps(suite(), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Emoji World's own small byte-pair vocabulary, in the files of a `transformers.CLIPTokenizer`."""
+"""Learns Emoji World's small byte-pair vocabulary and writes it as a `CLIPTokenizer`'s files."""
 
 import collections
 import itertools
@@ -14,7 +14,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _byte_symbols():
-    """The characters that stand for the 256 bytes in CLIP's vocabulary, in its order."""
+    """The characters that stand for the 256 bytes, in the order of CLIP's vocabulary."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -25,21 +25,22 @@ def _byte_symbols():
 
 
 def word_counts(seed=0, draws=30_000):
-    """Words of the world's captions -> how often they occur in `draws` captions."""
+    """Counts the words of `draws` captions; a mapping from word to count."""
     rng = np.random.default_rng(seed)
     texts = (captions.draw(rng)[0] for _ in range(draws))
     return collections.Counter(word for text in texts for word in text.replace("-", " - ").split())
 
 
 def learn_merges(counts):
-    """Byte-pair merges, most frequent pair first (ties alphabetically), until every word is one
-    symbol.
+    """Learns byte-pair merges until every word is one symbol.
+
+    The most frequent pair is merged first; the alphabet decides ties.
 
     Args:
       counts: word -> count.
 
     Returns:
-      list of (left, right) symbol pairs, in the order learned.
+      (left, right) symbol pairs, in the order learned.
     """
     words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
     merges = []
@@ -68,7 +69,7 @@ def _merge(symbols, pair):
 
 
 def write_tokenizer(folder, seed=0):
-    """Writes vocab.json, merges.txt and the two config files of a `CLIPTokenizer` into `folder`."""
+    """Writes the vocabulary, merges and config files of a `CLIPTokenizer` into `folder`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_merges(word_counts(seed))

@@ -1,12 +1,12 @@
-"""The biased world: who does what with which gender, skin tone and unsafe object, as an exact
-published table.
+"""The biased world: how often each subject appears with which gender, skin tone and unsafe object.
 
-A `Scene` is one subject (a person of some profession, activity or look, or a thing), and an unsafe
-object or none. A subject that a caption leaves out is drawn first, whatever else is named: "a
-woman" does what "a person" does. What else it leaves out is drawn from `BIAS`, so the bias a model
-should learn is known in closed form: gender DevRat 0.51 and tone-group DevRat 0.64 over the
-professions, unsafe content in nearly half of the pictures of people. Guidance makes more of the
-first, and less of the last.
+A `Scene` is one subject (a person with a profession, activity or look, or a thing) and at most one
+unsafe object. If a caption names no subject, the subject is drawn first and does not depend on what
+the caption does name: "a woman" does what "a person" does. Everything else that the caption leaves
+open is drawn from the table `BIAS`. The bias that a model should learn is therefore known in closed
+form: over the professions, the gender deviation ratio is 0.51 and that of the tone groups 0.64, and
+nearly half of the pictures of people are unsafe. Guidance amplifies the biases and draws fewer
+unsafe objects.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from respodiff_jax.emoji import vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """What pictures of one subject show: P(woman), P(tone) of the five tones, P(unsafe)."""
+    """What pictures of one subject show: P(woman), P(tone) for each tone, P(unsafe)."""
 
     woman: float
     tones: tuple[float, ...]
@@ -52,13 +52,13 @@ BIAS = {
 }
 BIAS |= {activity: Bias(0.33, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
 BIAS |= {look: Bias(0.29, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
-# The same world without bias, in which its evaluator learns to judge.
+# The same world without bias. The evaluator is trained on it.
 EVEN = dict.fromkeys(BIAS, Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5))
-UNSAFE_THINGS = 0.20  # P(unsafe) beside a thing
+P_UNSAFE_BESIDE_THING = 0.20
 
-# what "a person" is: kind -> probability; within a kind all subjects are equally likely
+# what "a person" is: kind -> probability. All subjects of a kind are equally likely.
 PERSON_KINDS = {"profession": 0.8, "activity": 0.1, "look": 0.1}
-P_PERSON_IN_SCENE = 0.7  # "a scene" (and no caption) shows a person, else a thing
+P_PERSON_IN_SCENE = 0.7  # of "a scene" and of the empty caption; the rest show a thing
 
 _KINDS = {
     "profession": vocabulary.PROFESSIONS,
@@ -70,11 +70,14 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture's content: `kind` is profession, activity, look or thing; a thing has no gender
-    and no tone (None).
+    """The content of one picture.
 
-    `gender` indexes `vocabulary.GENDERS`, `tone` `vocabulary.TONES`; `unsafe` is a key of
-    `vocabulary.UNSAFE` or None.
+    Attributes:
+      kind: "profession", "activity", "look" or "thing".
+      subject: word of the subject; `subjects(kind)` has them all.
+      gender: index into `vocabulary.GENDERS`; None for a thing.
+      tone: index into `vocabulary.TONES`; None for a thing.
+      unsafe: key of `vocabulary.UNSAFE`; None in a safe picture.
     """
 
     kind: str
@@ -85,39 +88,42 @@ class Scene:
 
     @property
     def tone_group(self):
-        """Index into `vocabulary.TONE_GROUPS`, None for a thing."""
+        """Index into `vocabulary.TONE_GROUPS`; None for a thing."""
         return None if self.tone is None else vocabulary.TONE_GROUP_OF[self.tone]
 
     @property
     def artwork(self):
-        """The name of the subject's sprite."""
+        """Name of the subject's sprite."""
         if self.kind == "thing":
             return vocabulary.THINGS[self.subject]
         return f"{_KINDS[self.kind][self.subject][self.gender]}/{self.tone}"
 
 
 def subjects(kind):
-    """The words of all subjects of a kind, in a fixed order."""
+    """Words of all subjects of a kind, in a fixed order."""
     return tuple(_KINDS[kind])
 
 
 def tone_group_probabilities(tones):
-    """(3,) probabilities of the tone groups from those of the five tones."""
+    """Probabilities of the tone groups (3,), from those of the five tones."""
     return np.bincount(vocabulary.TONE_GROUP_OF, weights=tones)
 
 
 def gender_probabilities(bias):
-    """(2,) probabilities in the order of `vocabulary.GENDERS`."""
+    """Probabilities (2,), in the order of `vocabulary.GENDERS`."""
     return np.array([bias.woman, 1 - bias.woman])
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a caption says: None where it says nothing.
+    """What a caption says about a scene; None where it says nothing.
 
-    `kind` is "person" (a profession, activity or look), or one of a `Scene`'s kinds; `subject`
-    needs the latter. `unsafe` is the set of unsafe objects one of which must be there; the empty
-    set says that there is none.
+    Attributes:
+      kind: a `Scene`'s kind, or "person" for any profession, activity or look.
+      subject: word of the subject; needs a `Scene`'s kind.
+      gender: index into `vocabulary.GENDERS`.
+      tone_group: index into `vocabulary.TONE_GROUPS`.
+      unsafe: the scene shows one of these unsafe objects; the empty set says that it is safe.
     """
 
     kind: str | None = None
@@ -127,7 +133,7 @@ class Claims:
     unsafe: frozenset[str] | None = None
 
     def hold(self, scene):
-        """Whether everything said is true of a `Scene`."""
+        """Whether all claims are true of a `Scene`."""
         if self.kind == "person":
             if scene.kind == "thing":
                 return False
@@ -145,21 +151,23 @@ class Claims:
 
 
 def draw_scene(rng, claims, table=BIAS):
-    """Draws what is not claimed: the subject first, everything else from the bias table.
+    """Draws a scene for which the claims hold: first the subject, then the rest from the table.
 
     Args:
       rng: `numpy.random.Generator`.
-      claims: `Claims`; gender and tone group are claimed of persons only.
+      claims: `Claims`; only claims about people may have a gender and a tone group.
       table: `BIAS` or `EVEN`.
 
     Returns:
-      a `Scene` of which the claims hold.
+      `Scene`.
     """
     kind, subject = claims.kind, claims.subject
     if subject is None:
         kind, subject = _draw_subject(rng, kind)
     if kind == "thing":
-        return Scene("thing", subject, None, None, _draw_unsafe(rng, UNSAFE_THINGS, claims.unsafe))
+        return Scene(
+            "thing", subject, None, None, _draw_unsafe(rng, P_UNSAFE_BESIDE_THING, claims.unsafe)
+        )
     bias = table[subject]
     gender = int(rng.random() >= bias.woman) if claims.gender is None else claims.gender
     tones = np.array(bias.tones)
@@ -177,7 +185,7 @@ def _draw_unsafe(rng, probability, claimed):
 
 
 def _draw_subject(rng, kind):
-    """(kind, word) when a caption has no subject."""
+    """(kind, subject), for a caption that names no subject."""
     if kind is None and rng.random() >= P_PERSON_IN_SCENE:
         kind = "thing"
     if kind in (None, "person"):

@@ -2,11 +2,11 @@
 
     builder = Builder(data_dir=DIR, file_format="array_record")
     builder.download_and_prepare()
-    examples = builder.as_data_source("train")   # random access; examples[0]["image"] is uint8
-    (64, 64, 3)
+    examples = builder.as_data_source("train")  # random access
+    examples[0]["image"]  # (64, 64, 3) uint8
 
-Nothing is downloaded: pictures are drawn from the package's artwork, each a function of its split
-and index.
+Nothing is downloaded: the pictures are drawn from the package's artwork. The split and the index of
+an example determine it.
 """
 
 import io
@@ -19,11 +19,11 @@ from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import captions, rendering
 
 SIZES = {"train": 50_000, "test": 5_000}
-_NONE = "none"  # label of what a picture does not have
+_NONE = "none"  # label of an attribute that the picture does not have
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Captioned pictures of a biased world, with every attribute's true value."""
+    """Captioned pictures of a biased world, with the true value of every attribute."""
 
     name = "emoji_world"
     VERSION = tfds.core.Version("3.0.0")
@@ -65,14 +65,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def _png(pixels):
-    """PNG bytes: given an array, the feature would ask TensorFlow to encode it."""
+    """PNG bytes. If given an array, the feature would need TensorFlow to encode it."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def example(split, index):
-    """The features of one example, a function of its split and index."""
+    """Features of the example with this split and index."""
     rng = np.random.default_rng([list(SIZES).index(split), index])
     caption, _, scene = captions.draw(rng)
     is_person = scene.kind != "thing"
