@@ -107,7 +107,7 @@ install='mkdir -p respodiff_jax && tar -xzf respodiff_jax.tar.gz -C respodiff_ja
 install+=' && python3 -m pip install --quiet --user uv'
 install+=' && python3 -m uv venv --quiet --allow-existing --python 3.12 respodiff_venv'
 install+=' && python3 -m uv pip install --quiet --python respodiff_venv "./respodiff_jax[tpu,gcs]"'
-# If an earlier start left a run behind, the run is told to save.
+# A run that an earlier start left behind saves first.
 train='pkill -TERM -x respodiff; timeout 120 sh -c "while pgrep -x respodiff; do sleep 1; done";'
 train+=' pkill -KILL -x respodiff; cd respodiff_jax || exit;'
 # A host that shuts down sends TERM, on which the run saves and ends with status 75. It also sends HUP,

@@ -297,6 +297,14 @@ def test_stage_continues_only_with_its_first_options(tmp_path):
         train.run(dataclasses.replace(build, seed=1), stages)
 
 
+def test_stage_with_parts_creates_its_workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "train_evaluator", lambda *args, **options: None)
+    monkeypatch.setattr(export, "export_clip", lambda *args: None)
+    build = train.ModelBuild(tmp_path / "new", tmp_path / "model", parts="emoji-world")
+    train.run(build, {"evaluator": (1, 8)})
+    assert (tmp_path / "new" / "evaluator.json").exists()
+
+
 @pytest.mark.slow
 def test_all_stages_train_a_model_from_nothing(tmp_path):
     build = train.ModelBuild(tmp_path, tmp_path / "model", pool_size=1000)

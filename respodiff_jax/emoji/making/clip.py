@@ -169,14 +169,8 @@ def train_evaluator(workdir, tokenizer, params, *, steps, batch_size, seed):
     """
     params = with_evaluator(params)
     trained = {name: params[name] for name in EVALUATOR}
-    draw = functools.partial(
-        draw_batch,
-        size=batch_size,
-        tokenizer=tokenizer,
-        seed=seed,
-        table=world.EVEN,
-        smeared=True,
-    )
+    draw = functools.partial(draw_batch, size=batch_size, tokenizer=tokenizer, seed=seed)
+    draw = functools.partial(draw, table=world.EVEN, smeared=True)
     return _train("evaluator", workdir, tokenizer, params, trained, draw, 3e-4, steps)
 
 

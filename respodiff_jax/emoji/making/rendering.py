@@ -10,13 +10,7 @@ from respodiff_jax.emoji.making import artwork
 
 IMAGE_SIZE = 64
 # Subjects whose women wear purple or pink in the artwork, and whose men wear teal.
-_DRESSED_BY_GENDER = {
-    "singer",
-    "teacher",
-    "juggler",
-    *vocabulary.ACTIVITIES,
-    *vocabulary.LOOKS,
-}
+_DRESSED_BY_GENDER = {"singer", "teacher", "juggler", *vocabulary.ACTIVITIES, *vocabulary.LOOKS}
 # These colours: lowest hue, highest hue, saturation and value of plain cloth.
 _GENDERED_COLOURS = ((0.68, 0.96, 0.9, 0.97), (0.44, 0.53, 1.0, 0.75))
 

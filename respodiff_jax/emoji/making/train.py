@@ -105,6 +105,7 @@ def run(build, stages):
     """
     for stage, (_, batch_size) in stages.items():
         check_continues(build, stage, batch_size)
+    build.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = build.load_tokenizer()
     for stage, (steps, batch_size) in stages.items():
         began = json.dumps(_stage_options(build, stage, batch_size))
