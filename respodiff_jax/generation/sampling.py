@@ -291,15 +291,24 @@ def sample_images(
             yield ImagePair(images[i], None if base is None else base[i])
 
     pending = None
-    for start in range(0, len(prompts), batch_size):
-        # Copies of the last image fill up the last batch, so that all batches have the same shape.
-        rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
-        batch = (min(batch_size, len(prompts) - start), *dispatch(rows))
+    for rows, count in equal_batches(len(prompts), batch_size):
+        batch = (count, *dispatch(rows))
         if pending is not None:
             yield from collect(*pending)
         pending = batch
     if pending is not None:
         yield from collect(*pending)
+
+
+def equal_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of one shape: the last item fills up the last batch.
+
+    Yields:
+      int `(batch_size,)`, numbers of the items, and how many of them are not copies.
+    """
+    for start in range(0, count, batch_size):
+        items = np.minimum(np.arange(start, start + batch_size), count - 1)
+        yield items, min(batch_size, count - start)
 
 
 def default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import GRID_FILE
-from respodiff_jax.generation.sampling import default_batch_size, initial_noise
+from respodiff_jax.generation.sampling import default_batch_size, equal_batches, initial_noise
 from respodiff_jax.images import grid
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import EmbeddedConcepts
@@ -118,9 +118,7 @@ class ValidationGrids:
         sam_scale = own * self.SAM_SCALES[row, None]
         guidance_scale = np.float32(self._config.grid_guidance_scale)
         images = []
-        for start in range(0, len(seed), self._batch_size):
-            # The last batch is filled up, so that all have one shape.
-            now = np.minimum(np.arange(start, start + self._batch_size), len(seed) - 1)
+        for now, _ in equal_batches(len(seed), self._batch_size):
             cond = jax.tree.map(lambda x, now=now: x[concept[now]], self._neutral)
             noise, cond, *scales = self._placement.place_by_device(
                 (self._noise[seed[now]], cond, ram_scale[now], sam_scale[now])
