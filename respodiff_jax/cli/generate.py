@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         return model
 
     images_per_second = rd.generate_folder(
-        open_model,
+        open_model if args.model or adapters else None,
         prompts,
         args.out,
         adapter=adapters or None,

@@ -133,7 +133,7 @@ def generate_folder(
         return model() if callable(model) else model
 
     request = _check(
-        open_model,
+        None if model is None else open_model,
         [prompts] if isinstance(prompts, str) else list(prompts),
         adapter,
         images_per_prompt,
@@ -183,6 +183,8 @@ def _check(
     last = _MAX_SEED - count + 1
     if not 0 <= seed <= last:
         raise UserError(f"`seed` is {seed}, expected 0 .. {last} for {count} image(s)")
+    if model is None:
+        raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
     adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
     weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)

@@ -250,7 +250,7 @@ def test_interrupted_command_exits_with_75_and_continues(tmp_path, capsys):
         )
 
     assert command("whole") == 0
-    with sigterm_at(3):
+    with sigterm_at(2):
         assert command("halved") == 75
     assert "saved; run the same command to continue" in capsys.readouterr().err
     assert not (tmp_path / "halved" / "adapter").exists()
