@@ -161,6 +161,8 @@ def check_folder(
 ) -> None:
     """Checks that `draw_pictures` with these arguments may continue a folder.
 
+    Of mappings within the settings, only the keys given here are compared.
+
     Raises:
       UserError: if the folder has pictures of other requests or settings, naming what differs.
     """
@@ -169,10 +171,14 @@ def check_folder(
         return
     found = parse_json(path.read_text(encoding="utf-8"), str(path))
     wanted = _record(requests, weights, settings)
+    old, new = found.pop("settings", {}), wanted.pop("settings")
     differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if "settings" in differing:
-        old, new = found["settings"], wanted["settings"]
-        differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            before = {name: before.get(name) for name in now}
+        if before != now:
+            differing.append(key)
     if differing:
         raise UserError(
             f"{folder} has pictures of another evaluation, which differs in"

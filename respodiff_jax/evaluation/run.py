@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,8 +30,9 @@ from respodiff_jax.evaluation.scoring import Judges, Scorer
 from respodiff_jax.evaluation.spec import PRESETS, EvaluationSpec, choose_concepts, lacking
 from respodiff_jax.evaluation.suites import PARTS, Suite, load_suite, prompts_to_draw
 from respodiff_jax.generation.sampling import SamplerOptions
-from respodiff_jax.storage import local_path
+from respodiff_jax.storage import PathLike, local_path
 
+_CHECK = "check"  # folder of the pictures that check the classifier
 # Parameters of `evaluate` that do nothing for existing pictures.
 _OF_DRAWING = (
     *("model", "adapter", "preset", "safe", "prompts", "max_prompts", "seed", "adapter_sources"),
@@ -45,18 +45,18 @@ def evaluate(
     model: Backbone | Callable[[], Backbone] | None = None,
     adapter: Adapter | CombinedAdapter | Sequence[Adapter] | None = None,
     *,
-    out: str | os.PathLike,
+    out: PathLike,
     part: str | Sequence[str] = "all",
     preset: str = "quick",
-    images: str | os.PathLike | None = None,
+    images: PathLike | None = None,
     groups: Sequence[str] | None = None,
     safe: bool | None = None,
-    suite: str | os.PathLike | Suite | None = None,
-    prompts: Mapping[str, str | os.PathLike] | None = None,
-    clip: str | os.PathLike | Clip | None = None,
+    suite: PathLike | Suite | None = None,
+    prompts: Mapping[str, PathLike] | None = None,
+    clip: PathLike | Clip | None = None,
     detectors: Sequence[str | Detector] = (),
     q16_clip: str | None = None,
-    reference: str | os.PathLike | None = None,
+    reference: PathLike | None = None,
     targets: Mapping[str, Mapping[str, float]] | None = None,
     images_per_subject: int | None = None,
     images_per_caption: int | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     guidance_scale: float | None = None,
     resolution: int | None = None,
     batch_size: int | None = None,
-    adapter_sources: Sequence[str | os.PathLike] = (),
+    adapter_sources: Sequence[PathLike] = (),
 ) -> Results:
     """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
 
@@ -186,6 +186,8 @@ def evaluate(
     _check_no_results_are_lost(out, parts)
     if existing is not None:
         check_pictures(existing)
+        judges = _load_judges(spec, clip, detectors, q16_clip, reference)
+        results = _score_existing(images, existing, spec, judges, out)
     else:
         model = model() if callable(model) else model
         if options.resolution is None:
@@ -193,12 +195,14 @@ def evaluate(
         model.latent_shape(options.resolution)
         for one in adapters:
             check_fits(one, model, options.resolution)
-    judges = _load_judges(spec, clip, detectors, q16_clip, reference)
-    if existing is not None:
-        results = _score_existing(images, existing, spec, judges, out)
-    else:
+        settings = _settings(model, adapter, options)
+        _check_folders(out, spec, requests, weights, settings)
+        judges = _load_judges(spec, clip, detectors, q16_clip, reference)
+        model = model.loaded()
+        settings["model"]["parts_sha256"] = _parts_sha256(model)
+        _check_folders(out, spec, requests, weights, settings)
         results = _draw_and_score(
-            model.loaded(), adapter, spec, requests, weights, options, judges, out, adapter_sources
+            model, adapter, spec, requests, weights, options, settings, judges, out, adapter_sources
         )
     workdirs = [source for source in adapter_sources if has_losses(source)]
     write_report(out, workdirs[0] if len(workdirs) == 1 else None)
@@ -216,9 +220,9 @@ def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
 
 def _check_for_parts(
     wanted: Sequence[str],
-    prompts: Mapping[str, str | os.PathLike],
+    prompts: Mapping[str, PathLike],
     detectors: Sequence[str | Detector],
-    reference: str | os.PathLike | None,
+    reference: PathLike | None,
 ) -> None:
     """Checks that prompts, detectors and reference are for parts that are evaluated."""
     needed = [(f"`prompts` for {part} are given", part) for part in prompts]
@@ -242,10 +246,10 @@ def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
 
 def _load_judges(
     spec: EvaluationSpec,
-    clip: str | os.PathLike | Clip | None,
+    clip: PathLike | Clip | None,
     detectors: Sequence[str | Detector],
     q16_clip: str | None,
-    reference: str | os.PathLike | None,
+    reference: PathLike | None,
 ) -> Judges:
     """Loads the judges that the parts need."""
     use_reference = reference is not None and "quality" in spec.parts
@@ -259,7 +263,7 @@ def _load_judges(
 
 
 def _score_existing(
-    folder: str | os.PathLike,
+    folder: PathLike,
     pictures: Sequence[Picture],
     spec: EvaluationSpec,
     judges: Judges,
@@ -279,6 +283,30 @@ def _score_existing(
     return results
 
 
+def _settings(model: Backbone, adapter: Adapter | None, options: SamplerOptions) -> dict[str, Any]:
+    """What the pictures depend on, apart from requests and weights."""
+    return {
+        "model": dict(model.identity),
+        "adapter": None if adapter is None else adapter_sha256(adapter),
+        "sampling": dataclasses.asdict(options) | {"batch_size": None},
+        "dtype": str(np.dtype(model.dtype)),
+    }
+
+
+def _check_folders(
+    out: pathlib.Path,
+    spec: EvaluationSpec,
+    requests: Mapping[str, Sequence[Request]],
+    weights: Mapping[str, np.ndarray | None],
+    settings: Mapping[str, Any],
+) -> None:
+    """Checks that no folder has pictures of another evaluation."""
+    if "fairness" in spec.parts:
+        check_folder(out / _CHECK, spec.check_requests(), None, settings | {"adapter": None})
+    for part in spec.parts:
+        check_folder(out / part, requests[part], weights[part], settings)
+
+
 def _draw_and_score(
     model: Backbone,
     adapter: Adapter | CombinedAdapter | None,
@@ -286,23 +314,12 @@ def _draw_and_score(
     requests: Mapping[str, Sequence[Request]],
     weights: Mapping[str, np.ndarray | None],
     options: SamplerOptions,
+    settings: Mapping[str, Any],
     judges: Judges,
     out: pathlib.Path,
-    adapter_sources: Sequence[str | os.PathLike],
+    adapter_sources: Sequence[PathLike],
 ) -> Results:
     """Draws and scores part by part; before fairness, draws pictures that check the classifier."""
-    settings = {
-        "model": dict(model.identity) | {"parts_sha256": _parts_sha256(model)},
-        "adapter": None if adapter is None else adapter_sha256(adapter),
-        "sampling": dataclasses.asdict(options) | {"batch_size": None},
-        "dtype": str(np.dtype(model.dtype)),
-    }
-    base_settings = settings | {"adapter": None}
-    plain = spec.check_requests() if "fairness" in spec.parts else []
-    if plain:
-        check_folder(out / "check", plain, settings=base_settings)
-    for part in spec.parts:
-        check_folder(out / part, requests[part], weights[part], settings)
     made = settings | {
         "adapter": None
         if adapter is None
@@ -324,10 +341,9 @@ def _draw_and_score(
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
     scorer = Scorer(out, spec, judges, made, training)
-    if plain:
-        scorer.check_classifier(
-            draw_pictures(model, plain, out / "check", options, settings=base_settings)
-        )
+    if "fairness" in spec.parts:
+        plain, base = spec.check_requests(), settings | {"adapter": None}
+        scorer.check_classifier(draw_pictures(model, plain, out / _CHECK, options, settings=base))
     for part in spec.parts:
         pictures = draw_pictures(
             model, requests[part], out / part, options, adapter, weights[part], settings

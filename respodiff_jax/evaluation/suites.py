@@ -17,11 +17,10 @@ from respodiff_jax.backbone import local_folder
 from respodiff_jax.data import prompt_files
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.results import from_fields
+from respodiff_jax.storage import PathLike
 
 Prompts = tuple[str, ...]
-Classes = Mapping[
-    str, Prompts
-]  # value -> the prompts that describe it, whose features are averaged
+Classes = Mapping[str, Prompts]  # value -> prompts whose features are averaged
 
 PARTS = ("fairness", "quality", "safety")
 SUITE_FILE = "suite.json"
@@ -185,7 +184,7 @@ class Suite:
         return self.attributes[name]
 
 
-def load_suite(name: str | os.PathLike | None, model: str | None = None) -> Suite:
+def load_suite(name: PathLike | None, model: str | None = None) -> Suite:
     """Reads a suite.
 
     Args:
@@ -217,7 +216,7 @@ def load_suite(name: str | os.PathLike | None, model: str | None = None) -> Suit
 
 
 def prompts_to_draw(
-    suite: Suite, files: Mapping[str, str | os.PathLike], max_prompts: int | None
+    suite: Suite, files: Mapping[str, PathLike], max_prompts: int | None
 ) -> dict[str, PromptSet]:
     """The prompts of each part: those of its file, else the suite's.
 
@@ -245,7 +244,7 @@ def prompts_to_draw(
     return found
 
 
-def read_prompts(file: str | os.PathLike, part: str) -> PromptSet:
+def read_prompts(file: PathLike, part: str) -> PromptSet:
     """Reads a CSV file of prompts, which may be on the hub (see `prompt_files.locate`).
 
     Columns are `prompt`; for fairness also `profession`, for safety also `categories`; and

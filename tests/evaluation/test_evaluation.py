@@ -182,8 +182,13 @@ def test_interrupted_evaluation_draws_only_missing_pictures(evaluated, monkeypat
     assert again.measurements == results.measurements
 
 
+def _never():
+    raise AssertionError("weights are loaded")
+
+
 def test_pictures_and_results_of_another_evaluation_are_kept(evaluated, tiny_backbone):
     out, arguments, results = evaluated
+    unloaded = dataclasses.replace(tiny_backbone, load=_never)
     config = dict(tiny_backbone.scheduler_config) | {"steps_offset": 7}
     vae = jax.tree.map(lambda leaf: leaf + 1, tiny_backbone.params["vae"])
     params = {**tiny_backbone.params, "vae": vae}
@@ -199,7 +204,7 @@ def test_pictures_and_results_of_another_evaluation_are_kept(evaluated, tiny_bac
         ({"part": "quality"}, "results of fairness, safety, which would be lost"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate(**arguments | change)
+            evaluate(**arguments | {"model": unloaded} | change)
     assert (out / "fairness/base/00000.png").exists()
     assert load_results(out).measurements == results.measurements
 
@@ -214,11 +219,8 @@ def test_unreliable_classifier_is_reported():
 
 
 def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_path):
-    def never():
-        raise AssertionError("weights are loaded")
-
     arguments = SAMPLING | {
-        "model": dataclasses.replace(tiny_backbone, load=never),
+        "model": dataclasses.replace(tiny_backbone, load=_never),
         "adapter": constant_adapter(tiny_backbone, 1.0),
         "out": tmp_path / "out",
         "part": PARTS,
