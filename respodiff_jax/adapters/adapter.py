@@ -257,6 +257,17 @@ class CombinedAdapter:
         return _common_training(self.parts)
 
 
+def as_adapters(
+    given: Adapter | CombinedAdapter | Sequence[Adapter] | None,
+) -> list[Adapter | CombinedAdapter]:
+    """None, one adapter or several, as a list."""
+    adapters = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter | CombinedAdapter):
+            raise UserError(f"`adapter` is {adapter!r}, expected an adapter as from `load_adapter`")
+    return adapters
+
+
 def combine(adapters: Sequence[Adapter]) -> Adapter | CombinedAdapter:
     """Adapters that are used together, with the concepts of all of them.
 

@@ -94,7 +94,9 @@ def export(
       UserError: for unknown concepts, metrics beside a change of dtype or scales, parameters beyond
         the range of the dtype, or a folder that cannot be written.
     """
-    scales = scales or {}
+    if not isinstance(adapter, Adapter):
+        raise UserError("adapters of several architectures have no common file; export each alone")
+    scales = {name: float(scale) for name, scale in (scales or {}).items()}
     if unknown := sorted(set(scales) - set(adapter.names)):
         raise UserError(f"`scales` names {unknown}, the adapter has {', '.join(adapter.names)}")
     changed = dataclasses.replace(

@@ -36,7 +36,7 @@ def load_model(
     trained_on = adapter.backbone if adapter else {}
     if name is None and adapter is None:
         raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
-    same = name in (None, trained_on.get("name"))
+    same = name is None or str(name) == trained_on.get("name")
     return load_backbone(
         trained_on["name"] if name is None else name,
         revision=revision or (trained_on.get("revision") if same else None),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from respodiff_jax.backbone.files import find_clip, read_json, sha256
-from respodiff_jax.backbone.text import tokenise
+from respodiff_jax.backbone.text import read_tokenizer, tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
 from respodiff_jax.errors import UserError
 
@@ -186,7 +186,7 @@ def load_clip(
         identity={"name": str(name_or_path), "revision": commit, "sha256": sha256(*weights)},
         module=build_clip(config),
         params=load_weights(weights, abstract, np.dtype("float32")),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
+        tokenizer=read_tokenizer(folder),
         processor=transformers.CLIPImageProcessor.from_pretrained(folder),
     )
 

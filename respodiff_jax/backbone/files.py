@@ -175,7 +175,7 @@ def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -
     if not constants.HF_HUB_OFFLINE:
         try:
             available = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        except OSError as error:  # no network, no such model or revision, or no permission
+        except (OSError, ValueError) as error:  # no network, model, revision, permission; bad id
             reason = str(error)
     try:
         folder = huggingface_hub.snapshot_download(
@@ -185,7 +185,7 @@ def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -
             allow_patterns=list(choose(available or ())),
             local_files_only=available is None,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
             f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "

@@ -3,13 +3,12 @@
 import functools
 import pathlib
 
-from transformers import CLIPTokenizer
-
 from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.architectures import random_backbone
 from respodiff_jax.backbone.attention import choose_attention
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.files import find_pipeline, sha256
+from respodiff_jax.backbone.text import read_tokenizer
 from respodiff_jax.backbone.weights import load_weights
 from respodiff_jax.errors import UserError
 
@@ -92,7 +91,7 @@ def load_backbone(
         unet=modules["unet"],
         vae=modules["vae"],
         text_encoders=tuple(modules[part] for part in encoders),
-        tokenizers=tuple(CLIPTokenizer.from_pretrained(folder) for folder in files.tokenizers),
+        tokenizers=tuple(read_tokenizer(folder) for folder in files.tokenizers),
         scheduler_config=files.scheduler_config,
         params=params,
         dtype=kind,

@@ -13,6 +13,8 @@ import numpy as np
 from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
+from respodiff_jax.errors import UserError
+
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
     """The token ids of prompts: begin, text, end, then padding.
@@ -97,3 +99,17 @@ def byte_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
         vocab.write_text(json.dumps({s: i for i, s in enumerate(vocabulary)}), encoding="utf-8")
         merges.write_text("#version: 0.2\n", encoding="utf-8")
         return CLIPTokenizer(str(vocab), str(merges), model_max_length=model_max_length)
+
+
+def read_tokenizer(folder: str | pathlib.Path) -> CLIPTokenizer:
+    """The tokenizer in a folder.
+
+    Raises:
+      UserError: if its files are damaged.
+    """
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: the tokenizer is damaged ({error}); download or copy it again"
+        ) from error

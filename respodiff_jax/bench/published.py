@@ -136,7 +136,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
         seconds += time.perf_counter() - start
         for concept, pair in zip(setup.concepts, losses, strict=True):
             if not np.isfinite([float(loss) for loss in pair]).all():
-                raise FloatingPointError(f"{concept.name!r} at step {step}: losses are {pair}")
+                raise UserError(
+                    f"{concept.name!r} at step {step}: losses are {pair}; lower the learning rates"
+                )
         if step % config.checkpoint.every == 0 or step == config.train.steps:
             folder = out / f"{step:06d}"
             export_adapter(_adapter(setup, training, step, seconds), folder)

@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     import respodiff_jax as rd
     from respodiff_jax.training import distributed
+    from respodiff_jax.training.waves import run_training
 
     config = rd.load_config(args.config, overrides, concepts=args.concepts)
     distributed.initialize(
@@ -85,4 +86,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     )
     distributed.enable_compilation_cache()
     with distributed.leaving_on_error():
-        rd.train(config, args.workdir, profile=args.profile)
+        run_training(config, args.workdir, profile=args.profile)

@@ -22,7 +22,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.generation.sampling import SamplerOptions, default_batch_size, sample_images
-from respodiff_jax.storage import parse_json, write_whole
+from respodiff_jax.storage import read_json, write_whole
 
 REQUESTS_FILE = "plan.json"
 
@@ -169,7 +169,7 @@ def check_folder(
     path = folder / REQUESTS_FILE
     if not (path.exists() and any(folder.glob("*/*.png"))):
         return
-    found = parse_json(path.read_text(encoding="utf-8"), str(path))
+    found = read_json(path, "record of pictures")
     wanted = _record(requests, weights, settings)
     old, new = found.pop("settings", {}), wanted.pop("settings")
     differing = [key for key in wanted if found.get(key) != wanted[key]]

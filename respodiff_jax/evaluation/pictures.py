@@ -13,6 +13,7 @@ from PIL import Image
 
 from respodiff_jax.data.prompt_files import SEED, Column, read_table
 from respodiff_jax.errors import UserError
+from respodiff_jax.storage import read_text
 
 _METADATA = {
     "file": Column(),
@@ -109,7 +110,7 @@ def find_pictures(folder: str | os.PathLike) -> list[Picture]:
 def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a manifest, without the base model's twins."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file, "manifest").split("\n"), 1):
         if not line.strip():
             continue
         try:

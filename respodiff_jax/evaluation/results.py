@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import parse_json, write_whole
+from respodiff_jax.storage import read_json, read_text, write_whole
 
 SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
@@ -135,7 +135,7 @@ def load_results(folder: str | os.PathLike) -> Results:
         raise UserError(
             f"{folder} has no {RESULTS_FILE}; expected a folder that `respodiff evaluate` wrote"
         )
-    content = parse_json(path.read_text(encoding="utf-8"), str(path))
+    content = read_json(path, "results")
     version = content.pop("schema_version", None) if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise UserError(f"{path} has no schema_version; expected a file of `respodiff evaluate`")
@@ -145,6 +145,9 @@ def load_results(folder: str | os.PathLike) -> Results:
             f" {SCHEMA_VERSION}; update respodiff_jax"
         )
     results = from_fields(Results, content, str(path))
+    for field in ("measurements", "warnings"):
+        if not isinstance(getattr(results, field), list | tuple):
+            raise UserError(f"{path}: {field} is {getattr(results, field)!r}, expected a list")
     measurements = [
         from_fields(Measurement, _measurement_fields(m), f"{path}, measurement {number},")
         for number, m in enumerate(results.measurements, 1)
@@ -203,8 +206,7 @@ def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
       UserError: if a line has fewer or more cells than there are columns.
     """
     path = pathlib.Path(folder) / PER_IMAGE_FILE
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_text(path, "table"), newline="")))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise UserError(f"{path} is damaged: picture {number} has not one cell for each column")

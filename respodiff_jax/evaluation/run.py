@@ -14,6 +14,7 @@ from respodiff_jax.adapters import (
     Adapter,
     CombinedAdapter,
     adapter_sha256,
+    as_adapters,
     check_fits,
     combine,
 )
@@ -30,6 +31,7 @@ from respodiff_jax.evaluation.scoring import Judges, Scorer
 from respodiff_jax.evaluation.spec import PRESETS, EvaluationSpec, choose_concepts, lacking
 from respodiff_jax.evaluation.suites import PARTS, Suite, load_suite, prompts_to_draw
 from respodiff_jax.generation.sampling import SamplerOptions
+from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.storage import PathLike, local_path
 
 _CHECK = "check"  # folder of the pictures that check the classifier
@@ -121,7 +123,14 @@ def evaluate(
     """
     arguments = locals()
     out = local_path(out, "output folder")
-    adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
+    adapters = as_adapters(adapter)
+    seed = int(seed)
+    groups = [groups] if isinstance(groups, str) else groups
+    detectors = [detectors] if isinstance(detectors, str) else detectors
+    targets = {
+        attribute: {value: float(share) for value, share in shares.items()}
+        for attribute, shares in (targets or {}).items()
+    }
     adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
     if preset not in PRESETS:
         raise UserError(f"`preset` is {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -132,7 +141,9 @@ def evaluate(
             raise UserError(f"`images` scores existing pictures; drop {', '.join(given)}")
         existing = find_pictures(images)
     elif model is None:
-        raise UserError("nothing to evaluate; give `model`, or `images` to score existing pictures")
+        raise UserError(
+            "nothing to evaluate; give `model` or `adapter`, or `images` to score existing pictures"
+        )
     amounts = {
         name: default if arguments[name] is None else arguments[name]
         for name, default in PRESETS[preset].items()
@@ -173,7 +184,7 @@ def evaluate(
         prompts={name: prompt_sets[name] for name in parts if name in prompt_sets},
         groups=groups,
         safe=safe,
-        targets=targets or {},
+        targets=targets,
         seed=seed,
         notes=tuple(f"{name} is left out: {why}" for name, why in left_out.items()),
         **amounts,
@@ -193,6 +204,7 @@ def evaluate(
         if options.resolution is None:
             options = dataclasses.replace(options, resolution=model.default_resolution)
         model.latent_shape(options.resolution)
+        Schedule.from_config(model.scheduler_config, options.num_steps)
         for one in adapters:
             check_fits(one, model, options.resolution)
         settings = _settings(model, adapter, options)

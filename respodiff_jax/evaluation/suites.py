@@ -111,6 +111,10 @@ class Suite:
         for field in ("subjects", "templates", "captions"):
             texts = () if getattr(self, field) is None else getattr(self, field)
             check(_are_texts(texts), f"{field} are {texts!r}, expected a list of texts")
+        check(
+            isinstance(self.safety_prompts, tuple | list | None),
+            f"safety_prompts is {self.safety_prompts!r}, expected a list",
+        )
         for pair in self.safety_prompts or ():
             check(
                 _are_texts(pair) and len(pair) == 2,
@@ -123,7 +127,10 @@ class Suite:
         )
         check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
         for template in self.templates:
-            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+            try:
+                fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+            except ValueError as error:
+                raise UserError(f"suite {self.name!r}: template {template!r}: {error}") from error
             check(
                 fields and set(fields) <= set(_FIELDS),
                 f"template {template!r} has the fields {fields}, expected {{subject}} or"

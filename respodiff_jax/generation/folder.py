@@ -67,7 +67,7 @@ def write_folder(
     _prepare_output(out, ("images", "base") if base_twins else ("images",))
     count = len(prompts) * num_images_per_prompt
     all_prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    seeds = [seed + i for i in range(count)]
+    seeds = [int(seed) + i for i in range(count)]
     common = {
         "negative_prompt": options.negative_prompt,
         "sampler": "ddim",
@@ -76,7 +76,7 @@ def write_folder(
         "resolution": options.resolution or backbone.default_resolution,
         "model": dict(backbone.identity),
         "dtype": str(np.dtype(backbone.dtype)),
-        "adapter": list(adapter_sources),
+        "adapter": [str(source) for source in adapter_sources],
     }
     shown: list[tuple[int, ImagePair, dict[str, float]]] = []
     pairs = sample_images(backbone, all_prompts, seeds, options, adapter, weights, base_twins)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from respodiff_jax.adapters import Adapter, CombinedAdapter, check_fits, combine
+from respodiff_jax.adapters import Adapter, CombinedAdapter, as_adapters, check_fits, combine
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import write_folder
 from respodiff_jax.generation.sampling import SamplerOptions, sample_images
 from respodiff_jax.generation.selection import concept_weights
+from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.storage import check_output
 
 Adapters = Adapter | CombinedAdapter | Sequence[Adapter]
@@ -185,7 +186,7 @@ def _check(
         raise UserError(f"`seed` is {seed}, expected 0 .. {last} for {count} image(s)")
     if model is None:
         raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
-    adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] if adapter else []
+    adapters = as_adapters(adapter)
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
     weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)
     model = model() if callable(model) else model
@@ -195,5 +196,6 @@ def _check(
     for one in adapters:
         check_fits(one, model, options.resolution)
     model.latent_shape(options.resolution)
+    Schedule.from_config(model.scheduler_config, options.num_steps)
     model.tokenise([*prompts, options.negative_prompt])
     return _Request(model, prompts, combined, weights, options)

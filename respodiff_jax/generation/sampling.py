@@ -45,6 +45,10 @@ class SamplerOptions:
     batch_size: int | None = None
 
     def __post_init__(self):
+        for field in ("num_steps", "resolution", "batch_size"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, int(getattr(self, field)))
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
         if self.num_steps < 1:
             raise UserError(f"number of sampling steps is {self.num_steps}, expected at least 1")
         if not math.isfinite(self.guidance_scale):

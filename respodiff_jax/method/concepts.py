@@ -133,7 +133,7 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
       UserError: if there are none, or two of them clash.
     """
     if not concepts:
-        raise UserError("there are no concepts, expected at least one in `concepts`")
+        raise UserError("there are no concepts, expected at least one")
     seen: dict[int, str] = {}
     for concept in concepts:
         if concept.stream in seen:

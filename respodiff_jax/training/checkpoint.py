@@ -20,7 +20,7 @@ from respodiff_jax.storage import is_remote, open_path
 
 # What damaged files look like: missing, not UTF-8, not JSON, or one of these TensorStore statuses.
 _DAMAGE = (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError)
-_DAMAGE_STATUSES = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
+_DAMAGE_STATUSES = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE")
 
 
 class Checkpoints:

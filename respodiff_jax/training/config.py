@@ -156,11 +156,13 @@ def load_config(
     config = get_config()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
+        rest = values(argv)[1:]
         config = values.config.lock()
         config.update(sections)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"config {path}: {' '.join(map(str, e.args))}") from e
+    if rest:
+        raise UserError(f"`overrides`: {rest} are not --config.SECTION.OPTION=VALUE")
     if concepts is not None:
         defaults = config.concept_defaults.to_dict()
         config = with_concepts(config, read_concepts(concepts, defaults))

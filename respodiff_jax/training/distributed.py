@@ -42,12 +42,14 @@ def initialize(
     missing = [name for name, value in explicit.items() if value is None]
     if auto and len(missing) < 3:
         raise UserError(f"distributed: 'auto' finds {', '.join(explicit)} itself; do not give them")
-    if auto:
-        jax.distributed.initialize()
-    elif not missing:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif len(missing) < 3:
+    if not auto and len(missing) == 3:
+        return
+    if not auto and missing:
         raise UserError(f"distributed: {', '.join(missing)} missing; give all three or none")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:  # no cluster to find, or numbers that do not fit each other
+        raise UserError(f"distributed: {error}") from error
 
 
 @contextlib.contextmanager

@@ -162,7 +162,9 @@ class Placement:
         unstack = self._per_device(_unstack, _BY_DEVICE, (_STATE, _BY_CONCEPT))
 
         def run(state, frozen, concepts):
-            results = mapped(stack_state(state), frozen, concepts, sample_ids)
+            stacked = stack_state(state)
+            jax.tree.map(jax.Array.delete, state)  # as donating it does under "mesh"
+            results = mapped(stacked, frozen, concepts, sample_ids)
             return unstack(jax.tree.map(self._global, results))
 
         return run

@@ -95,7 +95,7 @@ def open_session(
     Args:
       config: the config of the training.
       concepts: the concepts of all runs, finished ones included.
-      runs: the runs to train; all have the same size.
+      runs: all runs, finished ones included; all have the same size.
       placement: how each of them is laid out on the devices.
 
     Raises:

@@ -35,6 +35,8 @@ def load_adapter(
     Raises:
       UserError: if there is no adapter, it is damaged, or it lacks a concept or step.
     """
+    only = [only] if isinstance(only, str) else list(only or ())
+    step = None if step is None else int(step)
     check_once(only)
     if step is None and is_batch(source):
         return _batch_adapter(source, only)

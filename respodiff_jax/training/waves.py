@@ -22,6 +22,7 @@ from respodiff_jax.storage import is_remote, open_path
 from respodiff_jax.training.config import concepts_from, validate, with_concepts
 from respodiff_jax.training.distributed import Preemption
 from respodiff_jax.training.outcomes import (
+    is_batch,
     outcomes_of,
     read_outcomes,
     read_waves,
@@ -35,6 +36,17 @@ from respodiff_jax.training.trained import load_adapter
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> Adapter:
+    """Trains a config's concepts and reads the adapter; see `run_training`.
+
+    Returns:
+      The adapter of the concepts that have not diverged.
+    """
+    run_training(config, workdir, profile=profile)
+    workdir = open_path(workdir)
+    return load_adapter(workdir if is_batch(workdir) else workdir / "adapter")
+
+
+def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> None:
     """Trains a config's concepts, continuing from where the working directory stands.
 
     More concepts than `train.concepts_per_device` allows at a time are trained in waves. SIGTERM
@@ -46,9 +58,6 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
       workdir: directory of the training, made if needed; local or on gs://.
       profile: also write a trace of a few steps to `profile/` in the working directory or, with
         waves, in the folder of the first wave that is trained.
-
-    Returns:
-      The adapter of the concepts that have not diverged, which is also on disk.
 
     Raises:
       UserError: for mistakes in config, devices, directory or model, before weights are read; and
@@ -65,7 +74,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
     to_do = [run for run in runs if not (run.label and is_done(run))]
     writes = jax.process_index() == 0
     if to_do:
-        session = open_session(config, concepts, to_do, placement)
+        session = open_session(config, concepts, runs, placement)
         if writes:
             if runs[0].size != len(concepts):
                 write_waves(workdir, runs[0].size, len(concepts))
@@ -83,10 +92,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
                     raise Interrupted(f"stopped after {run.label}, saved", steps)
     else:
         say(f"all {len(runs)} waves are done: nothing left to train")
+        if writes:
+            gather_outcomes(workdir, waves)
     if jax.process_count() > 1:  # process 0 has written the outcomes
         multihost_utils.sync_global_devices("outcomes")
     _report(read_outcomes(workdir), workdir)
-    return load_adapter(workdir)
 
 
 def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> int:

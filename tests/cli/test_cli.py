@@ -197,7 +197,7 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
         return lambda *args, **kwargs: calls.append((name, args, kwargs)) or name
 
     monkeypatch.setattr("respodiff_jax.training.config.load_config", record("config"))
-    monkeypatch.setattr("respodiff_jax.training.waves.train", record("train"))
+    monkeypatch.setattr("respodiff_jax.training.waves.run_training", record("train"))
     monkeypatch.setattr(distributed, "initialize", record("hosts"))
     argv = ["train", "--config", "c.py", "--config.train.steps=3", "--workdir", "w", "--profile"]
     argv += ["--coordinator", "host0:1", "--num-processes", "2", "--process-id", "1"]

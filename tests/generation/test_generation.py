@@ -1,5 +1,6 @@
 """`generate` and `generate_folder`: pictures as a list, and as a folder."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -61,7 +62,12 @@ def test_mistakes_are_reported_before_the_model_is_opened(tiny_backbone):
     ):
         with pytest.raises(UserError, match=message):
             generate(pytest.fail, "a person", adapter=adapter, **mistake)
-    (image,) = generate(lambda: tiny_backbone, "a person", num_steps=1)
+    with pytest.raises(UserError, match="`adapter` is 'adapters/gender', expected an adapter"):
+        generate(pytest.fail, "a person", adapter="adapters/gender", safe=True)
+    unread = dataclasses.replace(tiny_backbone, load=pytest.fail)
+    with pytest.raises(UserError, match="number of sampling steps is 2000"):
+        generate(unread, "a person", num_steps=2000)
+    (image,) = generate(lambda: tiny_backbone, "a person", num_steps=1, seed=np.int64(3))
     assert image.size == (16, 16)
 
 

@@ -259,6 +259,17 @@ def test_finished_batch_is_not_trained_again(twenty, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_outcomes_lost_by_a_kill_at_the_end_are_gathered_again(twenty, tmp_path):
+    concepts, finished = twenty
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    kept = [o for o in read_outcomes(finished) if not (o["adapter"] or "").startswith("waves/0002")]
+    lines = "".join(json.dumps(outcome) + "\n" for outcome in kept)
+    (workdir / "outcomes.jsonl").write_text(lines)
+    assert cli.main(train_command(concepts, workdir)) == 0
+    assert read_outcomes(workdir) == read_outcomes(finished)
+
+
 def test_directory_of_another_batch_is_refused(twenty, tmp_path, capsys):
     _, workdir = twenty
     more = write_concepts(tmp_path / "more.jsonl", 21)
