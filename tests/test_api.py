@@ -48,7 +48,7 @@ def test_config_takes_options_by_section_as_the_command_line_does():
     for wrong in ({"train": {"stepz": 7}}, {"trian": {"steps": 7}}, {"train": {"steps": "many"}}):
         with pytest.raises(rd.UserError, match=r"smoke\.py"):
             rd.load_config(ROOT / "configs/smoke.py", **wrong)
-    with pytest.raises(rd.UserError, match="are not --config.SECTION.OPTION=VALUE"):
+    with pytest.raises(rd.UserError, match=r"are not --config\.SECTION\.OPTION=VALUE"):
         rd.load_config(ROOT / "configs/smoke.py", ["train.steps=7"])
 
 
