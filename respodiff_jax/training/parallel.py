@@ -163,7 +163,7 @@ class Placement:
 
         def run(state, frozen, concepts):
             stacked = stack_state(state)
-            jax.tree.map(jax.Array.delete, state)  # as donating it does under "mesh"
+            jax.tree.map(lambda x: x.delete(), state)  # "mesh" donates it
             results = mapped(stacked, frozen, concepts, sample_ids)
             return unstack(jax.tree.map(self._global, results))
 
