@@ -5,15 +5,12 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -36,10 +33,9 @@ from respodiff_jax.adapters.files import (
     read_weights,
     tensor_key,
 )
-from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
-from respodiff_jax.method.modules import KINDS, MidBlockModule, Params, Steering
+from respodiff_jax.method.modules import KINDS, MidBlockModule, Params
 from respodiff_jax.storage import open_path, read_json, write_whole
 
 
@@ -121,7 +117,7 @@ class Adapter:
 
     @property
     def parts(self) -> tuple["Adapter", ...]:
-        """Itself: an adapter is a `CombinedAdapter` of one part."""
+        """Itself: an adapter is a `combined.CombinedAdapter` of one part."""
         return (self,)
 
 
@@ -154,7 +150,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
         "module": {
             "kind": adapter.module.kind,
             "mid_block_shape": {"channels": channels, "height": height, "width": width},
-            "hidden_channels": _hidden_channels(adapter.module),
+            "hidden_channels": hidden_channels(adapter.module),
         },
         "backbone": dict(adapter.backbone),
         "guidance": CFG_RULE,
@@ -224,211 +220,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
         raise UserError(f"adapter {directory}: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CombinedAdapter:
-    """Adapters of different architectures that steer together. It has no file of its own.
-
-    Attributes:
-      parts: the adapters. Their concepts are numbered through.
-    """
-
-    parts: tuple[Adapter, ...]
-
-    @property
-    def concepts(self) -> tuple[Concept, ...]:
-        return tuple(concept for part in self.parts for concept in part.concepts)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(concept.name for concept in self.concepts)
-
-    @property
-    def default_scales(self) -> tuple[float, ...]:
-        return tuple(scale for part in self.parts for scale in part.default_scales)
-
-    @property
-    def backbone(self) -> Mapping[str, Any]:
-        """The first adapter's model."""
-        return self.parts[0].backbone
-
-    @property
-    def training(self) -> Mapping[str, Any] | None:
-        """The training summary that all parts agree on, or None."""
-        return _common_training(self.parts)
-
-
-def as_adapters(
-    given: Adapter | CombinedAdapter | Sequence[Adapter] | None,
-) -> list[Adapter | CombinedAdapter]:
-    """None, one adapter or several, as a list."""
-    adapters = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    for adapter in adapters:
-        if not isinstance(adapter, Adapter | CombinedAdapter):
-            raise UserError(f"`adapter` is {adapter!r}, expected an adapter as from `load_adapter`")
-    return adapters
-
-
-def combine(adapters: Sequence[Adapter]) -> Adapter | CombinedAdapter:
-    """Adapters that are used together, with the concepts of all of them.
-
-    Adapters of one architecture become one adapter, without metrics.
-
-    Raises:
-      UserError: when mid-block shapes differ, or a concept name comes twice.
-    """
-    first = adapters[0]
-    for other in adapters[1:]:
-        shapes = first.module.mid_block_shape, other.module.mid_block_shape
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"adapters cannot be used together: their mid-block shapes are {shapes[0]}"
-                f" ({_label(first)}) and {shapes[1]} ({_label(other)}); use adapters trained alike"
-            )
-    validate_concepts([concept for adapter in adapters for concept in adapter.concepts])
-    alike: dict[Any, list[Adapter]] = {}
-    for adapter in adapters:
-        kind = adapter.module.kind, _hidden_channels(adapter.module)
-        alike.setdefault(kind, []).append(adapter)
-    parts = tuple(map(_concatenate, alike.values()))
-    return parts[0] if len(parts) == 1 else CombinedAdapter(parts)
-
-
-def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter with the concepts of several of one architecture."""
-    first = adapters[0]
-    if len(adapters) == 1:
-        return first
-    ram, sam = (
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(getattr(a, role) for a in adapters))
-        for role in ROLES
-    )
-    return Adapter(
-        concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
-        module=first.module,
-        ram=ram,
-        sam=sam,
-        backbone=first.backbone,
-        training=_common_training(adapters),
-        default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
-    )
-
-
-def _common_training(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
-    first = adapters[0].training
-    return first if all(adapter.training == first for adapter in adapters) else None
-
-
-def steerings(
-    adapter: Adapter | CombinedAdapter, weights: Any, ram: float = 1.0, sam: float = 1.0
-) -> tuple[Steering, ...]:
-    """What an adapter adds at the mid-block of a batch, one `Steering` for each part.
-
-    Args:
-      adapter: of N concepts.
-      weights: `(B, N)`, weight of each concept in each sample.
-      ram: factor on every RAM; 0 switches RAM off.
-      sam: factor on every SAM.
-
-    Raises:
-      UserError: when `weights` is not `(B, N)`.
-    """
-    if np.ndim(weights) != 2 or np.shape(weights)[1] != len(adapter.concepts):
-        raise UserError(
-            f"weights have shape {np.shape(weights)}, expected (batch, {len(adapter.concepts)})"
-            f" for the concepts {', '.join(adapter.names)}"
-        )
-    weights = np.asarray(weights, np.float32)
-    ends = np.cumsum([len(part.concepts) for part in adapter.parts])
-    return tuple(
-        Steering(part.ram, part.sam, scales * np.float32(ram), scales * np.float32(sam))
-        for part, scales in zip(adapter.parts, np.split(weights, ends[:-1], axis=1), strict=True)
-    )
-
-
-def check_once(only: Sequence[str]) -> None:
-    """Checks that `only`, names of concepts, repeats none."""
-    if twice := sorted({name for name in only if list(only).count(name) > 1}):
-        raise UserError(f"`only` names {twice} more than once")
-
-
-def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter | CombinedAdapter:
-    """The adapter with these of its concepts only, in this order within each part.
-
-    Metrics describe the whole adapter: they are dropped unless all concepts are taken.
-
-    Raises:
-      UserError: for names that the adapter lacks.
-    """
-    if unknown := sorted(set(names) - set(adapter.names)):
-        raise UserError(f"there are no concepts {unknown}, only {_label(adapter)}")
-    if isinstance(adapter, CombinedAdapter):
-        chosen = ([n for n in names if n in part.names] for part in adapter.parts)
-        parts = [select(p, own) for p, own in zip(adapter.parts, chosen, strict=True) if own]
-        return parts[0] if len(parts) == 1 else CombinedAdapter(tuple(parts))
-    rows = [adapter.names.index(name) for name in names]
-    ram, sam = jax.tree.map(lambda x: x[rows], (adapter.ram, adapter.sam))
-    return dataclasses.replace(
-        adapter,
-        concepts=tuple(adapter.concepts[row] for row in rows),
-        ram=ram,
-        sam=sam,
-        default_scales=tuple(adapter.default_scales[row] for row in rows),
-        metrics=adapter.metrics if set(names) == set(adapter.names) else None,
-    )
-
-
-def adapter_sha256(adapter: Adapter | CombinedAdapter) -> str:
-    """A digest of an adapter's concepts and parameters."""
-    digest = hashlib.sha256(json.dumps([c.to_dict() for c in adapter.concepts]).encode())
-    for leaf in jax.tree.leaves([(part.ram, part.sam) for part in adapter.parts]):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def check_fits(adapter: Adapter | CombinedAdapter, backbone: Backbone, resolution: int) -> None:
-    """Checks that an adapter can steer a model at a resolution.
-
-    A `constant` needs exactly the mid-block shape of the training. `mlp` and `conv` need the same
-    number of channels, and the same number of pixels for each mid-block position. Any model that
-    meets this is allowed; one with other UNet weights than the training's gives a warning.
-
-    Raises:
-      UserError: if the mid-blocks or the prediction types do not match.
-    """
-    for part in adapter.parts:
-        _check_part_fits(part, backbone, resolution)
-
-
-def _check_part_fits(adapter: Adapter, backbone: Backbone, resolution: int) -> None:
-    trained, label = adapter.backbone, _label(adapter)
-    ours, theirs = adapter.module.mid_block_shape, tuple(backbone.mid_block_shape(resolution))
-    alike = ours[2] == theirs[2] and trained["resolution"] * theirs[0] == resolution * ours[0]
-    if not alike or (adapter.module.kind == "constant" and ours != theirs):
-        fix = (
-            f"generate at resolution {trained['resolution']}"
-            if alike
-            else f"use the model that it was trained on, {trained['name']}"
-        )
-        raise UserError(
-            f"the adapter ({label}) has mid-block shape (H, W, C) = {ours} at resolution"
-            f" {trained['resolution']}, but {backbone.identity['name']} at resolution {resolution}"
-            f" has {theirs}; {fix}"
-        )
-    if trained["prediction_type"] != backbone.prediction_type:
-        raise UserError(
-            f"the adapter ({label}) was trained on a model that predicts"
-            f" {trained['prediction_type']!r}, but {backbone.identity['name']} predicts"
-            f" {backbone.prediction_type!r}; use {trained['name']}"
-        )
-    if trained["unet_sha256"] != backbone.identity["unet_sha256"]:
-        warnings.warn(
-            f"the adapter ({label}) was trained on {trained['name']}, whose UNet weights differ"
-            f" from those of {backbone.identity['name']}: the effect may be weaker or different",
-            stacklevel=3,
-        )
-
-
-def _hidden_channels(module: MidBlockModule) -> int | None:
+def hidden_channels(module: MidBlockModule) -> int | None:
     """The inner width in use, None for `constant`."""
     shapes = param_shapes(module)
     return next((shape[0] for key, shape in shapes.items() if key.endswith("hidden.bias")), None)
@@ -442,7 +234,7 @@ def _check_json(field: str, value: Any) -> None:
         raise UserError(f"adapter {field} cannot be saved as JSON: {error}") from error
 
 
-def _label(adapter: Adapter) -> str:
+def label(adapter: Adapter) -> str:
     return ", ".join(adapter.names)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from respodiff_jax.adapters.adapter import Adapter, check_once
+from respodiff_jax.adapters.adapter import Adapter
+from respodiff_jax.adapters.combined import check_once
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept

@@ -2,7 +2,8 @@
 
 import jax
 
-from respodiff_jax.adapters.adapter import Adapter, CombinedAdapter
+from respodiff_jax.adapters.adapter import Adapter
+from respodiff_jax.adapters.combined import CombinedAdapter
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.errors import UserError
 

@@ -51,14 +51,14 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         nonlocal sampler
         sampler = None  # frees its copy of the parameters before the next is made
         sampler = Sampler(dataclasses.replace(backbone), options)  # a backbone without programs
-        return lambda: sampler(sampler.begin(prompts, seeds))
+        return lambda: sampler(sampler.prepare(prompts, seeds))
 
     def ours(calls: int) -> None:
         for _ in range(calls):
-            np.asarray(sampler(sampler.begin(prompts, seeds)))
+            np.asarray(sampler(sampler.prepare(prompts, seeds)))
 
     def compile_sampler():
-        return sampler.program.lower(*sampler.arguments(sampler.begin(prompts, seeds))).compile()
+        return sampler.program.lower(*sampler.arguments(sampler.prepare(prompts, seeds))).compile()
 
     with measure.empty_compilation_cache():
         first_call = measure.first_call(program)

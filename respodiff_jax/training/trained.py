@@ -11,7 +11,7 @@ from etils import epath
 
 from respodiff_jax import adapters
 from respodiff_jax.adapters import Adapter, combine, select
-from respodiff_jax.adapters.adapter import check_once
+from respodiff_jax.adapters.combined import check_once
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule, Params
