@@ -168,7 +168,7 @@ def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
     assert sizes == {1, 2, 2 * module, 2 * samples, 2 * samples * latent}
     newest = finished / "checkpoints" / str(STEPS)
     size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
-    assert size < 0.1 * sum(x.nbytes for x in jax.tree.leaves(tiny_backbone.params["unet"]))
+    assert size < 0.25 * sum(x.nbytes for x in jax.tree.leaves(tiny_backbone.params["unet"]))
     kept = sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 4, 6]
 
