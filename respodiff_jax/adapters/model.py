@@ -21,7 +21,7 @@ def load_model(
     """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
 
     Args:
-      name: a diffusers folder, local or on gs://; a hub id; "emoji-world", the embedded model; or
+      name: a diffusers folder, local or on gs://; a hub id; "emoji-world", the bundled model; or
         "random/tiny" and the like. None is the model that the adapter was trained on.
       adapter: gives the defaults of revision and variant where it was trained on this model.
       revision: branch, tag or commit of a hub id.

@@ -2,7 +2,7 @@
 
 import argparse
 
-SUMMARY = "train, measure and export on the embedded model, offline"
+SUMMARY = "train, measure and export on the bundled model, offline"
 
 DESCRIPTION = """\
 Trains "a woman" and "a man" on Emoji World, the small biased model in the package. Then it draws

@@ -141,7 +141,7 @@ def make_sampler(
 
     Returns:
       `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
-      `denoise`, which gives images, uint8 `(B, H, W, 3)`. B is a multiple of the number of devices.
+      `denoise`, which gives images, uint8 `(B, height, width, 3)`. B is a multiple of the number of devices.
       Adapters, weights and guidance are traced arguments: a change of them compiles nothing.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
@@ -159,7 +159,7 @@ def make_sampler(
 
 
 class ImagePair(NamedTuple):
-    """An image and its base twin or None, uint8 `(H, W, 3)`."""
+    """An image and its base twin or None, uint8 `(height, width, 3)`."""
 
     image: np.ndarray
     base: np.ndarray | None
@@ -242,7 +242,7 @@ class Sampler:
           weights: `(B, N)`, the weight of each concept of the adapter in each image.
 
         Returns:
-          Images, uint8 `(B, H, W, 3)`.
+          Images, uint8 `(B, height, width, 3)`.
         """
         return self.program(*self.arguments(batch, weights))
 

@@ -105,7 +105,7 @@ class ValidationGrids:
             log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 
     def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
-        """Images `(len(shown), 3, grid_images, H, W, 3)`, in batches over all devices."""
+        """Images `(len(shown), 3, grid_images, height, width, 3)`, in batches over all devices."""
         columns = np.zeros(self._num_modules, int)
         columns[shown] = [adapter.names.index(self._concepts[i].name) for i in shown]
         modules = jax.tree.map(lambda x: x[columns], (adapter.ram, adapter.sam))
