@@ -141,8 +141,8 @@ def make_sampler(
 
     Returns:
       `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
-      `denoise`, which gives images, uint8 `(B, height, width, 3)`. B is a multiple of the number of devices.
-      Adapters, weights and guidance are traced arguments: a change of them compiles nothing.
+      `denoise`, which gives images, uint8 `(B, height, width, 3)`. B is a multiple of the number of
+      devices. Adapters, weights and guidance are traced arguments: changing them compiles nothing.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
 

@@ -146,7 +146,10 @@ class RunLog:
         return remaining
 
     def write_grid(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a validation grid, uint8 `(height, width, 3)`, to TensorBoard; its time is not the steps'."""
+        """Adds a validation grid, uint8 `(height, width, 3)`, to TensorBoard.
+
+        The time that the grid took does not count as the steps'.
+        """
         self._tensorboard.add_image(f"{name}/grid", image, step, dataformats="HWC")
         if self._last_time is not None:
             self._last_time = time.perf_counter()
