@@ -87,7 +87,7 @@ def runs(server, tmp_path_factory):
     """The same run twice: locally, uninterrupted; and in a bucket, interrupted and resumed."""
     local, remote = tmp_path_factory.mktemp("local"), make_bucket(server, "runs") + "/folder/run"
     train(make_config(**CHANGES), str(local))
-    with sigterm_at(2):
+    with sigterm_at(2), pytest.raises(Interrupted):
         train(make_config(**CHANGES), remote)
     assert not epath.Path(remote, "adapter").exists()
     train(make_config(**CHANGES), remote)
@@ -125,7 +125,7 @@ def test_run_in_a_bucket_can_be_exported_and_inspected(runs, bucket, tmp_path, c
 
 def test_interrupted_waves_in_a_bucket_equal_local_waves(bucket, tmp_path):
     """Ten concepts on eight devices make two waves; the first is interrupted."""
-    config = make_config(**{"train.steps": 2, "train.batch_size": 1})
+    config = make_config(**{"train.steps": 3, "train.batch_size": 1})
     config.train.concepts_per_device = 1
     concepts = [Concept(f"a {i}", "numbers", ("a person",), f"a {i}") for i in range(10)]
     config, remote = with_concepts(config, concepts), bucket + "/batch"
@@ -188,7 +188,7 @@ def test_profile_is_written_to_the_bucket(bucket):
 
 
 def test_missing_bucket_is_reported_and_not_created(server):
-    with pytest.raises(UserError, match=r"workdir gs://nowhere/run cannot be written to"):
+    with pytest.raises(UserError, match=r"`workdir` gs://nowhere/run cannot be written to"):
         train(make_config(), "gs://nowhere/run")
     assert b"nowhere" not in urllib.request.urlopen(f"{server}/storage/v1/b").read()
 

@@ -251,7 +251,7 @@ def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_
         ({"max_prompts": 0}, {}, "`max_prompts` is 0, expected at least 1"),
         ({"resolution": 18}, {}, "the nearest is"),
         ({"adapter": None}, {}, "no `adapter` is given"),
-        ({"model": None}, {}, "nothing to evaluate; give `model`, or `images`"),
+        ({"model": None}, {}, "nothing to evaluate; give `model` or `adapter`, or `images`"),
         ({"images": tmp_path}, {}, "drop `model`, `adapter`, `safe`, `num_steps`, `guidance"),
     ):
         changed = dataclasses.replace(suite, **suite_changes)
