@@ -52,6 +52,32 @@ def test_config_takes_options_by_section_as_the_command_line_does():
         rd.load_config(ROOT / "configs/smoke.py", ["train.steps=7"])
 
 
+def test_config_names_the_options_that_a_section_has():
+    smoke = ROOT / "configs/smoke.py"
+    with pytest.raises(rd.UserError, match=r"config\.train has no 'stepz'; it has batch_size, "):
+        rd.load_config(smoke, train={"stepz": 7})
+    with pytest.raises(rd.UserError, match=r"config\.train is 7, expected a mapping"):
+        rd.load_config(smoke, train=7)
+
+
+def test_a_path_instead_of_what_was_loaded_from_it_is_refused(tmp_path):
+    path, out = str(ROOT / "configs/smoke.py"), tmp_path / "out"
+    with pytest.raises(rd.UserError, match=r"`config` is .* as from `load_config`"):
+        rd.train(path, out)
+    model = r"`model` is 'emoji-world', expected a model as from `load_model`"
+    with pytest.raises(rd.UserError, match=model):
+        rd.generate("emoji-world", "a doctor")
+    with pytest.raises(rd.UserError, match=model):
+        rd.generate_folder(lambda: "emoji-world", "a doctor", out)
+    for given in ("emoji-world", lambda: "emoji-world"):
+        for suite in (None, "winobias"):
+            with pytest.raises(rd.UserError, match=model):
+                rd.evaluate(given, out=out, part="fairness", suite=suite)
+    with pytest.raises(rd.UserError, match=r"`adapter` is 'adapter', .* as from `load_adapter`"):
+        rd.export("adapter", out)
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def readme_block(first_line):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -19,6 +19,7 @@ from etils import epath
 from huggingface_hub import EvalResult, ModelCardData
 
 from respodiff_jax.adapters.adapter import Adapter, save_adapter
+from respodiff_jax.adapters.combined import CombinedAdapter, as_adapters
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
@@ -94,7 +95,8 @@ def export(
       UserError: for unknown concepts, metrics beside a change of dtype or scales, parameters beyond
         the range of the dtype, or a folder that cannot be written.
     """
-    if not isinstance(adapter, Adapter):
+    [adapter] = as_adapters([adapter])
+    if isinstance(adapter, CombinedAdapter):
         raise UserError("adapters of several architectures have no common file; export each alone")
     scales = {name: float(scale) for name, scale in (scales or {}).items()}
     if unknown := sorted(set(scales) - set(adapter.names)):

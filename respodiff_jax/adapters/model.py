@@ -1,5 +1,7 @@
 """Opening a model, by default the one that an adapter was trained on."""
 
+from collections.abc import Callable
+
 import jax
 
 from respodiff_jax.adapters.adapter import Adapter
@@ -46,3 +48,15 @@ def load_model(
         attention=attention,
         abstract=abstract,
     )
+
+
+def opened(model: Backbone | Callable[[], Backbone]) -> Backbone:
+    """A model, given as itself or as a function that opens it.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    found = model() if callable(model) else model
+    if not isinstance(found, Backbone):
+        raise UserError(f"`model` is {found!r}, expected a model as from `load_model`")
+    return found

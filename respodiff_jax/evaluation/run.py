@@ -18,6 +18,7 @@ from respodiff_jax.adapters import (
     check_fits,
     combine,
 )
+from respodiff_jax.adapters.model import opened
 from respodiff_jax.backbone import Backbone, Clip, load_clip
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness
@@ -154,10 +155,11 @@ def evaluate(
     prompts = prompts or {}
     wanted = _wanted_parts(part)
     _check_for_parts(wanted, prompts, detectors, reference)
-    if suite is None and callable(model):  # the model's own suite
-        model = model()
-    if not isinstance(suite, Suite):
-        suite = load_suite(suite, None if model is None else model.identity["name"])
+    if suite is None and model is not None:
+        model = opened(model)
+        suite = load_suite(None, model.identity["name"])
+    elif not isinstance(suite, Suite):
+        suite = load_suite(suite)
     prompt_sets = {}
     if existing is None:
         if resolution is None and adapter is not None:
@@ -200,7 +202,7 @@ def evaluate(
         judges = _load_judges(spec, clip, detectors, q16_clip, reference)
         results = _score_existing(images, existing, spec, judges, out)
     else:
-        model = model() if callable(model) else model
+        model = opened(model)
         if options.resolution is None:
             options = dataclasses.replace(options, resolution=model.default_resolution)
         model.latent_shape(options.resolution)

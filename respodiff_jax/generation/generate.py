@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, as_adapters, check_fits, combine
+from respodiff_jax.adapters.model import opened
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import write_folder
@@ -131,7 +132,7 @@ def generate_folder(
 
     def open_model():
         check_output(out, overwrite)
-        return model() if callable(model) else model
+        return opened(model)
 
     request = _check(
         None if model is None else open_model,
@@ -189,7 +190,7 @@ def _check(
     adapters = as_adapters(adapter)
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
     weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)
-    model = model() if callable(model) else model
+    model = opened(model)
     if options.resolution is None:
         resolution = combined.backbone["resolution"] if combined else model.default_resolution
         options = dataclasses.replace(options, resolution=resolution)

@@ -100,6 +100,9 @@ def concept_weights(
             "an adapter is given but none of its concepts is chosen; choose with `concepts`, `fair`"
             f" or `safe`. {_inventory(adapter)}"
         )
+    for name, scales in (("concepts", concepts), ("ratio", ratio)):
+        if scales and not isinstance(scales, Mapping):
+            raise UserError(f"`{name}` is {scales!r}, expected {{name: number}}")
     weights = np.zeros((num_prompts * num_images_per_prompt, len(adapter.concepts)), np.float32)
     for name, scale in (concepts or {}).items():
         if name not in adapter.names:

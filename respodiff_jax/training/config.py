@@ -158,6 +158,7 @@ def load_config(
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
         config = values.config.lock()
+        _check_known(config, sections)
         config.update(sections)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"config {path}: {' '.join(map(str, e.args))}") from e
@@ -168,6 +169,16 @@ def load_config(
         config = with_concepts(config, read_concepts(concepts, defaults))
     validate(config)
     return config
+
+
+def _check_known(config: ConfigDict, changes: Mapping[str, Any], path: str = "config") -> None:
+    for key, value in changes.items():
+        if key not in config:
+            raise UserError(f"{path} has no {key!r}; it has {', '.join(sorted(config))}")
+        if isinstance(config[key], ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise UserError(f"{path}.{key} is {value!r}, expected a mapping of its options")
+            _check_known(config[key], value, f"{path}.{key}")
 
 
 def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
@@ -197,6 +208,8 @@ def validate(config: ConfigDict) -> None:
         section, field = key.split(".")
         check(config[section][field] in choices, key, f"one of {', '.join(choices)}")
 
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"`config` is {config!r}, expected a config as from `load_config`")
     concepts_from(config)
     check_choice("model.dtype", ("bfloat16", "float32"))
     check_choice("model.attention", ATTENTION)

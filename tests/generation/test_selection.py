@@ -80,6 +80,8 @@ def test_weights_of_named_fair_and_safety_concepts_add_up():
         ({}, "none of its concepts is chosen; .*gender: a woman, a man; safety: anti-violence"),
         ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter. It has gender: a woman"),
         ({"concepts": {"a man": np.inf}}, "scale is inf"),
+        ({"concepts": ["a man"]}, "`concepts` is .'a man'., expected {name: number}"),
+        ({"fair": "gender", "ratio": (0.5, 0.5)}, "`ratio` is .* expected {name: number}"),
         ({"fair": "race"}, "no group 'race'. It has gender"),
         ({"fair": "safety"}, "use `safe`"),
         ({"fair": "age"}, "only the concept 'young'"),
