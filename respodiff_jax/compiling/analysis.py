@@ -56,6 +56,7 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
     Returns:
       `describe`'s result and `compile_seconds`. If the program does not fit, only
       `batch_per_device`, `fits`, `memory` with the required total, and `compile_seconds`.
+      `batch_per_device` is `Program.samples_per_device`, by its name in `compile.json`.
     """
     start = time.perf_counter()
     try:
@@ -64,7 +65,7 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
         body = _cost(compile_lowered(program.lower_body())) if program.lower_body else None
     except OutOfMemory as error:
         return {
-            "batch_per_device": program.batch_per_device,
+            "batch_per_device": program.samples_per_device,
             "fits": False,
             "memory": {"total": error.required + program.unused, "available": chip.hbm},
             "compile_seconds": round(time.perf_counter() - start, 1),
@@ -93,7 +94,7 @@ def describe(
     repeats = 1 if program.repeats is None else program.repeats
     cost = {key: n + ((repeats - 1) * body[key] if body else 0.0) for key, n in counted.items()}
     return {
-        "batch_per_device": program.batch_per_device,
+        "batch_per_device": program.samples_per_device,
         "fits": memory["total"] <= chip.hbm,
         "memory": memory,
         "counted": counted,

@@ -35,7 +35,7 @@ class Program:
 
     Attributes:
       lower: lowers the program.
-      batch_per_device: samples on a device, over all of its concepts.
+      samples_per_device: samples on a device, over all of its concepts.
       parameters: bytes of frozen parameters on a device.
       unused: bytes of frozen parameters on a device that the program does not take as arguments.
       gradients: bytes of gradients that the devices of a concept exchange.
@@ -45,7 +45,7 @@ class Program:
     """
 
     lower: Callable[[], jax.stages.Lowered]
-    batch_per_device: int
+    samples_per_device: int
     parameters: int
     unused: int
     gradients: int = 0
@@ -115,19 +115,19 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     for_grids = backbone.params["vae"] if config.log.grid_every else {}
 
     samples = batch_size // placement.data_shards
-    batch_per_device = count // placement.concept_shards * samples
+    samples_per_device = count // placement.concept_shards * samples
     modules = state.concepts.ram, state.concepts.sam
     loops = spec.rollout.has_loop
     return Program(
         lower=lambda: placement.lower(partial(train_step, spec), state, frozen, arrays),
-        batch_per_device=batch_per_device,
+        samples_per_device=samples_per_device,
         parameters=_nbytes((frozen, for_grids)),
         unused=_nbytes(for_grids),
         gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
         weights=_matrices(frozen),
         repeats=last_index(spec.schedule) / 2 if loops else None,
         lower_body=partial(
-            _lower_ddim_step, backbone, spec, arrays, batch_per_device, 1, devices[0]
+            _lower_ddim_step, backbone, spec, arrays, samples_per_device, 1, devices[0]
         )
         if loops
         else None,
@@ -164,10 +164,10 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         return program.lower(*placed, guidance_scale)
 
     texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
-    batch_per_device = batch_size // len(devices)
+    samples_per_device = batch_size // len(devices)
     return Program(
         lower=lower,
-        batch_per_device=batch_per_device,
+        samples_per_device=samples_per_device,
         parameters=_nbytes(backbone.params),
         unused=_nbytes(texts),
         weights=_matrices(backbone.params),
@@ -177,7 +177,7 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
             backbone,
             spec,
             arrays,
-            batch_per_device,
+            samples_per_device,
             len(concepts),
             devices[0],
         ),

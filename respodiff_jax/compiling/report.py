@@ -6,7 +6,7 @@ from typing import Any
 from respodiff_jax.compiling.analysis import LARGEST_BATCH
 
 _HEADER = (
-    *("model", "slice", "program", "batch per chip", "HBM, GiB", "TFLOP", "traffic, GB"),
+    *("model", "slice", "program", "samples per chip", "HBM, GiB", "TFLOP", "traffic, GB"),
     *("at best, s", "bound by", "samples/s", "concepts/hour", "exchanged, MB"),
 )
 _LARGEST_HEADER = ("model", "slice", "program", "largest batch of a concept per chip")
@@ -74,7 +74,7 @@ def summary(entry: Mapping[str, Any]) -> str:
 def concepts_per_hour(entry: Mapping[str, Any]) -> float:
     """The concepts that a chip trains in an hour, by the roofline.
 
-    `3600 batch_per_device / (seconds of a step * train.steps * train.batch_size)`: a device that
+    `3600 samples_per_device / (seconds of a step * train.steps * train.batch_size)`: a device that
     shares a concept's batch trains a part of that concept.
     """
     train = entry["job"]["config"]["train"]

@@ -135,7 +135,7 @@ def test_batch_per_device_sets_the_config_batch_size():
     topology = topologies.Topology("v5e:2x4", V5E, tuple(jax.devices()))
     changed, backbone = ahead_of_time._open(compilation, topology)
     assert changed.train.batch_size == 3 * 4 and config.train.batch_size == BATCH
-    assert programs.training(changed, backbone, topology.devices).batch_per_device == 3
+    assert programs.training(changed, backbone, topology.devices).samples_per_device == 3
 
 
 def test_waves_compile_with_one_size_and_the_most_neutral_prompts():
@@ -145,7 +145,7 @@ def test_waves_compile_with_one_size_and_the_most_neutral_prompts():
     config.train.concepts_per_device = 1
     assert programs.concepts_at_a_time(config, 8) == 8 and programs.data_shards(config, 8) == 1
     program = programs.training(config, random_backbone("tiny", abstract=True), jax.devices())
-    assert (program.batch_per_device, program.gradients) == (BATCH, 0)
+    assert (program.samples_per_device, program.gradients) == (BATCH, 0)
     shapes = programs.concept_shapes(random_backbone("tiny", abstract=True), [*many, WOMAN], 16, 8)
     assert shapes.neutral.context.shape == (8, 2, 77, 32)
 
@@ -155,7 +155,7 @@ def test_sampling_repeats_its_loop_body_for_each_step():
     config = config_of([WOMAN, MAN])
     model = random_backbone("tiny", abstract=True)
     program = programs.sampling(config, model, jax.devices())
-    assert (program.batch_per_device, program.repeats, program.gradients) == (16, 50, 0)
+    assert (program.samples_per_device, program.repeats, program.gradients) == (16, 50, 0)
     assert program.unused == nbytes(model.params["text_encoder"])
     sampler, body = program.lower(), program.lower_body()
     image = jax.ShapeDtypeStruct((8 * 16, 16, 16, 3), jnp.uint8)
@@ -223,8 +223,8 @@ def test_largest_batch_is_found_from_the_memory_of_programs(
 ):
     def analyse(program, chip):  # a tenth of the memory for each sample
         result = make_entry()["result"]
-        result["memory"] |= {"total": program.batch_per_device * (chip.hbm // 10)}
-        return result | {"batch_per_device": program.batch_per_device}
+        result["memory"] |= {"total": program.samples_per_device * (chip.hbm // 10)}
+        return result | {"batch_per_device": program.samples_per_device}
 
     monkeypatch.setattr(ahead_of_time, "analyse", analyse)
     (tmp_path / "config.py").write_text(CONFIG)

@@ -15,7 +15,7 @@ V5E = topologies.CHIPS["v5e"]
 
 
 def make_program(**fields):
-    values = {"lower": None, "batch_per_device": 1, "parameters": 0, "unused": 0}
+    values = {"lower": None, "samples_per_device": 1, "parameters": 0, "unused": 0}
     return programs.Program(**values | fields)
 
 
@@ -157,7 +157,7 @@ def test_program_refused_for_its_memory_does_not_fit(message, required):
         def compile(self):
             raise jax.errors.JaxRuntimeError(message)
 
-    found = analysis.analyse(make_program(lower=Lowered, unused=9, batch_per_device=4), V5E)
+    found = analysis.analyse(make_program(lower=Lowered, unused=9, samples_per_device=4), V5E)
     assert not found["fits"] and found["batch_per_device"] == 4
     assert found["memory"] == {"total": required + 9, "available": V5E.hbm}
 

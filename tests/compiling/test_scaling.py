@@ -39,7 +39,7 @@ def compiled(model, slice_):
     """The row that the page computes with: that chip's smallest slice, replicated parameters."""
     rows = (
         row
-        for row in table_with("batch per chip")
+        for row in table_with("samples per chip")
         if row["slice"].startswith(slice_)
         and row["model"].startswith(model)
         and "pmap, flash" in row["program"]
@@ -57,7 +57,7 @@ def test_concepts_per_hour_follow_from_the_compiled_table():
     for row in rows:
         slice_ = row["slice"]
         step = compiled(models[row["model"]], slice_.split("-")[0])
-        rate = int(step["batch per chip"]) / float(step["at best, s"])
+        rate = int(step["samples per chip"]) / float(step["at best, s"])
         best = CHIPS_OF[slice_] * 3600 * rate / SAMPLES
         for column, efficiency in (("at best", 1.0), ("assumed", 0.5)):
             shown = float(row[column].replace(",", ""))
@@ -65,7 +65,7 @@ def test_concepts_per_hour_follow_from_the_compiled_table():
 
 
 def test_best_times_follow_from_flops_and_traffic():
-    for row in table_with("batch per chip"):
+    for row in table_with("samples per chip"):
         chip = CHIPS[row["slice"].split(":")[0]]
         compute = float(row["TFLOP"]) * 1e12 / chip.flops
         memory = float(row["traffic, GB"]) * 1e9 / chip.bandwidth
