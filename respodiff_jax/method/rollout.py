@@ -127,7 +127,7 @@ class Flight(NamedTuple):
     Attributes:
       z_t: float32 `(B, h, w, c)`.
       ddim_index: int32 `(B,)`, where each trajectory is.
-      last_index: int32 `(B,)`, where each trajectory ends.
+      last_index: int32 `(B,)`, where each trajectory ends, at most `last_index(schedule)`.
       prompt_index: int32 `(B,)`, the neutral prompt of each trajectory.
     """
 
