@@ -33,7 +33,7 @@ def write_folder(
     prompts: Sequence[str],
     out: str | os.PathLike,
     *,
-    num_images_per_prompt: int = 1,
+    images_per_prompt: int = 1,
     seed: int = 0,
     options: SamplerOptions,
     adapter: Adapter | CombinedAdapter | None = None,
@@ -48,11 +48,11 @@ def write_folder(
       backbone: the model.
       prompts: texts.
       out: folder; new or empty unless `overwrite`.
-      num_images_per_prompt: number of images of each prompt.
+      images_per_prompt: number of images of each prompt.
       seed: seed of the first image.
-      options: how to sample; None is `SamplerOptions()`.
+      options: how to sample.
       adapter: the concepts, or None for the base model.
-      weights: from `concept_weights(adapter, len(prompts), num_images_per_prompt, ...)`.
+      weights: from `concept_weights(adapter, len(prompts), images_per_prompt, ...)`.
       adapter_sources: origins of the adapter, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
       overwrite: allow a folder that is not empty.
@@ -65,8 +65,8 @@ def write_folder(
     """
     out = check_output(out, overwrite)
     _prepare_output(out, ("images", "base") if base_twins else ("images",))
-    count = len(prompts) * num_images_per_prompt
-    all_prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    count = len(prompts) * images_per_prompt
+    all_prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [int(seed) + i for i in range(count)]
     common = {
         "negative_prompt": options.negative_prompt,
@@ -96,11 +96,11 @@ def write_folder(
                 } | common
                 images_lib.save_png(image, out / record["file"], record)
                 manifest.write(json.dumps(record) + "\n")
-            row, column = divmod(i, num_images_per_prompt)
+            row, column = divmod(i, images_per_prompt)
             if row < _GRID_PROMPTS and column < _GRID_COLUMNS:
                 shown.append((i, pair, scales))
     seconds = time.perf_counter() - start
-    _grid(shown, prompts, min(num_images_per_prompt, _GRID_COLUMNS), seeds).save(out / "grid.png")
+    _grid(shown, prompts, min(images_per_prompt, _GRID_COLUMNS), seeds).save(out / "grid.png")
     return count * (1 + base_twins) / seconds
 
 

@@ -147,7 +147,7 @@ def generate_folder(
         request.model.loaded(),
         request.prompts,
         out,
-        num_images_per_prompt=images_per_prompt,
+        images_per_prompt=images_per_prompt,
         seed=seed,
         options=request.options,
         adapter=request.adapter,

@@ -16,7 +16,7 @@ from respodiff_jax.errors import UserError
 
 
 def fair_assignment(
-    num_images_per_prompt: int, num_prompts: int, ratios: Sequence[float], seed: int
+    images_per_prompt: int, num_prompts: int, ratios: Sequence[float], seed: int
 ) -> np.ndarray:
     """Assigns a concept to each image, so that the ratios are met exactly.
 
@@ -24,7 +24,7 @@ def fair_assignment(
     by lot. Of the images of each prompt it gets its share, rounded down or up. The order is random.
 
     Args:
-      num_images_per_prompt: M.
+      images_per_prompt: M.
       num_prompts: P.
       ratios: K shares, 0 or more; they are normalised.
       seed: seed of the order and the lots.
@@ -41,16 +41,16 @@ def fair_assignment(
     # With fractions, 0.29 of 100 is 29 and 1/3 of 3 is 1.
     shares = [Fraction(float(ratio)).limit_denominator(10**6) for ratio in ratios]
     shares = [share / sum(shares) for share in shares]
-    exact = [share * num_images_per_prompt * num_prompts for share in shares]
+    exact = [share * images_per_prompt * num_prompts for share in shares]
     quotas = np.array([math.floor(value) for value in exact])
     by_lot = rng.permutation(len(shares))
     largest_remainder = sorted(by_lot, key=lambda k: quotas[k] - exact[k])
-    quotas[largest_remainder[: num_images_per_prompt * num_prompts - quotas.sum()]] += 1
+    quotas[largest_remainder[: images_per_prompt * num_prompts - quotas.sum()]] += 1
 
     # Every prompt gets the floors. The rest of the quotas goes around the prompts in turn, one
     # concept after the other. The rest of a concept is at most one image per prompt, so no prompt
     # gets the concept twice from the rest.
-    floors = np.array([math.floor(share * num_images_per_prompt) for share in shares])
+    floors = np.array([math.floor(share * images_per_prompt) for share in shares])
     order = rng.permutation(len(shares))
     rest = np.repeat(order, (quotas - floors * num_prompts)[order])
     dealt = rest.reshape(-1, num_prompts).T  # (P, M - sum of floors)
@@ -62,7 +62,7 @@ def fair_assignment(
 def concept_weights(
     adapter: Adapter | CombinedAdapter | None,
     num_prompts: int,
-    num_images_per_prompt: int,
+    images_per_prompt: int,
     *,
     concepts: Mapping[str, float | None] | None = None,
     fair: str | None = None,
@@ -75,7 +75,7 @@ def concept_weights(
     Args:
       adapter: the concepts, or None for the base model.
       num_prompts: P.
-      num_images_per_prompt: M.
+      images_per_prompt: M.
       concepts: concept name -> scale, for every image; None is the concept's default scale.
       fair: a concept group; each image gets one of its concepts, at its default scale, by
         `fair_assignment`.
@@ -103,7 +103,7 @@ def concept_weights(
     for name, scales in (("concepts", concepts), ("ratio", ratio)):
         if scales and not isinstance(scales, Mapping):
             raise UserError(f"`{name}` is {scales!r}, expected {{name: number}}")
-    weights = np.zeros((num_prompts * num_images_per_prompt, len(adapter.concepts)), np.float32)
+    weights = np.zeros((num_prompts * images_per_prompt, len(adapter.concepts)), np.float32)
     for name, scale in (concepts or {}).items():
         if name not in adapter.names:
             raise UserError(f"concept {name!r} is not in the adapter. {_inventory(adapter)}")
@@ -121,7 +121,7 @@ def concept_weights(
                 f"`fair` {fair} chooses among its concepts itself; drop {clash[0]!r} from"
                 " `concepts`"
             )
-        picks = fair_assignment(num_images_per_prompt, num_prompts, shares, seed).reshape(-1)
+        picks = fair_assignment(images_per_prompt, num_prompts, shares, seed).reshape(-1)
         columns = np.asarray(members)[picks]
         weights[np.arange(len(picks)), columns] += np.float32(adapter.default_scales)[columns]
     if safe:
