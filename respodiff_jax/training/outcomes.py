@@ -2,8 +2,8 @@
 
 One line for each concept: `{"name", "group", "steps", "diverged_at", "adapter"}`. `adapter` is the
 folder that holds the concept, relative to the file, or null if the concept diverged. Each run's
-folder has a file for its own concepts; a batch's working directory has one for all finished waves.
-`waves.json` marks such a working directory: `{"size", "concepts"}`.
+folder has a file for its own concepts. The working directory of several waves has one for all
+finished waves, and is marked by `waves.json`: `{"size", "concepts"}`.
 """
 
 import json
@@ -53,20 +53,20 @@ def outcomes_of(
     ]
 
 
-def is_batch(workdir: epath.PathLike) -> bool:
+def has_waves(workdir: epath.PathLike) -> bool:
     """Whether a directory is that of several waves."""
     workdir = open_path(workdir)
     return (workdir / _WAVES_FILE).exists() and not (workdir / RUN_FILE).exists()
 
 
 def read_waves(workdir: epath.PathLike) -> dict[str, int] | None:
-    """`{"size": concepts of a wave, "concepts": of the batch}`, None where it is not recorded."""
+    """`{"size": concepts of a wave, "concepts": of all waves}`, None where it is not recorded."""
     path = open_path(workdir) / _WAVES_FILE
     return read_json(path, "record of waves") if path.exists() else None
 
 
 def write_waves(workdir: epath.PathLike, size: int, concepts: int) -> None:
-    """Records how a batch is divided, so that it is the same when the batch is continued."""
+    """Records how the concepts are divided into waves, for when the training continues."""
     _write_lines(open_path(workdir) / _WAVES_FILE, [{"size": size, "concepts": concepts}])
 
 

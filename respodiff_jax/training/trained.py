@@ -17,7 +17,7 @@ from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.storage import open_path
 from respodiff_jax.training.checkpoint import Checkpoints
-from respodiff_jax.training.outcomes import OUTCOMES_FILE, is_batch, read_outcomes
+from respodiff_jax.training.outcomes import OUTCOMES_FILE, has_waves, read_outcomes
 from respodiff_jax.training.record import RUN_FILE, RunRecord, is_workdir
 
 
@@ -27,7 +27,7 @@ def load_adapter(
     """Reads an adapter.
 
     Args:
-      source: a training's working directory, of one run or of a batch in waves; an adapter
+      source: a training's working directory, of one run or of several waves; an adapter
         directory; or "owner/name" or "owner/name@revision" on the Hugging Face hub.
       step: a saved step of a single run; None is the newest.
       only: names of the concepts to take; () takes all.
@@ -38,8 +38,8 @@ def load_adapter(
     only = [only] if isinstance(only, str) else list(only or ())
     step = None if step is None else int(step)
     check_once(only)
-    if step is None and is_batch(source):
-        return _batch_adapter(source, only)
+    if step is None and has_waves(source):
+        return _waves_adapter(source, only)
     adapter = _open_whole(source, step)
     return select(adapter, only) if only else adapter
 
@@ -72,8 +72,8 @@ def _run_adapter(workdir: epath.PathLike, step: int | None) -> Adapter:
     return dataclasses.replace(adapter, training=record.summary(step))
 
 
-def _batch_adapter(workdir: epath.PathLike, only: Sequence[str]) -> Adapter:
-    """The adapter of the concepts that the finished waves of a batch have trained.
+def _waves_adapter(workdir: epath.PathLike, only: Sequence[str]) -> Adapter:
+    """The adapter of the concepts that the finished waves have trained.
 
     Raises:
       UserError: if no wave has finished, or a concept is missing or diverged.

@@ -3,8 +3,8 @@
 Each wave is a run of its own in `waves/0000`, `waves/0001`, ... of the working directory, with its
 `run.json`, checkpoints, logs and, at its end, its adapter. All waves have the same number of
 concepts, so one compiled step serves all; each device trains the same number of concepts. The last
-wave is filled up with copies of its last concept, which are trained and dropped. A batch that fits
-the devices is a single run in the working directory itself.
+wave is filled up with copies of its last concept, which are trained and dropped. A set of
+concepts that fits the devices is a single run in the working directory itself.
 """
 
 import math
@@ -22,7 +22,7 @@ from respodiff_jax.storage import is_remote, open_path
 from respodiff_jax.training.config import concepts_from, validate, with_concepts
 from respodiff_jax.training.distributed import Preemption
 from respodiff_jax.training.outcomes import (
-    is_batch,
+    has_waves,
     outcomes_of,
     read_outcomes,
     read_waves,
@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
     """
     run_training(config, workdir, profile=profile)
     workdir = open_path(workdir)
-    return load_adapter(workdir if is_batch(workdir) else workdir / "adapter")
+    return load_adapter(workdir if has_waves(workdir) else workdir / "adapter")
 
 
 def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> None:
@@ -70,8 +70,9 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
     placement = Placement(config.parallel.strategy, runs[0].size, config.train.batch_size)
     for run in runs:
         check_same_config(run.config, run.folder)
-    waves = [run for run in runs if run.label]
-    to_do = [run for run in runs if not (run.label and is_done(run))]
+    in_waves = len(runs) > 1
+    waves = runs if in_waves else []
+    to_do = [run for run in runs if not (in_waves and is_done(run))]
     writes = jax.process_index() == 0
     if to_do:
         session = open_session(config, concepts, runs, placement)
@@ -87,7 +88,7 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
                 if writes:
                     outcomes = outcomes_of(run.concepts, steps, diverged_at)
                     write_outcomes(run.folder, outcomes)
-                    gather_outcomes(workdir, [run] if run.label else [])
+                    gather_outcomes(workdir, [run] if in_waves else [])
                 if preemption.stopped and run is not to_do[-1]:
                     raise Interrupted(f"stopped after {run.label}, saved", steps)
     else:
@@ -128,8 +129,9 @@ def plan_runs(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> 
     if begun := read_waves(workdir):
         if begun["concepts"] != len(concepts):
             raise UserError(
-                f"`workdir` {workdir} belongs to a batch of {begun['concepts']} concepts, the"
-                f" config has {len(concepts)}; use another `workdir`, or the batch it began with"
+                f"`workdir` {workdir} belongs to a training of {begun['concepts']} concepts, the"
+                f" config has {len(concepts)}; use another `workdir`, or the concepts that it began"
+                " with"
             )
         size = begun["size"]
     elif (workdir / RUN_FILE).exists():

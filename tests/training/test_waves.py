@@ -1,4 +1,4 @@
-"""Batches of concepts: waves, outcomes, kills and restarts."""
+"""Concepts in waves: outcomes, kills and restarts."""
 
 import dataclasses
 import functools
@@ -145,7 +145,7 @@ def test_finished_waves_can_be_exported_before_the_others_finish(twenty, tmp_pat
     assert load_adapter(tmp_path / "out").names == tuple(f"concept {i}" for i in (0, *range(2, 8)))
 
 
-def test_batch_whose_concepts_all_diverged_so_far_has_no_adapter(tmp_path):
+def test_training_whose_concepts_all_diverged_so_far_has_no_adapter(tmp_path):
     outcome = {"name": "a", "group": "g", "steps": 4, "diverged_at": 1, "adapter": None}
     (tmp_path / "outcomes.jsonl").write_text(json.dumps(outcome) + "\n")
     (tmp_path / "waves.json").write_text(json.dumps({"size": 1, "concepts": 2}))
@@ -226,7 +226,7 @@ def test_single_wave_is_filled_up_to_the_same_number_on_each_device(twenty, tmp_
             assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
 
 
-def test_concept_of_a_batch_equals_the_one_trained_alone(twenty, tmp_path):
+def test_concept_of_a_wave_equals_the_one_trained_alone(twenty, tmp_path):
     concepts, workdir = twenty
     lines = pathlib.Path(concepts).read_text().splitlines()
     found = modules_of(workdir)
@@ -251,7 +251,7 @@ def _use_one_device(patch):
     patch.setattr(jax, "device_count", lambda: 1)
 
 
-def test_finished_batch_is_not_trained_again(twenty, capsys):
+def test_finished_waves_are_not_trained_again(twenty, capsys):
     concepts, workdir = twenty
     before = {path: path.stat().st_mtime_ns for path in (workdir / "waves").rglob("*.safetensors")}
     assert cli.main(train_command(concepts, workdir)) == 0
@@ -270,17 +270,17 @@ def test_outcomes_lost_by_a_kill_at_the_end_are_gathered_again(twenty, tmp_path)
     assert read_outcomes(workdir) == read_outcomes(finished)
 
 
-def test_directory_of_another_batch_is_refused(twenty, tmp_path, capsys):
+def test_directory_of_other_concepts_is_refused(twenty, tmp_path, capsys):
     _, workdir = twenty
     more = write_concepts(tmp_path / "more.jsonl", 21)
     assert cli.main(train_command(more, workdir)) == 2
-    assert "belongs to a batch of 20 concepts, the config has 21" in capsys.readouterr().err
+    assert "belongs to a training of 20 concepts, the config has 21" in capsys.readouterr().err
     other = write_concepts(tmp_path / "other.jsonl", 20, lambda_sem=3.0)
     assert cli.main(train_command(other, workdir)) == 2
     assert "concept_1.lambda_sem: 0.5 there, 3.0 here" in capsys.readouterr().err
 
 
-def test_batch_keeps_its_waves_on_other_devices(twenty):
+def test_training_keeps_its_waves_on_other_devices(twenty):
     concepts, workdir = twenty
     config = load_config(SMOKE, OVERRIDES, concepts)
     for devices in (1, 8, 512):
@@ -319,7 +319,7 @@ def assert_same_adapters(workdir, other, count):
     assert read_outcomes(workdir) == read_outcomes(other)
 
 
-def test_batch_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path):
+def test_training_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path):
     concepts, workdir = twenty
     ended = {}
 
@@ -401,7 +401,7 @@ def test_sixty_four_emoji_concepts_equal_those_trained_alone(sixty_four):
 
 
 @pytest.mark.slow
-def test_throughput_grows_with_the_concepts_of_a_batch():
+def test_throughput_grows_with_the_concepts_of_a_wave():
     """Times steps of 1 to 64 concepts on one device, in turns; run with `-s` to see the rates.
 
     The test compares processor time, which does not include other programs on the machine.

@@ -267,7 +267,7 @@ def has_losses(workdir: str | os.PathLike) -> bool:
 
 
 def _loss_files(workdir: str | os.PathLike) -> list[epath.Path]:
-    """The losses of a run, or of all waves of a batch."""
+    """The losses of a run, or of all its waves."""
     folder = open_path(workdir)
     files = *sorted(folder.glob(f"waves/*/{TRAINING_FILE}")), folder / TRAINING_FILE
     return [file for file in files if file.is_file()]
