@@ -19,7 +19,7 @@ _BACKGROUND, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (112, 117, 122)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """An image `(H, W, 3)` as uint8; floats are clipped to [0, 1] first."""
+    """An image `(height, width, 3)` as uint8; floats are clipped to [0, 1] first."""
     image = np.asarray(image)
     if image.dtype == np.uint8:
         return image
@@ -32,7 +32,7 @@ def save_png(
     """Writes an image as PNG, with metadata as JSON in a text chunk named `parameters`.
 
     Args:
-      image: `(H, W, 3)`, uint8 or float in [0, 1].
+      image: `(height, width, 3)`, uint8 or float in [0, 1].
       path: file to write.
       metadata: a JSON-able mapping, or None.
     """
@@ -70,7 +70,7 @@ def grid(
     """Arranges images in labelled rows on white.
 
     Args:
-      rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; one array works too.
+      rows: images `(height, width, 3)`, uint8 or float in [0, 1], row by row; one array works too.
       row_labels: one text for each row, wrapped, to its left.
       captions: one short text for each image, below it, nested like `rows`.
       title: a line above the grid.

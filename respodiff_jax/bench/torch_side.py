@@ -341,7 +341,7 @@ def load_sampler(
     """Loads diffusers' pipeline from a folder, with DDIM.
 
     Returns:
-      A function from prompts and seeds to images, float32 `(B, H, W, 3)` in [0, 1].
+      A function from prompts and seeds to images, float32 `(B, height, width, 3)` in [0, 1].
     """
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))

@@ -132,7 +132,7 @@ def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Pixels(Sequence):
-    """Pixels of picture files, each uint8 `(H, W, 3)`.
+    """Pixels of picture files, each uint8 `(height, width, 3)`.
 
     A picture is read when it is indexed: tens of thousands do not fit in memory at once.
 

@@ -30,7 +30,7 @@ def build():
 
 
 def to_model(images):
-    """uint8 (B, H, W, 3) -> the Flax model's input, float32 (B, 3, H, W) in [-1, 1]."""
+    """uint8 (B, height, width, 3) -> the Flax model's float32 (B, 3, height, width) in [-1, 1]."""
     return jnp.asarray(images, jnp.float32).transpose(0, 3, 1, 2) / 127.5 - 1
 
 
