@@ -26,7 +26,7 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
 # Models that come with the package.
-_EMBEDDED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
+_BUNDLED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
 
 # Chooses the files to fetch from the paths of all of a model's files.
 Choose = Callable[[Collection[str]], Collection[str]]
@@ -83,8 +83,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def local_folder(name: str) -> pathlib.Path:
-    """The folder of a model: an embedded one's ("emoji-world"), or `name` as a path."""
-    return _EMBEDDED.get(name) or pathlib.Path(name).expanduser()
+    """The folder of a model: that of a bundled model ("emoji-world"), or `name` as a path."""
+    return _BUNDLED.get(name) or pathlib.Path(name).expanduser()
 
 
 def _stems(part: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Suites: what a model is asked to draw, and the prompts that classify its pictures.
 
 A suite is a JSON file. `winobias` is the paper's, for Stable Diffusion. A model folder may have its
-own as `suite.json`, as the embedded Emoji World has, and users can write their own.
+own as `suite.json`, as the bundled Emoji World has, and users can write their own.
 """
 
 import dataclasses
