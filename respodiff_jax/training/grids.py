@@ -130,7 +130,7 @@ class ValidationGrids:
 
 
 def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """A PNG of a run's newest sample grids, one concept's below the other's.
+    """A PNG of a run's newest validation grids, one concept's below the other's.
 
     Args:
       workdir: of the run.
