@@ -8,8 +8,8 @@ TAKES_OVERRIDES = True
 
 DESCRIPTION = """\
 Trains RAM and SAM for the concepts of a config, on all local devices. Writes checkpoints, logs and
-validation grids to the working directory, and the adapter at the end. After an interruption, run the
-same command again to continue.
+validation grids to the working directory, and the adapter at the end. After an interruption, run
+the same command again to continue.
 
 Many concepts come from a file, JSON lines or CSV, with one concept per line: name, group,
 neutral_prompts, and target_prompt or unsafe_prompt. A line may also have guidance_scale,
