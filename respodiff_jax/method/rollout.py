@@ -1,4 +1,4 @@
-"""Neutral latents: where along the frozen model's own trajectories the losses are evaluated.
+"""Rollouts: trajectories of the neutral prompt, at whose latents the losses are evaluated.
 
 A rollout is an object with three pure functions, written for one concept:
 
