@@ -52,8 +52,8 @@ class Adapter:
       training: JSON-able summary of the training run, or None.
       default_scales: N finite numbers, the weight of a concept for which the user gives none; all 1
         by default.
-      metrics: measurements of this adapter, dicts with the keys `METRIC_KEYS`, which have the
-        meaning of the fields of `evaluation.results.Measurement`; or None.
+      metrics: measurements of this adapter, each with the keys `METRIC_KEYS` of
+        `evaluation.results.Measurement.to_dict`; or None.
       dtype: dtype of the saved parameters, one of `DTYPES`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""An adapter directory for others: the adapter, a model card, a picture, and code for PyTorch.
+"""An adapter directory to share: the adapter, a model card, a picture, and code for PyTorch.
 
 `export_adapter` adds three files to the two of `save_adapter`: `README.md`, the card, whose
 metadata block the Hugging Face hub reads; `grid.png`, if the run drew sample pictures; and

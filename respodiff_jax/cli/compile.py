@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--largest-batch",
         action="store_true",
-        help="also find the largest batch per device that fits; compiles a few more times",
+        help="also find the largest --batch-per-device that fits; compiles a few more times",
     )
     add("--table", metavar="FILE", help="write all results in --out as a Markdown table")
     add("--cache", metavar="DIR", help="keep the compiled programs, for a pod's compilation cache")

@@ -87,7 +87,7 @@ def compile_steps(
       step: "train", "sample" or "both".
       batch_per_device: samples of each concept on a device; by default what the config's
         `train.batch_size` leaves.
-      largest_batch: also find the training step's largest batch per device that fits.
+      largest_batch: also find the training step's largest `batch_per_device` that fits.
       table: Markdown file for all results in `out`.
       cache: directory for the compiled programs. A pod whose `JAX_COMPILATION_CACHE_DIR` is a copy
         of it need not compile them, if JAX, libtpu, their flags and the program are the same. Steps

@@ -196,14 +196,14 @@ def _canonical(array: Array) -> Array:
 def find_largest_batch(
     required: Callable[[int], int], available: int, first: int, trials: int = 5
 ) -> dict[str, Any]:
-    """Finds the largest batch per device that fits, by few compilations.
+    """Finds the largest batch of a concept per device that fits, by few compilations.
 
     Memory grows about linearly with the batch, so two batches predict the limit. The predicted
     batch is compiled, and its memory improves the prediction, until one batch fits and the next
     does not, or until the trials are used up.
 
     Args:
-      required: gives the bytes that a batch per device needs.
+      required: from a batch to the bytes that a device needs.
       available: bytes of a device.
       first: batch to begin with.
       trials: most batches to try.

@@ -2,7 +2,7 @@
 
 A detector takes the paths of pictures and returns a reason for each, "" if it finds nothing. Its
 `identity` goes into the results, with program, weights, classes and threshold: rates of different
-detectors do not compare.
+detectors cannot be compared.
 """
 
 import importlib.metadata

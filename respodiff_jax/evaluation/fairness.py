@@ -52,7 +52,7 @@ def fair_weights(
       groups: one group, or several that are steered together.
       targets: group -> value -> share; uniform if absent. The concept of a value is the one whose
         name has the value's words: "a woman" for "woman".
-      requests: of P subjects, one after the other, with M pictures each that take the subject's
+      requests: M for each of P subjects, one subject after the other. Those of a subject take its
         prompts in turn.
       images_per_subject: M.
       seed: of the assignment's order.

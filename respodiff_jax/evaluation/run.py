@@ -79,8 +79,8 @@ def evaluate(
     loaded. Results are written after each part.
 
     Args:
-      model: as from `load_model`, or a function that opens it. It is opened, and an abstract one
-        is loaded, when everything else was checked. None if `images` are scored.
+      model: as from `load_model`, or a function that opens the model. An abstract model is loaded
+        after everything else has been checked. None if `images` are scored.
       adapter: the concepts, or several adapters to use together; None evaluates the base model
         alone.
       out: folder that receives pictures, `results.json`, `per_image.csv` and `report.html`.
