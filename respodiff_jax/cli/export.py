@@ -10,8 +10,9 @@ DESCRIPTION = """\
 Writes the trained concepts of a run as an adapter directory: adapter_model.safetensors and
 adapter_config.json, without optimiser state and base weights; README.md, a model card, with the
 run's newest validation grids; and torch_adapter.py, which loads the adapter in PyTorch. The same
-run gives the same bytes. An adapter directory can be exported again with other options. Metrics belong
-to the adapter that was measured: with other concepts, scales or another dtype they are left out.
+run gives the same bytes. An adapter directory can be exported again with other options. Metrics
+belong to the adapter that was measured: with other concepts, scales or another dtype they are left
+out.
 """
 
 EPILOG = """\
