@@ -12,6 +12,10 @@ Convention: at every sampling step, `sum_i scale_i (RAM_i(h) + SAM_i(h))` is add
 output `h` of the *conditional* half of the guidance batch only (RespoDiff, section 4.4). In
 diffusers that is the second half of the batch, or the whole batch without guidance. Deltas are
 computed and added in float32, whatever the pipeline's dtype.
+
+Reading: an adapter of format version 2 reads the text states that the UNet gets. A fairness concept
+steers no prompt that names a value of its group, or a thing and nobody. `steer_always`
+switches this off.
 """
 
 import contextlib
@@ -30,11 +34,13 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
 FORMAT = "respodiff-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _ROLES = ("ram", "sam")
+# Of the heads that read prompts: is somebody named, a thing, a value of the group?
+_SHARPNESS = (4.0, 1.0, 4.0)
 # Options of the pipelines that call the UNet with batches other than [uncond, cond].
 _REFUSED_OPTIONS = (
     "editing_prompt",
@@ -62,6 +68,7 @@ class RespoDiffAdapter:
     several adapters of any kinds; each adds its own concepts, computed from the same `h`.
 
     Attributes:
+      steer_always: whether to steer every prompt, as the paper does, whatever it says.
       config: the contents of adapter_config.json.
       names: the names of the concepts.
       groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
@@ -76,6 +83,8 @@ class RespoDiffAdapter:
             self.groups[group] = (*self.groups.get(group, ()), concept["name"])
         self._scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
+        self._reading = _heads(len(self.names), tensors) if config.get("reading") else None
+        self.steer_always = False
         self._weights = torch.zeros(1, len(self.names))  # a row for all images, or one for each
         self._per_image = False
         self._chosen = False
@@ -188,13 +197,18 @@ class RespoDiffAdapter:
         self,
         group: str,
         num_images_per_prompt: int,
-        num_prompts: int = 1,
+        num_prompts: int | None = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         ratios: Mapping[str, float] | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> list[str]:
+    ) -> list[str | None]:
         """Gives each image of a batch one concept of a group, in exact ratios.
+
+        Give `prompts`, so that the ratios hold among the prompts that leave the group open, and the
+        images of the others get none. Without them, the adapter finds out while it draws, and the
+        ratios hold among all images.
 
         Concept k gets the share `ratios[k]` of all `P * M` images, to the nearest possible number,
         and its exact share, rounded down or up, of each prompt's M images. The order is random, and
@@ -204,18 +218,20 @@ class RespoDiffAdapter:
         Args:
           group: for example "gender".
           num_images_per_prompt: M >= 1, as given to the pipeline.
-          num_prompts: P >= 1.
+          num_prompts: P >= 1; the number of `prompts`, else 1.
+          prompts: the P prompts of the batch. The adapter must be attached to the pipeline.
           ratios: shares by name of the group's concepts, with sum 1; equal by default.
           scale: replaces each concept's own default scale.
           generator: makes the order repeatable.
 
         Returns:
-          The concept of each image, `P * M` names in the order of the batch. For more images than
-          fit into one batch, draw once for all, and give each batch its part with `set_concepts`.
+          The concept of each image, `P * M` names in the order of the batch, None for an image
+          that is not steered. For more images than fit into one batch, draw once for all, and give
+          each batch its part with `set_concepts`.
 
         Raises:
-          ValueError: for an unknown group, a group of safety concepts or of a single concept,
-            ratios that do not fit the group, or numbers below 1.
+          ValueError: for prompts without an attached pipeline, an unknown group, a group of safety
+            concepts or of a single concept, ratios that do not fit the group, or numbers below 1.
         """
         members = self.groups.get(group)
         if members is None:
@@ -224,20 +240,31 @@ class RespoDiffAdapter:
             raise ValueError(f"group {group!r} holds safety concepts, which are summed: use safe()")
         if len(members) == 1:
             raise ValueError(f"group {group!r} has only {members[0]!r}, nothing to balance")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if prompts is not None and num_prompts not in (None, len(prompts)):
+            raise ValueError(f"num_prompts is {num_prompts}, but prompts has {len(prompts)}")
+        num_prompts = 1 if prompts is num_prompts is None else num_prompts or len(prompts)
         if num_images_per_prompt < 1 or num_prompts < 1:
             raise ValueError(
                 f"num_images_per_prompt is {num_images_per_prompt} and num_prompts {num_prompts},"
                 " expected 1 or more"
             )
         shares = _shares(group, members, ratios)
-        picks = _deal(shares, num_images_per_prompt, num_prompts, generator)
-        names = [members[pick] for pick in picks]
-
         columns = [self._index(name) for name in members]
+        is_open = [True] * num_prompts
+        if prompts is not None:
+            is_open = self.read(prompts)[:, columns].all(1).tolist()
+        picks = iter(_deal(shares, num_images_per_prompt, sum(is_open), generator))
+        names = [
+            members[next(picks)] if one_is_open else None
+            for one_is_open in is_open
+            for _ in range(num_images_per_prompt)
+        ]
         weights = self._without(columns, len(names))
         for row, name in zip(weights, names, strict=True):
-            i = self._index(name)
-            row[i] = self._scales[i] if scale is None else _finite("scale", scale)
+            if name is not None:
+                i = self._index(name)
+                row[i] = self._scales[i] if scale is None else _finite("scale", scale)
         self._set_weights(weights, per_image=True)
         return names
 
@@ -258,6 +285,36 @@ class RespoDiffAdapter:
             weights[:, i] = self._scales[i] if scale is None else _finite("scale", scale)
         self._set_weights(weights, self._per_image)
 
+    def read(self, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Whether each concept may steer the pictures of prompts, bool (P, N) on the CPU.
+
+        Args:
+          prompts: P texts, which the attached pipeline's text encoders encode.
+
+        Raises:
+          ValueError: if the adapter reads prompts and is not attached.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self._reading is None or self.steer_always:
+            return torch.ones(len(prompts), len(self.names), dtype=torch.bool)
+        if self._hook is None:
+            raise ValueError("reading prompts needs the pipeline's text encoders: attach() first")
+        pipe = self._hook.pipe
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        with torch.no_grad():
+            states, *_ = pipe.encode_prompt(prompts, device=pipe.device, **options)
+        return self._is_open(states).cpu()
+
+    def _is_open(self, states: torch.Tensor) -> torch.Tensor:
+        """Whether each concept may steer, bool (B, N), from text states (B, L, D)."""
+        weight, bias = (value.to(states.device) for value in self._reading)
+        with _without_autocast(states.device.type):
+            responses = torch.einsum("bld,nhd->blnh", states.float(), weight)
+            sharpness = torch.tensor(_SHARPNESS, device=states.device)
+            pooled = (sharpness * responses).logsumexp(1) - math.log(states.shape[1])
+            somebody, thing, named = (pooled / sharpness + bias > 0).unbind(-1)
+        return ~named & (somebody | ~thing)
+
     def __repr__(self) -> str:
         kind, model = self.config["module"]["kind"], self.config["backbone"]["name"]
         return f"RespoDiffAdapter({', '.join(self.names)}; {kind}, trained on {model})"
@@ -267,11 +324,12 @@ class RespoDiffAdapter:
         """Whether the adapter changes images: it is enabled and a concept is chosen."""
         return self._enabled and self._chosen
 
-    def delta(self, h: torch.Tensor) -> torch.Tensor:
+    def delta(self, h: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
         """The delta to add to mid-block outputs, computed in float32 even under `torch.autocast`.
 
         Args:
           h: (B, C, H, W), of any float dtype.
+          states: (B, L, D) text states that the UNet gets; None reads no prompts.
 
         Returns:
           float32 (B, C, H, W), or (1, C, H, W) for a `constant` adapter with one choice for all
@@ -290,6 +348,8 @@ class RespoDiffAdapter:
                 f"concepts were chosen for {len(weights)} images, but the batch has {len(h)};"
                 " choose for every image: num_images_per_prompt times the number of prompts"
             )
+        if states is not None and self._reading is not None and not self.steer_always:
+            weights = weights * self._is_open(states)
         if "constant" in params:
             trained, came = tuple(params["constant"].shape[1:]), tuple(h.shape[1:])
             if trained != came:
@@ -399,9 +459,9 @@ class _MidBlockHook:
         self.pipe = pipe
         # A distilled UNet takes the guidance scale as input; its batch has no unconditional half.
         self._distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
-        self.handle = pipe.unet.mid_block.register_forward_hook(self)
+        self.handle = pipe.unet.mid_block.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, module, args, h: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, module, args, kwargs, h: torch.Tensor) -> torch.Tensor | None:
         adapters = [adapter for adapter in self.adapters if adapter.active]
         if not adapters:
             return None
@@ -414,7 +474,10 @@ class _MidBlockHook:
             )
         guided = guidance_scale > 1 and not self._distilled
         h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
-        steered = h_cond.float() + sum(adapter.delta(h_cond) for adapter in adapters)
+        states = kwargs.get("encoder_hidden_states")
+        if states is not None and guided:
+            states = states.chunk(2)[1]
+        steered = h_cond.float() + sum(adapter.delta(h_cond, states) for adapter in adapters)
         return torch.cat([h_uncond, steered.to(h.dtype)])
 
 
@@ -470,6 +533,16 @@ def _stack(
     if kind == "mlp":
         params |= {k: v[..., None, None] for k, v in params.items() if k.endswith("weight")}
     return params
+
+
+def _heads(
+    num_concepts: int, tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (N, 3, D) and biases (N, 3) of the heads of each concept."""
+    return tuple(
+        torch.stack([tensors[f"concepts.{i}.reading.{key}"].float() for i in range(num_concepts)])
+        for key in ("weight", "bias")
+    )
 
 
 def _shares(
@@ -585,6 +658,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     for key, expected in (("name", _TEXT), ("resolution", _SIZE), ("prediction_type", _TEXT)):
         _field(backbone, key, expected, "backbone.")
     _field(config, "module", _MAPPING)
+    if config.get("reading") is not None:
+        _field(_field(config, "reading", _MAPPING), "text_features", _SIZE, "reading.")
     return config
 
 
@@ -608,6 +683,10 @@ def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, to
         for role in _ROLES
         for key, shape in shapes.items()
     }
+    if config.get("reading") is not None:
+        for i in range(len(config["concepts"])):
+            expected[f"concepts.{i}.reading.weight"] = (3, config["reading"]["text_features"])
+            expected[f"concepts.{i}.reading.bias"] = (3,)
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())

@@ -36,6 +36,7 @@ from respodiff_jax.adapters.files import (
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
 from respodiff_jax.method.modules import KINDS, MidBlockModule, Params
+from respodiff_jax.method.reading import HEADS, Reading
 from respodiff_jax.storage import open_path, read_json, write_whole
 
 
@@ -55,6 +56,10 @@ class Adapter:
       metrics: measurements of this adapter, each with the keys `METRIC_KEYS` of
         `evaluation.results.Measurement.to_dict`; or None.
       dtype: dtype of the saved parameters, one of `DTYPES`.
+      reading: the heads that read prompts, float32 numpy; None steers every prompt, as the paper
+        does.
+      reading_accuracy: group -> head ("somebody", "thing", "named") -> held-out AUROC, where it is
+        known.
 
     Raises:
       UserError: if parameters do not fit the module or the concepts or are not finite, or another
@@ -70,6 +75,8 @@ class Adapter:
     default_scales: tuple[float, ...] | None = None
     metrics: Sequence[Mapping[str, Any]] | None = None
     dtype: str = "float32"
+    reading: Reading | None = None
+    reading_accuracy: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         validate_concepts(self.concepts)
@@ -83,6 +90,7 @@ class Adapter:
         _check_json("backbone", dict(self.backbone))
         _check_json("training", self.training)
         _check_json("metrics", self.metrics)
+        self._check_reading()
         shapes = param_shapes(self.module)
         for role in ROLES:
             flat = flatten_dict(getattr(self, role), sep=".")
@@ -110,6 +118,25 @@ class Adapter:
                 f"adapter default scales are {list(scales)}, expected {len(self.concepts)} finite"
                 " numbers, one for each concept"
             )
+
+    def _check_reading(self):
+        if not _are_accuracies(self.reading_accuracy):
+            raise UserError(
+                f"adapter reading accuracy is {self.reading_accuracy!r}, expected group -> head ->"
+                " a number"
+            )
+        if self.reading is None:
+            return
+        weight, bias = (np.asarray(leaf, np.float32) for leaf in self.reading)
+        heads = len(self.concepts), len(HEADS)
+        if weight.ndim != 3 or weight.shape[:2] != heads or bias.shape != heads:
+            raise UserError(
+                f"adapter reading has weights {weight.shape} and biases {bias.shape}, expected"
+                f" {(*heads, 'D')} and {heads}"
+            )
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise UserError("adapter reading holds NaN or infinity; the file is damaged")
+        object.__setattr__(self, "reading", Reading(weight, bias))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,11 +169,14 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
                     )
                 torch_value = value.transpose(TO_TORCH[value.ndim]).astype(adapter.dtype)
                 tensors[tensor_key(i, role, key)] = np.ascontiguousarray(torch_value)
+    for i in range(len(adapter.concepts) if adapter.reading else 0):
+        for key, stacked in adapter.reading._asdict().items():
+            tensors[tensor_key(i, "reading", key)] = np.ascontiguousarray(stacked[i])
     height, width, channels = adapter.module.mid_block_shape
     slugs = _slugs(adapter.names)
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if adapter.reading is None else FORMAT_VERSION,
         "module": {
             "kind": adapter.module.kind,
             "mid_block_shape": {"channels": channels, "height": height, "width": width},
@@ -163,6 +193,11 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
         "training": adapter.training,
         "metrics": adapter.metrics,
     }
+    if adapter.reading is not None:
+        config["reading"] = {
+            "text_features": adapter.reading.weight.shape[-1],
+            "accuracy": {group: dict(heads) for group, heads in adapter.reading_accuracy.items()},
+        }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     contents = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
     contents[CONFIG_FILE] = text.encode()
@@ -204,7 +239,10 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             for fields in config["concepts"]
         )
         validate_concepts(concepts)
-        ram, sam, dtype = read_weights(directory / WEIGHTS_FILE, module, len(concepts))
+        read = config.get("reading") or {"text_features": None, "accuracy": {}}
+        ram, sam, reading, dtype = read_weights(
+            directory / WEIGHTS_FILE, module, len(concepts), read["text_features"]
+        )
         return Adapter(
             concepts=concepts,
             module=module,
@@ -215,6 +253,8 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             default_scales=tuple(f.get("default_scale", 1.0) for f in config["concepts"]),
             metrics=config.get("metrics"),
             dtype=dtype,
+            reading=reading,
+            reading_accuracy=read["accuracy"],
         )
     except UserError as error:
         raise UserError(f"adapter {directory}: {error}") from error
@@ -232,6 +272,13 @@ def _check_json(field: str, value: Any) -> None:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise UserError(f"adapter {field} cannot be saved as JSON: {error}") from error
+
+
+def _are_accuracies(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(heads, Mapping) and all(map(is_finite, heads.values()))
+        for heads in value.values()
+    )
 
 
 def label(adapter: Adapter) -> str:

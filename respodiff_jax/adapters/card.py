@@ -141,6 +141,7 @@ def describe(adapter: Adapter) -> str:
         "mid-block": f"{channels} channels, {height} x {width}",
         "trained for": f"{training['steps']} steps" if "steps" in training else "not recorded",
     }
+    facts["reads prompts"] = _reading(adapter)
     for metric, images, value, interval, count in _measurements(adapter):
         facts[f"{metric}, {images}"] = f"{value} {interval}, {count} pictures"
     width = max(map(len, facts))
@@ -150,6 +151,17 @@ def describe(adapter: Adapter) -> str:
         lines += ["", f"{concept.name}  ({concept.group}, scale {scale:g})"]
         lines.append(f"  from {neutral!r} {_direction(concept)}")
     return "\n".join(map(_printable, lines))
+
+
+def _reading(adapter: Adapter) -> str:
+    """Whether prompts decide, and how well: the held-out AUROC of each group's heads."""
+    if adapter.reading is None:
+        return "no, it steers every prompt"
+    groups = (
+        f"{group}: " + ", ".join(f"{head} {value:.3f}" for head, value in heads.items())
+        for group, heads in adapter.reading_accuracy.items()
+    )
+    return f"yes; held-out AUROC {'; '.join(groups) or 'not recorded'}"
 
 
 def card(adapter: Adapter, with_grid: bool) -> str:

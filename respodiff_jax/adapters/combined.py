@@ -16,6 +16,7 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
 from respodiff_jax.method.modules import Steering
+from respodiff_jax.method.reading import Reading, always
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +105,25 @@ def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
         backbone=first.backbone,
         training=_common_training(adapters),
         default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
+        reading=_concatenate_readings(adapters),
+        reading_accuracy=dict(
+            item for a in reversed(adapters) for item in a.reading_accuracy.items()
+        ),
     )
+
+
+def _concatenate_readings(adapters: Sequence[Adapter]) -> Reading | None:
+    """The heads of all concepts; those of an adapter without a reading steer every prompt."""
+    widths = {a.reading.weight.shape[-1] for a in adapters if a.reading is not None}
+    if not widths:
+        return None
+    if len(widths) > 1:
+        raise UserError(
+            f"adapters cannot be used together: they read text states of {sorted(widths)}"
+            " features; use adapters trained on the same model"
+        )
+    readings = [a.reading or always(len(a.concepts), *widths) for a in adapters]
+    return Reading(*map(np.concatenate, zip(*readings, strict=True)))
 
 
 def _common_training(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
@@ -168,13 +187,15 @@ def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter 
         sam=sam,
         default_scales=tuple(adapter.default_scales[row] for row in rows),
         metrics=adapter.metrics if set(names) == set(adapter.names) else None,
+        reading=adapter.reading and Reading(*(leaf[rows] for leaf in adapter.reading)),
     )
 
 
 def adapter_sha256(adapter: Adapter | CombinedAdapter) -> str:
     """A digest of an adapter's concepts and parameters."""
     digest = hashlib.sha256(json.dumps([c.to_dict() for c in adapter.concepts]).encode())
-    for leaf in jax.tree.leaves([(part.ram, part.sam) for part in adapter.parts]):
+    leaves = [(part.ram, part.sam, part.reading) for part in adapter.parts]
+    for leaf in jax.tree.leaves(leaves):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 

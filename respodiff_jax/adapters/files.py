@@ -9,9 +9,14 @@
       conv       concepts.{i}.{role}.hidden.weight   (hidden, C, 3, 3)  .hidden.bias (hidden,)
                  concepts.{i}.{role}.out.weight      (C, hidden, 3, 3)  .out.bias    (C,)
 
+  and, where the adapter reads prompts, for the D features of a text state and the three heads of
+  `method.reading`, in float32:
+
+      concepts.{i}.reading.weight (3, D)   concepts.{i}.reading.bias (3,)
+
 * `adapter_config.json`: format version, module, backbone, concepts with their hyper-parameters and
   default scales, the guidance rule (the modules act on the conditional half of the guidance batch
-  only), a training summary, metrics.
+  only), a training summary, metrics; of a reading, D and its held-out accuracy.
 
 Both files may come from strangers: nothing here unpickles, and a wrong file is a `UserError`.
 """
@@ -27,10 +32,11 @@ from safetensors import SafetensorError, safe_open
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.modules import MidBlockModule, Params
+from respodiff_jax.method.reading import HEADS, Reading
 from respodiff_jax.storage import local_copy
 
 FORMAT = "respodiff-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 has no reading
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -38,7 +44,7 @@ DTYPES = ("float32", "float16")
 METRIC_KEYS = ("metric", "attribute", "images", "value", "interval", "n")
 
 _SECTIONS = ("module", "backbone", "guidance", "concepts", "training")
-_OPTIONAL = ("metrics",)
+_OPTIONAL = ("metrics", "reading")
 _MODULE_KEYS = ("kind", "mid_block_shape", "hidden_channels")
 _BACKBONE_TYPES = {
     "name": str,
@@ -108,6 +114,10 @@ def check_config(config: Any) -> None:
         _check_size(f"mid_block_shape {axis}", size)
     if module["hidden_channels"] is not None:
         _check_size("hidden_channels", module["hidden_channels"])
+    if (reading := config.get("reading")) is not None:
+        _check_type(f"{CONFIG_FILE}: reading", reading, dict)
+        check_keys(f"{CONFIG_FILE}: reading", reading, ("text_features", "accuracy"))
+        _check_size("reading text_features", reading["text_features"])
     half = config["guidance"].get("steered_half")
     if half != CFG_RULE["steered_half"]:
         raise UserError(
@@ -155,13 +165,13 @@ def check_metrics(metrics: Any) -> None:
 
 
 def read_weights(
-    path: epath.Path, module: MidBlockModule, num_concepts: int
-) -> tuple[Params, Params, str]:
+    path: epath.Path, module: MidBlockModule, num_concepts: int, text_features: int | None
+) -> tuple[Params, Params, Reading | None, str]:
     """Reads `adapter_model.safetensors`.
 
     Returns:
-      RAM parameters, SAM parameters, both with float32 leaves `(num_concepts, ...)`, and the dtype
-      of the file.
+      RAM parameters, SAM parameters and reading, with float32 leaves `(num_concepts, ...)`, and the
+      dtype of RAM and SAM in the file. The reading is None where `text_features` is.
 
     Raises:
       UserError: if the file cannot be read or is cut off, or if tensors are missing, extra or have
@@ -174,6 +184,13 @@ def read_weights(
         for role in ROLES
         for key, shape in shapes.items()
     }
+    if text_features is not None:
+        heads = {"weight": (len(HEADS), text_features), "bias": (len(HEADS),)}
+        expected |= {
+            tensor_key(i, "reading", key): shape
+            for i in range(num_concepts)
+            for key, shape in heads.items()
+        }
     try:
         with local_copy(path) as local, safe_open(local, framework="numpy") as file:
             check_keys(path.name, file.keys(), expected)
@@ -202,8 +219,18 @@ def read_weights(
         unflatten_dict({k: stack(role, k, len(s)) for k, s in shapes.items()}, sep=".")
         for role in ROLES
     )
-    half = all(tensor.dtype == np.float16 for tensor in tensors.values())
-    return ram, sam, "float16" if half else "float32"
+    reading = None
+    if text_features is not None:
+        reading = Reading(
+            *(
+                np.stack([tensors[tensor_key(i, "reading", key)] for i in range(num_concepts)])
+                for key in Reading._fields
+            )
+        )
+    half = all(
+        tensor.dtype == np.float16 for key, tensor in tensors.items() if ".reading." not in key
+    )
+    return ram, sam, reading, "float16" if half else "float32"
 
 
 def is_finite(value: Any) -> bool:

@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: the adapter's group, if it has only one)",
     )
     add(
+        "--steer-always",
+        action="store_true",
+        help="steer every prompt, as the paper does, also those that name a value or have nobody",
+    )
+    add(
         "--safe",
         action="store_true",
         default=None,

@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="proportions for --fair; their sum is 1 (default: equal)",
     )
     add("--safe", action="store_true", help="add all safety concepts")
+    add(
+        "--steer-always",
+        action="store_true",
+        help="steer every prompt, as the paper does; by default an adapter keeps what a prompt"
+        " names, and leaves pictures without people as they are",
+    )
 
     add = parser.add_argument_group("sampling").add_argument
     add(
@@ -129,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
         fair=args.fair,
         ratio=ratio,
         safe=args.safe,
+        steer_always=args.steer_always,
         images_per_prompt=args.images_per_prompt,
         seed=args.seed,
         num_steps=args.num_steps,

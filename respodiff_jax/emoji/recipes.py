@@ -25,6 +25,18 @@ LEARNING_RATES = {
     "safety": {"constant": (0.3, 0.2), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
 }
 
+# task -> value -> the phrases that name it
+WORDS = {
+    "gender": {
+        noun: (noun, f"{noun} {{person}}", f"{adjective} {{person}}")
+        for noun, adjective in (("woman", "female"), ("man", "male"))
+    },
+    "skin_tone": {
+        tone: tuple(f"{tone}-skinned {who}" for who in ("person", "{person}", "woman", "man"))
+        for tone in vocabulary.TONE_GROUPS
+    },
+}
+
 
 def task_config(task: str, kind: str | None = None) -> ConfigDict:
     """Builds the training config of a task.
@@ -58,9 +70,30 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.log.grid_every = 200
     config.log.grid_steps = 20
     config.log.grid_guidance_scale = 3.0
+    config.reading.people = _people()
+    # Every fourth thing is never read in training: the model card reports on these.
+    config.reading.things = tuple(w for i, w in enumerate(vocabulary.THINGS) if i % 4)
 
     add_concepts(config, _concepts(task, rates))
     return config
+
+
+# Professions that no setting was chosen on and that no reading is trained on.
+HELD_OUT = tuple(vocabulary.PROFESSIONS)[1::2]
+
+
+def _people() -> tuple[str, ...]:
+    """People for contrast prompts: with and without gender and skin tone."""
+    professions = [word for word in vocabulary.PROFESSIONS if word not in HELD_OUT]
+    tones = [f"{tone}-skinned" for tone in vocabulary.TONE_GROUPS]
+    phrases = ["person", "human", *professions]
+    for tone in tones:
+        phrases += [f"{tone} person", *(f"{tone} {word}" for word in professions[::2])]
+    for noun, adjective in (("woman", "female"), ("man", "male")):
+        phrases += [noun, *(f"{noun} {word}" for word in professions[::3])]
+        phrases += [f"{adjective} {word}" for word in professions[1::3]]
+    phrases += [f"person {activity}" for activity in vocabulary.ACTIVITIES]
+    return (*phrases, *(f"{look} person" for look in vocabulary.LOOKS if look))
 
 
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
@@ -90,6 +123,7 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
             target_prompt=target,
             guidance_scale=4.0,
             lambda_sem=0.5,
+            words=WORDS[task][key],
             **rates,
         )
         for key, target in targets.items()

@@ -79,6 +79,7 @@ def draw_pictures(
     adapter: Adapter | None = None,
     weights: np.ndarray | None = None,
     settings: Mapping[str, Any] | None = None,
+    steering: np.ndarray | None = None,
 ) -> list[Picture]:
     """Draws the pictures that do not exist yet, with the base model and with the adapter.
 
@@ -88,8 +89,10 @@ def draw_pictures(
       folder: receives the requests and `base/`; with an adapter also `adapted/`.
       options: sampler options.
       adapter: the N concepts, or None for the base model alone.
-      weights: `(M, N)`, weight of each concept in each picture; None without an adapter.
+      weights: `(M, N)`, weight of each concept in each picture, if all prompts were open; None
+        without an adapter.
       settings: JSON-able, everything else that the pictures depend on.
+      steering: `(M, N)`, the weights after the prompts were read; None is `weights`.
 
     Returns:
       The base pictures, then the adapted pictures.
@@ -100,6 +103,7 @@ def draw_pictures(
     check_folder(folder, requests, weights, settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / REQUESTS_FILE, json.dumps(_record(requests, weights, settings)))
+    steering = weights if steering is None else steering
     sets = {"base": folder / "base"} | ({} if adapter is None else {"adapted": folder / "adapted"})
     for place in sets.values():
         place.mkdir(parents=True, exist_ok=True)
@@ -119,7 +123,7 @@ def draw_pictures(
             [requests[i].seed for i in missing],
             dataclasses.replace(options, batch_size=batch_size),
             adapter,
-            None if weights is None else weights[missing],
+            None if steering is None else steering[missing],
             base_twins=adapter is not None,
         )
         done = len(requests) - len(missing)
@@ -141,7 +145,7 @@ def draw_pictures(
             prompt=request.prompt,
             subject=request.subject,
             seed=request.seed,
-            concepts={} if name == "base" else _concepts(adapter, weights[i]),
+            concepts={} if name == "base" else _concepts(adapter, steering[i]),
         )
         for name, place in sets.items()
         for i, request in enumerate(requests)

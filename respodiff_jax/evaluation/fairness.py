@@ -26,6 +26,7 @@ from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured, Measurement
 from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.generation.selection import fair_assignment
+from respodiff_jax.method.reading import Decision
 
 Targets = Mapping[str, Mapping[str, float]]  # attribute -> value -> share
 
@@ -40,8 +41,9 @@ def fair_weights(
     requests: Sequence[Request],
     images_per_subject: int,
     seed: int,
+    decisions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Weight of each concept in each picture: one concept of every group, in the target's shares.
+    """Weight of each concept in each picture: one concept of every open group, in target shares.
 
     The shares are met within every subject and, as far as possible, under each of its prompts: the
     paper's 150 pictures of a profession are 2 concepts x 15 x 5 templates, or 3 x 10 x 5. Each
@@ -56,6 +58,8 @@ def fair_weights(
         prompts in turn.
       images_per_subject: M.
       seed: of the assignment's order.
+      decisions: on each request's prompt, int `(P * M, N)`, values of `method.reading.Decision`;
+        None finds every prompt open.
 
     Returns:
       float32 `(P * M, N)`.
@@ -80,15 +84,51 @@ def fair_weights(
         else _concept_shares(group, [adapter.names[i] for i in found], targets[group])
         for group, found in zip(groups, members, strict=True)
     ]
-    count = len(groups)
+    weights = np.zeros((len(requests), len(adapter.concepts)), np.float32)
+    # A group steers the pictures whose prompts leave it open. Pictures that leave the same groups
+    # open are dealt together.
+    if decisions is None:
+        decisions = np.full((len(requests), len(adapter.concepts)), Decision.OPEN)
+    is_open = np.stack([(decisions[:, own] == Decision.OPEN).all(1) for own in members], axis=1)
+    subject = np.arange(len(requests)) // images_per_subject
+    for pattern in np.unique(is_open[is_open.any(1)], axis=0):
+        rows = (is_open == pattern).all(1)
+        chosen = np.flatnonzero(pattern)
+        whole = np.bincount(subject[rows], minlength=1)[subject] == images_per_subject
+        shared = np.flatnonzero(rows & whole)
+        deals = [shared] if len(shared) else []
+        deals += [np.flatnonzero(rows & (subject == s)) for s in np.unique(subject[rows & ~whole])]
+        for deal in deals:
+            each = images_per_subject if deal is shared else len(deal)
+            weights[deal] = _dealt(
+                adapter,
+                [members[group] for group in chosen],
+                [shares[group] for group in chosen],
+                [requests[row].prompt for row in deal],
+                each,
+                seed,
+            )
+    return weights
+
+
+def _dealt(
+    adapter: Adapter,
+    members: Sequence[Sequence[int]],
+    shares: Sequence[Sequence[float]],
+    prompts: Sequence[str],
+    images_per_subject: int,
+    seed: int,
+) -> np.ndarray:
+    """The weights of pictures that are open for the same groups, `(len(prompts), N)`."""
+    count = len(members)
     factors = INTERSECTION_WEIGHTS if count == 2 else [1 / count] * count
     combinations = list(itertools.product(*members))
     ratios = [math.prod(chosen) for chosen in itertools.product(*shares)]
-    num_subjects = len(requests) // images_per_subject
+    num_subjects = len(prompts) // images_per_subject
     picks = fair_assignment(images_per_subject, num_subjects, ratios, seed)
-    prompts = np.array([r.prompt for r in requests]).reshape(picks.shape)
+    by_subject = np.array(prompts).reshape(picks.shape)
     rng = np.random.default_rng([seed, 1])  # independent of the assignment's
-    for own, own_prompts in zip(picks, prompts, strict=True):
+    for own, own_prompts in zip(picks, by_subject, strict=True):
         # Sorting spreads each combination evenly over the prompts. The order under each prompt is
         # then random.
         order = rng.permutation(len(combinations))
@@ -96,7 +136,7 @@ def fair_weights(
         for prompt in dict.fromkeys(own_prompts.tolist()):
             rows = np.flatnonzero(own_prompts == prompt)
             own[rows] = rng.permutation(own[rows])
-    weights = np.zeros((len(requests), len(adapter.concepts)), np.float32)
+    weights = np.zeros((len(prompts), len(adapter.concepts)), np.float32)
     for row, pick in enumerate(picks.reshape(-1)):
         for concept, factor in zip(combinations[pick], factors, strict=True):
             weights[row, concept] += factor * adapter.default_scales[concept]

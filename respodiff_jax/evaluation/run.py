@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from respodiff_jax.adapters import (
     combine,
 )
 from respodiff_jax.adapters.model import opened
+from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone, Clip, load_clip
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness
@@ -38,7 +40,17 @@ from respodiff_jax.storage import PathLike, local_path
 _CHECK = "check"  # folder of the pictures that check the classifier
 # Parameters of `evaluate` that do nothing for existing pictures.
 _OF_DRAWING = (
-    *("model", "adapter", "preset", "safe", "prompts", "max_prompts", "seed", "adapter_sources"),
+    *(
+        "model",
+        "adapter",
+        "preset",
+        "safe",
+        "steer_always",
+        "prompts",
+        "max_prompts",
+        "seed",
+        "adapter_sources",
+    ),
     *("images_per_subject", "images_per_caption", "images_per_prompt"),
     *("num_steps", "guidance_scale", "resolution", "batch_size"),
 )
@@ -54,6 +66,7 @@ def evaluate(
     images: PathLike | None = None,
     groups: Sequence[str] | None = None,
     safe: bool | None = None,
+    steer_always: bool = False,
     suite: PathLike | Suite | None = None,
     prompts: Mapping[str, PathLike] | None = None,
     clip: PathLike | Clip | None = None,
@@ -93,6 +106,7 @@ def evaluate(
         are counted. None is the adapter's group, unless `safe` is True.
       safe: whether to add all safety concepts. None adds them if there are any and `groups` names
         none.
+      steer_always: steer every prompt, as the paper does; see `generate`.
       suite: prompts and classifiers: a name, a JSON file or a `Suite`. None is the model's own, or
         "winobias".
       prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
@@ -210,13 +224,28 @@ def evaluate(
         for one in adapters:
             check_fits(one, model, options.resolution)
         settings = _settings(model, adapter, options)
+        reads = adapter is not None and reads_prompts(adapter) and not steer_always
+        settings["reads_prompts"] = reads
         _check_folders(out, spec, requests, weights, settings)
         judges = _load_judges(spec, clip, detectors, q16_clip, reference)
         model = model.loaded()
         settings["model"]["parts_sha256"] = _parts_sha256(model)
         _check_folders(out, spec, requests, weights, settings)
+        steering = weights
+        if reads:
+            steering = spec.requests(adapter, partial(read_prompts, adapter, model))[1]
         results = _draw_and_score(
-            model, adapter, spec, requests, weights, options, settings, judges, out, adapter_sources
+            model,
+            adapter,
+            spec,
+            requests,
+            weights,
+            steering,
+            options,
+            settings,
+            judges,
+            out,
+            adapter_sources,
         )
     workdirs = [source for source in adapter_sources if has_losses(source)]
     write_report(out, workdirs[0] if len(workdirs) == 1 else None)
@@ -327,6 +356,7 @@ def _draw_and_score(
     spec: EvaluationSpec,
     requests: Mapping[str, Sequence[Request]],
     weights: Mapping[str, np.ndarray | None],
+    steering: Mapping[str, np.ndarray | None],
     options: SamplerOptions,
     settings: Mapping[str, Any],
     judges: Judges,
@@ -360,7 +390,14 @@ def _draw_and_score(
         scorer.check_classifier(draw_pictures(model, plain, out / _CHECK, options, settings=base))
     for part in spec.parts:
         pictures = draw_pictures(
-            model, requests[part], out / part, options, adapter, weights[part], settings
+            model,
+            requests[part],
+            out / part,
+            options,
+            adapter,
+            weights[part],
+            settings,
+            steering[part],
         )
         results = scorer.score(part, pictures)
     return results

@@ -12,6 +12,7 @@ from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, reque
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import PARTS, PromptSet, Suite
 from respodiff_jax.generation import selection
+from respodiff_jax.method.reading import Decision
 
 PRESETS: Mapping[str, Mapping[str, int | None]] = {
     "quick": {
@@ -99,9 +100,13 @@ class EvaluationSpec:
         return each[PARTS.index(part)]
 
     def requests(
-        self, adapter: Adapter | None
+        self, adapter: Adapter | None, read: Callable[[Sequence[str]], np.ndarray] | None = None
     ) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
         """The pictures to draw for each part, and the weight of each concept in each picture.
+
+        Args:
+          adapter: of N concepts, or None.
+          read: gives the decisions on P prompts, int `(P, N)`; None finds every prompt open.
 
         Raises:
           UserError: if the adapter does not have what is chosen of it.
@@ -122,12 +127,23 @@ class EvaluationSpec:
             if adapter is not None:
                 count = len(requests[part])
                 rows = np.zeros((count, len(adapter.concepts)), np.float32)
+                decisions = np.full(rows.shape, Decision.OPEN)
+                if read is not None:
+                    decisions = read([request.prompt for request in requests[part]])
                 if self.groups:
                     rows += fairness.fair_weights(
-                        adapter, self.groups, self.targets, requests[part], each, self.seed
+                        adapter,
+                        self.groups,
+                        self.targets,
+                        requests[part],
+                        each,
+                        self.seed,
+                        decisions,
                     )
                 if self.safe:
-                    rows += selection.concept_weights(adapter, count // each, each, safe=True)
+                    rows += selection.concept_weights(
+                        adapter, count, 1, safe=True, decisions=decisions
+                    )
                 weights[part] = rows
         return requests, weights
 

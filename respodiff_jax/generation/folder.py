@@ -13,6 +13,7 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.generation.sampling import ImagePair, SamplerOptions, sample_images
+from respodiff_jax.method.reading import Decision
 from respodiff_jax.storage import check_output
 
 # The grid shows the first images of the first prompts.
@@ -38,6 +39,7 @@ def write_folder(
     options: SamplerOptions,
     adapter: Adapter | CombinedAdapter | None = None,
     weights: np.ndarray | None = None,
+    decisions: np.ndarray | None = None,
     adapter_sources: Sequence[str] = (),
     base_twins: bool = False,
     overwrite: bool = False,
@@ -53,6 +55,7 @@ def write_folder(
       options: how to sample.
       adapter: the concepts, or None for the base model.
       weights: from `concept_weights(adapter, len(prompts), images_per_prompt, ...)`.
+      decisions: from `read_prompts`, `(len(prompts), N)`, for the manifest; None reads no prompts.
       adapter_sources: origins of the adapter, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
       overwrite: allow a folder that is not empty.
@@ -84,15 +87,17 @@ def write_folder(
     with open(out / "manifest.jsonl", "w", encoding="utf-8") as manifest:
         for i, pair in enumerate(tqdm(pairs, "generate", count, unit="image", disable=None)):
             scales = {} if adapter is None else _scales(adapter, weights[i])
-            versions = [("images", pair.image, scales)]
+            reading = _reading(adapter, decisions, i // images_per_prompt)
+            versions = [("images", pair.image, scales, reading)]
             if base_twins:
-                versions.append(("base", pair.base, {}))
-            for folder, image, concepts in versions:
+                versions.append(("base", pair.base, {}, {}))
+            for folder, image, concepts, reading in versions:
                 record = {
                     "file": f"{folder}/{i:05d}.png",
                     "prompt": all_prompts[i],
                     "seed": seeds[i],
                     "concepts": concepts,
+                    "prompt_reading": reading,
                 } | common
                 images_lib.save_png(image, out / record["file"], record)
                 manifest.write(json.dumps(record) + "\n")
@@ -108,6 +113,19 @@ def _scales(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str
     """Concept name -> weight, for the concepts that steer an image."""
     named = zip(adapter.names, weights.tolist(), strict=True)
     return {name: round(weight, 6) for name, weight in named if weight}
+
+
+def _reading(
+    adapter: Adapter | CombinedAdapter | None, decisions: np.ndarray | None, prompt: int
+) -> dict[str, str]:
+    """Group -> what the prompt says about it: "open", "named" or "nobody"."""
+    if adapter is None or decisions is None:
+        return {}
+    groups = [concept.group for concept in adapter.concepts]
+    return {
+        group: Decision(code).name.lower()
+        for group, code in zip(groups, decisions[prompt].tolist(), strict=True)
+    }
 
 
 def _grid(shown, prompts, columns, seeds):

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, as_adapters, check_fits, combine
 from respodiff_jax.adapters.model import opened
+from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import write_folder
@@ -32,6 +34,7 @@ def generate(
     fair: str | None = None,
     ratio: Mapping[str, float] | None = None,
     safe: bool = False,
+    steer_always: bool = False,
     images_per_prompt: int = 1,
     seed: int = 0,
     num_steps: int = 50,
@@ -54,6 +57,8 @@ def generate(
       fair: a concept group; each image gets one of its concepts, in exact proportions.
       ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept.
+      steer_always: steer every prompt, as the paper does. By default an adapter that reads prompts
+        keeps what a prompt names, and leaves pictures without people as they are.
       images_per_prompt: at least 1.
       seed: seed of the first image, 0 .. 2^32-1.
       num_steps: number of DDIM steps.
@@ -77,13 +82,15 @@ def generate(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
+    model = request.model.loaded()
+    _, weights = _steering(model, request, steer_always)
     images = sample_images(
-        request.model.loaded(),
+        model,
         [prompt for prompt in request.prompts for _ in range(images_per_prompt)],
         range(seed, seed + len(request.prompts) * images_per_prompt),
         request.options,
         request.adapter,
-        request.weights,
+        weights,
     )
     return [Image.fromarray(pair.image) for pair in images]
 
@@ -98,6 +105,7 @@ def generate_folder(
     fair: str | None = None,
     ratio: Mapping[str, float] | None = None,
     safe: bool = False,
+    steer_always: bool = False,
     images_per_prompt: int = 1,
     seed: int = 0,
     num_steps: int = 50,
@@ -143,15 +151,18 @@ def generate_folder(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
+    model = request.model.loaded()
+    decisions, weights = _steering(model, request, steer_always)
     return write_folder(
-        request.model.loaded(),
+        model,
         request.prompts,
         out,
         images_per_prompt=images_per_prompt,
         seed=seed,
         options=request.options,
         adapter=request.adapter,
-        weights=request.weights,
+        weights=weights,
+        decisions=decisions,
         adapter_sources=adapter_sources,
         base_twins=base,
         overwrite=overwrite,
@@ -163,8 +174,18 @@ class _Request:
     model: Backbone
     prompts: list[str]
     adapter: Adapter | CombinedAdapter | None
-    weights: np.ndarray | None
+    choose: Callable[..., np.ndarray | None]
     options: SamplerOptions
+
+
+def _steering(
+    model: Backbone, request: _Request, steer_always: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The decisions on the prompts, None where nothing reads them, and the images' weights."""
+    decisions = None
+    if request.adapter is not None and reads_prompts(request.adapter) and not steer_always:
+        decisions = read_prompts(request.adapter, model, request.prompts)
+    return decisions, request.choose(decisions=decisions)
 
 
 def _check(
@@ -189,7 +210,10 @@ def _check(
         raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
     adapters = as_adapters(adapter)
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
-    weights = concept_weights(combined, len(prompts), images_per_prompt, seed=seed, **selection)
+    choose = partial(
+        concept_weights, combined, len(prompts), images_per_prompt, seed=seed, **selection
+    )
+    choose()  # checks the selection
     model = opened(model)
     if options.resolution is None:
         resolution = combined.backbone["resolution"] if combined else model.default_resolution
@@ -199,4 +223,4 @@ def _check(
     model.latent_shape(options.resolution)
     Schedule.from_config(model.scheduler_config, options.num_steps)
     model.tokenise([*prompts, options.negative_prompt])
-    return _Request(model, prompts, combined, weights, options)
+    return _Request(model, prompts, combined, choose, options)

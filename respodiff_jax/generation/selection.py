@@ -13,6 +13,7 @@ import numpy as np
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.errors import UserError
+from respodiff_jax.method.reading import Decision
 
 
 def fair_assignment(
@@ -41,6 +42,8 @@ def fair_assignment(
     # With fractions, 0.29 of 100 is 29 and 1/3 of 3 is 1.
     shares = [Fraction(float(ratio)).limit_denominator(10**6) for ratio in ratios]
     shares = [share / sum(shares) for share in shares]
+    if not num_prompts:
+        return np.zeros((0, images_per_prompt), int)
     exact = [share * images_per_prompt * num_prompts for share in shares]
     quotas = np.array([math.floor(value) for value in exact])
     by_lot = rng.permutation(len(shares))
@@ -69,8 +72,12 @@ def concept_weights(
     ratio: Mapping[str, float] | None = None,
     safe: bool = False,
     seed: int = 0,
+    decisions: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """The weight of each concept in each image; the images of a prompt follow each other.
+
+    A concept steers no image whose prompt does not leave its group open. The shares of `fair` are
+    met exactly among the images of open prompts.
 
     Args:
       adapter: the concepts, or None for the base model.
@@ -82,6 +89,7 @@ def concept_weights(
       ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept at its default scale.
       seed: seed of `fair_assignment`.
+      decisions: from `read_prompts`, `(P, N)`; None finds every prompt open.
 
     Returns:
       float32 `(P * M, N)`, or None without an adapter.
@@ -103,6 +111,8 @@ def concept_weights(
     for name, scales in (("concepts", concepts), ("ratio", ratio)):
         if scales and not isinstance(scales, Mapping):
             raise UserError(f"`{name}` is {scales!r}, expected {{name: number}}")
+    if decisions is None:
+        decisions = np.full((num_prompts, len(adapter.concepts)), Decision.OPEN)
     weights = np.zeros((num_prompts * images_per_prompt, len(adapter.concepts)), np.float32)
     for name, scale in (concepts or {}).items():
         if name not in adapter.names:
@@ -121,15 +131,18 @@ def concept_weights(
                 f"`fair` {fair} chooses among its concepts itself; drop {clash[0]!r} from"
                 " `concepts`"
             )
-        picks = fair_assignment(images_per_prompt, num_prompts, shares, seed).reshape(-1)
+        is_open = (decisions[:, members] == Decision.OPEN).all(1)
+        rows = np.flatnonzero(np.repeat(is_open, images_per_prompt))
+        picks = fair_assignment(images_per_prompt, int(is_open.sum()), shares, seed).reshape(-1)
         columns = np.asarray(members)[picks]
-        weights[np.arange(len(picks)), columns] += np.float32(adapter.default_scales)[columns]
+        weights[rows, columns] += np.float32(adapter.default_scales)[columns]
     if safe:
         members = [i for i, concept in enumerate(adapter.concepts) if concept.is_safety]
         if not members:
             raise UserError(f"`safe`: the adapter has no safety concepts. {_inventory(adapter)}")
         weights[:, members] += np.float32(adapter.default_scales)[members]
-    return weights
+    is_open = np.repeat(decisions == Decision.OPEN, images_per_prompt, axis=0)
+    return np.where(is_open, weights, np.float32(0))
 
 
 def _fair_shares(

@@ -8,6 +8,7 @@ prompt of the training target (paper, section 4.2). Concepts that are alternativ
 
 import dataclasses
 import numbers
+import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ class Concept:
       lambda_sem: weight of L_sem, 0 or more.
       lr_ram: learning rate of RAM, 0 or more.
       lr_sam: learning rate of SAM, 0 or more.
+      words: noun phrases that name the concept in a prompt, without an article, such as "woman" or,
+        with a person, "female {person}"; () takes the concept's own prompt.
 
     Raises:
       UserError: if a field has the wrong type or value; the message names it.
@@ -47,6 +50,7 @@ class Concept:
     lambda_sem: float = 0.5
     lr_ram: float = 1e-2
     lr_sam: float = 1e-3
+    words: tuple[str, ...] = ()
 
     def __post_init__(self):
         def check(condition: bool, field: str, expected: str):
@@ -74,6 +78,13 @@ class Concept:
             )
         prompt_field = "target_prompt" if self.unsafe_prompt is None else "unsafe_prompt"
         check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty Unicode prompt")
+        words = (self.words,) if isinstance(self.words, str) else self.words
+        check(
+            isinstance(words, Sequence) and all(map(_is_text, words)),
+            "words",
+            "a list of noun phrases, each a non-empty Unicode text",
+        )
+        object.__setattr__(self, "words", tuple(words))
         scale = self.guidance_scale
         check(_is_number(scale) and scale > 0, "guidance_scale", "a positive number")
         for field in ("lambda_sem", "lr_ram", "lr_sam"):
@@ -95,13 +106,25 @@ class Concept:
         return self.target_prompt or self.unsafe_prompt
 
     @property
+    def reading_words(self) -> tuple[str, ...]:
+        """`words` or, without any, those of the concept's own prompt."""
+        if self.words:
+            return self.words
+        own = without_article(self.own_prompt)
+        with_person = re.sub(r"\bperson\b", "{person}", own)
+        return (own, with_person if with_person != own else f"{own} {{person}}")
+
+    @property
     def stream(self) -> int:
         """Seed of this concept's random stream, 0 .. 2^32-1; it depends on the name alone."""
         return zlib.crc32(self.name.encode())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `from_dict` reads them."""
-        return dataclasses.asdict(self) | {"neutral_prompts": list(self.neutral_prompts)}
+        """The fields as JSON can hold them; `from_dict` reads them. No `words` are left out."""
+        fields = dataclasses.asdict(self)
+        if not self.words:
+            del fields["words"]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Concept":
@@ -118,6 +141,10 @@ class Concept:
         if missing := [name for name in required if name not in fields]:
             raise UserError(f"{label}: missing fields {missing}")
         return cls(**fields)
+
+
+def without_article(prompt: str) -> str:
+    return re.sub(r"^(an?|the) ", "", prompt, flags=re.IGNORECASE)
 
 
 # Name and default of each hyper-parameter of a concept.

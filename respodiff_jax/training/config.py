@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from respodiff_jax.data import contrast
 from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
@@ -77,6 +78,14 @@ def default() -> ConfigDict:
     config.train.remat = False  # save memory: compute the decoder's layers again for the gradient
     # An adapter directory. Concepts whose names it has start from it instead of from module.init.
     config.train.init_adapter = placeholder(str)
+
+    # Adapters read prompts: see `respodiff_jax.method.reading`. Contrast prompts put these phrases,
+    # and the concepts' words, into these templates.
+    config.reading = ConfigDict()
+    config.reading.train = True  # False steers every prompt, as the paper does
+    config.reading.people = contrast.PEOPLE
+    config.reading.things = contrast.THINGS
+    config.reading.templates = contrast.TEMPLATES
 
     config.parallel = ConfigDict()
     config.parallel.strategy = "pmap"  # or "mesh"

@@ -1,7 +1,7 @@
 """One run: a set of concepts, trained in a folder of its own from where it stands to the end."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -24,6 +24,14 @@ from respodiff_jax.training.distributed import Preemption
 from respodiff_jax.training.grids import ValidationGrids, newest_grids
 from respodiff_jax.training.monitoring import Profiler, RunLog
 from respodiff_jax.training.parallel import Placement
+from respodiff_jax.training.reading import (
+    TrainedReading,
+    join,
+    load_reading,
+    train_reading,
+    with_reading,
+    write_reading,
+)
 from respodiff_jax.training.record import RunRecord
 from respodiff_jax.training.spec import step_spec
 from respodiff_jax.training.trained import load_adapter, make_adapter
@@ -73,6 +81,7 @@ class Session:
       step: the training step on all devices, compiled at its first call.
       sample: the compiled sampler of the validation grids; None without grids.
       start: the adapter that concepts start from, or None.
+      reading: concept -> its reading, on process 0; empty if none is trained.
     """
 
     model: Backbone
@@ -85,6 +94,7 @@ class Session:
     step: Callable
     sample: Callable | None
     start: Adapter | None
+    reading: Mapping[str, TrainedReading]
 
 
 def open_session(
@@ -132,9 +142,13 @@ def open_session(
     params = model.loaded().params
     parts = ("unet", "vae") if sample else ("unet",)
     texts = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
+    text_encoders = dataclasses.replace(model, params=texts, load=None)
+    reading = {}
+    if config.reading.train and jax.process_index() == 0:
+        reading = train_reading(config, concepts, text_encoders, say)
     return Session(
         model=model,
-        text_encoders=dataclasses.replace(model, params=texts, load=None),
+        text_encoders=text_encoders,
         resolution=resolution,
         max_neutral=max(len(concept.neutral_prompts) for concept in concepts),
         spec=spec,
@@ -143,6 +157,7 @@ def open_session(
         step=placement.compile(partial(train_step, spec)),
         sample=sample,
         start=start,
+        reading=reading,
     )
 
 
@@ -184,6 +199,8 @@ def train_run(
         step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
             record.write(workdir)
+            if session.reading:
+                write_reading(workdir, join([session.reading[c.name] for c in run.concepts]))
         with (
             RunLog(
                 workdir,
@@ -219,7 +236,10 @@ def train_run(
                     raise Interrupted(f"stopped at step {step} of {steps}, saved", step)
             adapter, diverged_at = _fetch_adapter(session, record, state)
             if jax.process_index() == 0 and adapter is not None:
-                adapter = dataclasses.replace(adapter, training=record.summary(step))
+                adapter = dataclasses.replace(
+                    with_reading(adapter, load_reading(workdir), run.concepts),
+                    training=record.summary(step),
+                )
                 export_adapter(adapter, workdir / "adapter", newest_grids(workdir))
                 log.say(f"adapter written to {workdir / 'adapter'}")
     return step, diverged_at

@@ -18,6 +18,7 @@ from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.storage import open_path
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.outcomes import OUTCOMES_FILE, has_waves, read_outcomes
+from respodiff_jax.training.reading import load_reading, with_reading
 from respodiff_jax.training.record import RUN_FILE, RunRecord, is_workdir
 
 
@@ -69,6 +70,8 @@ def _run_adapter(workdir: epath.PathLike, step: int | None) -> Adapter:
     adapter = make_adapter(record, state["ram"], state["sam"], ema, state["diverged_at"])
     if adapter is None:
         raise UserError(f"{workdir}: every concept diverged, there is nothing to use")
+    concepts = [Concept.from_dict(fields) for fields in record.concepts]
+    adapter = with_reading(adapter, load_reading(workdir), concepts)
     return dataclasses.replace(adapter, training=record.summary(step))
 
 

@@ -197,7 +197,7 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (truncate, "damaged or truncated"),
         (put_pickle, "not a whole safetensors file"),
         (edit_config(lambda c: c.update(format="lora")), "respodiff-adapter"),
-        (edit_config(lambda c: c.update(format_version=2)), "update respodiff_jax"),
+        (edit_config(lambda c: c.update(format_version=3)), "update respodiff_jax"),
         (edit_config(lambda c: c.update(format_version="1")), "format_version is '1'"),
         (edit_config(lambda c: c.pop("guidance")), r"missing: \['guidance'\]"),
         (edit_config(lambda c: c.update(note=1)), r"extra: \['note'\]"),

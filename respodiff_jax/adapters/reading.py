@@ -1,0 +1,66 @@
+"""What prompts say to an adapter: which of its concepts may steer their pictures."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from respodiff_jax.adapters.adapter import Adapter, label
+from respodiff_jax.adapters.combined import CombinedAdapter
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.method import reading
+
+_BATCH = 64
+
+
+def reads_prompts(adapter: Adapter | CombinedAdapter) -> bool:
+    """Whether some of the adapter's concepts depend on the prompt."""
+    return any(part.reading is not None for part in adapter.parts)
+
+
+def read_prompts(
+    adapter: Adapter | CombinedAdapter, model: Backbone, prompts: Sequence[str]
+) -> np.ndarray:
+    """The decision on each prompt for each concept.
+
+    Args:
+      adapter: of N concepts. Concepts without a reading find every prompt open.
+      model: with the parameters of its text encoders.
+      prompts: P texts; each distinct text is encoded once.
+
+    Returns:
+      int `(P, N)`, values of `method.reading.Decision`.
+
+    Raises:
+      UserError: if the adapter reads text states of another size than the model's.
+    """
+    open_to_all = np.zeros((len(prompts), len(adapter.concepts)), int)
+    if not reads_prompts(adapter):
+        return open_to_all
+    distinct = list(dict.fromkeys(prompts))
+    heads = [part.reading or reading.always(len(part.concepts), 1) for part in adapter.parts]
+    found = []
+    for start in range(0, len(distinct), _BATCH):
+        chunk = distinct[start : start + _BATCH]
+        # Batches of one shape compile the text encoder once.
+        padded = chunk + chunk[-1:] * (_BATCH - len(chunk)) if len(distinct) > _BATCH else chunk
+        context = model.encode_prompts(padded, model.default_resolution).context
+        scores = [_scores(part, h, context) for part, h in zip(adapter.parts, heads, strict=True)]
+        found.append(np.concatenate(scores, axis=1)[: len(chunk)])
+    decisions = reading.decide(np.concatenate(found))
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+    return decisions[[row[prompt] for prompt in prompts]]
+
+
+def _scores(part: Adapter, heads: reading.Reading, context: jax.Array) -> np.ndarray:
+    if part.reading is None:
+        return np.tile(heads.bias, (len(context), 1, 1))
+    ours, theirs = heads.weight.shape[-1], context.shape[-1]
+    if ours != theirs:
+        raise UserError(
+            f"the adapter ({label(part)}) reads text states of {ours} features, this model's have"
+            f" {theirs}; use the model that it was trained on, {part.backbone['name']}, or steer"
+            " every prompt with `steer_always`"
+        )
+    return np.asarray(reading.scores(heads, context))

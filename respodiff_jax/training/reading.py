@@ -1,0 +1,258 @@
+"""Trains the reading of prompts: contrast prompts through the frozen text encoder, then the heads.
+
+Each group of concepts has its own contrast prompts, from the config's `reading` section and the
+concepts' words:
+
+    a person, "a photo of a doctor"           SOMEBODY
+    a word of the group, "a woman doctor"     SOMEBODY and NAMED
+    a thing, "a photo of a bulldog"           THING
+
+A person of the config whose phrase holds a word of the group counts as named.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from respodiff_jax.adapters import Adapter
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.sampling import equal_batches
+from respodiff_jax.method.concepts import Concept, without_article
+from respodiff_jax.method.reading import (
+    HEADS,
+    NAMED,
+    SHARPNESS,
+    SOMEBODY,
+    THING,
+    Reading,
+    always,
+    fit_head,
+    scores,
+)
+from respodiff_jax.storage import local_copy, open_path, write_whole
+
+READING_FILE = "reading.safetensors"
+WARN_BELOW = 0.95  # held-out AUROC
+
+_PERSON = "{person}"
+_PEOPLE_PER_WORD = 12
+_TEMPLATES_PER_PHRASE = range(3)
+_BATCH = 64
+
+
+class TrainedReading(NamedTuple):
+    """A reading of N concepts.
+
+    Attributes:
+      heads: of the concepts.
+      accuracy: group -> head ("somebody", "thing", "named") -> held-out AUROC.
+    """
+
+    heads: Reading
+    accuracy: Mapping[str, Mapping[str, float]]
+
+
+def train_reading(
+    config: ConfigDict, concepts: Sequence[Concept], model: Backbone, say: Callable[[str], None]
+) -> dict[str, TrainedReading]:
+    """Fits the heads of each fairness group; seconds, as only the text encoder runs.
+
+    Args:
+      config: of the training; its `reading` section is read.
+      concepts: of all groups.
+      model: with the parameters of its text encoders.
+      say: called with a line for each group.
+
+    Returns:
+      The reading of each concept, by name; empty without fairness concepts. Safety concepts find
+      every prompt open.
+    """
+    known: dict[str, np.ndarray] = {}
+
+    def encode(prompts):
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        for rows, count in equal_batches(len(missing), _BATCH):
+            batch = [missing[row] for row in rows]
+            context = model.encode_prompts(batch, model.default_resolution).context
+            known.update(zip(batch[:count], np.asarray(context, np.float32), strict=False))
+        return np.stack([known[prompt] for prompt in prompts])
+
+    groups: dict[str, list[Concept]] = {}
+    for concept in concepts:
+        if not concept.is_safety:
+            groups.setdefault(concept.group, []).append(concept)
+    heads, accuracy = {}, {}
+    for group, members in groups.items():
+        given = config.reading
+        prompts = contrast_prompts(members, given.people, given.things, given.templates)
+        heads[group], accuracy[group] = fit_reading(encode, prompts)
+        found = ", ".join(f"{head} {value:.3f}" for head, value in accuracy[group].items())
+        doubt = ""
+        if min(accuracy[group].values()) < WARN_BELOW:
+            doubt = (
+                f"; below {WARN_BELOW}: many prompts will be read wrongly. Give the concepts more"
+                " `words` and the config more `reading.people` and `reading.things`, or set"
+                " reading.train to False"
+            )
+        say(f"reading of prompts, {group}: held-out AUROC {found}{doubt}")
+    if not groups:
+        return {}
+    safety = always(1, next(iter(heads.values())).weight.shape[-1])
+    return {c.name: TrainedReading(heads.get(c.group, safety), accuracy) for c in concepts}
+
+
+def join(readings: Sequence[TrainedReading]) -> TrainedReading:
+    """The reading of all concepts of several."""
+    heads = Reading(*map(np.concatenate, zip(*(r.heads for r in readings), strict=True)))
+    return TrainedReading(heads, readings[0].accuracy)
+
+
+def with_reading(
+    adapter: Adapter, reading: TrainedReading | None, concepts: Sequence[Concept]
+) -> Adapter:
+    """The adapter with the reading of its concepts.
+
+    Args:
+      adapter: of some of the concepts.
+      reading: of the concepts, or None.
+      concepts: of the run.
+    """
+    if reading is None:
+        return adapter
+    names = [concept.name for concept in concepts]
+    rows = [names.index(name) for name in adapter.names]
+    groups = {concept.group for concept in adapter.concepts}
+    return dataclasses.replace(
+        adapter,
+        reading=Reading(*(leaf[rows] for leaf in reading.heads)),
+        reading_accuracy={g: a for g, a in reading.accuracy.items() if g in groups},
+    )
+
+
+def write_reading(workdir: epath.PathLike, reading: TrainedReading) -> None:
+    """Keeps the reading of a run's concepts in its folder."""
+    metadata = {"accuracy": json.dumps(reading.accuracy)}
+    content = safetensors.numpy.save(reading.heads._asdict(), metadata)
+    write_whole(open_path(workdir) / READING_FILE, content)
+
+
+def load_reading(workdir: epath.PathLike) -> TrainedReading | None:
+    """The reading in a run's folder; None where there is none."""
+    path = open_path(workdir) / READING_FILE
+    if not path.is_file():
+        return None
+    try:
+        with local_copy(path) as local, safe_open(local, framework="numpy") as file:
+            heads = Reading(*(file.get_tensor(field) for field in Reading._fields))
+            return TrainedReading(heads, json.loads(file.metadata()["accuracy"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it and continue the training"
+        ) from error
+
+
+class ContrastPrompt(NamedTuple):
+    """A prompt with its labels, and the phrase that it is about."""
+
+    text: str
+    labels: tuple[bool, bool, bool]
+    phrase: str
+
+
+def contrast_prompts(
+    concepts: Sequence[Concept],
+    people: Sequence[str],
+    things: Sequence[str],
+    templates: Sequence[str],
+) -> list[ContrastPrompt]:
+    """The contrast prompts of one group.
+
+    Args:
+      concepts: of the group.
+      people: noun phrases for somebody in the picture, without an article.
+      things: noun phrases for pictures without anybody.
+      templates: with `{subject}` or `{a_subject}`; each phrase takes three of them in turn.
+    """
+    words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
+    names = [word.replace(_PERSON, "").strip() for word in words]
+    named = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
+    open_people = [person for person in people if not named.search(person)]
+    neutral = [without_article(p) for c in concepts for p in c.neutral_prompts]
+    people = [*dict.fromkeys((*neutral, *people))]
+    phrases = {person: (True, False, bool(named.search(person))) for person in people}
+    for number, word in enumerate(words):
+        chosen = [
+            open_people[(number + i) * len(open_people) // _PEOPLE_PER_WORD % len(open_people)]
+            for i in range(_PEOPLE_PER_WORD if _PERSON in word else 1)
+        ]
+        phrases |= {word.replace(_PERSON, person): (True, False, True) for person in chosen}
+    phrases |= dict.fromkeys(things, (False, True, False))
+    return [
+        ContrastPrompt(prompt, labels, phrase)
+        for number, (phrase, labels) in enumerate(phrases.items())
+        for prompt in fill_in(
+            dict.fromkeys(templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE),
+            phrase,
+        )
+    ]
+
+
+def fit_reading(
+    encode: Callable[[Sequence[str]], np.ndarray], prompts: Sequence[ContrastPrompt]
+) -> tuple[Reading, dict[str, float]]:
+    """Fits the heads of a group, and measures them on phrases that they were not fitted to.
+
+    Args:
+      encode: gives the text states of prompts, `(P, L, D)`.
+      prompts: from `contrast_prompts`.
+
+    Returns:
+      The heads, with N = 1, and the held-out AUROC of each head: half of the phrases are read by
+      heads that were fitted to the other half.
+    """
+    context = encode([prompt.text for prompt in prompts])
+    labels = np.array([prompt.labels for prompt in prompts])
+    _, number = np.unique([prompt.phrase for prompt in prompts], return_inverse=True)
+    half = np.random.default_rng(0).permutation(number.max() + 1)[number] % 2 == 0
+    weights = 1 / np.bincount(number)[number]
+
+    def fit(rows):
+        heads = [
+            fit_head(context[rows], labels[rows, head], weights[rows], SHARPNESS[head])
+            for head in HEADS
+        ]
+        return Reading(np.stack([w for w, _ in heads])[None], np.stack([b for _, b in heads])[None])
+
+    held_out = np.zeros(labels.shape, np.float32)
+    for rows in (half, ~half):
+        held_out[~rows] = np.asarray(scores(fit(rows), context[~rows]))[:, 0]
+    accuracy = {
+        name: auroc(held_out[:, head], labels[:, head])
+        for name, head in (("somebody", SOMEBODY), ("thing", THING), ("named", NAMED))
+    }
+    reading = fit(slice(None))
+    # A word that no contrast prompt has is rather not taken for a name. So the threshold of NAMED
+    # lies midway between the mean scores of both sides (EquiSteer), not where the fit puts it.
+    named = labels[:, NAMED]
+    middle = (held_out[named, NAMED].mean() + held_out[~named, NAMED].mean()) / 2
+    reading.bias[:, NAMED] -= middle
+    return reading, accuracy
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The share of pairs of a positive and a negative in which the positive scores higher."""
+    positive, negative = np.sort(scores[labels]), np.sort(scores[~labels])
+    below = np.searchsorted(negative, positive, "left") + np.searchsorted(
+        negative, positive, "right"
+    )
+    return float(below.sum() / (2 * len(positive) * len(negative)))

@@ -1,0 +1,62 @@
+"""The heads that read prompts: scores, decisions and their fit."""
+
+import numpy as np
+import pytest
+
+from respodiff_jax.method.reading import (
+    SHARPNESS,
+    Decision,
+    Reading,
+    always,
+    decide,
+    fit_head,
+    scores,
+)
+
+RNG = np.random.default_rng(0)
+CONTEXT = RNG.normal(size=(3, 5, 4)).astype(np.float32)
+HEADS = Reading(
+    RNG.normal(size=(2, 3, 4)).astype(np.float32), RNG.normal(size=(2, 3)).astype(np.float32)
+)
+
+
+def test_score_is_the_smooth_maximum_of_the_tokens_responses():
+    responses = np.einsum("bld,nhd->blnh", CONTEXT, HEADS.weight)
+    expected = np.log(np.exp(SHARPNESS * responses).mean(1)) / SHARPNESS + HEADS.bias
+    np.testing.assert_allclose(scores(HEADS, CONTEXT), expected, rtol=1e-5, atol=1e-6)
+    assert (responses.max(1) + HEADS.bias >= expected - 1e-6).all()
+
+
+def test_score_does_not_depend_on_where_a_token_stands_or_how_often_it_is_repeated():
+    found = np.asarray(scores(HEADS, CONTEXT))
+    np.testing.assert_allclose(scores(HEADS, CONTEXT[:, ::-1]), found, rtol=1e-5, atol=1e-6)
+    repeated = np.concatenate([CONTEXT, CONTEXT], axis=1)
+    np.testing.assert_allclose(scores(HEADS, repeated), found, rtol=1e-5, atol=1e-6)
+
+
+def test_decisions():
+    somebody_thing_named = [
+        ((1, -1, -1), Decision.OPEN),
+        ((-1, -1, -1), Decision.OPEN),  # an unknown word
+        ((1, 1, -1), Decision.OPEN),
+        ((1, -1, 1), Decision.NAMED),
+        ((-1, -1, 1), Decision.NAMED),
+        ((-1, 1, -1), Decision.NOBODY),
+        ((-1, 1, 1), Decision.NOBODY),  # "a queen bee"
+    ]
+    for found, expected in somebody_thing_named:
+        assert decide(np.float32([[found]])).tolist() == [[expected]]
+    assert (decide(np.asarray(scores(always(3, 4), CONTEXT))) == Decision.OPEN).all()
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_fitted_head_finds_a_direction_in_any_token(place):
+    context = 0.3 * RNG.normal(size=(200, 5, 8)).astype(np.float32)
+    labels = np.arange(200) % 4 == 0
+    context[labels, place, 3] += 3
+    w, b = fit_head(context[:100], labels[:100], np.ones(100), SHARPNESS[0])
+    head = Reading(np.stack([w] * 3)[None], np.stack([b] * 3)[None])
+    unseen = 0.3 * RNG.normal(size=(100, 5, 8)).astype(np.float32)
+    unseen[labels[100:], 2, 3] += 3
+    assert ((np.asarray(scores(head, unseen))[:, 0, 0] > 0) == labels[100:]).all()
+    assert np.abs(w).argmax() == 3

@@ -1,0 +1,200 @@
+"""Trained readings of prompts on Emoji World: what they decide on words that they never saw."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from test_adapters import make_adapter
+
+from respodiff_jax.adapters import combine, load_adapter, save_adapter
+from respodiff_jax.adapters.reading import read_prompts
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.data import contrast
+from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.emoji import recipes, vocabulary
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.selection import concept_weights
+from respodiff_jax.method import GENDER
+from respodiff_jax.method.reading import Decision
+from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.reading import (
+    READING_FILE,
+    auroc,
+    contrast_prompts,
+    join,
+    load_reading,
+    train_reading,
+    with_reading,
+    write_reading,
+)
+
+HELD_OUT = recipes.HELD_OUT
+HELD_OUT_THINGS = tuple(vocabulary.THINGS)[::4]
+TEMPLATES = contrast.TEMPLATES[:3]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_backbone("emoji-world", dtype="float32")
+
+
+def trained(model, task, lines=None):
+    config = recipes.task_config(task)
+    concepts = concepts_from(config)
+    readings = train_reading(config, concepts, model, [].append if lines is None else lines.append)
+    adapter = make_adapter("mlp", concepts, (4, 4, 192))
+    return with_reading(adapter, join([readings[c.name] for c in concepts]), concepts)
+
+
+@pytest.fixture(scope="module")
+def gender(model):
+    return trained(model, "gender")
+
+
+@pytest.fixture(scope="module")
+def skin_tone(model):
+    return trained(model, "skin_tone")
+
+
+def shares(adapter, model, phrases, templates=TEMPLATES):
+    """The share of prompts with each decision, for the adapter's first group."""
+    prompts = [text for phrase in phrases for text in fill_in(templates, phrase)]
+    found = read_prompts(adapter, model, prompts)[:, 0]
+    return {d: float(np.mean(found == d)) for d in Decision}
+
+
+def test_contrast_prompts_are_labelled_by_the_groups_words():
+    prompts = contrast_prompts(
+        list(GENDER.values()),
+        ["doctor", "woman doctor", "dark-skinned person"],
+        ["queen bee", "snowman", "gingerbread man"],
+        ["a photo of {a_subject}", "{subject}"],
+    )
+    labels = {prompt.phrase: prompt.labels for prompt in prompts}
+    assert labels["doctor"] == labels["dark-skinned person"] == (True, False, False)
+    assert labels["woman doctor"] == labels["woman"] == labels["man doctor"] == (True, False, True)
+    nobody = (False, True, False)
+    assert labels["queen bee"] == labels["snowman"] == labels["gingerbread man"] == nobody
+    assert {p.text for p in prompts if p.phrase == "doctor"} == {"a photo of a doctor", "doctor"}
+
+
+def test_default_words_come_from_the_target_prompt():
+    assert GENDER["woman"].reading_words == ("woman", "woman {person}")
+    tone = dataclasses.replace(GENDER["woman"], name="t", target_prompt="A dark-skinned person")
+    assert tone.reading_words == ("dark-skinned person", "dark-skinned {person}")
+    named = dataclasses.replace(tone, words=("lady",))
+    assert named.reading_words == ("lady",)
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    scores, labels = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
+    assert auroc(scores, labels) == 0.75
+    assert auroc(np.zeros(4), labels) == 0.5
+
+
+def test_accuracy_is_reported_and_a_low_one_warns(model, tiny_backbone):
+    lines = []
+    adapter = trained(model, "gender", lines)
+    assert min(adapter.reading_accuracy["gender"].values()) > 0.95
+    [line] = lines
+    assert line.startswith("reading of prompts, gender: held-out AUROC somebody 0.9")
+    assert "below" not in line
+    lines.clear()
+    config = recipes.task_config("gender")
+    train_reading(config, concepts_from(config), tiny_backbone, lines.append)
+    assert "below 0.95: many prompts will be read wrongly" in lines[0]
+
+
+def test_unseen_professions_are_open_and_unseen_things_have_nobody(model, gender, skin_tone):
+    for adapter in (gender, skin_tone):
+        assert shares(adapter, model, HELD_OUT)[Decision.OPEN] >= 0.9
+        assert shares(adapter, model, HELD_OUT_THINGS)[Decision.OPEN] <= 0.05
+
+
+def test_named_values_are_found_before_unseen_professions(model, gender, skin_tone):
+    words = [f"{word} {p}" for p in HELD_OUT for word in ("woman", "man", "female", "male")]
+    tones = [f"{tone}-skinned {p}" for p in HELD_OUT for tone in vocabulary.TONE_GROUPS]
+    assert shares(gender, model, words)[Decision.OPEN] == 0
+    assert shares(skin_tone, model, tones)[Decision.OPEN] == 0
+    # The other attribute leaves the group open.
+    assert shares(gender, model, tones)[Decision.OPEN] >= 0.95
+    assert shares(skin_tone, model, words)[Decision.OPEN] >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "decision"),
+    [
+        ("A PHOTO OF A WOMAN PILOT", Decision.NAMED),
+        ("photo of male judge", Decision.NAMED),
+        ("a man and a doctor", Decision.NAMED),
+        ("a picture of a dark-skinned man juggling", Decision.NAMED),
+        ("a portrait of a human", Decision.OPEN),
+        ("an image of a judge with a knife", Decision.OPEN),
+        ("a snowman", Decision.NOBODY),
+        ("a photo of a cat", Decision.NOBODY),
+    ],
+)
+def test_single_prompts(model, gender, prompt, decision):
+    assert read_prompts(gender, model, [prompt]).tolist() == [[decision] * 2]
+
+
+def test_composed_adapters_read_each_group_by_itself(model, gender, skin_tone):
+    both = combine([gender, skin_tone, make_adapter("mlp", shape=(4, 4, 192))][:2])
+    prompts = ["a dark-skinned judge", "a woman judge", "a judge", "a cat"]
+    found = read_prompts(both, model, prompts)
+    o, n, x = Decision.OPEN, Decision.NAMED, Decision.NOBODY
+    assert found.tolist() == [[o, o, n, n, n], [n, n, o, o, o], [o] * 5, [x] * 5]
+
+
+def test_fair_shares_hold_among_open_prompts(model, gender):
+    prompts = ["a judge", "a woman judge", "a pilot", "a cat"]
+    decisions = read_prompts(gender, model, prompts)
+    weights = concept_weights(gender, 4, 6, fair="gender", decisions=decisions).reshape(4, 6, 2)
+    assert weights.sum(1).tolist() == [[3, 3], [0, 0], [3, 3], [0, 0]]
+    none = concept_weights(gender, 2, 3, fair="gender", decisions=decisions[[1, 3]])
+    assert not none.any()
+    named = concept_weights(gender, 4, 1, concepts={"a man": 0.5}, decisions=decisions)
+    assert named.sum(1).tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_adapter_without_a_reading_stays_open_beside_one_that_reads(model, gender):
+    paper = make_adapter("mlp", shape=(4, 4, 192))
+    assert (read_prompts(paper, model, ["a cat"]) == Decision.OPEN).all()
+    young = dataclasses.replace(GENDER["man"], name="young", group="age")
+    mixed = combine([gender, make_adapter("mlp", (young,), (4, 4, 192))])
+    decisions = read_prompts(mixed, model, ["a cat"])
+    assert decisions.tolist() == [[Decision.NOBODY, Decision.NOBODY, Decision.OPEN]]
+
+
+def test_reading_is_saved_as_version_2_and_without_one_as_version_1(tmp_path, gender):
+    save_adapter(gender, tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert config["format_version"] == 2
+    again = load_adapter(tmp_path / "two")
+    for ours, theirs in zip(again.reading, gender.reading, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert again.reading_accuracy == gender.reading_accuracy
+    save_adapter(dataclasses.replace(gender, reading=None), tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["format_version"] == 1
+    assert "reading" not in config
+    assert load_adapter(tmp_path / "one").reading is None
+
+
+def test_damaged_reading_of_a_run_is_named(tmp_path, model):
+    config = recipes.task_config("gender")
+    concepts = concepts_from(config)
+    readings = train_reading(config, concepts, model, [].append)
+    write_reading(tmp_path, join([readings[c.name] for c in concepts]))
+    assert load_reading(tmp_path).heads.weight.shape == (2, 3, 192)
+    assert load_reading(tmp_path / "elsewhere") is None
+    file = tmp_path / READING_FILE
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"reading.safetensors is damaged"):
+        load_reading(tmp_path)
+
+
+def test_model_of_another_text_encoder_is_refused(gender, tiny_backbone):
+    with pytest.raises(UserError, match="reads text states of 192 features, this model's have"):
+        read_prompts(gender, tiny_backbone, ["a judge"])
