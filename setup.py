@@ -47,6 +47,7 @@ setup(
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",
+        "jaxtyping>=0.3.11,<0.4",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "diffusers>=0.38,<0.40",
