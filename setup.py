@@ -14,6 +14,8 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
+    # Checks the annotations of arrays while the tests run.
+    "beartype>=0.23,<0.24",
     # For CPU offload of diffusers pipelines.
     "accelerate>=1.0",
     # The reference for the Flax models.
