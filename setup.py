@@ -14,6 +14,8 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
+    # Checks the annotations of arrays while the tests run.
+    "beartype>=0.23,<0.24",
     # For CPU offload of diffusers pipelines.
     "accelerate>=1.0",
     # The reference for the Flax models.
@@ -47,6 +49,7 @@ setup(
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",
+        "jaxtyping>=0.3.11,<0.4",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "diffusers>=0.38,<0.40",

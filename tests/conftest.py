@@ -13,10 +13,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_TF"] = "0"
 
+import annotations
 import jax
 import pytest
 import torch
 
+annotations.install()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # more threads would wait for those of the simulated devices
 

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Int, Real, UInt8
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.diffusion import Schedule, ddim_step, guided_output
+from respodiff_jax.method.diffusion import Latent, Schedule, ddim_step, guided_output
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
+
+Images = UInt8[Array, "B height width 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,8 @@ class SamplerOptions:
             )
 
 
-def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> jax.Array:
-    """Pure noise, float32 `(B, h, w, c)`; sample `b` depends only on `seeds[b]`.
+def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Latent:
+    """Pure noise; sample `b` depends only on `seeds[b]`.
 
     Raises:
       UserError: if a seed is outside 0 .. 2^32-1.
@@ -82,12 +85,12 @@ def denoise(
     modules: Sequence[MidBlockModule],
     schedule: Schedule,
     params: Mapping[str, Any],
-    noise: jax.Array,
+    noise: Latent,
     cond: Conditioning,
     uncond: Conditioning,
     steerings: Sequence[Steering],
-    guidance_scale: jax.Array | float,
-) -> jax.Array:
+    guidance_scale: Float[ArrayLike, ""],
+) -> Latent:
     """Runs the whole sampling loop, `z_T -> z_0`.
 
     Each step evaluates the UNet once, with 2B samples.
@@ -97,14 +100,11 @@ def denoise(
       modules: architectures of RAM and SAM; () samples the base model.
       schedule: DDIM schedule.
       params: frozen parameters.
-      noise: `z_T`, float32 `(B, h, w, c)`.
+      noise: `z_T`.
       cond: conditioning of the prompts, leading axis B.
       uncond: conditioning of the negative prompts, leading axis B, or 1 for all.
       steerings: one for each module; they are added to the conditional half of `h`.
-      guidance_scale: `()`, may be traced; 1 or below gives only the conditional prediction.
-
-    Returns:
-      Latents `z_0`, float32 `(B, h, w, c)`.
+      guidance_scale: may be traced; 1 or below gives only the conditional prediction.
     """
     guidance_scale = jnp.maximum(guidance_scale, 1.0)
     uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
@@ -130,7 +130,7 @@ def denoise(
 
 def make_sampler(
     backbone: Backbone, modules: Sequence[MidBlockModule], num_steps: int, mesh: Mesh
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Images]:
     """Makes a jitted function from noise to images; each device samples its own images.
 
     Args:
@@ -141,12 +141,12 @@ def make_sampler(
 
     Returns:
       `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
-      `denoise`, which gives images, uint8 `(B, height, width, 3)`. B is a multiple of the number of
-      devices. Adapters, weights and guidance are traced arguments: changing them compiles nothing.
+      `denoise`. B is a multiple of the number of devices. Adapters, weights and guidance are traced
+      arguments: changing them compiles nothing.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
 
-    def sample(params, *args):
+    def sample(params, *args) -> Images:
         z_0 = denoise(backbone, modules, schedule, params, *args)
         return jnp.round(backbone.decode_latents(params, z_0) * 255).astype(jnp.uint8)
 
@@ -159,21 +159,21 @@ def make_sampler(
 
 
 class ImagePair(NamedTuple):
-    """An image and its base twin or None, uint8 `(height, width, 3)`."""
+    """An image and its base twin or None."""
 
-    image: np.ndarray
-    base: np.ndarray | None
+    image: UInt8[np.ndarray, "height width 3"]
+    base: UInt8[np.ndarray, "height width 3"] | None
 
 
 class Batch(NamedTuple):
     """A batch on the devices, ready for sampling.
 
     Attributes:
-      noise: `z_T`, float32 `(B, h, w, c)`.
+      noise: `z_T`.
       cond: conditioning of the prompts, leading axis B.
     """
 
-    noise: jax.Array
+    noise: Latent
     cond: Conditioning
 
 
@@ -224,7 +224,9 @@ class Sampler:
         noise = initial_noise(seeds, self._backbone.latent_shape(self._resolution))
         return Batch(*jax.device_put((noise, cond), self._by_image))
 
-    def arguments(self, batch: Batch, weights: np.ndarray | None = None) -> tuple[Any, ...]:
+    def arguments(
+        self, batch: Batch, weights: Real[np.ndarray, "B N"] | None = None
+    ) -> tuple[Any, ...]:
         """The arguments of `program`; see `__call__`."""
         chosen = steerings(self._adapter, weights) if self._adapter else ()
         scales = jax.device_put([steering.ram_scale for steering in chosen], self._by_image)
@@ -234,15 +236,12 @@ class Sampler:
         )
         return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 
-    def __call__(self, batch: Batch, weights: np.ndarray | None = None) -> jax.Array:
+    def __call__(self, batch: Batch, weights: Real[np.ndarray, "B N"] | None = None) -> Images:
         """Starts sampling a batch, and does not wait for the images.
 
         Args:
           batch: B images to sample.
-          weights: `(B, N)`, the weight of each concept of the adapter in each image.
-
-        Returns:
-          Images, uint8 `(B, height, width, 3)`.
+          weights: the weight of each concept of the adapter in each image.
         """
         return self.program(*self.arguments(batch, weights))
 
@@ -253,7 +252,7 @@ def sample_images(
     seeds: Sequence[int],
     options: SamplerOptions,
     adapter: Adapter | CombinedAdapter | None = None,
-    weights: np.ndarray | None = None,
+    weights: Real[np.ndarray, "images N"] | None = None,
     base_twins: bool = False,
 ) -> Iterator[ImagePair]:
     """Samples images on all local devices, with one compilation.
@@ -264,7 +263,7 @@ def sample_images(
       seeds: one per image, 0 .. 2^32-1.
       options: how to sample.
       adapter: the concepts, or None for the base model.
-      weights: `(number of images, N)`, the weight of each concept of the adapter in each image.
+      weights: the weight of each concept of the adapter in each image.
       base_twins: also sample each image from the same noise with all weights zero.
 
     Yields:
@@ -304,11 +303,11 @@ def sample_images(
         yield from collect(*pending)
 
 
-def equal_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+def equal_batches(count: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:
     """Batches of one shape: the last item fills up the last batch.
 
     Yields:
-      int `(batch_size,)`, numbers of the items, and how many of them are not copies.
+      Numbers of the items, and how many of them are not copies.
     """
     for start in range(0, count, batch_size):
         items = np.minimum(np.arange(start, start + batch_size), count - 1)

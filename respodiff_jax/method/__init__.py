@@ -5,6 +5,10 @@ concepts = embed_concepts(model, [*GENDER.values()])
 state = init_state(spec, concepts, seed=0, batch_size=8)
 step = jax.jit(partial(train_step, spec))
 state, metrics = step(state, model.params, concepts, jnp.arange(8))
+
+Axes in annotations: B samples, N concepts; h, w, c of latents; H, W, C of the mid-block; S steps
+of the sampler; T timesteps of the frozen model's training. `#B` is 1 or B. An `ArrayLike` may be
+a numpy array or, without axes, a number. The tests check each annotated call.
 """
 
 from respodiff_jax.method.concepts import Concept

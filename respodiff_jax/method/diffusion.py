@@ -3,7 +3,7 @@
 Notation: `alpha_bar` is the cumulative product of `1 - beta`, so that
 `z_t = sqrt(alpha_bar) * z_0 + sqrt(1 - alpha_bar) * eps`. A *timestep* is what the UNet is asked
 for (0 .. 999); a *ddim_index* counts the sampler's steps from pure noise (0) to the last
-(`num_steps - 1`). Everything is written for latents of shape `(B, h, w, c)`.
+(`num_steps - 1`).
 """
 
 import dataclasses
@@ -13,8 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Float32, Float64, Int, Int32, Int64
 
 from respodiff_jax.errors import UserError
+
+Latent = Float32[ArrayLike, "B h w c"]
+# One for all samples or, when they are at different steps, one for each.
+DdimIndex = Int[ArrayLike, ""] | Int[ArrayLike, "B"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,15 +27,15 @@ class Schedule:
     """The DDIM sampler of a frozen model: timesteps and noise levels of its steps.
 
     Attributes:
-      timesteps: int32 `(num_steps,)`, descending; the UNet's timestep at each ddim_index.
-      alpha_bars: float32 `(num_steps,)`; `alpha_bar` at each ddim_index.
-      next_alpha_bars: float32 `(num_steps,)`; `alpha_bar` that the step leads to.
+      timesteps: the UNet's timestep at each ddim_index, descending.
+      alpha_bars: `alpha_bar` at each ddim_index.
+      next_alpha_bars: `alpha_bar` that the step leads to.
       prediction_type: "epsilon" or "v_prediction", what the UNet predicts.
     """
 
-    timesteps: np.ndarray
-    alpha_bars: np.ndarray
-    next_alpha_bars: np.ndarray
+    timesteps: Int32[np.ndarray, "S"]
+    alpha_bars: Float32[np.ndarray, "S"]
+    next_alpha_bars: Float32[np.ndarray, "S"]
     prediction_type: str
 
     @property
@@ -77,8 +82,8 @@ class Schedule:
         )
 
 
-def _alpha_bars(config: Mapping[str, Any]) -> np.ndarray:
-    """`alpha_bar` at every training timestep, float64 `(num_train_timesteps,)`.
+def _alpha_bars(config: Mapping[str, Any]) -> Float64[np.ndarray, "T"]:
+    """`alpha_bar` at every training timestep.
 
     The betas are rounded to float32, as they were when the models were trained.
     """
@@ -107,8 +112,8 @@ def _alpha_bars(config: Mapping[str, Any]) -> np.ndarray:
     return alpha_bars
 
 
-def _ddim_timesteps(config: Mapping[str, Any], num_steps: int) -> np.ndarray:
-    """Timesteps of the sampler, descending, int64 `(num_steps,)`."""
+def _ddim_timesteps(config: Mapping[str, Any], num_steps: int) -> Int64[np.ndarray, "S"]:
+    """Timesteps of the sampler, descending."""
     n = config.get("num_train_timesteps", 1000)
     if not 1 <= num_steps <= n:
         raise UserError(f"number of sampling steps is {num_steps}, expected 1..{n}")
@@ -125,9 +130,9 @@ def _ddim_timesteps(config: Mapping[str, Any], num_steps: int) -> np.ndarray:
 
 
 def predict_eps(
-    schedule: Schedule, model_output: jax.Array, z_t: jax.Array, ddim_index: jax.Array
-) -> jax.Array:
-    """The noise `eps` that a model output stands for; `ddim_index` is `()` or `(B,)`.
+    schedule: Schedule, model_output: Latent, z_t: Latent, ddim_index: DdimIndex
+) -> Latent:
+    """The noise `eps` that a model output stands for.
 
     The objectives are written in eps (paper, equations 4-6), also for v-prediction models, where
     `eps = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * z_t`.
@@ -140,23 +145,20 @@ def predict_eps(
 
 def ddim_step(
     schedule: Schedule,
-    model_output: jax.Array,
-    z_t: jax.Array,
-    ddim_index: jax.Array,
-    to_index: jax.Array | None = None,
-) -> jax.Array:
-    """One deterministic DDIM step (eta = 0).
+    model_output: Latent,
+    z_t: Latent,
+    ddim_index: DdimIndex,
+    to_index: DdimIndex | None = None,
+) -> Latent:
+    """One deterministic DDIM step (eta = 0); returns the latents to which it leads.
 
     Args:
       schedule: the sampler.
-      model_output: the UNet's (guided) prediction at `z_t`, `(B, h, w, c)`.
-      z_t: latents at `schedule.alpha_bars[ddim_index]`, `(B, h, w, c)`.
-      ddim_index: int, `()` or `(B,)` when the samples are at different steps.
-      to_index: where the step leads, likewise; by default to the next noise level, of which the
-        last has no index.
-
-    Returns:
-      The latents there, `(B, h, w, c)`.
+      model_output: the UNet's (guided) prediction at `z_t`.
+      z_t: latents at `schedule.alpha_bars[ddim_index]`.
+      ddim_index: where the step begins.
+      to_index: where the step leads; by default to the next noise level, of which the last has no
+        index.
     """
     alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
     if to_index is None:
@@ -183,7 +185,7 @@ def split(tree: Any, count: int) -> tuple[Any, ...]:
     return tuple(map(structure.unflatten, zip(*parts, strict=True)))
 
 
-def cfg_combine(cond: jax.Array, uncond: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
+def cfg_combine(cond: Latent, uncond: Latent, guidance_scale: Float[ArrayLike, ""]) -> Latent:
     """Classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`."""
     return uncond + guidance_scale * (cond - uncond)
 
@@ -192,13 +194,13 @@ def guided_output(
     encode: Callable,
     decode: Callable,
     params: Any,
-    z_t: jax.Array,
-    timesteps: jax.Array,
+    z_t: Latent,
+    timesteps: Int32[ArrayLike, "B"],
     cond: Any,
     uncond: Any,
-    guidance_scale: jax.Array | float,
-    steer: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    guidance_scale: Float[ArrayLike, ""],
+    steer: Callable[[Float[Array, "B H W C"]], Float[Array, "B H W C"]],
+) -> Latent:
     """The guided model output, steered on the conditional half only (paper, section 4.4).
 
     The UNet is evaluated once, with 2B samples.
@@ -207,15 +209,11 @@ def guided_output(
       encode: `e(params, z_t, timesteps, cond) -> (h, skips)`.
       decode: `g(params, h, skips) -> output`.
       params: frozen parameters.
-      z_t: latents, `(B, h, w, c)`.
-      timesteps: int32 `(B,)`.
+      z_t, timesteps: latents, and the timesteps that the UNet is asked for.
       cond, uncond: conditioning of the prompts and of the empty or negative prompts, leading
         axis B.
-      guidance_scale: `()`.
-      steer: changes the conditional half's mid-block output, `(B, H, W, C)`.
-
-    Returns:
-      `(B, h, w, c)`.
+      guidance_scale: 1 means no guidance.
+      steer: changes the conditional half's mid-block output.
     """
     both = concatenate(z_t, z_t), concatenate(timesteps, timesteps), concatenate(cond, uncond)
     h, skips = encode(params, *both)
@@ -224,7 +222,9 @@ def guided_output(
     return cfg_combine(*split(outputs, 2), guidance_scale)
 
 
-def _per_sample(values: np.ndarray, ddim_index: jax.Array, z: jax.Array) -> jax.Array:
+def _per_sample(
+    values: Float32[np.ndarray, "S"], ddim_index: DdimIndex, z: Latent
+) -> Float32[Array, "#B 1 1 1"]:
     """`values[ddim_index]`, shaped to multiply `z`."""
     picked = jnp.asarray(values)[jnp.asarray(ddim_index)]
     return picked.reshape((-1,) + (1,) * (z.ndim - 1))

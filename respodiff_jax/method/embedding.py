@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import ArrayLike, Bool, Float32, Int32, UInt32
 
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.method.concepts import Concept
@@ -16,28 +17,27 @@ class EmbeddedConcepts(NamedTuple):
 
     Attributes:
       neutral: `y_neu`, `(N, P, ...)`. A concept with fewer than P neutral prompts repeats its last.
-      num_neutral: int32 `(N,)`, the number of the concept's own neutral prompts, at most P.
+      num_neutral: the number of the concept's own neutral prompts, at most P.
       own: the target prompt of a fairness concept or the unsafe prompt of a safety concept,
         `(N, ...)`.
       empty: the empty prompt, `(N, ...)`. It is also the rollout's unconditional half.
-      is_safety: bool `(N,)`.
-      guidance_scale: `s_tar`, float32 `(N,)`.
-      lambda_sem: weight of L_sem, float32 `(N,)`.
-      lr_ram: learning rate of RAM, float32 `(N,)`.
-      lr_sam: learning rate of SAM, float32 `(N,)`.
-      stream: uint32 `(N,)`, names the concept's random stream.
+      is_safety: whether it is a safety concept, otherwise a fairness concept.
+      guidance_scale: `s_tar`.
+      lambda_sem: weight of L_sem.
+      lr_ram, lr_sam: learning rates of RAM and of SAM.
+      stream: names the concept's random stream.
     """
 
     neutral: Conditioning
-    num_neutral: jax.Array
+    num_neutral: Int32[ArrayLike, "N"]
     own: Conditioning
     empty: Conditioning
-    is_safety: jax.Array
-    guidance_scale: jax.Array
-    lambda_sem: jax.Array
-    lr_ram: jax.Array
-    lr_sam: jax.Array
-    stream: jax.Array
+    is_safety: Bool[ArrayLike, "N"]
+    guidance_scale: Float32[ArrayLike, "N"]
+    lambda_sem: Float32[ArrayLike, "N"]
+    lr_ram: Float32[ArrayLike, "N"]
+    lr_sam: Float32[ArrayLike, "N"]
+    stream: UInt32[ArrayLike, "N"]
 
 
 def embed_concepts(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Key
 
 from respodiff_jax.errors import UserError
 
@@ -20,6 +21,7 @@ INITS = ("zeros", "uniform")
 
 # Parameters of one concept or, with a leading concept axis on every leaf, of several.
 Params = Any
+MidBlock = Float[ArrayLike, "B H W C"]
 
 
 class MidBlockModule(nn.Module):
@@ -60,8 +62,8 @@ class MidBlockModule(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
-        """`T(h)` for mid-block outputs `(B, H, W, C)`: float32, broadcastable to `h`'s shape."""
+    def __call__(self, h: MidBlock) -> Float32[Array, "#B H W C"]:
+        """`T(h)`, with one sample for all if it is independent of `h`."""
         channels = self.mid_block_shape[-1]
         hidden = self.hidden_channels or max(channels // 4, 1)
         if self.kind == "constant":
@@ -83,11 +85,11 @@ class MidBlockModule(nn.Module):
             key, shape, dtype, -limit, limit
         )
 
-    def init_params(self, key: jax.Array) -> Params:
+    def init_params(self, key: Key[Array, ""]) -> Params:
         """Parameters of one concept."""
         return self.init(key, jnp.zeros((1, *self.mid_block_shape)))["params"]
 
-    def delta(self, params: Params, h: jax.Array) -> jax.Array:
+    def delta(self, params: Params, h: MidBlock) -> Float32[Array, "#B H W C"]:
         """`T(h)` of one concept's parameters."""
         return self.apply({"params": params}, h)
 
@@ -96,32 +98,30 @@ class Steering(NamedTuple):
     """The weighted concepts of one module that steer each sample of a batch.
 
     Attributes:
-      ram: RAM parameters, leaves `(N, ...)`.
-      sam: SAM parameters, leaves `(N, ...)`.
-      ram_scale: float `(B, N)`, weight of each concept's RAM in each sample.
-      sam_scale: float `(B, N)`, weight of each concept's SAM in each sample.
+      ram, sam: their parameters, leaves `(N, ...)`.
+      ram_scale, sam_scale: weight of each concept's RAM and SAM in each sample.
     """
 
     ram: Params
     sam: Params
-    ram_scale: jax.Array
-    sam_scale: jax.Array
+    ram_scale: Float32[ArrayLike, "B N"]
+    sam_scale: Float32[ArrayLike, "B N"]
 
 
-def add_delta(h: jax.Array, delta: jax.Array) -> jax.Array:
+def add_delta(h: MidBlock, delta: Float32[ArrayLike, "#B H W C"]) -> MidBlock:
     """`h + delta`, added in float32, in `h`'s dtype; a zero delta returns `h` exactly."""
     return (h.astype(jnp.float32) + delta).astype(h.dtype)
 
 
 def steer(
-    modules: Sequence[MidBlockModule], steerings: Sequence[Steering], h: jax.Array
-) -> jax.Array:
+    modules: Sequence[MidBlockModule], steerings: Sequence[Steering], h: MidBlock
+) -> MidBlock:
     """`h + sum_n ram_scale[:, n] RAM_n(h) + sam_scale[:, n] SAM_n(h)`, over all modules.
 
     Args:
       modules: architectures, one for each steering.
       steerings: weighted concepts.
-      h: mid-block output, `(B, H, W, C)`.
+      h: mid-block output.
     """
 
     def weighted(module, params, scale):

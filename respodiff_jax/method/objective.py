@@ -11,29 +11,29 @@ evaluated for three prompts, the neutral one, the concept's own and the empty on
 for the neutral prompt have guidance 1, which needs no unconditional prediction.
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float32
 
-from respodiff_jax.method import diffusion
+from respodiff_jax.method.diffusion import Latent, cfg_combine
 from respodiff_jax.method.embedding import EmbeddedConcepts
 
 
 def target(
-    concept: EmbeddedConcepts, eps_neutral: jax.Array, eps_own: jax.Array, eps_empty: jax.Array
-) -> jax.Array:
-    """`eps_target` of one concept, from the base model's predictions `(B, h, w, c)`."""
+    concept: EmbeddedConcepts, eps_neutral: Latent, eps_own: Latent, eps_empty: Latent
+) -> Latent:
+    """`eps_target` of one concept, from the base model's predictions."""
     eps_tar = jnp.where(concept.is_safety, eps_neutral, eps_own)
     eps_unc = jnp.where(concept.is_safety, eps_own, eps_empty)
-    return diffusion.cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
+    return cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
 
 
-def responsible_loss(eps_ram: jax.Array, eps_target: jax.Array) -> jax.Array:
-    """L_resp `()` of predictions `(B, h, w, c)`."""
+def responsible_loss(eps_ram: Latent, eps_target: Latent) -> Float32[Array, ""]:
+    """L_resp."""
     return jnp.mean(jnp.square(eps_ram - eps_target))
 
 
 def semantic_loss(
-    eps_ram_sam: jax.Array, eps_neutral: jax.Array, lambda_sem: jax.Array
-) -> jax.Array:
-    """L_sem `()` of predictions `(B, h, w, c)`."""
+    eps_ram_sam: Latent, eps_neutral: Latent, lambda_sem: Float32[ArrayLike, ""]
+) -> Float32[Array, ""]:
+    """L_sem."""
     return lambda_sem * jnp.mean(jnp.square(eps_ram_sam - eps_neutral))

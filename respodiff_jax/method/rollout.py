@@ -6,7 +6,7 @@ A rollout is an object with three pure functions, written for one concept:
   checkpointed training state; its leaves have a leading sample axis B.
 * `draw(state, samples, predict) -> Latents`: the latents of this step.
 * `advance(state, samples, latents, output) -> state`: where the trajectories go, given the guided
-  model output `(B, h, w, c)` at these latents.
+  model output at these latents.
 
 `has_loop` says whether `draw` runs a loop of DDIM steps. Cost estimates need to know, since XLA
 counts a loop's body once.
@@ -21,42 +21,43 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, Int32, Key
 
 from respodiff_jax.method import diffusion
+from respodiff_jax.method.diffusion import DdimIndex, Latent
 
-# (z_t (B, h, w, c), ddim_index () or (B,), prompt_index (B,)) -> guided, steered model output
-# (B, h, w, c).
-Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (z_t, ddim_index, prompt_index) -> guided, steered model output.
+Predict = Callable[[Latent, DdimIndex, Int32[ArrayLike, "B"]], Latent]
 
 
 class Samples(NamedTuple):
     """What the B samples of one concept draw their noise and prompts from.
 
     Attributes:
-      keys: random keys `(B,)`, one for each sample.
-      num_prompts: int32 `()`, number of neutral prompts.
+      keys: one random key for each sample.
+      num_prompts: number of neutral prompts.
       latent_shape: `(h, w, c)`.
-      step_key: random key `()` that all samples and concepts of a step share.
+      step_key: random key that all samples and concepts of a step share.
     """
 
-    keys: jax.Array
-    num_prompts: jax.Array
+    keys: Key[Array, "B"]
+    num_prompts: Int32[ArrayLike, ""]
     latent_shape: tuple[int, int, int]
-    step_key: jax.Array | None = None
+    step_key: Key[Array, ""] | None = None
 
 
 class Latents(NamedTuple):
     """Latents of one step.
 
     Attributes:
-      z_t: float32 `(B, h, w, c)`.
-      ddim_index: int32 `()` or `(B,)`, their place on the schedule.
-      prompt_index: int32 `(B,)`, the neutral prompt that each was made with.
+      z_t: the latents.
+      ddim_index: their place on the schedule.
+      prompt_index: the neutral prompt that each was made with.
     """
 
-    z_t: jax.Array
-    ddim_index: jax.Array
-    prompt_index: jax.Array
+    z_t: Latent
+    ddim_index: DdimIndex
+    prompt_index: Int32[ArrayLike, "B"]
 
 
 def last_index(schedule: diffusion.Schedule) -> int:
@@ -70,18 +71,18 @@ def last_index(schedule: diffusion.Schedule) -> int:
 def run_trajectory(
     schedule: diffusion.Schedule,
     predict: Predict,
-    noise: jax.Array,
-    prompt_index: jax.Array,
-    k: jax.Array | int,
+    noise: Latent,
+    prompt_index: Int32[ArrayLike, "B"],
+    k: Int[ArrayLike, ""],
 ) -> Latents:
     """`k` DDIM steps from given noise (paper, section 4.3).
 
     Args:
       schedule: DDIM schedule.
       predict: guided prediction, for example `partial(guided_prediction, ...)`.
-      noise: pure noise, float32 `(B, h, w, c)`.
-      prompt_index: int32 `(B,)`, the neutral prompt of each sample.
-      k: int32 `()`, number of steps, 0 .. `last_index(schedule)`; may be traced.
+      noise: pure noise.
+      prompt_index: the neutral prompt of each sample.
+      k: number of steps, 0 .. `last_index(schedule)`; may be traced.
     """
 
     def body(i, z_t):
@@ -116,7 +117,7 @@ class FaithfulRollout:
         return run_trajectory(self.schedule, predict, noise, prompt_index, k)
 
     def advance(
-        self, state: tuple[()], samples: Samples, latents: Latents, output: jax.Array
+        self, state: tuple[()], samples: Samples, latents: Latents, output: Latent
     ) -> tuple[()]:
         return state
 
@@ -125,16 +126,16 @@ class Flight(NamedTuple):
     """Trajectories in flight, one for each of B samples.
 
     Attributes:
-      z_t: float32 `(B, h, w, c)`.
-      ddim_index: int32 `(B,)`, where each trajectory is.
-      last_index: int32 `(B,)`, where each trajectory ends, at most `last_index(schedule)`.
-      prompt_index: int32 `(B,)`, the neutral prompt of each trajectory.
+      z_t: its latents.
+      ddim_index: where each trajectory is.
+      last_index: where each trajectory ends, at most `last_index(schedule)`.
+      prompt_index: the neutral prompt of each trajectory.
     """
 
-    z_t: jax.Array
-    ddim_index: jax.Array
-    last_index: jax.Array
-    prompt_index: jax.Array
+    z_t: Latent
+    ddim_index: Int32[ArrayLike, "B"]
+    last_index: Int32[ArrayLike, "B"]
+    prompt_index: Int32[ArrayLike, "B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +171,7 @@ class StreamingRollout:
         """The latents in flight; nothing is computed."""
         return Latents(state.z_t, state.ddim_index, state.prompt_index)
 
-    def advance(
-        self, state: Flight, samples: Samples, latents: Latents, output: jax.Array
-    ) -> Flight:
+    def advance(self, state: Flight, samples: Samples, latents: Latents, output: Latent) -> Flight:
         """Takes each trajectory's next DDIM step, or starts the trajectory again."""
         to_index = latents.ddim_index + self.stride
         moved = Flight(
@@ -195,8 +194,8 @@ class StreamingRollout:
 Rollout = FaithfulRollout | StreamingRollout
 
 
-def _begin(samples: Samples) -> tuple[jax.Array, jax.Array]:
-    """Pure noise `(B, h, w, c)` and a neutral prompt `(B,)` for each sample."""
+def _begin(samples: Samples) -> tuple[Latent, Int32[Array, "B"]]:
+    """Pure noise and a neutral prompt for each sample."""
     prompt_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(samples.keys)
     prompt_index = jax.vmap(lambda key: jax.random.randint(key, (), 0, samples.num_prompts))(
         prompt_keys
@@ -205,8 +204,8 @@ def _begin(samples: Samples) -> tuple[jax.Array, jax.Array]:
     return noise, prompt_index
 
 
-def _draw_below(samples: Samples, limit: int) -> jax.Array:
-    """An integer of 0 .. limit - 1 for each sample, `(B,)`.
+def _draw_below(samples: Samples, limit: int) -> Int32[Array, "B"]:
+    """An integer of 0 .. limit - 1 for each sample.
 
     `_begin` splits each key in two; this is a third, independent use of it.
     """

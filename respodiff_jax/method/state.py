@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Int32, UInt32
 
 from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.embedding import EmbeddedConcepts
@@ -24,9 +25,8 @@ class ConceptState(flax.struct.PyTreeNode):
       opt_ram, opt_sam: their Optax states.
       ema: `optax.EmaState` of `(ram, sam)`, not yet debiased; None if no average is kept.
       rollout: the rollout's state, leaves `(N, B, ...)`.
-      diverged_at: int32 `(N,)`, number of steps done before the first step that gave a non-finite
-        loss, module or optimiser state; -1 if there is none. A diverged concept stays as it was
-        before that step.
+      diverged_at: number of steps done before the first step that gave a non-finite loss, module
+        or optimiser state, or -1. A diverged concept stays as it was before that step.
     """
 
     ram: Params
@@ -35,20 +35,20 @@ class ConceptState(flax.struct.PyTreeNode):
     opt_sam: optax.OptState
     ema: optax.EmaState | None
     rollout: Any
-    diverged_at: jax.Array
+    diverged_at: Int32[Array, "N"]
 
 
 class TrainState(flax.struct.PyTreeNode):
     """What a checkpoint holds.
 
     Attributes:
-      step: int32 `()`, optimiser steps taken.
-      key: uint32 `(2,)`, data of the run's random key; step n uses `fold_in(key, n)`.
+      step: optimiser steps taken.
+      key: data of the run's random key; step n uses `fold_in(key, n)`.
       concepts: the concepts' states.
     """
 
-    step: jax.Array
-    key: jax.Array
+    step: Int32[Array, ""]
+    key: UInt32[Array, "2"]
     concepts: ConceptState
 
 
@@ -58,7 +58,7 @@ class StepSpec:
 
     Attributes:
       encode: `e(params, z_t, timesteps, cond) -> (h, skips)`, up to and with the mid-block.
-      decode: `g(params, h, skips) -> model output (B, h, w, c)`.
+      decode: `g(params, h, skips) -> model output`.
       latent_shape: `(h, w, c)`.
       module: architecture of RAM and SAM.
       schedule: DDIM schedule of the rollout; the losses are evaluated at its timesteps.

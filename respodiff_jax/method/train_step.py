@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int32
 
 from respodiff_jax.backbone import Conditioning, Skips
 from respodiff_jax.method import diffusion, objective
-from respodiff_jax.method.diffusion import concatenate, split
+from respodiff_jax.method.diffusion import DdimIndex, Latent, concatenate, split
 from respodiff_jax.method.embedding import EmbeddedConcepts
-from respodiff_jax.method.modules import Params, add_delta
+from respodiff_jax.method.modules import MidBlock, Params, add_delta
 from respodiff_jax.method.rollout import Latents, Samples
 from respodiff_jax.method.state import ConceptState, StepSpec, TrainState
 
@@ -29,43 +30,43 @@ class StepValues(NamedTuple):
 
     Attributes:
       latents: `z_t`, its place on the schedule and its neutral prompt.
-      eps_neutral, eps_own, eps_empty: the base model's predictions, `(B, h, w, c)`.
-      eps_target: target of RAM's loss, `(B, h, w, c)`.
-      eps_ram: prediction with RAM as it was before the step, `(B, h, w, c)`.
-      eps_ram_sam: prediction with the updated RAM, and SAM as it was before, `(B, h, w, c)`.
-      loss_resp, loss_sem: L_resp and L_sem, `()`.
+      eps_neutral, eps_own, eps_empty: the base model's predictions.
+      eps_target: target of RAM's loss.
+      eps_ram: prediction with RAM as it was before the step.
+      eps_ram_sam: prediction with the updated RAM, and SAM as it was before.
+      loss_resp, loss_sem: L_resp and L_sem.
       grad_ram, grad_sam: their gradients, shaped as the parameters of one concept.
     """
 
     latents: Latents
-    eps_neutral: jax.Array
-    eps_own: jax.Array
-    eps_empty: jax.Array
-    eps_target: jax.Array
-    eps_ram: jax.Array
-    eps_ram_sam: jax.Array
-    loss_resp: jax.Array
-    loss_sem: jax.Array
+    eps_neutral: Latent
+    eps_own: Latent
+    eps_empty: Latent
+    eps_target: Latent
+    eps_ram: Latent
+    eps_ram_sam: Latent
+    loss_resp: Float32[Array, ""]
+    loss_sem: Float32[Array, ""]
     grad_ram: Params
     grad_sam: Params
 
 
 class Metrics(NamedTuple):
-    """Numbers of one step, `(N,)` each.
+    """Numbers of one step.
 
     Attributes:
       loss_resp, loss_sem: L_resp and L_sem, means over the whole batch.
       grad_norm_ram, grad_norm_sam: Euclidean norms of the gradients, before clipping.
-      ddim_index: mean place of the latents on the schedule, float32.
+      ddim_index: mean place of the latents on the schedule.
       diverged_at: as in `ConceptState`.
     """
 
-    loss_resp: jax.Array
-    loss_sem: jax.Array
-    grad_norm_ram: jax.Array
-    grad_norm_sam: jax.Array
-    ddim_index: jax.Array
-    diverged_at: jax.Array
+    loss_resp: Float32[Array, "N"]
+    loss_sem: Float32[Array, "N"]
+    grad_norm_ram: Float32[Array, "N"]
+    grad_norm_sam: Float32[Array, "N"]
+    ddim_index: Float32[Array, "N"]
+    diverged_at: Int32[Array, "N"]
 
 
 def algorithm_1(
@@ -130,7 +131,7 @@ def train_step(
     state: TrainState,
     frozen: dict,
     concepts: EmbeddedConcepts,
-    sample_ids: jax.Array,
+    sample_ids: Int32[ArrayLike, "B"],
     average: Average = lambda tree: tree,
 ) -> tuple[TrainState, Metrics]:
     """Advances N concepts by one step.
@@ -140,8 +141,8 @@ def train_step(
       state: leaves of `state.concepts` are `(N, ...)`.
       frozen: the backbone's parameters, never changed.
       concepts: leaves `(N, ...)`.
-      sample_ids: int32 `(B,)`, the numbers of these samples in the global batch, `arange(B)` on one
-        device. They name the samples' random streams: a batch is the same however it is split.
+      sample_ids: the numbers of these samples in the global batch, `arange(B)` on one device. They
+        name the samples' random streams: a batch is the same however it is split.
       average: the mean over the devices that share the batch.
 
     Returns:
@@ -156,7 +157,7 @@ def step_values(
     state: TrainState,
     frozen: dict,
     concepts: EmbeddedConcepts,
-    sample_ids: jax.Array,
+    sample_ids: Int32[ArrayLike, "B"],
 ) -> StepValues:
     """What `train_step` with the same arguments computes on its way; leaves `(N, ...)`."""
     return _advance(spec, state, frozen, concepts, sample_ids, lambda tree: tree)[2]
@@ -179,7 +180,9 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
     return jax.vmap(one_concept)(state.concepts, concepts)
 
 
-def _unless_diverged(new: ConceptState, old: ConceptState, values: StepValues, step: jax.Array):
+def _unless_diverged(
+    new: ConceptState, old: ConceptState, values: StepValues, step: Int32[Array, ""]
+):
     """The new state or, from the first step with a non-finite number on, the old state, marked."""
     trained = (new.ram, new.sam, new.opt_ram, new.opt_sam)
     finite = _all_finite((values.loss_resp, values.loss_sem, *trained))
@@ -205,15 +208,14 @@ class BasePredictions(NamedTuple):
     """What the base model makes of the latents.
 
     Attributes:
-      h: mid-block output for the neutral prompt, `(B, H, W, C)`.
+      h: mid-block output for the neutral prompt.
       skips: what the decoder needs beside `h`.
-      outputs: model outputs for the neutral, the concept's own and the empty prompt,
-        `(B, h, w, c)` each.
+      outputs: model outputs for the neutral, the concept's own and the empty prompt.
     """
 
-    h: jax.Array
+    h: MidBlock
     skips: Skips
-    outputs: tuple[jax.Array, jax.Array, jax.Array]
+    outputs: tuple[Latent, Latent, Latent]
 
 
 def base_predictions(
@@ -235,8 +237,8 @@ def base_predictions(
 
 def steered_output(
     spec: StepSpec, frozen: dict, base: BasePredictions, ram: Params, sam: Params | None = None
-) -> jax.Array:
-    """The model output `(B, h, w, c)` for the neutral prompt with RAM, or with RAM and SAM."""
+) -> Latent:
+    """The model output for the neutral prompt with RAM, or with RAM and SAM."""
     delta = spec.module.delta(ram, base.h)
     if sam is not None:
         delta = delta + spec.module.delta(sam, base.h)
@@ -249,10 +251,10 @@ def guided_prediction(
     concept: EmbeddedConcepts,
     ram: Params,
     sam: Params,
-    z_t: jax.Array,
-    ddim_index: jax.Array,
-    prompt_index: jax.Array,
-) -> jax.Array:
+    z_t: Latent,
+    ddim_index: DdimIndex,
+    prompt_index: Int32[ArrayLike, "B"],
+) -> Latent:
     """One concept's guided model output, with RAM and SAM on the conditional half only.
 
     Args:
@@ -260,12 +262,8 @@ def guided_prediction(
       frozen: the backbone's parameters.
       concept: embedded, without a concept axis.
       ram, sam: parameters of one concept.
-      z_t: latents, float32 `(B, h, w, c)`.
-      ddim_index: int32 `()` or `(B,)`, their place on the schedule.
-      prompt_index: int32 `(B,)`, which neutral prompt.
-
-    Returns:
-      `(B, h, w, c)`.
+      z_t, ddim_index: latents and their place on the schedule.
+      prompt_index: which neutral prompt.
     """
 
     def steer(h):
@@ -284,22 +282,24 @@ def guided_prediction(
     )
 
 
-def _to_eps(spec: StepSpec, output: jax.Array, latents: Latents) -> jax.Array:
+def _to_eps(spec: StepSpec, output: Latent, latents: Latents) -> Latent:
     return diffusion.predict_eps(spec.schedule, output, latents.z_t, latents.ddim_index)
 
 
-def _update(spec: StepSpec, grad: Params, opt_state, params: Params, learning_rate: jax.Array):
+def _update(
+    spec: StepSpec, grad: Params, opt_state, params: Params, learning_rate: Float32[ArrayLike, ""]
+):
     updates, opt_state = spec.optimizer.update(grad, opt_state, params)
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     return optax.apply_updates(params, updates), opt_state
 
 
-def _timesteps(spec: StepSpec, ddim_index: jax.Array, batch_size: int) -> jax.Array:
-    """The UNet's timesteps, int32 `(batch_size,)`."""
+def _timesteps(spec: StepSpec, ddim_index: DdimIndex, batch_size: int) -> Int32[Array, "B"]:
+    """The UNet's timesteps."""
     return jnp.broadcast_to(jnp.asarray(spec.schedule.timesteps)[ddim_index], (batch_size,))
 
 
-def _pick(conditions: Conditioning, index: jax.Array) -> Conditioning:
+def _pick(conditions: Conditioning, index: Int32[ArrayLike, "B"]) -> Conditioning:
     return jax.tree.map(lambda x: x[index], conditions)
 
 
@@ -307,5 +307,5 @@ def _repeat(condition: Conditioning, batch_size: int) -> Conditioning:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, *x.shape)), condition)
 
 
-def _all_finite(tree) -> jax.Array:
+def _all_finite(tree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

@@ -77,7 +77,7 @@ def test_eps_and_v_predictions_give_the_same_noise():
 
 
 def test_guidance_equals_hand_computation():
-    cond, uncond = jnp.array([3.0]), jnp.array([1.0])
+    cond, uncond = (jnp.full((1, 1, 1, 1), value) for value in (3.0, 1.0))
     assert diffusion.cfg_combine(cond, uncond, 7.5) == 16.0
     assert diffusion.cfg_combine(cond, uncond, 1.0) == 3.0
 

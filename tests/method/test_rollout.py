@@ -28,7 +28,7 @@ def fly(rollout, num_samples, steps):
     def one(state, step):
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         samples = Samples(now, jnp.int32(3), SHAPE)
-        latents = rollout.draw(state, samples, None)
+        latents = rollout.draw(state, samples, pytest.fail)
         return rollout.advance(state, samples, latents, jnp.zeros_like(latents.z_t)), latents
 
     seen, prompts = [], []

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from annotations import check_fields
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import embed_concepts
 from respodiff_jax.method.rollout import Latents
 from respodiff_jax.method.state import init_state
-from respodiff_jax.method.train_step import train_step
+from respodiff_jax.method.train_step import base_predictions, step_values, train_step
 from respodiff_jax.training.config import default
 from respodiff_jax.training.spec import make_optimizer, step_spec
 
@@ -242,6 +243,23 @@ def test_diverged_concept_stops_and_the_other_is_unchanged(tiny_backbone, two_co
     np.testing.assert_array_equal(
         after.concepts.ram["constant"][0], undisturbed.concepts.ram["constant"][0]
     )
+
+
+def test_fields_have_the_annotated_shapes(tiny_backbone):
+    spec, arrays, state, _ = setup(tiny_backbone, [WOMAN, MAN], **{"rollout.kind": "streaming"})
+
+    def check(state, frozen, concepts):
+        ids = jnp.arange(BATCH)
+        new, metrics = train_step(spec, state, frozen, concepts, ids)
+        check_fields(concepts, metrics, new, new.concepts)
+        values = step_values(spec, state, frozen, concepts, ids)
+        trees = (values, new.concepts.rollout, concepts)
+        values, flight, concept = jax.tree.map(lambda x: x[0], trees)
+        base = base_predictions(spec, frozen, concept, values.latents)
+        check_fields(values, values.latents, flight, base)
+
+    jax.eval_shape(check, state, tiny_backbone.params, arrays)
+    check_fields(arrays, state, state.concepts)
 
 
 def optimizer_config(**changes) -> ConfigDict:

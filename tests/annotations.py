@@ -1,0 +1,35 @@
+"""Checks the annotations of the pure files, shapes and dtypes of arrays included, at every call."""
+
+import inspect
+
+import beartype
+import optax
+from beartype.door import is_bearable
+from jaxtyping import install_import_hook, jaxtyped
+
+METHOD = "diffusion", "embedding", "modules", "objective", "rollout", "state", "train_step"
+MODULES = ["respodiff_jax.generation.sampling", *(f"respodiff_jax.method.{m}" for m in METHOD)]
+# Construction of these modules' classes is not checked: leaves of a pytree may be anything, such as
+# shardings, and the other classes check or convert their fields themselves.
+UNCHECKED_CLASSES = [m for m in MODULES if m.endswith((".modules", ".sampling", ".state"))]
+
+
+def check(function):
+    if function.__name__ == "__init__" and function.__module__ in UNCHECKED_CLASSES:
+        return function
+    return beartype.beartype(function)
+
+
+def install():
+    """Before the modules are imported."""
+    install_import_hook(MODULES, "annotations.check")
+
+
+def check_fields(*structures):
+    """Checks the fields of named tuples and pytree nodes; all of them share their axes."""
+    with jaxtyped("context"):
+        for structure in structures:
+            for name, hint in inspect.get_annotations(type(structure)).items():
+                value = getattr(structure, name)
+                if hint is not optax.OptState:  # any tree of arrays
+                    assert is_bearable(value, hint), f"{type(structure).__name__}.{name}: {value}"
