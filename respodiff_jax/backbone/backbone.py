@@ -12,7 +12,13 @@ import numpy as np
 
 from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
-from respodiff_jax.backbone.flax_models import upsample_by_repeating, with_attention
+from respodiff_jax.backbone.flax_models import (
+    LAYER,
+    match_pytorch,
+    name_layers,
+    upsample_by_repeating,
+    with_attention,
+)
 from respodiff_jax.backbone.unet import Conditioning, Skips
 from respodiff_jax.errors import UserError
 
@@ -152,7 +158,7 @@ class Backbone:
         Raises:
           UserError: if an argument has the wrong shape.
         """
-        return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond, self.attention)
+        return self._apply("unet", params, unet_lib.encode, z_t, timesteps, cond)
 
     def decode(self, params: Mapping, h: jax.Array, skips: Skips, remat: bool = False) -> jax.Array:
         """The paper's g: the UNet's output g(h, ...), eps or v as in `prediction_type`.
@@ -166,7 +172,24 @@ class Backbone:
         Returns:
           float32 (B, h, w, c).
         """
-        return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention, remat)
+
+        def apply(params, h, skips):
+            with nn.intercept_methods(name_layers):
+                return self._apply("unet", params, unet_lib.decode, h, skips)
+
+        if remat:
+            policy = jax.checkpoint_policies.save_only_these_names(LAYER)
+            apply = jax.checkpoint(apply, policy=policy)
+        return apply({"unet": params["unet"]}, h, skips)
+
+    def _apply(self, part: str, params: Mapping, method: Callable, *args: Any) -> Any:
+        """Runs a method of "unet" or "vae": computes as PyTorch does, with fast layers."""
+        with (
+            nn.intercept_methods(match_pytorch),
+            nn.intercept_methods(upsample_by_repeating),
+            nn.intercept_methods(with_attention(self.attention)),
+        ):
+            return getattr(self, part).apply({"params": params[part]}, *args, method=method)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of prompts; warns if a prompt is too long and is cut.
@@ -234,12 +257,7 @@ class Backbone:
         def decoder(vae, z):
             return vae.decoder(vae.post_quant_conv(z))
 
-        z = z / self.vae.config.scaling_factor
-        with (
-            nn.intercept_methods(upsample_by_repeating),
-            nn.intercept_methods(with_attention(self.attention)),
-        ):
-            images = self.vae.apply({"params": params["vae"]}, z, method=decoder)
+        images = self._apply("vae", params, decoder, z / self.vae.config.scaling_factor)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     @functools.cached_property
