@@ -1,5 +1,6 @@
 """Pictures on disk: PNGs that record how they were made, and labelled grids."""
 
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,13 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     return np.round(np.clip(image.astype(np.float32), 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
 
 
 def save_png(

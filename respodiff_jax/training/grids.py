@@ -4,18 +4,18 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from PIL import Image
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import GRID_FILE
 from respodiff_jax.generation.sampling import default_batch_size, equal_batches, initial_noise
-from respodiff_jax.images import grid
+from respodiff_jax.images import grid, to_png
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import Steering
@@ -33,14 +33,13 @@ class ValidationGrids:
 
     Args:
       workdir: of the run; grids go to `grids/`.
-      config: the config's `log` section.
-      steps: of the run.
-      latent_shape: `(h, w, c)`.
-      resolution: in pixels.
-      sample: `make_sampler`'s function on the placement's devices.
-      placement: of the run.
+      config: of the run.
       concepts: of the run.
       embedded: the concepts as the training state has them, copies included.
+      sample: `make_sampler`'s function on the placement's devices.
+      placement: of the run.
+      latent_shape: `(h, w, c)`.
+      resolution: in pixels.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")
@@ -49,30 +48,28 @@ class ValidationGrids:
     def __init__(
         self,
         workdir: epath.Path,
-        config: Any,
-        steps: int,
-        latent_shape: tuple[int, int, int],
-        resolution: int,
-        sample: Callable,
-        placement: Placement,
+        config: ConfigDict,
         concepts: Sequence[Concept],
         embedded: EmbeddedConcepts,
+        sample: Callable,
+        placement: Placement,
+        latent_shape: tuple[int, int, int],
+        resolution: int,
     ):
         self._directory = workdir / "grids"
-        self._config = config
-        self._steps = steps
+        self._config, self._steps = config.log, config.train.steps
         self._concepts = concepts[:MAX_GRIDS]
         self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), embedded.neutral)
         empty = jax.tree.map(lambda x: np.asarray(x[:1]), embedded.empty)
-        self._placement, self._empty = placement, placement.replicate(empty)
-        self._noise = np.asarray(initial_noise(range(config.grid_images), latent_shape))
+        self._sample, self._placement = sample, placement
+        self._empty = placement.replicate(empty)
+        self._noise = np.asarray(initial_noise(range(config.log.grid_images), latent_shape))
         # The number of modules is the same in every wave, diverged concepts included, so the
         # sampler compiles once.
         self._num_modules = min(len(embedded.stream), MAX_GRIDS)
         # The batch of `generate`: a grid fits into memory where training does.
-        most = self._num_modules * len(self.ROWS) * config.grid_images
+        most = self._num_modules * len(self.ROWS) * config.log.grid_images
         self._batch_size = default_batch_size(most, jax.device_count(), resolution)
-        self._sample = sample
 
     def due(self, step: int) -> bool:
         """Whether to draw grids after this step."""
@@ -99,9 +96,7 @@ class ValidationGrids:
             title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
             picture = grid(rows, row_labels=self.ROWS, title=title)
             name = re.sub(r"\W+", "_", concept.name)
-            content = io.BytesIO()
-            picture.save(content, format="PNG")
-            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", content.getvalue())
+            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", to_png(picture))
             log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 
     def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
@@ -155,9 +150,7 @@ def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes |
     for picture in pictures:
         whole.paste(picture, (0, top))
         top += picture.height
-    content = io.BytesIO()
-    whole.save(content, format="PNG")
-    return content.getvalue()
+    return to_png(whole)
 
 
 def sample_grid(source: str | os.PathLike, step: int | None = None) -> bytes | None:

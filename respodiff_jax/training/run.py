@@ -63,8 +63,7 @@ class Session:
     """What the runs of a training share: the model on the devices and the compiled programs.
 
     Attributes:
-      model: the model without its weights.
-      text_encoders: the model with the parameters of its text encoders only, on the host.
+      model: the model with the parameters of its text encoders only, on the host.
       resolution: in pixels.
       max_neutral: the largest number of neutral prompts of a concept.
       spec: specification of the training step.
@@ -76,7 +75,6 @@ class Session:
     """
 
     model: Backbone
-    text_encoders: Backbone
     resolution: int
     max_neutral: int
     spec: StepSpec
@@ -133,8 +131,7 @@ def open_session(
     parts = ("unet", "vae") if sample else ("unet",)
     texts = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
     return Session(
-        model=model,
-        text_encoders=dataclasses.replace(model, params=texts, load=None),
+        model=dataclasses.replace(model, params=texts, load=None),
         resolution=resolution,
         max_neutral=max(len(concept.neutral_prompts) for concept in concepts),
         spec=spec,
@@ -174,26 +171,26 @@ def train_run(
     steps = config.train.steps
     record = make_record(run, session.spec, session.model, session.resolution)
     workdir.mkdir(parents=True, exist_ok=True)
-    embedded = embed_concepts(
-        session.text_encoders, run.filled_up, session.resolution, session.max_neutral
-    )
+    embedded = embed_concepts(session.model, run.filled_up, session.resolution, session.max_neutral)
     concepts = placement.place_concepts(embedded)
-    grids = _grids(session, run, embedded)
-    with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+    grids = session.sample and ValidationGrids(
+        workdir,
+        config,
+        run.concepts,
+        embedded,
+        session.sample,
+        placement,
+        session.spec.latent_shape,
+        session.resolution,
+    )
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         state = _newest_state(session, run, embedded, checkpoints)
         step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
             record.write(workdir)
         with (
             RunLog(
-                workdir,
-                run.concepts,
-                config.train.batch_size,
-                first_step,
-                steps,
-                config.log.every,
-                placement.fetch,
-                run.label,
+                workdir, run.concepts, config.train, first_step, placement.fetch, run.label
             ) as log,
             Profiler(workdir / "profile" if profile else None) as profiler,
         ):
@@ -207,9 +204,10 @@ def train_run(
                 step += 1
                 log.add(metrics)
                 stopped = preemption.reached() and step < steps
-                saving = stopped or step == steps or checkpoints.due(step)
+                saving = stopped or step == steps or step % config.checkpoint.every == 0
                 drawing = grids and grids.due(step) and not stopped
-                if (saving or drawing or log.due(step)) and log.write(step) == 0:
+                logging = saving or drawing or step % config.log.every == 0
+                if logging and log.write(step) == 0:
                     break
                 if saving:
                     checkpoints.save(step, state)
@@ -271,22 +269,6 @@ def _fetch_adapter(
         (trained.ram, trained.sam, trained.ema, trained.diverged_at)
     )
     return make_adapter(record, ram, sam, ema, diverged_at), diverged_at[: len(record.concepts)]
-
-
-def _grids(session: Session, run: Run, embedded: EmbeddedConcepts) -> ValidationGrids | None:
-    if session.sample is None:
-        return None
-    return ValidationGrids(
-        run.folder,
-        run.config.log,
-        run.config.train.steps,
-        session.spec.latent_shape,
-        session.resolution,
-        session.sample,
-        session.placement,
-        run.concepts,
-        embedded,
-    )
 
 
 def _draw(
