@@ -162,10 +162,7 @@ _ARCHITECTURES = {
 
 
 def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) -> dict:
-    """Flax's default initialisation, drawn tensor by tensor, so no fp32 copy of all tensors exists.
-
-    Each large tensor has its own generator, so all cores draw at once.
-    """
+    """Flax's default initialisation, tensor by tensor: no float32 copy of all of them exists."""
     flat = flax.traverse_util.flatten_dict(abstract)
 
     def draw(path, rng):
@@ -177,6 +174,7 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
         deviation = 0.01 if path[-1] == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
         return (deviation * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
+    # Each large tensor has its own generator, so all cores draw at once.
     large = [path for path, leaf in flat.items() if leaf.size > 2**20]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         drawn = dict(zip(large, pool.map(draw, large, rng.spawn(len(large))), strict=True))
@@ -227,9 +225,7 @@ def random_backbone(
             params[part] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, kind), shapes)
         else:
             params[part] = _random_params(shapes, kind, rng)
-    load = functools.partial(
-        random_backbone, architecture, dtype=dtype, attention=attention, seed=seed
-    )
+    options = {"dtype": dtype, "attention": attention, "seed": seed}
     described = json.dumps({"unet": configs["unet"], "seed": seed}, sort_keys=True)
     return Backbone(
         identity={
@@ -247,5 +243,5 @@ def random_backbone(
         dtype=kind,
         zeros_for_empty_prompt=len(encoders) == 2,
         attention=attention,
-        load=load if abstract else None,
+        load=functools.partial(random_backbone, architecture, **options) if abstract else None,
     )

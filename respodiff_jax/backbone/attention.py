@@ -46,15 +46,10 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
             f"`attention` is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
         )
     backend = jax.default_backend()
-    available = {
-        "plain": True,
-        "flash": backend == "tpu",
-        "cudnn": _has_cudnn(dtype),
-        "stock": True,
-    }
+    fastest = "flash" if backend == "tpu" else "cudnn" if _has_cudnn(dtype) else "plain"
     if implementation == "auto":
-        return next((name for name in ("flash", "cudnn") if available[name]), "plain")
-    if not available[implementation]:
+        return fastest
+    if implementation not in ("plain", "stock", fastest):
         needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
         raise UserError(
             f"`attention` is {implementation!r}, which needs {needs[implementation]}; this is"
@@ -109,11 +104,9 @@ def _cudnn(query, key, value, scale):
 
 
 def _flash(query, key, value, scale):
-    """Pallas' Splash attention without a mask.
-
-    The kernel has no scale argument, so the queries are scaled first, and rounded once more.
-    """
+    """Pallas' Splash attention without a mask."""
     batch, tokens, keys = *query.shape[:2], key.shape[1]
+    # The kernel has no scale argument, so the queries are scaled first, and rounded once more.
     query = (scale * query.astype(jnp.float32)).astype(query.dtype)
     query, key, value = map(_heads_first, (query, key, value))
     (heads, padded_tokens, head_dim), padded_keys = query.shape, key.shape[1]

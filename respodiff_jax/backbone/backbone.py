@@ -83,28 +83,12 @@ class Backbone:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     def trained_at(self, resolution: int) -> dict[str, Any]:
-        """The `backbone` entry of an adapter trained on this model.
-
-        Args:
-          resolution: the side of the training images in pixels.
-
-        Returns:
-          `identity` with `resolution` and `prediction_type`.
-        """
-        return {
-            **self.identity,
-            "resolution": resolution,
-            "prediction_type": self.prediction_type,
-        }
+        """The `backbone` entry of an adapter trained on this model, at a resolution in pixels."""
+        own = {"resolution": resolution, "prediction_type": self.prediction_type}
+        return {**self.identity, **own}
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """The shape of a latent.
-
-        Args:
-          resolution: the side of the square images in pixels.
-
-        Returns:
-          (h, w, c).
+        """The shape of a latent, (h, w, c); `resolution` is the images' side in pixels.
 
         Raises:
           UserError: if the UNet cannot halve such latents evenly; names the nearest valid
@@ -122,13 +106,7 @@ class Backbone:
         return side, side, self.unet.in_channels
 
     def mid_block_shape(self, resolution: int) -> tuple[int, int, int]:
-        """The shape of h, the mid-block output.
-
-        Args:
-          resolution: the side of the square images in pixels.
-
-        Returns:
-          (H, W, C).
+        """The shape of h, the mid-block output, (H, W, C).
 
         Raises:
           UserError: as `latent_shape`.
@@ -192,15 +170,10 @@ class Backbone:
             return getattr(self, part).apply({"params": params[part]}, *args, method=method)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids of prompts; warns if a prompt is too long and is cut.
+        """The token ids of n prompts for each text encoder, int32 (n, L).
 
-        It needs no weights, so a model opened with `abstract=True` can give the warning early.
-
-        Args:
-          prompts: n strings.
-
-        Returns:
-          int32 (n, L) for each text encoder.
+        Warns if a prompt is too long and is cut. It needs no weights, so a model opened with
+        `abstract=True` can give the warning early.
         """
         ids = []
         for tokenizer, module in zip(self.tokenizers, self.text_encoders, strict=True):

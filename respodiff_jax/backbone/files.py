@@ -60,8 +60,7 @@ def sha256(*files: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
@@ -95,10 +94,8 @@ def _stems(part: str) -> tuple[str, str]:
 
 
 def _choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
-    """Which of a part's files to read: one file, or an index followed by its shards, or none.
-
-    Safetensors come before msgpack; without a `variant` the plain files come before fp16.
-    """
+    """Which of a part's files to read: one file, or an index followed by its shards, or none."""
+    # Safetensors come before msgpack; without a `variant` the plain files come before fp16.
     stem, flax_stem = _stems(part)
     for v in (variant,) if variant else (None, "fp16"):
         infix = f".{v}" if v else ""
@@ -196,10 +193,7 @@ def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -
 
 
 def _copy_remote(name: str, cache_dir: Any, choose: Choose) -> pathlib.Path:
-    """A folder in the cache with a copy of a model on Google Cloud Storage.
-
-    The copy stays in the cache; the files are copied again only after they have changed.
-    """
+    """A folder in the cache with a copy from Google Cloud Storage, made again after changes."""
     root = open_path(name)
     try:
         files = [file for pattern in ("*", "*/*") for file in root.glob(pattern)]
