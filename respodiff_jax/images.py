@@ -37,12 +37,9 @@ def to_png(picture: Image.Image) -> bytes:
 def save_png(
     image: np.ndarray, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an image as PNG, with metadata as JSON in a text chunk named `parameters`.
+    """Writes an image as PNG, with JSON-able metadata in a text chunk named `parameters`.
 
-    Args:
-      image: `(H, W, 3)`, uint8 or float in [0, 1].
-      path: file to write.
-      metadata: a JSON-able mapping, or None.
+    The image is `(H, W, 3)`, uint8 or float in [0, 1].
     """
     info = PngInfo()
     if metadata is not None:
@@ -114,8 +111,7 @@ def grid(
     caption_h = 0 if captions is None else round(line * 0.95)
 
     left = margin + (tile_w + margin if row_labels is not None else 0)
-    title_h = 0 if title is None else line + gap
-    top = margin + title_h
+    top = margin + (line + gap if title is not None else 0)
     lefts = [left + column * (tile_w + gap) for column in range(columns)]
     row_h, extra_gap = tile_h + caption_h + gap, group_gap - gap
     group = rows_per_group or len(rows)

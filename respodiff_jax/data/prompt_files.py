@@ -80,12 +80,7 @@ def complete(layout: Layout) -> Layout:
 
 
 def locate(file: str) -> pathlib.Path:
-    """Finds a file on this machine, or of a data set on the Hugging Face hub.
-
-    A file on the hub is downloaded, unless it is cached.
-
-    Args:
-      file: a path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
+    """Finds a file by its path, or downloads `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
 
     Raises:
       UserError: if there is no such file, or the hub cannot be reached.
@@ -124,12 +119,9 @@ def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) ->
 
 
 def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list[dict[str, Any]]:
-    """Reads the rows of a CSV file with a header, and parses their values.
+    """Reads the rows of a CSV file with a header, and parses the values of a layout's columns.
 
-    Args:
-      file: its path.
-      layout: the columns to read.
-      only: whether other columns are an error; by default they are ignored.
+    Other columns are ignored or, with `only`, an error.
 
     Raises:
       UserError: if the file cannot be read, has no rows or lacks columns, or if a cell cannot be
