@@ -13,6 +13,7 @@ from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import Sampler, SamplerOptions
 from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.spec import open_model
 
 
 def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
@@ -42,7 +43,8 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         resolution=config.model.resolution,
         batch_size=config.train.batch_size,
     )
-    backbone, resolution = model_lib.open_model(config)
+    backbone = open_model(config)
+    resolution = config.model.resolution or backbone.default_resolution
     neutral_prompt = concepts_from(config)[0].neutral_prompts[0]
     prompts, seeds = [neutral_prompt] * options.batch_size, range(options.batch_size)
     sampler: Sampler | None = None

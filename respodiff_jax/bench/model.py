@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone, Conditioning, load_backbone, save_backbone
+from respodiff_jax.backbone import Backbone, Conditioning, save_backbone
 from respodiff_jax.bench import measure
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
@@ -23,19 +23,7 @@ from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
 from respodiff_jax.method.state import StepSpec, TrainState, init_state
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.run import fill_up
-from respodiff_jax.training.spec import step_spec
-
-
-def open_model(config: ConfigDict) -> tuple[Backbone, int]:
-    """Opens the model of a config; returns it and the resolution in pixels."""
-    backbone = load_backbone(
-        config.model.name,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-    )
-    return backbone, config.model.resolution or backbone.default_resolution
+from respodiff_jax.training.spec import open_model, step_spec
 
 
 def with_plain_attention(backbone: Backbone) -> Backbone:
@@ -65,7 +53,8 @@ class Setup:
         all_concepts = concepts_from(config)
         count = concepts_at_a_time(config, jax.device_count())
         concepts = fill_up(all_concepts[:count], count)
-        backbone, resolution = open_model(config)
+        backbone = open_model(config)
+        resolution = config.model.resolution or backbone.default_resolution
         spec = step_spec(config, backbone, resolution)
         max_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
         arrays = embed_concepts(backbone, concepts, resolution, max_neutral)

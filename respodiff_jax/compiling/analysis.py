@@ -25,12 +25,8 @@ class OutOfMemory(Exception):
         self.required = required
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a lowered program.
-
-    Raises:
-      OutOfMemory: if the compiler reports it.
-    """
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a lowered program; raises `OutOfMemory` if the compiler reports it."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -47,11 +43,7 @@ def _out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def analyse(program: Program, chip: Chip) -> dict[str, Any]:
-    """Compiles a program and computes its cost on each device.
-
-    Args:
-      program: the program.
-      chip: the kind of its devices.
+    """Compiles a program and computes its cost on each device, a chip of this kind.
 
     Returns:
       `describe`'s result and `compile_seconds`. If the program does not fit, only
@@ -59,9 +51,9 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
     """
     start = time.perf_counter()
     try:
-        compiled = compile_lowered(program.lower())
+        compiled = _compile(program.lower())
         seconds = round(time.perf_counter() - start, 1)
-        body = _cost(compile_lowered(program.lower_body())) if program.lower_body else None
+        body = _cost(_compile(program.lower_body())) if program.lower_body else None
     except OutOfMemory as error:
         return {
             "batch_per_device": program.batch_per_device,
@@ -79,6 +71,14 @@ def describe(
     body: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The cost of a compiled program on each device, as JSON-able values.
+
+    Of `memory`, in bytes, `total` is needed at once, with frozen parameters that the program does
+    not use; `peak` is XLA's own figure for the program. `bytes` move between HBM and the chip,
+    `rearranged_bytes` are those that compute nothing, `transposed_bytes` those of transposes and
+    casts; `xla_bytes` also count accesses on the chip. `exchange` has the bytes of
+    `Collective.nbytes`, over all passes of a loop: `only_gradients` means that devices exchange at
+    most the gradients and some scalars, `no_weights_moved` that no exchanged array has dtype and
+    shape of a frozen parameter.
 
     Args:
       program: the program.
@@ -117,11 +117,6 @@ def roofline(flops: float, nbytes: float, chip: Chip) -> dict[str, Any]:
 
 
 def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
-    """Bytes on a device.
-
-    `total` is the memory needed at once, with frozen parameters that the program does not use;
-    `peak` is XLA's own figure for the program.
-    """
     sizes = compiled.memory_analysis()
     parts = {
         "arguments": sizes.argument_size_in_bytes,
@@ -142,12 +137,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 
 
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """FLOPs and bytes.
-
-    XLA counts no FLOPs for kernels; ours are added. `bytes` move between HBM and the chip,
-    `rearranged_bytes` are those that compute nothing, `transposed_bytes` those of transposes and
-    casts. `xla_bytes` also count accesses on the chip.
-    """
+    """FLOPs and bytes; XLA counts no FLOPs for kernels, so ours are added."""
     cost, module = compiled.cost_analysis(), HloModule(compiled.as_text())
     kernels = module.kernels()
     return {
@@ -160,11 +150,6 @@ def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 
 def _exchange(program: Program, collectives: list[Collective], repeats: float) -> dict[str, Any]:
-    """What devices exchange, in bytes of `Collective.nbytes`, over all passes of a loop.
-
-    `only_gradients` means that they exchange at most the gradients and some scalars.
-    `no_weights_moved` means that no exchanged array has dtype and shape of a frozen parameter.
-    """
     by_op: dict[str, dict[str, float]] = {}
     for collective in collectives:
         times = repeats if collective.in_loop else 1
@@ -172,7 +157,7 @@ def _exchange(program: Program, collectives: list[Collective], repeats: float) -
         entry["count"] += times
         entry["bytes"] += times * collective.nbytes
     total = sum(entry["bytes"] for entry in by_op.values())
-    weights = {_canonical(weight) for weight in program.weights}
+    weights = set(map(_canonical, program.weights))
     moved = {_canonical(array) for c in collectives for array in (*c.operands, *c.results)}
     return {
         "bytes": total,
@@ -184,10 +169,7 @@ def _exchange(program: Program, collectives: list[Collective], repeats: float) -
 
 
 def _canonical(array: Array) -> Array:
-    """Equal for arrays that differ in the order of axes and in axes of length 1.
-
-    The compiler changes both.
-    """
+    """Without the order of axes and axes of length 1, which the compiler changes."""
     dtype, dims = array
     return dtype, tuple(sorted(n for n in dims if n > 1))
 
@@ -205,7 +187,7 @@ def find_largest_batch(
       required: gives the bytes that a batch per device needs.
       available: bytes of a device.
       first: batch to begin with.
-      trials: most batches to try.
+      trials: the most batches to try.
 
     Returns:
       `{"largest": largest batch that fits, or 0, "exact": whether the next one was found not to

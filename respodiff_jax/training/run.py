@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.adapters.card import export_adapter
-from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.generation.sampling import make_sampler
 from respodiff_jax.method.concepts import Concept
@@ -25,7 +25,7 @@ from respodiff_jax.training.grids import ValidationGrids, newest_grids
 from respodiff_jax.training.monitoring import Profiler, RunLog
 from respodiff_jax.training.parallel import Placement
 from respodiff_jax.training.record import RunRecord
-from respodiff_jax.training.spec import step_spec
+from respodiff_jax.training.spec import open_model, step_spec
 from respodiff_jax.training.trained import load_adapter, make_adapter
 
 
@@ -103,14 +103,7 @@ def open_session(
     records = [RunRecord.read(run.folder) for run in runs]
     # A training continues with the commit that it began with, wherever the branch is now.
     begun = next((record.backbone["revision"] for record in records if record), None)
-    model = load_backbone(
-        config.model.name,
-        revision=begun or config.model.revision,
-        variant=config.model.variant,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        abstract=True,
-    )
+    model = open_model(config, revision=begun or config.model.revision, abstract=True)
     resolution = config.model.resolution or model.default_resolution
     spec = step_spec(config, model, resolution)
     sample = None

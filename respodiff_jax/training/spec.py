@@ -2,15 +2,26 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.rollout import FaithfulRollout, Rollout, StreamingRollout, last_index
 from respodiff_jax.method.state import StepSpec
+
+
+def open_model(config: ConfigDict, **changes: Any) -> Backbone:
+    """Opens a config's model; `changes` replace options of its `model` section in `load_backbone`.
+
+    Raises:
+      UserError: as `load_backbone`.
+    """
+    options = {name: config.model[name] for name in ("revision", "variant", "dtype", "attention")}
+    return load_backbone(config.model.name, **options | changes)
 
 
 def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = None) -> StepSpec:
