@@ -20,12 +20,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     """Measures sampling without an adapter, from prompts to host arrays.
 
     A call samples `train.batch_size` images of the first concept's neutral prompt, in
-    `log.grid_steps` steps with `log.grid_guidance_scale`.
-
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure diffusers' PyTorch pipeline, in alternation.
-      repeats: repetitions of each side.
+    `log.grid_steps` steps with `log.grid_guidance_scale`. The arguments are those of `benchmark`.
 
     Raises:
       UserError: for a mistake in the config or the model, or if PyTorch is missing.
@@ -55,7 +50,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         sampler = Sampler(dataclasses.replace(backbone), options)  # a backbone without programs
         return lambda: sampler(sampler.prepare(prompts, seeds))
 
-    def ours(calls: int) -> None:
+    def ours(calls):
         for _ in range(calls):
             np.asarray(sampler(sampler.prepare(prompts, seeds)))
 
@@ -72,12 +67,13 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
                 folder,
                 config.model.dtype,
                 torch_side.device_for(jax.default_backend()),
-                num_steps=options.num_steps,
+                num_inference_steps=options.num_steps,
                 guidance_scale=options.guidance_scale,
-                resolution=resolution,
+                height=resolution,
+                width=resolution,
             )
 
-        def theirs(calls: int) -> None:
+        def theirs(calls):
             for _ in range(calls):
                 sample(prompts, seeds)
 
@@ -96,7 +92,6 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     sides = [side("JAX", batches["ours"], first_call=first_call, peak_memory=peak_memory)]
     if torch_side:
         used = torch_side.peak_memory()
-        used = used and {"bytes": used, "of": "process, measured"}
         sides.append(side("PyTorch, diffusers", batches["theirs"], peak_memory=used))
     workload = {
         "model": config.model.name,

@@ -72,9 +72,7 @@ def flops(function: Callable, *args: Any) -> float:
     The program is counted as written, lowered for the CPU. Compiled for an accelerator it has
     kernels that XLA cannot count.
 
-    Args:
-      function: the function.
-      *args: its arguments, arrays or `ShapeDtypeStruct`s.
+    The arguments are arrays or `ShapeDtypeStruct`s.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -82,16 +80,10 @@ def flops(function: Callable, *args: Any) -> float:
 
 
 def take_turns(sides: Mapping[str, Callable[[int], None]], repeats: int) -> dict[str, Spread]:
-    """Calls per second of each side.
+    """Calls per second of each side, one value for each repetition.
 
-    The sides alternate (A B A B ...), so that other load on the machine affects all of them.
-
-    Args:
-      sides: by name; `side(n)` does its work n times and waits until it is done.
-      repeats: repetitions of each side.
-
-    Returns:
-      For each side one value per repetition.
+    `side(n)` does its work n times and waits until it is done. The sides alternate (A B A B ...),
+    so that other load on the machine affects all of them.
     """
     calls = {}
     for name, side in sides.items():
@@ -119,8 +111,8 @@ def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
       make: returns a new program, not yet compiled.
 
     Returns:
-      "cold": with an empty cache. "cached": as in a new process that finds the compiled program in
-      JAX's persistent cache.
+      "cold", with an empty cache, and "cached", as in a new process that finds the compiled program
+      in JAX's persistent cache.
     """
     seconds = {}
     for name in ("cold", "cached"):
@@ -171,13 +163,7 @@ class Peak:
     """The peak FLOP/s of all devices together.
 
     For bfloat16 on a known device it is the published figure. Otherwise it is the rate of a large
-    matrix product, measured as one more side.
-
-    Args:
-      dtype: the model's dtype.
-
-    Attributes:
-      sides: sides to measure together with the others; empty for a published figure.
+    matrix product in the model's dtype, measured as one more side in `sides`.
     """
 
     def __init__(self, dtype: str):
@@ -213,11 +199,7 @@ def leave_gpu_memory_to_torch() -> None:
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Hardware and package versions; `load_average` shows other load on the machine.
-
-    Args:
-      packages: names of the packages.
-    """
+    """Hardware and versions of packages; `load_average` shows other load on the machine."""
     cpu = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.M) if cpu.exists() else []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -62,10 +62,6 @@ class Setup:
         return cls(config, concepts, backbone, resolution, spec, arrays, state)
 
     @property
-    def samples_per_step(self) -> int:
-        return len(self.concepts) * self.config.train.batch_size
-
-    @property
     def frozen(self) -> dict[str, Any]:
         return {"unet": self.backbone.params["unet"]}
 
@@ -116,13 +112,9 @@ def environment(torch: bool) -> dict[str, Any]:
 def forward_flops(
     model: Backbone | StepSpec, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
 ) -> float:
-    """FLOPs of one plain forward pass of the UNet.
+    """FLOPs of one plain forward pass of the UNet on a batch of latents, `(B, h, w, c)`.
 
-    Args:
-      model: has `encode` and `decode`.
-      params: the frozen parameters, or their shapes.
-      latents: shape of the batch, `(B, h, w, c)`.
-      prompt: the conditioning of one prompt without a batch axis, or its shapes.
+    `prompt` has no batch axis. Arguments are arrays or their shapes.
     """
 
     def forward(params, z, timesteps, cond):

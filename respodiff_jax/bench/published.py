@@ -42,13 +42,10 @@ def make_training(setup: Setup) -> "torch_side.Training":
         return torch_side.Conditions.of(jax.tree.map(lambda x: x[index], tree), device)
 
     arrays, concepts = setup.arrays, []
+    trained = setup.state.concepts
     for n, concept in enumerate(setup.concepts):
-        ram, sam = (
-            torch_side.TorchModule(
-                config.module.kind, jax.tree.map(lambda x, n=n: x[n], params)
-            ).to(device)
-            for params in (setup.state.concepts.ram, setup.state.concepts.sam)
-        )
+        ram, sam = jax.tree.map(lambda x, n=n: x[n], (trained.ram, trained.sam))
+        ram, sam = (torch_side.TorchModule(config.module.kind, p).to(device) for p in (ram, sam))
         procedure = torch_side.Procedure(
             unet,
             scheduler,
@@ -73,9 +70,8 @@ def make_training(setup: Setup) -> "torch_side.Training":
         )
         concepts.append((procedure, prompts))
     height, width, channels = setup.spec.latent_shape
-    return torch_side.Training(
-        concepts, (channels, height, width), config.train.batch_size, config.seed
-    )
+    shape = channels, height, width
+    return torch_side.Training(concepts, shape, config.train.batch_size, config.seed)
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:

@@ -240,7 +240,7 @@ class Training:
       concepts: each concept's procedure and prompts.
       latent_shape: `(c, h, w)`.
       batch_size: samples of each concept in a step.
-      seed: seed of prompts, noise and rollout lengths.
+      seed: of prompts, noise and rollout lengths.
     """
 
     def __init__(
@@ -262,10 +262,10 @@ class Training:
             procedure.adam_sam.param_groups[0]["lr"] = factor * procedure.lr_sam
 
     def step(self, rollout_length: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Takes one step of every concept; returns both losses of each.
+        """Takes one step of every concept, after a rollout of this or of random length.
 
-        Args:
-          rollout_length: DDIM steps before the losses; by default random.
+        Returns:
+          Both losses of each concept.
         """
         losses = []
         for procedure, prompts in self.concepts:
@@ -330,15 +330,9 @@ def load_unet(
 
 
 def load_sampler(
-    folder: pathlib.Path,
-    dtype: str,
-    device: str,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: int,
+    folder: pathlib.Path, dtype: str, device: str, **options: Any
 ) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
-    """Loads diffusers' pipeline from a folder, with DDIM.
+    """Loads diffusers' pipeline from a folder, with DDIM; `options` are arguments of its calls.
 
     Returns:
       A function from prompts and seeds to images, float32 `(B, H, W, 3)` in [0, 1].
@@ -357,15 +351,8 @@ def load_sampler(
     pipe.set_progress_bar_config(disable=True)
 
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        return pipe(
-            list(prompts),
-            height=resolution,
-            width=resolution,
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(list(prompts), generator=generators, output_type="np", **options).images
 
     return sample
 
@@ -383,9 +370,11 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory() -> int | None:
-    """Peak bytes of tensors on the GPU; None on a CPU, where PyTorch does not count them."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+def peak_memory() -> dict[str, Any] | None:
+    """Peak memory of tensors on the GPU; None on a CPU, where PyTorch does not count them."""
+    if not torch.cuda.is_initialized():
+        return None
+    return {"bytes": torch.cuda.max_memory_allocated(), "of": "process, measured"}
 
 
 @contextlib.contextmanager

@@ -32,32 +32,19 @@ def evaluations_per_sample(
     """The average number of UNet evaluations for a training sample.
 
     It is the FLOPs of a training step over those of one plain forward pass with the same batch.
-    Arguments are arrays or their shapes.
-
-    Args:
-      spec: the step's specification.
-      state: leaves `(N, ...)`.
-      frozen: the UNet's parameters.
-      arrays: leaves `(N, ...)`.
-      batch_size: samples of each concept in a step.
+    Arguments are those of `train_step`, or their shapes; `batch_size` is that of each concept.
     """
     ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     step = measure.flops(partial(train_step, spec), state, frozen, arrays, ids)
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arrays.empty)
     latents = jax.ShapeDtypeStruct((batch_size, *spec.latent_shape), jnp.float32)
     one = model_lib.forward_flops(spec, frozen, latents, prompt)
-    num_concepts = arrays.guidance_scale.shape[0]
-    return step / (num_concepts * one) + _uncounted_rollout(spec)
-
-
-def _uncounted_rollout(spec: StepSpec) -> float:
-    """Evaluations that XLA does not count, because it counts a loop's body once.
-
-    Each step of a faithful rollout is a guided prediction, which takes two evaluations.
-    """
+    counted = step / (arrays.guidance_scale.shape[0] * one)
     if not spec.rollout.has_loop:
-        return 0.0
-    return 2 * (last_index(spec.schedule) / 2 - 1)
+        return counted
+    # XLA counts a loop's body once. Each step of a faithful rollout is a guided prediction, which
+    # takes two evaluations.
+    return counted + 2 * (last_index(spec.schedule) / 2 - 1)
 
 
 class _Ours:
@@ -74,9 +61,8 @@ class _Ours:
         self._state = self._placement.place_state(setup.state)
         self._starts = None
         if setup.spec.rollout.has_loop:
-            self._starts = itertools.cycle(
-                _balanced_steps(config.seed, last_index(setup.spec.schedule))
-            )
+            longest = last_index(setup.spec.schedule)
+            self._starts = itertools.cycle(_balanced_steps(config.seed, longest))
         self.program()
 
     def program(self) -> Callable[[], Metrics]:
@@ -107,11 +93,9 @@ class _Ours:
 
 
 def _balanced_steps(seed: int, longest: int) -> list[int]:
-    """Training steps whose rollout and the next step's are together `longest` long.
-
-    A step's time grows linearly with the length of its rollout, so each such pair of steps takes
-    the mean time, and few pairs are enough.
-    """
+    """Training steps whose rollout and the next step's are together `longest` long."""
+    # A step's time grows linearly with the length of its rollout, so each such pair of steps takes
+    # the mean time, and few pairs are enough.
 
     def length(step):
         rollout_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
@@ -138,12 +122,7 @@ class _Torch:
 
 
 def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
-    """Measures the training step of a config.
-
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure the published procedure in PyTorch, in alternation.
-      repeats: repetitions of each side.
+    """Measures the training step of a config; the arguments are those of `benchmark`.
 
     Raises:
       UserError: for a mistake in the config or the model, or if PyTorch is missing.
@@ -174,31 +153,19 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     forward = model_lib.forward_flops(spec, setup.frozen, latents, prompt)
 
     def side(name, pairs, evaluations, **others):
-        rate = pairs * (2 * setup.samples_per_step)
+        rate = pairs * (2 * len(setup.concepts) * batch_size)
         flops = evaluations * forward
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, evaluations, flops, utilisation, **others)
 
     evaluations = evaluations_per_sample(spec, setup.state, setup.frozen, setup.arrays, batch_size)
-    measured = [
-        side(
-            f"JAX, {config.rollout.kind}",
-            pairs["ours"],
-            evaluations,
-            first_call=first_call,
-            peak_memory=peak_memory,
-        )
-    ]
+    costs = {"first_call": first_call, "peak_memory": peak_memory}
+    measured = [side(f"JAX, {config.rollout.kind}", pairs["ours"], evaluations, **costs)]
     if torch_side:
         used = torch_side.peak_memory()
-        measured.append(
-            side(
-                "PyTorch, published procedure",
-                pairs["theirs"],
-                theirs.training.evaluations_per_sample(),
-                peak_memory=used and {"bytes": used, "of": "process, measured"},
-            )
-        )
+        evaluations = theirs.training.evaluations_per_sample()
+        name = "PyTorch, published procedure"
+        measured.append(side(name, pairs["theirs"], evaluations, peak_memory=used))
     workload = {
         "model": config.model.name,
         "resolution": setup.resolution,
