@@ -76,10 +76,15 @@ def encode_tokens(
     return jnp.where(keep[:, None, None], context, 0), pooled
 
 
+def byte_symbols() -> list[str]:
+    """The first 512 entries of CLIP's vocabulary: each byte within a word, then at its end."""
+    symbols = list(bytes_to_unicode().values())
+    return symbols + [symbol + "</w>" for symbol in symbols]
+
+
 def byte_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with a token for each byte: 514 entries, no merges, nothing to download."""
-    symbols = list(bytes_to_unicode().values())
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*byte_symbols(), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = pathlib.Path(folder, "vocab.json"), pathlib.Path(folder, "merges.txt")
         vocab.write_text(json.dumps({s: i for i, s in enumerate(vocabulary)}), encoding="utf-8")

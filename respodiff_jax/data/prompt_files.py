@@ -166,7 +166,12 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
     return values
 
 
+def with_article(words: str) -> str:
+    """Puts "a" or "an" before words: "an artist"."""
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
 def fill_in(templates: Iterable[str], subject: str) -> list[str]:
     """Puts a subject into templates: `{subject}` becomes "teacher", `{a_subject}` "a teacher"."""
-    a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
-    return [template.format(subject=subject, a_subject=a_subject) for template in templates]
+    words = {"subject": subject, "a_subject": with_article(subject)}
+    return [template.format(**words) for template in templates]

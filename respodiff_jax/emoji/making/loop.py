@@ -29,9 +29,7 @@ def load_params(workdir, name):
 def gradient_step(loss_fn, optimizer):
     """Makes a `step_fn` of `train_stage`, which updates `params` and `opt_state` once.
 
-    Args:
-      loss_fn: (params, batch, step) -> (loss, metrics).
-      optimizer: optax optimizer.
+    `loss_fn` is (params, batch, step) -> (loss, metrics).
     """
 
     def step_fn(state, batch, step):
