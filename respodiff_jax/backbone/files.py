@@ -36,14 +36,9 @@ Choose = Callable[[Collection[str]], Collection[str]]
 class PipelineFiles:
     """The complete files of a pipeline: JSON files are read, weight files are paths.
 
-    Attributes:
-      revision: the commit of a hub model, else None.
-      index: the contents of model_index.json.
-      configs: the contents of config.json by part: "unet", "vae", "text_encoder" and, for SDXL,
-        "text_encoder_2".
-      weights: the weight files by part.
-      tokenizers: the folder of each text encoder's tokenizer.
-      scheduler_config: the contents of scheduler/scheduler_config.json.
+    The parts are "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". `revision` is the
+    commit of a hub model, else None; `index` the contents of model_index.json; `tokenizers` has
+    the folder of each text encoder's tokenizer.
     """
 
     revision: str | None

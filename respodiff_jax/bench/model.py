@@ -70,8 +70,7 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
     """Imports `bench.torch_side`; returns None unless `against_torch`.
 
     Raises:
-      UserError: if PyTorch is not installed, does not support the device that JAX runs on, or JAX
-        runs on several GPUs.
+      UserError: if PyTorch is missing or has not JAX's device, or JAX runs on several GPUs.
     """
     if not against_torch:
         return None

@@ -92,8 +92,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
 
     Raises:
       UserError: for an option that the procedure does not have, a `workdir` that is not empty, a
-        mistake in the config or the model, or if PyTorch is missing.
-      FloatingPointError: if a loss is no longer finite.
+        mistake in the config or the model; if PyTorch is missing, or a loss is no longer finite.
     """
     measure.leave_gpu_memory_to_torch()
     optimizer = config.optimizer
@@ -108,10 +107,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             f"config.train.init_adapter is {config.train.init_adapter!r}, but the published"
             " procedure trains from scratch; set it to None"
         )
-    count = concepts_at_a_time(config, jax.device_count())
-    if count != len(concepts_from(config)):
+    count, total = concepts_at_a_time(config, jax.device_count()), len(concepts_from(config))
+    if count != total:
         raise UserError(
-            f"the published procedure trains all {len(concepts_from(config))} concepts together,"
+            f"the published procedure trains all {total} concepts together,"
             f" but with config.train.concepts_per_device and these devices {count} train at a time;"
             " set it to None, and use one device"
         )

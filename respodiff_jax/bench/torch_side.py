@@ -16,6 +16,7 @@ Tensors are NCHW.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,6 +105,7 @@ class TorchModule(torch.nn.Module):
         }
 
 
+@dataclasses.dataclass(eq=False)
 class Procedure:
     """The training of one concept.
 
@@ -116,29 +118,24 @@ class Procedure:
       betas, eps: options of both Adam optimisers.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
-        ram: TorchModule,
-        sam: TorchModule,
-        *,
-        lr_ram: float,
-        lr_sam: float,
-        lambda_sem: float,
-        guidance_scale: float,
-        rollout_guidance_scale: float = 3.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ):
-        self.unet, self.scheduler = unet.requires_grad_(False), scheduler
-        self.ram, self.sam = ram, sam
-        self.lambda_sem, self.guidance_scale = lambda_sem, guidance_scale
-        self.rollout_guidance_scale = rollout_guidance_scale
-        self.lr_ram, self.lr_sam = lr_ram, lr_sam
-        adam = {"betas": betas, "eps": eps}
-        self.adam_ram = torch.optim.Adam(ram.parameters(), lr=lr_ram, **adam)
-        self.adam_sam = torch.optim.Adam(sam.parameters(), lr=lr_sam, **adam)
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    ram: TorchModule
+    sam: TorchModule
+    _: dataclasses.KW_ONLY
+    lr_ram: float
+    lr_sam: float
+    lambda_sem: float
+    guidance_scale: float
+    rollout_guidance_scale: float = 3.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        self.unet.requires_grad_(False)
+        adam = {"betas": self.betas, "eps": self.eps}
+        self.adam_ram = torch.optim.Adam(self.ram.parameters(), lr=self.lr_ram, **adam)
+        self.adam_sam = torch.optim.Adam(self.sam.parameters(), lr=self.lr_sam, **adam)
 
     def guided(
         self,
@@ -172,7 +169,7 @@ class Procedure:
         output_uncond, output_cond = output.float().chunk(2)
         return output_uncond + guidance_scale * (output_cond - output_uncond)
 
-    def eps(self, z: torch.Tensor, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
+    def noise(self, z: torch.Tensor, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
         """The noise that `guided` predicts."""
         output = self.guided(z, timestep, *args)
         if self.scheduler.config.prediction_type == "epsilon":
@@ -203,16 +200,16 @@ class Procedure:
         """RAM's update, then SAM's with the updated RAM; returns both losses."""
         timestep = self.scheduler.timesteps[ddim_index]
         with torch.no_grad():
-            eps_neutral = self.eps(z, timestep, neutral, empty, 1.0)
-            target = self.eps(z, timestep, target_cond, target_uncond, self.guidance_scale)
+            eps_neutral = self.noise(z, timestep, neutral, empty, 1.0)
+            target = self.noise(z, timestep, target_cond, target_uncond, self.guidance_scale)
 
-        eps_ram = self.eps(z, timestep, neutral, empty, 1.0, (self.ram,))
+        eps_ram = self.noise(z, timestep, neutral, empty, 1.0, (self.ram,))
         loss_resp = (eps_ram - target).square().mean()
         self.adam_ram.zero_grad()
         loss_resp.backward()
         self.adam_ram.step()
 
-        eps_both = self.eps(z, timestep, neutral, empty, 1.0, (self.ram, self.sam))
+        eps_both = self.noise(z, timestep, neutral, empty, 1.0, (self.ram, self.sam))
         loss_sem = self.lambda_sem * (eps_both - eps_neutral).square().mean()
         self.adam_sam.zero_grad()
         loss_sem.backward(inputs=list(self.sam.parameters()))

@@ -131,11 +131,7 @@ def compile_steps(
 
 
 def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a `compile.json`.
-
-    Raises:
-      UserError: if the file is something else.
-    """
+    """Reads a `compile.json`; raises `UserError` if the file is something else."""
     try:
         entries = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -125,14 +125,9 @@ class ValidationGrids:
 
 
 def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """A PNG of a run's newest sample grids, one concept's below the other's.
+    """A PNG of a run's newest sample grids (up to a step), one concept's below the other's.
 
-    Args:
-      workdir: of the run.
-      step: the newest grids up to this step; None is the newest of all.
-
-    Returns:
-      The file's content, or None where there are none.
+    None where there are none.
     """
     files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
     steps = [int(path.name.split("_")[0]) for path in files]
@@ -154,12 +149,7 @@ def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes |
 
 
 def sample_grid(source: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """The sample pictures of a run or of an adapter directory, a PNG; None without any.
-
-    Args:
-      source: a run's working directory or an adapter directory.
-      step: of a run, the newest grids up to this step; None is the newest of all.
-    """
+    """The sample pictures of a run (up to a step) or of an adapter directory, a PNG or None."""
     if is_workdir(source):
         return newest_grids(source, step)
     file = epath.Path(source) / GRID_FILE

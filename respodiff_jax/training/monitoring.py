@@ -112,7 +112,7 @@ class RunLog:
         self._bar.update(len(metrics))
         if not self._writes or not remaining:
             return remaining
-        means = Metrics(*(np.mean(np.stack(x), axis=0) for x in zip(*metrics, strict=True)))
+        means = jax.tree.map(lambda *steps: np.mean(np.stack(steps), axis=0), *metrics)
         alive = ~self._diverged
         shown = ("loss_resp", "loss_sem", "grad_norm_ram", "grad_norm_sam")
         scalars = {
@@ -160,11 +160,7 @@ def _drop_lines_after(path: epath.Path, step: int) -> None:
 
 
 class Profiler:
-    """A trace of a few steps after compilation, for TensorBoard's profile tab.
-
-    Args:
-      directory: where the trace is written; None for no trace.
-    """
+    """A trace of a few steps after compilation, for TensorBoard; without a directory, none."""
 
     FIRST, LAST = 2, 5  # counted from the first step of this start
 

@@ -90,11 +90,7 @@ def open_session(
 ) -> Session:
     """Checks the runs, then reads the model and puts it on the devices.
 
-    Args:
-      config: the config of the training.
-      concepts: the concepts of all runs, finished ones included.
-      runs: all runs, finished ones included; all have the same size.
-      placement: how each of them is laid out on the devices.
+    Concepts and runs are those of the whole training, finished ones included.
 
     Raises:
       UserError: for every mistake in config, model, adapter or folders, before weights are read.
@@ -148,11 +144,7 @@ def train_run(
 
     The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter.
 
-    Args:
-      session: the model and programs.
-      run: what to train.
-      preemption: says when to stop.
-      profile: also write a trace of a few steps to `profile/`.
+    With `profile` also a trace of a few steps, in `profile/`. `preemption` says when to stop.
 
     Returns:
       The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.
@@ -253,10 +245,7 @@ def _newest_state(
 def _fetch_adapter(
     session: Session, record: RunRecord, state: TrainState
 ) -> tuple[Adapter | None, np.ndarray]:
-    """The current adapter, or None if all concepts have diverged, and `diverged_at`, `(N,)`.
-
-    Every process must call this.
-    """
+    """The adapter, None if all concepts diverged, and `diverged_at`, `(N,)`; for every process."""
     trained = state.concepts
     ram, sam, ema, diverged_at = session.placement.fetch(
         (trained.ram, trained.sam, trained.ema, trained.diverged_at)

@@ -64,12 +64,7 @@ def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:
 
 
 def make_lr_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """The factor on all learning rates at each of `steps` steps: warm-up, then decay.
-
-    Args:
-      config: the config's `optimizer` section.
-      steps: of the whole training.
-    """
+    """The factor on all learning rates at each step, by a config's `optimizer` section."""
     decay_steps = steps - config.warmup_steps
     decay = {
         "constant": optax.constant_schedule(1.0),
@@ -86,10 +81,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     """Adam with optional clipping, warm-up and decay, up to the factor `-learning_rate`.
 
     The learning rate is applied outside: it differs between concepts, and between RAM and SAM.
-
-    Args:
-      config: the config's `optimizer` section.
-      steps: of the whole training.
+    `config` is a config's `optimizer` section.
     """
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)

@@ -73,11 +73,7 @@ def _run_adapter(workdir: epath.PathLike, step: int | None) -> Adapter:
 
 
 def _batch_adapter(workdir: epath.PathLike, only: Sequence[str]) -> Adapter:
-    """The adapter of the concepts that the finished waves of a batch have trained.
-
-    Raises:
-      UserError: if no wave has finished, or a concept is missing or diverged.
-    """
+    """The adapter of the concepts that the finished waves of a batch have trained."""
     outcomes = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
     if not outcomes:
         raise UserError(f"no wave of {workdir} has finished yet: continue the training")

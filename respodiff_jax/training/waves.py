@@ -103,11 +103,7 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
     """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
 
     Fewer concepts than devices share the devices; otherwise each device has the same number.
-
-    Args:
-      num_concepts: of the training.
-      num_devices: over all processes.
-      per_device: the most that a device trains at a time; None for no limit.
+    `per_device` None is no limit.
     """
     if num_concepts < num_devices:
         return num_concepts
@@ -176,11 +172,7 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> None:
 
 
 def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
-    """Says which concepts diverged.
-
-    Raises:
-      UserError: if all have.
-    """
+    """Says which concepts diverged; raises `UserError` if all have."""
     diverged = [o for o in outcomes if o["diverged_at"] is not None]
     named = ", ".join(f"{o['name']!r} at step {o['diverged_at']}" for o in diverged)
     advice = (

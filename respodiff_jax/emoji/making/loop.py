@@ -56,8 +56,7 @@ def train_stage(
         thread.
       steps: number of steps, those before the checkpoint included.
       workdir: folder.
-      save_every: steps between checkpoints.
-      log_every: steps between progress lines.
+      save_every, log_every: steps between checkpoints and between progress lines.
       on_save: called with the state after each checkpoint.
 
     Returns:
