@@ -55,8 +55,7 @@ def encode_tokens(
     Args:
       text_encoders: one or two CLIP text modules.
       params: the parameters of each.
-      ids: int32 (n, L) token ids for each. Every position is attended to, padding included, as in
-        Stable Diffusion's training.
+      ids: int32 (n, L) for each. Every position is attended to, padding too, as in training.
       keep: bool (n,); the outputs are zeros where it is False.
 
     Returns:

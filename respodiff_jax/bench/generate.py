@@ -57,9 +57,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     def compile_sampler():
         return sampler.program.lower(*sampler.arguments(sampler.prepare(prompts, seeds))).compile()
 
-    with measure.empty_compilation_cache():
-        first_call = measure.first_call(program)
-        peak_memory = measure.peak_memory(compile_sampler)
+    costs = measure.program_costs(program, compile_sampler)
     sides = {"ours": ours}
     if torch_side:
         with model_lib.diffusers_folder(backbone) as folder:
@@ -89,7 +87,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, flops=flops, utilisation=utilisation, **others)
 
-    sides = [side("JAX", batches["ours"], first_call=first_call, peak_memory=peak_memory)]
+    sides = [side("JAX", batches["ours"], **costs)]
     if torch_side:
         used = torch_side.peak_memory()
         sides.append(side("PyTorch, diffusers", batches["theirs"], peak_memory=used))

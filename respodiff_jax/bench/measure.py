@@ -102,28 +102,33 @@ def _seconds(function: Callable, *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of a program's first call, including tracing and compiling.
-
-    Call this within `empty_compilation_cache`. It clears JAX's caches of this process.
+def program_costs(
+    make: Callable[[], Callable[[], Any]], compile_program: Callable[[], jax.stages.Compiled]
+) -> dict[str, dict[str, Any]]:
+    """What a program costs besides its time; clears JAX's caches of this process.
 
     Args:
       make: returns a new program, not yet compiled.
+      compile_program: compiles the program ahead of time.
 
     Returns:
-      "cold", with an empty cache, and "cached", as in a new process that finds the compiled program
-      in JAX's persistent cache.
+      "first_call": seconds of the first call, including tracing and compiling, "cold", with an
+      empty cache, and "cached", as in a new process that finds the compiled program in JAX's
+      persistent cache. "peak_memory": on a device, `{"bytes", "of"}`. It is this process's peak, if
+      the backend counts it. Otherwise it is XLA's figure for the compiled program: arguments,
+      results and temporaries.
     """
     seconds = {}
-    for name in ("cold", "cached"):
-        jax.clear_caches()
-        program = make()
-        seconds[name] = _seconds(lambda program=program: jax.block_until_ready(program()))
-    return seconds
+    with _empty_compilation_cache():
+        for name in ("cold", "cached"):
+            jax.clear_caches()
+            program = make()
+            seconds[name] = _seconds(lambda program=program: jax.block_until_ready(program()))
+        return {"first_call": seconds, "peak_memory": _peak_memory(compile_program)}
 
 
 @contextlib.contextmanager
-def empty_compilation_cache() -> Iterator[None]:
+def _empty_compilation_cache() -> Iterator[None]:
     """Uses an empty persistent compilation cache inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -145,12 +150,7 @@ def _configure_cache(options: Mapping[str, Any]) -> None:
     compilation_cache.reset_cache()
 
 
-def peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
-    """Peak memory on a device, `{"bytes", "of"}`.
-
-    It is this process's peak, if the backend counts it. Otherwise it is XLA's figure for the
-    compiled program: arguments, results and temporaries.
-    """
+def _peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return {"bytes": max(s["peak_bytes_in_use"] for s in stats), "of": "process, measured"}

@@ -17,6 +17,7 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Setup
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import HYPER_PARAMETERS
 from respodiff_jax.storage import local_path
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.spec import make_lr_schedule
@@ -51,10 +52,7 @@ def make_training(setup: Setup) -> "torch_side.Training":
             scheduler,
             ram,
             sam,
-            lr_ram=concept.lr_ram,
-            lr_sam=concept.lr_sam,
-            lambda_sem=concept.lambda_sem,
-            guidance_scale=concept.guidance_scale,
+            **{name: getattr(concept, name) for name in HYPER_PARAMETERS},
             rollout_guidance_scale=config.rollout.guidance_scale,
             betas=(config.optimizer.b1, config.optimizer.b2),
             eps=config.optimizer.eps,

@@ -20,8 +20,7 @@ class Side:
       evaluations: UNet evaluations per training sample, by FLOPs.
       flops: FLOPs per sample or image.
       utilisation: `rate` times `flops`, as a share of the devices' peak.
-      first_call: from `measure.first_call`.
-      peak_memory: from `measure.peak_memory`.
+      first_call, peak_memory: from `measure.program_costs`.
     """
 
     name: str

@@ -5,7 +5,7 @@ import itertools
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,6 @@ from respodiff_jax.method.rollout import last_index
 from respodiff_jax.method.state import StepSpec, TrainState
 from respodiff_jax.method.train_step import Metrics, train_step
 from respodiff_jax.training.parallel import Placement
-
-if TYPE_CHECKING:
-    from respodiff_jax.bench import torch_side
 
 
 def evaluations_per_sample(
@@ -105,22 +102,6 @@ def _balanced_steps(seed: int, longest: int) -> list[int]:
     return np.flatnonzero(lengths[:-1] + lengths[1:] == longest).tolist()
 
 
-class _Torch:
-    """The published procedure in PyTorch, one concept after the other."""
-
-    def __init__(self, training: "torch_side.Training", longest: int, synchronise: Callable):
-        self.training, self._longest, self._synchronise = training, longest, synchronise
-        self._rng = random.Random(0)
-
-    def take_pairs(self, count: int) -> None:
-        """Takes `count` pairs of steps; each pair has the mean rollout length."""
-        for _ in range(count):
-            length = self._rng.randint(0, self._longest)
-            self.training.step(length)
-            self.training.step(self._longest - length)
-        self._synchronise()
-
-
 def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
     """Measures the training step of a config; the arguments are those of `benchmark`.
 
@@ -131,15 +112,20 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     environment = model_lib.environment(against_torch)
     setup = Setup.of(config)
     ours = _Ours(setup)
-    with measure.empty_compilation_cache():
-        first_call = measure.first_call(ours.program)
-        peak_memory = measure.peak_memory(ours.compile)
+    costs = measure.program_costs(ours.program, ours.compile)
     sides = {"ours": ours.take_pairs}
     if torch_side:
-        theirs = _Torch(
-            published.make_training(setup), last_index(setup.spec.schedule), torch_side.synchronise
-        )
-        sides["theirs"] = theirs.take_pairs
+        training = published.make_training(setup)
+        longest, rng = last_index(setup.spec.schedule), random.Random(0)
+
+        def theirs(count):
+            for _ in range(count):
+                length = rng.randint(0, longest)
+                training.step(length)
+                training.step(longest - length)
+            torch_side.synchronise()
+
+        sides["theirs"] = theirs
     best = measure.Peak(config.model.dtype)
     pairs = measure.take_turns(sides | best.sides, repeats)
     peak = best.to_dict(pairs)
@@ -159,11 +145,10 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
         return Side(name, rate, evaluations, flops, utilisation, **others)
 
     evaluations = evaluations_per_sample(spec, setup.state, setup.frozen, setup.arrays, batch_size)
-    costs = {"first_call": first_call, "peak_memory": peak_memory}
     measured = [side(f"JAX, {config.rollout.kind}", pairs["ours"], evaluations, **costs)]
     if torch_side:
         used = torch_side.peak_memory()
-        evaluations = theirs.training.evaluations_per_sample()
+        evaluations = training.evaluations_per_sample()
         name = "PyTorch, published procedure"
         measured.append(side(name, pairs["theirs"], evaluations, peak_memory=used))
     workload = {

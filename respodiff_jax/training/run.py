@@ -142,9 +142,8 @@ def train_run(
 ) -> tuple[int, np.ndarray]:
     """Trains a run to its end, or until all of its concepts have diverged.
 
-    The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter.
-
-    With `profile` also a trace of a few steps, in `profile/`. `preemption` says when to stop.
+    The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter; with
+    `profile` also a trace of a few steps, in `profile/`. `preemption` says when to stop.
 
     Returns:
       The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.

@@ -75,25 +75,20 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
     writes = jax.process_index() == 0
     if to_do:
         session = open_session(config, concepts, runs, placement)
-        if writes:
-            if runs[0].size != len(concepts):
-                write_waves(workdir, runs[0].size, len(concepts))
-            gather_outcomes(workdir, waves)
-        with Preemption() as preemption:
-            for run in to_do:
-                steps, diverged_at = train_run(
-                    session, run, preemption, profile and run is to_do[0]
-                )
-                if writes:
-                    outcomes = outcomes_of(run.concepts, steps, diverged_at)
-                    write_outcomes(run.folder, outcomes)
-                    gather_outcomes(workdir, [run] if run.label else [])
-                if preemption.stopped and run is not to_do[-1]:
-                    raise Interrupted(f"stopped after {run.label}, saved", steps)
+        if writes and runs[0].size != len(concepts):
+            write_waves(workdir, runs[0].size, len(concepts))
     else:
         say(f"all {len(runs)} waves are done: nothing left to train")
-        if writes:
-            gather_outcomes(workdir, waves)
+    if writes:
+        gather_outcomes(workdir, waves)
+    with Preemption() as preemption:
+        for run in to_do:
+            steps, diverged_at = train_run(session, run, preemption, profile and run is to_do[0])
+            if writes:
+                write_outcomes(run.folder, outcomes_of(run.concepts, steps, diverged_at))
+                gather_outcomes(workdir, [run] if run.label else [])
+            if preemption.stopped and run is not to_do[-1]:
+                raise Interrupted(f"stopped after {run.label}, saved", steps)
     if jax.process_count() > 1:  # process 0 has written the outcomes
         multihost_utils.sync_global_devices("outcomes")
     _report(read_outcomes(workdir), workdir)
