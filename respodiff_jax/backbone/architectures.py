@@ -123,24 +123,22 @@ _TINY = {
         "attention_head_dim": 2,
         "cross_attention_dim": 32,
     },
-    "vae": {
+    "vae": _VAE
+    | {
         "block_out_channels": (32, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "layers_per_block": 1,
         "sample_size": 16,
-        "scaling_factor": 0.18215,
     },
     "text_encoder": _TINY_TEXT,
     "scheduler": _SCHEDULER,
 }
 _TINY_XL = _TINY | {
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": (32, 64),
+    "unet": _TINY["unet"]
+    | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
         "attention_head_dim": (1, 2),
         "transformer_layers_per_block": (1, 2),
         "cross_attention_dim": 64,

@@ -29,14 +29,9 @@ _LANES = 128  # the width of a TPU register; the kernel's blocks are multiples o
 
 
 def choose_attention(implementation: str, dtype: np.dtype) -> str:
-    """The attention implementation to use; "auto" means the fastest for this backend and dtype.
+    """The attention implementation to use, of `IMPLEMENTATIONS`, for a model in this dtype.
 
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      dtype: of the model's computation.
-
-    Returns:
-      "plain", "flash", "cudnn" or "stock".
+    For "auto" it is the fastest of "plain", "flash" and "cudnn" that this backend has.
 
     Raises:
       UserError: for an unknown name, or if this backend or dtype does not have the implementation.

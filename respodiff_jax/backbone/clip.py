@@ -26,15 +26,10 @@ _IMAGES_PER_DEVICE, _TEXTS = 64, 256  # encoded at a time
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """A CLIP with its preprocessing.
+    """A CLIP, an unbound Flax module with float32 parameters, and its preprocessing.
 
-    Attributes:
-      identity: `name`, `revision` (the commit of a hub model, else None) and `sha256` of the
-        weight files.
-      module: the unbound Flax module.
-      params: its parameters, float32.
-      tokenizer: prepares texts.
-      processor: prepares pictures.
+    `identity` has `name`, `revision` (the commit of a hub model, else None) and `sha256` of the
+    weight files.
     """
 
     identity: Mapping[str, Any]

@@ -69,10 +69,8 @@ class Spread:
 def flops(function: Callable, *args: Any) -> float:
     """FLOPs of a function, by XLA's count, without running it; a loop's body counts once.
 
-    The program is counted as written, lowered for the CPU. Compiled for an accelerator it has
-    kernels that XLA cannot count.
-
-    The arguments are arrays or `ShapeDtypeStruct`s.
+    The arguments are arrays or `ShapeDtypeStruct`s. The program is counted as written, lowered for
+    the CPU. Compiled for an accelerator it has kernels that XLA cannot count.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

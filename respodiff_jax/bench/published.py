@@ -81,10 +81,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
 
     Deviation: the authors' learning rates are constant; here they follow the config's schedule.
 
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      workdir: folder for the adapters, new or empty.
-
     Returns:
       The folder of the last adapter.
 

@@ -30,11 +30,8 @@ STEPS = ("train", "sample")
 class Compilation:
     """One program to compile.
 
-    Attributes:
-      config: as from `respodiff_jax.training.config.load_config`.
-      topology: for example "v5e:4x4".
-      step: "train", "sample", or `LARGEST_BATCH` for the largest batch of the training step.
-      batch_per_device: samples of each concept on a device; None follows the config's batch size.
+    `step` is "train", "sample", or `LARGEST_BATCH` for the largest batch of the training step.
+    `batch_per_device` counts samples of each concept; None follows the config's batch size.
     """
 
     config: ConfigDict

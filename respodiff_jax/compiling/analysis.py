@@ -80,12 +80,9 @@ def describe(
     most the gradients and some scalars, `no_weights_moved` that no exchanged array has dtype and
     shape of a frozen parameter.
 
-    Args:
-      program: the program.
-      compiled: the program, compiled for devices of any kind.
-      chip: the kind of device to compare with.
-      body: `_cost` of one pass of the program's loop, if it has one. XLA counts a loop's body once;
-        the result counts it as often as it runs.
+    The program may be compiled for devices of any kind; it is compared with a chip. `body` is the
+    `_cost` of one pass of its loop, if it has one: XLA counts a loop's body once, the result as
+    often as it runs.
     """
     module = HloModule(compiled.as_text())
     memory = _memory(program, compiled, chip)
@@ -177,17 +174,12 @@ def _canonical(array: Array) -> Array:
 def find_largest_batch(
     required: Callable[[int], int], available: int, first: int, trials: int = 5
 ) -> dict[str, Any]:
-    """Finds the largest batch per device that fits, by few compilations.
+    """Finds the largest batch per device that fits, by few compilations, beginning with `first`.
 
     Memory grows about linearly with the batch, so two batches predict the limit. The predicted
     batch is compiled, and its memory improves the prediction, until one batch fits and the next
-    does not, or until the trials are used up.
-
-    Args:
-      required: gives the bytes that a batch per device needs.
-      available: bytes of a device.
-      first: batch to begin with.
-      trials: the most batches to try.
+    does not, or until the trials are used up. `required` gives the bytes that a batch needs,
+    `available` are those of a device.
 
     Returns:
       `{"largest": largest batch that fits, or 0, "exact": whether the next one was found not to

@@ -70,11 +70,8 @@ def concept_shapes(
 ) -> EmbeddedConcepts:
     """Shapes and dtypes of `embed_concepts`, without embedding a prompt.
 
-    Args:
-      backbone: the model's shapes.
-      concepts: all concepts; the one with the most neutral prompts sets the length of that axis.
-      resolution: pixels.
-      count: the number of concepts that train together; by default all.
+    `count` of the concepts train together, by default all. The concept with the most neutral
+    prompts sets the length of that axis.
     """
     prompt = jax.eval_shape(
         lambda params: backbone.encode_prompts([""], resolution, params), backbone.params

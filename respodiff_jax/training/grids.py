@@ -31,15 +31,8 @@ MAX_GRIDS = 8
 class ValidationGrids:
     """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, from equal seeds.
 
-    Args:
-      workdir: of the run; grids go to `grids/`.
-      config: of the run.
-      concepts: of the run.
-      embedded: the concepts as the training state has them, copies included.
-      sample: `make_sampler`'s function on the placement's devices.
-      placement: of the run.
-      latent_shape: `(h, w, c)`.
-      resolution: in pixels.
+    `embedded` are the concepts as the training state has them, copies included. `sample` is
+    `make_sampler`'s function on the placement's devices; latents are `(h, w, c)`.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")

@@ -66,8 +66,7 @@ class Session:
       model: the model with the parameters of its text encoders only, on the host.
       resolution: in pixels.
       max_neutral: the largest number of neutral prompts of a concept.
-      spec: specification of the training step.
-      placement: how a run is laid out on the devices.
+      spec, placement: the training step, and how a run is laid out on the devices.
       frozen: the parameters of UNet and VAE, on the devices.
       step: the training step on all devices, compiled at its first call.
       sample: the compiled sampler of the validation grids; None without grids.

@@ -25,12 +25,9 @@ def open_model(config: ConfigDict, **changes: Any) -> Backbone:
 
 
 def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = None) -> StepSpec:
-    """The training step's specification.
+    """The training step's specification, for a model that may be abstract.
 
-    Args:
-      config: as from `load_config`.
-      backbone: the model; may be abstract.
-      resolution: in pixels; None is the config's, else the model's own.
+    The resolution is in pixels; None is the config's, else the model's own.
 
     Raises:
       UserError: if the model does not have this resolution or number of DDIM steps.

@@ -110,15 +110,10 @@ def _weighted(rng, weights):
 
 
 def draw(rng, naming=None, table=world.BIAS):
-    """Draws a caption and a scene that it describes.
+    """Draws a caption, its `world.Claims`, and a `world.Scene` that it describes.
 
-    Args:
-      rng: `numpy.random.Generator`.
-      naming: `Naming`; None is `Naming()`.
-      table: the distribution of what the caption leaves open; `world.BIAS` or `world.EVEN`.
-
-    Returns:
-      The caption, its `world.Claims`, the `world.Scene`.
+    `naming` None is `Naming()`. The table, `world.BIAS` or `world.EVEN`, is the distribution of
+    what the caption leaves open.
     """
     kind = _weighted(rng, KINDS)
     if kind == "nothing":

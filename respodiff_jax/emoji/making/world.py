@@ -143,10 +143,7 @@ class Claims:
 def draw_scene(rng, claims, table=BIAS):
     """Draws a `Scene` for which the claims hold: first the subject, then the rest from the table.
 
-    Args:
-      rng: `numpy.random.Generator`.
-      claims: `Claims`; only claims about people may have a gender and a tone group.
-      table: `BIAS` or `EVEN`.
+    Only claims about people may have a gender and a tone group. The table is `BIAS` or `EVEN`.
     """
     kind, subject = claims.kind, claims.subject
     if subject is None:
