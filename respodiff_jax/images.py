@@ -72,20 +72,16 @@ def grid(
     rows_per_group: int | None = None,
     tile: int | None = None,
 ) -> Image.Image:
-    """Arranges images in labelled rows on white.
+    """Arranges images in labelled rows on white, an RGB picture.
 
     Args:
       rows: images `(H, W, 3)`, uint8 or float in [0, 1], row by row; one array works too.
       row_labels: one text for each row, wrapped, to its left.
       captions: one short text for each image, below it, nested like `rows`.
       title: a line above the grid.
-      rows_per_group: number of consecutive rows in a group; a wider gap separates groups. None puts
-        all rows in one group.
+      rows_per_group: number of rows in a group, by default all; a wider gap separates groups.
       tile: width of each image in the grid, in pixels; None takes the images' own width, within
         128 .. 256.
-
-    Returns:
-      The RGB picture.
 
     Raises:
       UserError: if the numbers of images, labels or captions do not match.

@@ -43,11 +43,7 @@ def open_path(path: PathLike) -> epath.Path:
 
 
 def local_path(path: PathLike, what: str) -> pathlib.Path:
-    """The path, for code that works on this machine only.
-
-    Raises:
-      UserError: if the path is on Google Cloud Storage.
-    """
+    """The path, for code that works on this machine only; raises `UserError` if it is on gs://."""
     if is_remote(path):
         raise UserError(
             f"{what} {os.fspath(path)} is on Google Cloud Storage, expected a path on this machine;"

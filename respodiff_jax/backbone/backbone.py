@@ -217,14 +217,9 @@ class Backbone:
         return Conditioning(context, pooled, jnp.asarray(time_ids))
 
     def decode_latents(self, params: Mapping, z: jax.Array) -> jax.Array:
-        """The images of latents, by the VAE's decoder.
+        """The images, float32 (B, height, width, 3) in [0, 1], of latents as the UNet sees them.
 
-        Args:
-          params: as `self.params`; only "vae" is read.
-          z: float32 (B, h, w, c) latents as the UNet sees them.
-
-        Returns:
-          float32 (B, height, width, 3) in [0, 1].
+        The latents are float32 (B, h, w, c). Of the parameters only "vae" is read.
         """
 
         def decoder(vae, z):

@@ -60,11 +60,7 @@ def sha256(*files: pathlib.Path) -> str:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      UserError: if the file holds anything else.
-    """
+    """The JSON object in a file; raises `UserError` if the file holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -318,11 +318,7 @@ def abstract_params(module: nn.Module) -> dict:
 
 
 def compute_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype of a name.
-
-    Raises:
-      UserError: unless the name is "float32" or "bfloat16".
-    """
+    """The numpy dtype of "float32" or "bfloat16"; raises `UserError` for another name."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"`dtype` is {dtype!r}, expected 'float32' or 'bfloat16'")
     return jnp.dtype(dtype)

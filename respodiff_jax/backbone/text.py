@@ -92,11 +92,7 @@ def byte_tokenizer() -> CLIPTokenizer:
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> CLIPTokenizer:
-    """The tokenizer in a folder.
-
-    Raises:
-      UserError: if its files are damaged.
-    """
+    """The tokenizer in a folder; raises `UserError` if its files are damaged."""
     try:
         return CLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -40,8 +40,7 @@ class Report:
       what: "train" or "generate".
       unit: what `rate` counts, "samples" or "images".
       workload: the settings measured.
-      environment: from `measure.environment`.
-      peak: from `measure.Peak`.
+      environment, peak: from `measure.environment` and `measure.Peak`.
       sides: the measurements of this package, then of PyTorch.
     """
 

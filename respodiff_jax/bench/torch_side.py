@@ -230,6 +230,7 @@ class Prompts(NamedTuple):
     empty: Conditions
 
 
+@dataclasses.dataclass(eq=False)
 class Training:
     """The training of several concepts, each by its own `Procedure`; they share only the UNet.
 
@@ -240,17 +241,15 @@ class Training:
       seed: of prompts, noise and rollout lengths.
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[tuple[Procedure, Prompts]],
-        latent_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-    ):
-        self.concepts = concepts
-        self._shape = (batch_size, *latent_shape)
-        self._rng = random.Random(seed)
-        self._generator = torch.Generator().manual_seed(seed)
+    concepts: Sequence[tuple[Procedure, Prompts]]
+    latent_shape: tuple[int, int, int]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        self._shape = (self.batch_size, *self.latent_shape)
+        self._rng = random.Random(self.seed)
+        self._generator = torch.Generator().manual_seed(self.seed)
 
     def scale_learning_rates(self, factor: float) -> None:
         """Sets all learning rates to `factor` times the concepts' own."""

@@ -104,11 +104,7 @@ def locate(file: str) -> pathlib.Path:
 
 
 def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) -> str:
-    """The hexadecimal digest of a file.
-
-    Raises:
-      UserError: if it is not the expected one.
-    """
+    """The hexadecimal digest of a file; raises `UserError` if another is expected."""
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if expected is not None and digest != expected.lower():

@@ -26,10 +26,7 @@ _DAMAGE_STATUSES = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RAN
 class Checkpoints:
     """The checkpoints in a run's working directory, saved asynchronously.
 
-    Args:
-      workdir: of the run, absolute or relative.
-      keep: how many of the newest to keep; None keeps all.
-      create: make the directory if it does not exist.
+    Only the newest `keep` stay; None keeps all. `create` makes the directory if it does not exist.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int | None = None, create: bool = True):
@@ -61,10 +58,8 @@ class Checkpoints:
         """The newest undamaged state, or None if none was saved.
 
         Newer, damaged ones are reported and moved to `damaged_checkpoints/` of the working
-        directory. Every other error is raised: it is the machine's or this package's.
-
-        Args:
-          abstract: shapes, dtypes and shardings of the state.
+        directory. Every other error is raised: it is the machine's or this package's. `abstract`
+        has shapes, dtypes and shardings of the state.
 
         Raises:
           UserError: if every checkpoint is damaged. They stay where they are.
@@ -103,10 +98,7 @@ class Checkpoints:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
     def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
-        """A saved state as nested dicts of host arrays, and its step.
-
-        Args:
-          step: a saved step; None is the newest undamaged one.
+        """A saved step, by default the newest undamaged one, and its state on the host, as dicts.
 
         Raises:
           UserError: if there is no such step, or it is damaged.

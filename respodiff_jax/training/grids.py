@@ -1,5 +1,6 @@
 """Validation grids: pictures of a run's concepts, drawn while it trains, in `grids/`."""
 
+import collections
 import io
 import os
 import re
@@ -122,16 +123,14 @@ def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes |
 
     None where there are none.
     """
-    files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
-    steps = [int(path.name.split("_")[0]) for path in files]
-    newest = max((s for s in steps if step is None or s <= step), default=None)
-    if newest is None:
+    files = collections.defaultdict(list)
+    for path in sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda p: p.name):
+        files[int(path.name.split("_")[0])].append(path)
+    newest = max((s for s in files if step is None or s <= step), default=None)
+    contents = [io.BytesIO(path.read_bytes()) for path in files.get(newest, ())]
+    if not contents:
         return None
-    pictures = [
-        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        for path, its_step in zip(files, steps, strict=True)
-        if its_step == newest
-    ]
+    pictures = [Image.open(content).convert("RGB") for content in contents]
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
     whole = Image.new("RGB", size, "white")
     top = 0

@@ -36,10 +36,9 @@ def is_workdir(path: epath.PathLike) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """The contents of `run.json`.
+    """The contents of `run.json`: the resolved config, and what it gave.
 
     Attributes:
-      config: the resolved config.
       concepts: in the order of the state's concept axis.
       module: fields of the `MidBlockModule`.
       backbone: identity of the frozen model, resolution and prediction type.

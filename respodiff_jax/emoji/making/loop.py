@@ -15,11 +15,7 @@ from respodiff_jax.storage import write_whole
 
 
 def load_params(workdir, name):
-    """Loads the parameters in a stage's last checkpoint.
-
-    Raises:
-      UserError: if the stage has not run.
-    """
+    """The parameters in a stage's last checkpoint; raises `UserError` if the stage has not run."""
     path = pathlib.Path(workdir) / f"{name}.msgpack"
     if not path.exists():
         raise UserError(f"{path} does not exist; run the stage {name!r} first")

@@ -118,11 +118,7 @@ def _stage_options(build, stage, batch_size):
 
 
 def check_continues(build, stage, batch_size):
-    """Checks that a stage that has begun continues with the same options.
-
-    Raises:
-      UserError: if an option differs.
-    """
+    """Raises `UserError` if a stage that has begun would continue with other options."""
     path, options = build.workdir / f"{stage}.json", _stage_options(build, stage, batch_size)
     began = json.loads(path.read_text()) if path.exists() else options
     for option, value in options.items():
