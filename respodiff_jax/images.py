@@ -1,5 +1,6 @@
 """Pictures on disk: PNGs that record how they were made, and labelled grids."""
 
+import io
 import itertools
 import json
 import os
@@ -26,15 +27,19 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.round(np.clip(image.astype(np.float32), 0.0, 1.0) * 255).astype(np.uint8)
 
 
+def to_png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
+
+
 def save_png(
     image: np.ndarray, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an image as PNG, with metadata as JSON in a text chunk named `parameters`.
+    """Writes an image as PNG, with JSON-able metadata in a text chunk named `parameters`.
 
-    Args:
-      image: `(height, width, 3)`, uint8 or float in [0, 1].
-      path: file to write.
-      metadata: a JSON-able mapping, or None.
+    The image is `(height, width, 3)`, uint8 or float in [0, 1].
     """
     info = PngInfo()
     if metadata is not None:
@@ -67,20 +72,16 @@ def grid(
     rows_per_group: int | None = None,
     tile: int | None = None,
 ) -> Image.Image:
-    """Arranges images in labelled rows on white.
+    """Arranges images in labelled rows on white, an RGB picture.
 
     Args:
       rows: images `(height, width, 3)`, uint8 or float in [0, 1], row by row; one array works too.
       row_labels: one text for each row, wrapped, to its left.
       captions: one short text for each image, below it, nested like `rows`.
       title: a line above the grid.
-      rows_per_group: number of consecutive rows in a group; a wider gap separates groups. None puts
-        all rows in one group.
+      rows_per_group: number of rows in a group, by default all; a wider gap separates groups.
       tile: width of each image in the grid, in pixels; None takes the images' own width, within
         128 .. 256.
-
-    Returns:
-      The RGB picture.
 
     Raises:
       UserError: if the numbers of images, labels or captions do not match.
@@ -106,8 +107,7 @@ def grid(
     caption_h = 0 if captions is None else round(line * 0.95)
 
     left = margin + (tile_w + margin if row_labels is not None else 0)
-    title_h = 0 if title is None else line + gap
-    top = margin + title_h
+    top = margin + (line + gap if title is not None else 0)
     lefts = [left + column * (tile_w + gap) for column in range(columns)]
     row_h, extra_gap = tile_h + caption_h + gap, group_gap - gap
     group = rows_per_group or len(rows)

@@ -2,6 +2,8 @@
 
 A bucket differs from a disk: an object is written whole, cannot grow, and needs no folder around
 it. Only this file handles these differences.
+
+In messages, `what` is the role of a path. A path may be on gs:// unless a docstring says otherwise.
 """
 
 import contextlib
@@ -41,15 +43,7 @@ def open_path(path: PathLike) -> epath.Path:
 
 
 def local_path(path: PathLike, what: str) -> pathlib.Path:
-    """The path, for code that works on this machine only.
-
-    Args:
-      path: to check.
-      what: the role of the path, for the message.
-
-    Raises:
-      UserError: if the path is on Google Cloud Storage.
-    """
+    """The path, for code that works on this machine only; raises `UserError` if it is on gs://."""
     if is_remote(path):
         raise UserError(
             f"{what} {os.fspath(path)} is on Google Cloud Storage, expected a path on this machine;"
@@ -83,10 +77,6 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
 def read_text(path: PathLike, what: str) -> str:
     """The text of a UTF-8 file; a byte order mark is dropped, line ends stay as they are.
 
-    Args:
-      path: on this machine or on Google Cloud Storage.
-      what: the role of the file, for the message.
-
     Raises:
       UserError: if the file cannot be read, or is not UTF-8.
     """
@@ -103,12 +93,8 @@ def read_text(path: PathLike, what: str) -> str:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text. An object that repeats a key is an error.
 
-    Args:
-      text: to parse.
-      where: the file or field that holds the text, for the message.
-
     Raises:
-      UserError: if the text is not JSON; the message gives the position.
+      UserError: if the text is not JSON; the message gives `where`, its file, and the position.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
@@ -125,10 +111,6 @@ def parse_json(text: str, where: str) -> Any:
 def read_json(path: PathLike, what: str) -> Any:
     """The value in a JSON file.
 
-    Args:
-      path: on this machine or on Google Cloud Storage.
-      what: the role of the file, for the message.
-
     Raises:
       UserError: if the file cannot be read, or is not JSON in UTF-8.
     """
@@ -139,10 +121,6 @@ def read_json_lines(path: PathLike, what: str = "log") -> list[Any]:
     """The values of a file that grows by one line of JSON at a time.
 
     A last line without an end is left out: the process that wrote it was killed.
-
-    Args:
-      path: on this machine or on Google Cloud Storage.
-      what: the role of the file, for the message.
 
     Raises:
       UserError: if the file cannot be read, or a line is not JSON in UTF-8.
@@ -182,11 +160,7 @@ def append_text(path: epath.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
-    """A file on this machine with the content of `path`, for libraries that read no other.
-
-    Yields:
-      `path` itself if it is on this machine, else a copy, which is deleted at the end.
-    """
+    """A file on this machine with the content of `path`: itself, or a copy that is then deleted."""
     if not is_remote(path):
         yield pathlib.Path(path)
         return
@@ -199,14 +173,8 @@ def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
 class LocalFolder:
     """A folder on this machine, for libraries that write to no other.
 
-    It is the given folder itself or, if that is remote, a temporary folder. `push` copies the
-    files of the temporary folder to the remote one.
-
-    Args:
-      path: the folder.
-
-    Attributes:
-      path: where to write.
+    Its `path` is the given folder itself or, if that is remote, a temporary folder. `push` copies
+    the files of the temporary folder to the remote one.
     """
 
     def __init__(self, path: PathLike):
@@ -231,13 +199,9 @@ class LocalFolder:
 def check_output_file(path: PathLike, name: str) -> pathlib.Path:
     """The path of a file on this machine; call it before the work whose result it takes.
 
-    Args:
-      path: the file; it need not exist.
-      name: the parameter that gave the path, for the message.
-
     Raises:
       UserError: if the path is remote or a folder, its own folder does not exist, or writing is
-        not permitted.
+        not permitted; `name` is the parameter that gave the path.
     """
     file = local_path(path, f"`{name}`")
     if not file.parent.is_dir():

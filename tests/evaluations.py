@@ -112,11 +112,21 @@ def evaluation_folder(
 _VALUES = {"gender": vocabulary.GENDERS, "skin_tone": vocabulary.TONE_GROUPS}
 
 
+def tone_group_probabilities(tones):
+    """Probabilities of the tone groups (3,), from those of the five tones."""
+    return np.bincount(vocabulary.TONE_GROUP_OF, weights=tones)
+
+
+def gender_probabilities(bias):
+    """Probabilities (2,), in the order of `vocabulary.GENDERS`."""
+    return np.array([bias.woman, 1 - bias.woman])
+
+
 def _shares(profession, effect):
     bias = world.BIAS[profession]
     biased = {
-        "gender": world.gender_probabilities(bias),
-        "skin_tone": world.tone_group_probabilities(bias.tones),
+        "gender": gender_probabilities(bias),
+        "skin_tone": tone_group_probabilities(bias.tones),
     }
     # The adapter is for gender; it changes skin tone a little.
     effects = {"gender": effect, "skin_tone": 0.15 * effect}

@@ -14,12 +14,13 @@ from test_train_step import relative_error
 
 from respodiff_jax.backbone import architectures
 from respodiff_jax.backbone.attention import attention, choose_attention
-from respodiff_jax.bench.model import Setup, open_model
+from respodiff_jax.bench.model import Setup
 from respodiff_jax.generation.sampling import Sampler, SamplerOptions
 from respodiff_jax.method.paper import GENDER
 from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.config import add_concepts, default
 from respodiff_jax.training.parallel import Placement
+from respodiff_jax.training.spec import open_model
 
 pytestmark = pytest.mark.gpu
 
@@ -127,7 +128,7 @@ def test_bfloat16_and_float32_give_similar_pictures(monkeypatch):
     def pictures(dtype):
         config = config_of(dtype, monkeypatch)
         options = SamplerOptions(num_steps=10, guidance_scale=4.0, batch_size=2)
-        sampler = Sampler(open_model(config)[0], options)
+        sampler = Sampler(open_model(config), options)
         return np.asarray(sampler(sampler.prepare(["a person"] * 2, [0, 1])), np.float32)
 
     exact, found = pictures("float32"), pictures("bfloat16")

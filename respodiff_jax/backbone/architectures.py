@@ -123,24 +123,22 @@ _TINY = {
         "attention_head_dim": 2,
         "cross_attention_dim": 32,
     },
-    "vae": {
+    "vae": _VAE
+    | {
         "block_out_channels": (32, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "layers_per_block": 1,
         "sample_size": 16,
-        "scaling_factor": 0.18215,
     },
     "text_encoder": _TINY_TEXT,
     "scheduler": _SCHEDULER,
 }
 _TINY_XL = _TINY | {
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": (32, 64),
+    "unet": _TINY["unet"]
+    | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
         "attention_head_dim": (1, 2),
         "transformer_layers_per_block": (1, 2),
         "cross_attention_dim": 64,
@@ -162,10 +160,7 @@ _ARCHITECTURES = {
 
 
 def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) -> dict:
-    """Flax's default initialisation, drawn tensor by tensor, so no fp32 copy of all tensors exists.
-
-    Each large tensor has its own generator, so all cores draw at once.
-    """
+    """Flax's default initialisation, tensor by tensor: no float32 copy of all of them exists."""
     flat = flax.traverse_util.flatten_dict(abstract)
 
     def draw(path, rng):
@@ -177,6 +172,7 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
         deviation = 0.01 if path[-1] == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
         return (deviation * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
+    # Each large tensor has its own generator, so all cores draw at once.
     large = [path for path, leaf in flat.items() if leaf.size > 2**20]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         drawn = dict(zip(large, pool.map(draw, large, rng.spawn(len(large))), strict=True))
@@ -227,9 +223,7 @@ def random_backbone(
             params[part] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, kind), shapes)
         else:
             params[part] = _random_params(shapes, kind, rng)
-    load = functools.partial(
-        random_backbone, architecture, dtype=dtype, attention=attention, seed=seed
-    )
+    options = {"dtype": dtype, "attention": attention, "seed": seed}
     described = json.dumps({"unet": configs["unet"], "seed": seed}, sort_keys=True)
     return Backbone(
         identity={
@@ -247,5 +241,5 @@ def random_backbone(
         dtype=kind,
         zeros_for_empty_prompt=len(encoders) == 2,
         attention=attention,
-        load=load if abstract else None,
+        load=functools.partial(random_backbone, architecture, **options) if abstract else None,
     )

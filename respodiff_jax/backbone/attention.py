@@ -29,14 +29,9 @@ _LANES = 128  # the width of a TPU register; the kernel's blocks are multiples o
 
 
 def choose_attention(implementation: str, dtype: np.dtype) -> str:
-    """The attention implementation to use; "auto" means the fastest for this backend and dtype.
+    """The attention implementation to use, of `IMPLEMENTATIONS`, for a model in this dtype.
 
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      dtype: of the model's computation.
-
-    Returns:
-      "plain", "flash", "cudnn" or "stock".
+    For "auto" it is the fastest of "plain", "flash" and "cudnn" that this backend has.
 
     Raises:
       UserError: for an unknown name, or if this backend or dtype does not have the implementation.
@@ -46,15 +41,10 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
             f"`attention` is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
         )
     backend = jax.default_backend()
-    available = {
-        "plain": True,
-        "flash": backend == "tpu",
-        "cudnn": _has_cudnn(dtype),
-        "stock": True,
-    }
+    fastest = "flash" if backend == "tpu" else "cudnn" if _has_cudnn(dtype) else "plain"
     if implementation == "auto":
-        return next((name for name in ("flash", "cudnn") if available[name]), "plain")
-    if not available[implementation]:
+        return fastest
+    if implementation not in ("plain", "stock", fastest):
         needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
         raise UserError(
             f"`attention` is {implementation!r}, which needs {needs[implementation]}; this is"
@@ -109,11 +99,9 @@ def _cudnn(query, key, value, scale):
 
 
 def _flash(query, key, value, scale):
-    """Pallas' Splash attention without a mask.
-
-    The kernel has no scale argument, so the queries are scaled first, and rounded once more.
-    """
+    """Pallas' Splash attention without a mask."""
     batch, tokens, keys = *query.shape[:2], key.shape[1]
+    # The kernel has no scale argument, so the queries are scaled first, and rounded once more.
     query = (scale * query.astype(jnp.float32)).astype(query.dtype)
     query, key, value = map(_heads_first, (query, key, value))
     (heads, padded_tokens, head_dim), padded_keys = query.shape, key.shape[1]

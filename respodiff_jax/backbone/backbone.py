@@ -12,7 +12,13 @@ import numpy as np
 
 from respodiff_jax.backbone import text
 from respodiff_jax.backbone import unet as unet_lib
-from respodiff_jax.backbone.flax_models import upsample_by_repeating, with_attention
+from respodiff_jax.backbone.flax_models import (
+    LAYER,
+    match_pytorch,
+    name_layers,
+    upsample_by_repeating,
+    with_attention,
+)
 from respodiff_jax.backbone.unet import Conditioning, Skips
 from respodiff_jax.errors import UserError
 
@@ -77,28 +83,12 @@ class Backbone:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     def trained_at(self, resolution: int) -> dict[str, Any]:
-        """The `backbone` entry of an adapter trained on this model.
-
-        Args:
-          resolution: the side of the training images in pixels.
-
-        Returns:
-          `identity` with `resolution` and `prediction_type`.
-        """
-        return {
-            **self.identity,
-            "resolution": resolution,
-            "prediction_type": self.prediction_type,
-        }
+        """The `backbone` entry of an adapter trained on this model, at a resolution in pixels."""
+        own = {"resolution": resolution, "prediction_type": self.prediction_type}
+        return {**self.identity, **own}
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """The shape of a latent.
-
-        Args:
-          resolution: the side of the square images in pixels.
-
-        Returns:
-          (h, w, c).
+        """The shape of a latent, (h, w, c); `resolution` is the images' side in pixels.
 
         Raises:
           UserError: if the UNet cannot halve such latents evenly; names the nearest valid
@@ -116,13 +106,7 @@ class Backbone:
         return side, side, self.unet.in_channels
 
     def mid_block_shape(self, resolution: int) -> tuple[int, int, int]:
-        """The shape of h, the mid-block output.
-
-        Args:
-          resolution: the side of the square images in pixels.
-
-        Returns:
-          (H, W, C).
+        """The shape of h, the mid-block output, (H, W, C).
 
         Raises:
           UserError: as `latent_shape`.
@@ -152,7 +136,7 @@ class Backbone:
         Raises:
           UserError: if an argument has the wrong shape.
         """
-        return unet_lib.encode(self.unet, params["unet"], z_t, timesteps, cond, self.attention)
+        return self._apply("unet", params, unet_lib.encode, z_t, timesteps, cond)
 
     def decode(self, params: Mapping, h: jax.Array, skips: Skips, remat: bool = False) -> jax.Array:
         """The paper's g: the UNet's output g(h, ...), eps or v as in `prediction_type`.
@@ -166,18 +150,30 @@ class Backbone:
         Returns:
           float32 (B, h, w, c).
         """
-        return unet_lib.decode(self.unet, params["unet"], h, skips, self.attention, remat)
+
+        def apply(params, h, skips):
+            with nn.intercept_methods(name_layers):
+                return self._apply("unet", params, unet_lib.decode, h, skips)
+
+        if remat:
+            policy = jax.checkpoint_policies.save_only_these_names(LAYER)
+            apply = jax.checkpoint(apply, policy=policy)
+        return apply({"unet": params["unet"]}, h, skips)
+
+    def _apply(self, part: str, params: Mapping, method: Callable, *args: Any) -> Any:
+        """Runs a method of "unet" or "vae": computes as PyTorch does, with fast layers."""
+        with (
+            nn.intercept_methods(match_pytorch),
+            nn.intercept_methods(upsample_by_repeating),
+            nn.intercept_methods(with_attention(self.attention)),
+        ):
+            return getattr(self, part).apply({"params": params[part]}, *args, method=method)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids of prompts; warns if a prompt is too long and is cut.
+        """The token ids of n prompts for each text encoder, int32 (n, L).
 
-        It needs no weights, so a model opened with `abstract=True` can give the warning early.
-
-        Args:
-          prompts: n strings.
-
-        Returns:
-          int32 (n, L) for each text encoder.
+        Warns if a prompt is too long and is cut. It needs no weights, so a model opened with
+        `abstract=True` can give the warning early.
         """
         ids = []
         for tokenizer, module in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -221,25 +217,15 @@ class Backbone:
         return Conditioning(context, pooled, jnp.asarray(time_ids))
 
     def decode_latents(self, params: Mapping, z: jax.Array) -> jax.Array:
-        """The images of latents, by the VAE's decoder.
+        """The images, float32 (B, height, width, 3) in [0, 1], of latents as the UNet sees them.
 
-        Args:
-          params: as `self.params`; only "vae" is read.
-          z: float32 (B, h, w, c) latents as the UNet sees them.
-
-        Returns:
-          float32 (B, height, width, 3) in [0, 1].
+        The latents are float32 (B, h, w, c). Of the parameters only "vae" is read.
         """
 
         def decoder(vae, z):
             return vae.decoder(vae.post_quant_conv(z))
 
-        z = z / self.vae.config.scaling_factor
-        with (
-            nn.intercept_methods(upsample_by_repeating),
-            nn.intercept_methods(with_attention(self.attention)),
-        ):
-            images = self.vae.apply({"params": params["vae"]}, z, method=decoder)
+        images = self._apply("vae", params, decoder, z / self.vae.config.scaling_factor)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     @functools.cached_property

@@ -21,18 +21,15 @@ from respodiff_jax.backbone.text import read_tokenizer, tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
 from respodiff_jax.errors import UserError
 
+_IMAGES_PER_DEVICE, _TEXTS = 64, 256  # encoded at a time
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """A CLIP with its preprocessing.
+    """A CLIP, an unbound Flax module with float32 parameters, and its preprocessing.
 
-    Attributes:
-      identity: `name`, `revision` (the commit of a hub model, else None) and `sha256` of the
-        weight files.
-      module: the unbound Flax module.
-      params: its parameters, float32.
-      tokenizer: prepares texts.
-      processor: prepares pictures.
+    `identity` has `name`, `revision` (the commit of a hub model, else None) and `sha256` of the
+    weight files.
     """
 
     identity: Mapping[str, Any]
@@ -49,15 +46,12 @@ class Clip:
     def _encode_texts(self):
         return jax.jit(functools.partial(encode_texts, self.module))
 
-    def image_features(
-        self, images: Sequence[Any], batch_size: int = 64, progress: bool = False
-    ) -> np.ndarray:
+    def image_features(self, images: Sequence[Any], progress: bool = False) -> np.ndarray:
         """The unit vectors of pictures, computed on all local devices.
 
         Args:
           images: N pictures of any sizes, uint8 (height, width, 3) arrays or PIL images. They are
             resized, cropped and normalised as in CLIP's training.
-          batch_size: the number of pictures that each device takes at a time.
           progress: show a progress bar.
 
         Returns:
@@ -67,7 +61,7 @@ class Clip:
         by_sample = NamedSharding(mesh, PartitionSpec("data"))
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         features = []
-        step = min(batch_size, -(-len(images) // mesh.size)) * mesh.size
+        step = min(_IMAGES_PER_DEVICE, -(-len(images) // mesh.size)) * mesh.size
         for start in tqdm(range(0, len(images), step), "clip", disable=None if progress else True):
             part = [np.asarray(image) for image in images[start : start + step]]
             pixels = np.stack(
@@ -78,23 +72,17 @@ class Clip:
             features.append(np.asarray(self._encode_images(params, pixels))[: len(part)])
         return np.concatenate(features)
 
-    def text_features(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
-        """The unit vectors of texts; a text that is too long is cut, with a warning.
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """The unit vectors of N texts, float32 (N, D).
 
-        Args:
-          texts: N strings.
-          batch_size: the number of texts at a time.
-
-        Returns:
-          float32 (N, D).
+        A text that is too long is cut, with a warning.
         """
-        ids = tokenise(
-            self.tokenizer, texts, self.module.config.text_config.max_position_embeddings
-        )
+        length = self.module.config.text_config.max_position_embeddings
+        ids = tokenise(self.tokenizer, texts, length)
         features = []
-        for start in range(0, len(ids), batch_size):
-            part = ids[start : start + batch_size]
-            padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
+        for start in range(0, len(ids), _TEXTS):
+            part = ids[start : start + _TEXTS]
+            padded = np.pad(part, ((0, _TEXTS - len(part)), (0, 0)))
             features.append(np.asarray(self._encode_texts(self.params, padded))[: len(part)])
         return np.concatenate(features)
 
@@ -197,21 +185,15 @@ def save_clip(
     params: Mapping,
     tokenizer: transformers.CLIPTokenizer,
     processor: transformers.CLIPImageProcessor,
-    dtype: str = "float16",
 ) -> None:
     """Writes a folder that `load_clip` and PyTorch's `CLIPModel` and `CLIPProcessor` read.
 
-    Args:
-      folder: created if it does not exist; existing files are overwritten.
-      config: of the model.
-      params: the parameter tree of the model; numpy or JAX arrays.
-      tokenizer: prepares texts.
-      processor: prepares pictures.
-      dtype: "float32", "float16" or "bfloat16", of the weight file.
+    The folder is created if it does not exist, existing files are overwritten. The weights are
+    float16.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(params, folder / "model.safetensors", dtype)
+    save_weights(params, folder / "model.safetensors", "float16")
     content = config.to_dict() | {"architectures": ["CLIPModel"]}
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)

@@ -36,14 +36,9 @@ Choose = Callable[[Collection[str]], Collection[str]]
 class PipelineFiles:
     """The complete files of a pipeline: JSON files are read, weight files are paths.
 
-    Attributes:
-      revision: the commit of a hub model, else None.
-      index: the contents of model_index.json.
-      configs: the contents of config.json by part: "unet", "vae", "text_encoder" and, for SDXL,
-        "text_encoder_2".
-      weights: the weight files by part.
-      tokenizers: the folder of each text encoder's tokenizer.
-      scheduler_config: the contents of scheduler/scheduler_config.json.
+    The parts are "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". `revision` is the
+    commit of a hub model, else None; `index` the contents of model_index.json; `tokenizers` has
+    the folder of each text encoder's tokenizer.
     """
 
     revision: str | None
@@ -60,17 +55,12 @@ def sha256(*files: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      UserError: if the file holds anything else.
-    """
+    """The JSON object in a file; raises `UserError` if the file holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,10 +85,8 @@ def _stems(part: str) -> tuple[str, str]:
 
 
 def _choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
-    """Which of a part's files to read: one file, or an index followed by its shards, or none.
-
-    Safetensors come before msgpack; without a `variant` the plain files come before fp16.
-    """
+    """Which of a part's files to read: one file, or an index followed by its shards, or none."""
+    # Safetensors come before msgpack; without a `variant` the plain files come before fp16.
     stem, flax_stem = _stems(part)
     for v in (variant,) if variant else (None, "fp16"):
         infix = f".{v}" if v else ""
@@ -196,10 +184,7 @@ def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -
 
 
 def _copy_remote(name: str, cache_dir: Any, choose: Choose) -> pathlib.Path:
-    """A folder in the cache with a copy of a model on Google Cloud Storage.
-
-    The copy stays in the cache; the files are copied again only after they have changed.
-    """
+    """A folder in the cache with a copy from Google Cloud Storage, made again after changes."""
     root = open_path(name)
     try:
         files = [file for pattern in ("*", "*/*") for file in root.glob(pattern)]

@@ -194,16 +194,10 @@ def _build(module_class: type[nn.Module], config: Mapping, dtype: jnp.dtype) -> 
 def build_modules(
     configs: Mapping[str, Mapping[str, Any]], dtype: np.dtype, where: str
 ) -> dict[str, nn.Module]:
-    """The unbound modules of a pipeline; allocates nothing.
+    """The unbound modules of a pipeline, computing in a dtype; allocates nothing.
 
-    Args:
-      configs: the contents of config.json of "unet", "vae", "text_encoder" and, for SDXL,
-        "text_encoder_2".
-      dtype: of computation.
-      where: the model's name, for messages.
-
-    Returns:
-      The modules by the keys of `configs`. SDXL's second text encoder has a projection.
+    `configs` has the contents of config.json of "unet", "vae", "text_encoder" and, for SDXL,
+    "text_encoder_2", which has a projection. `where` is the model's name, for messages.
 
     Raises:
       UserError: if the Flax classes would not compute the model faithfully; names the file and the
@@ -324,11 +318,7 @@ def abstract_params(module: nn.Module) -> dict:
 
 
 def compute_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype of a name.
-
-    Raises:
-      UserError: unless the name is "float32" or "bfloat16".
-    """
+    """The numpy dtype of "float32" or "bfloat16"; raises `UserError` for another name."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"`dtype` is {dtype!r}, expected 'float32' or 'bfloat16'")
     return jnp.dtype(dtype)

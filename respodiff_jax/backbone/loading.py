@@ -59,25 +59,16 @@ def load_backbone(
             raise UserError(
                 f"`revision` is {revision!r}, expected 'seed-0' or another seed for {name}"
             )
-        architecture = name.removeprefix("random/")
-        return random_backbone(
-            architecture, dtype=dtype, attention=attention, seed=int(seed), abstract=abstract
-        )
+        options = {"dtype": dtype, "attention": attention, "abstract": abstract}
+        return random_backbone(name.removeprefix("random/"), seed=int(seed), **options)
 
     files = find_pipeline(name, revision=revision, variant=variant, cache_dir=cache_dir)
     modules = flax_models.build_modules(files.configs, kind, name)
     params = {part: flax_models.abstract_params(module) for part, module in modules.items()}
     load = None
     if abstract:
-        load = functools.partial(
-            load_backbone,
-            name_or_path,
-            revision=files.revision,
-            variant=variant,
-            dtype=dtype,
-            attention=attention,
-            cache_dir=cache_dir,
-        )
+        options = {"revision": files.revision, "variant": variant, "cache_dir": cache_dir}
+        load = functools.partial(load_backbone, name, dtype=dtype, attention=attention, **options)
     else:
         params = {part: load_weights(files.weights[part], params[part], kind) for part in params}
     encoders = [part for part in modules if part.startswith("text_encoder")]

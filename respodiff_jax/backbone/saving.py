@@ -18,23 +18,16 @@ def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_backbone(
-    backbone: Backbone,
-    folder: str | pathlib.Path,
-    *,
-    params: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-) -> None:
+def save_backbone(backbone: Backbone, folder: str | pathlib.Path, dtype: str = "float32") -> None:
     """Writes a Stable Diffusion pipeline as a diffusers folder.
 
     Args:
-      backbone: the modules, tokenizers and scheduler config to write.
+      backbone: what to write.
       folder: created if it does not exist; existing files are overwritten.
-      params: as `backbone.params`, the default.
       dtype: "float32", "float16" or "bfloat16", of the weight files.
     """
     folder = pathlib.Path(folder)
-    params = backbone.params if params is None else params
+    params = backbone.params
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,

@@ -22,13 +22,8 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> n
     A prompt that is too long is cut as diffusers cuts it. A warning names the prompt and the text
     that is lost.
 
-    Args:
-      tokenizer: the text encoder's tokenizer.
-      prompts: n strings.
-      length: L, the number of tokens that the text encoder reads.
-
     Returns:
-      int32 (n, L).
+      int32 (n, L) for n prompts, where L is `length`, the number of tokens that the encoder reads.
     """
     ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
     rows = tokenizer(list(prompts), verbose=False)["input_ids"]
@@ -60,8 +55,7 @@ def encode_tokens(
     Args:
       text_encoders: one or two CLIP text modules.
       params: the parameters of each.
-      ids: int32 (n, L) token ids for each. Every position is attended to, padding included, as in
-        Stable Diffusion's training.
+      ids: int32 (n, L) for each. Every position is attended to, padding too, as in training.
       keep: bool (n,); the outputs are zeros where it is False.
 
     Returns:
@@ -70,18 +64,9 @@ def encode_tokens(
     """
     outputs = []
     for module, module_params, tokens in zip(text_encoders, params, ids, strict=True):
-        positions = jnp.broadcast_to(
-            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
-        )
-        outputs.append(
-            module.apply(
-                {"params": module_params},
-                tokens,
-                jnp.ones_like(tokens),
-                positions,
-                output_hidden_states=True,
-            )
-        )
+        positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+        inputs = tokens, jnp.ones_like(tokens), positions
+        outputs.append(module.apply({"params": module_params}, *inputs, output_hidden_states=True))
     if len(outputs) == 1:
         context, pooled = outputs[0].last_hidden_state, None
     else:
@@ -90,23 +75,24 @@ def encode_tokens(
     return jnp.where(keep[:, None, None], context, 0), pooled
 
 
-def byte_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer with a token for each byte: 514 entries, no merges, nothing to download."""
+def byte_symbols() -> list[str]:
+    """The first 512 entries of CLIP's vocabulary: each byte within a word, then at its end."""
     symbols = list(bytes_to_unicode().values())
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    return symbols + [symbol + "</w>" for symbol in symbols]
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer with a token for each byte: 514 entries, no merges, nothing to download."""
+    vocabulary = [*byte_symbols(), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = pathlib.Path(folder, "vocab.json"), pathlib.Path(folder, "merges.txt")
         vocab.write_text(json.dumps({s: i for i, s in enumerate(vocabulary)}), encoding="utf-8")
         merges.write_text("#version: 0.2\n", encoding="utf-8")
-        return CLIPTokenizer(str(vocab), str(merges), model_max_length=model_max_length)
+        return CLIPTokenizer(str(vocab), str(merges), model_max_length=77)
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> CLIPTokenizer:
-    """The tokenizer in a folder.
-
-    Raises:
-      UserError: if its files are damaged.
-    """
+    """The tokenizer in a folder; raises `UserError` if its files are damaged."""
     try:
         return CLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

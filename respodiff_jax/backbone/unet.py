@@ -3,8 +3,9 @@
 `encode` computes h = e(z_t, t, y), and `decode` computes g(h, ...) from h and the skips. A latent
 can be encoded once and decoded many times, with different deltas added to h.
 
-Both call the submodules of diffusers' Flax UNet, so `decode(encode(...))` equals the whole UNet
-(with `flax_models.match_pytorch`) to the last bit. `Backbone` explains the letters in shapes.
+Both run inside `apply` of diffusers' Flax UNet and call its submodules, so `decode(encode(...))`
+equals the whole UNet (with `flax_models.match_pytorch`) to the last bit. `Backbone.encode` and
+`Backbone.decode` explain arguments and shapes.
 """
 
 from typing import NamedTuple
@@ -13,13 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from respodiff_jax.backbone.flax_models import (
-    LAYER,
-    match_pytorch,
-    name_layers,
-    upsample_by_repeating,
-    with_attention,
-)
 from respodiff_jax.errors import UserError
 
 
@@ -56,7 +50,11 @@ def _takes_context(block: nn.Module) -> bool:
     return hasattr(block, "attentions")
 
 
-def _encode(unet, z_t, timesteps, cond):
+def encode(
+    unet: nn.Module, z_t: jax.Array, timesteps: jax.Array, cond: Conditioning
+) -> tuple[jax.Array, Skips]:
+    """The paper's e: the mid-block output and the skips."""
+    _check_inputs(unet, z_t, timesteps, cond)
     temb = unet.time_embedding(unet.time_proj(timesteps.astype(jnp.float32)))
     if unet.addition_embed_type == "text_time":
         time_embeds = unet.add_time_proj(cond.time_ids.astype(jnp.float32).ravel())
@@ -72,7 +70,8 @@ def _encode(unet, z_t, timesteps, cond):
     return h, Skips(residuals, temb, cond.context)
 
 
-def _decode(unet, h, skips):
+def decode(unet: nn.Module, h: jax.Array, skips: Skips) -> jax.Array:
+    """The paper's g: the UNet's output, from a mid-block output with the deltas added to it."""
     x, residuals = h.astype(unet.dtype), skips.residuals
     for block in unet.up_blocks:
         used = unet.layers_per_block + 1
@@ -109,71 +108,3 @@ def _check_inputs(unet, z_t, timesteps, cond):
             raise UserError(
                 f"`{name}` has shape {value.shape}, expected ({wanted}) for {batch} latents"
             )
-
-
-def encode(
-    unet: nn.Module,
-    params: dict,
-    z_t: jax.Array,
-    timesteps: jax.Array,
-    cond: Conditioning,
-    attention: str = "plain",
-) -> tuple[jax.Array, Skips]:
-    """The paper's e: the mid-block output h = e(z_t, t, y).
-
-    Args:
-      unet: a `FlaxUNet2DConditionModel`.
-      params: its parameters.
-      z_t: float32 (B, h, w, c) noisy latents.
-      timesteps: int32 (B,), from 0 to below the number of training timesteps.
-      cond: the prompts' conditioning, leading axis B.
-      attention: the implementation, see `attention.attention`.
-
-    Returns:
-      h: `unet.dtype` (B, H, W, C).
-      skips: the `Skips` that `decode` needs.
-
-    Raises:
-      UserError: if an argument has the wrong shape.
-    """
-    _check_inputs(unet, z_t, timesteps, cond)
-    with nn.intercept_methods(match_pytorch), nn.intercept_methods(with_attention(attention)):
-        return unet.apply({"params": params}, z_t, timesteps, cond, method=_encode)
-
-
-def decode(
-    unet: nn.Module,
-    params: dict,
-    h: jax.Array,
-    skips: Skips,
-    attention: str = "plain",
-    remat: bool = False,
-) -> jax.Array:
-    """The paper's g: the UNet's output (eps, or v for a v-prediction model).
-
-    Args:
-      unet: a `FlaxUNet2DConditionModel`.
-      params: its parameters; those of the encoder are not used.
-      h: float32 or bfloat16 (B, H, W, C) mid-block output, with the deltas added to it; cast to
-        `unet.dtype`.
-      skips: from `encode`.
-      attention: the implementation, see `attention.attention`.
-      remat: save memory in the gradient: keep each layer's output, compute the rest again.
-
-    Returns:
-      float32 (B, h, w, c).
-    """
-
-    def apply(params, h, skips):
-        with (
-            nn.intercept_methods(name_layers),
-            nn.intercept_methods(match_pytorch),
-            nn.intercept_methods(upsample_by_repeating),
-            nn.intercept_methods(with_attention(attention)),
-        ):
-            return unet.apply({"params": params}, h, skips, method=_decode)
-
-    if remat:
-        policy = jax.checkpoint_policies.save_only_these_names(LAYER)
-        apply = jax.checkpoint(apply, policy=policy)
-    return apply(params, h, skips)

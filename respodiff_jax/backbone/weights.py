@@ -149,13 +149,9 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
 def save_weights(params: Mapping, path: str | pathlib.Path, dtype: str = "float32") -> None:
     """Writes a Flax tree as one .safetensors file with PyTorch's names and layouts.
 
-    diffusers (UNet, VAE) and transformers (CLIP) read the file, as
-    `diffusion_pytorch_model.safetensors` and `model.safetensors`. So does `load_backbone`.
-
-    Args:
-      params: the parameter tree of a UNet, a VAE, a CLIP or its text encoder; numpy or JAX arrays.
-      path: the file to write.
-      dtype: "float32", "float16" or "bfloat16".
+    diffusers (UNet, VAE) and transformers (CLIP, its text encoder) read the file, as
+    `diffusion_pytorch_model.safetensors` and `model.safetensors`. So does `load_backbone`. The
+    dtype is "float32", "float16" or "bfloat16".
     """
     tensors = {
         torch_names(key)[0]: np.array(_to_torch(np.asarray(value), key[-1]), dtype, order="C")

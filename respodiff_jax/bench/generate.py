@@ -13,18 +13,14 @@ from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import Sampler, SamplerOptions
 from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.spec import open_model
 
 
 def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
     """Measures sampling without an adapter, from prompts to host arrays.
 
     A call samples `train.batch_size` images of the first concept's neutral prompt, in
-    `log.grid_steps` steps with `log.grid_guidance_scale`.
-
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure diffusers' PyTorch pipeline, in alternation.
-      repeats: repetitions of each side.
+    `log.grid_steps` steps with `log.grid_guidance_scale`. The arguments are those of `benchmark`.
 
     Raises:
       UserError: for a mistake in the config or the model, or if PyTorch is missing.
@@ -42,7 +38,8 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         resolution=config.model.resolution,
         batch_size=config.train.batch_size,
     )
-    backbone, resolution = model_lib.open_model(config)
+    backbone = open_model(config)
+    resolution = config.model.resolution or backbone.default_resolution
     neutral_prompt = concepts_from(config)[0].neutral_prompts[0]
     prompts, seeds = [neutral_prompt] * options.batch_size, range(options.batch_size)
     sampler: Sampler | None = None
@@ -53,16 +50,14 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         sampler = Sampler(dataclasses.replace(backbone), options)  # a backbone without programs
         return lambda: sampler(sampler.prepare(prompts, seeds))
 
-    def ours(calls: int) -> None:
+    def ours(calls):
         for _ in range(calls):
             np.asarray(sampler(sampler.prepare(prompts, seeds)))
 
     def compile_sampler():
         return sampler.program.lower(*sampler.arguments(sampler.prepare(prompts, seeds))).compile()
 
-    with measure.empty_compilation_cache():
-        first_call = measure.first_call(program)
-        peak_memory = measure.peak_memory(compile_sampler)
+    costs = measure.program_costs(program, compile_sampler)
     sides = {"ours": ours}
     if torch_side:
         with model_lib.diffusers_folder(backbone) as folder:
@@ -70,12 +65,13 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
                 folder,
                 config.model.dtype,
                 torch_side.device_for(jax.default_backend()),
-                num_steps=options.num_steps,
+                num_inference_steps=options.num_steps,
                 guidance_scale=options.guidance_scale,
-                resolution=resolution,
+                height=resolution,
+                width=resolution,
             )
 
-        def theirs(calls: int) -> None:
+        def theirs(calls):
             for _ in range(calls):
                 sample(prompts, seeds)
 
@@ -91,10 +87,9 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, flops=flops, utilisation=utilisation, **others)
 
-    sides = [side("JAX", batches["ours"], first_call=first_call, peak_memory=peak_memory)]
+    sides = [side("JAX", batches["ours"], **costs)]
     if torch_side:
         used = torch_side.peak_memory()
-        used = used and {"bytes": used, "of": "process, measured"}
         sides.append(side("PyTorch, diffusers", batches["theirs"], peak_memory=used))
     workload = {
         "model": config.model.name,

@@ -69,12 +69,8 @@ class Spread:
 def flops(function: Callable, *args: Any) -> float:
     """FLOPs of a function, by XLA's count, without running it; a loop's body counts once.
 
-    The program is counted as written, lowered for the CPU. Compiled for an accelerator it has
-    kernels that XLA cannot count.
-
-    Args:
-      function: the function.
-      *args: its arguments, arrays or `ShapeDtypeStruct`s.
+    The arguments are arrays or `ShapeDtypeStruct`s. The program is counted as written, lowered for
+    the CPU. Compiled for an accelerator it has kernels that XLA cannot count.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -82,16 +78,10 @@ def flops(function: Callable, *args: Any) -> float:
 
 
 def take_turns(sides: Mapping[str, Callable[[int], None]], repeats: int) -> dict[str, Spread]:
-    """Calls per second of each side.
+    """Calls per second of each side, one value for each repetition.
 
-    The sides alternate (A B A B ...), so that other load on the machine affects all of them.
-
-    Args:
-      sides: by name; `side(n)` does its work n times and waits until it is done.
-      repeats: repetitions of each side.
-
-    Returns:
-      For each side one value per repetition.
+    `side(n)` does its work n times and waits until it is done. The sides alternate (A B A B ...),
+    so that other load on the machine affects all of them.
     """
     calls = {}
     for name, side in sides.items():
@@ -110,28 +100,33 @@ def _seconds(function: Callable, *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def first_call(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of a program's first call, including tracing and compiling.
-
-    Call this within `empty_compilation_cache`. It clears JAX's caches of this process.
+def program_costs(
+    make: Callable[[], Callable[[], Any]], compile_program: Callable[[], jax.stages.Compiled]
+) -> dict[str, dict[str, Any]]:
+    """What a program costs besides its time; clears JAX's caches of this process.
 
     Args:
       make: returns a new program, not yet compiled.
+      compile_program: compiles the program ahead of time.
 
     Returns:
-      "cold": with an empty cache. "cached": as in a new process that finds the compiled program in
-      JAX's persistent cache.
+      "first_call": seconds of the first call, including tracing and compiling, "cold", with an
+      empty cache, and "cached", as in a new process that finds the compiled program in JAX's
+      persistent cache. "peak_memory": on a device, `{"bytes", "of"}`. It is this process's peak, if
+      the backend counts it. Otherwise it is XLA's figure for the compiled program: arguments,
+      results and temporaries.
     """
     seconds = {}
-    for name in ("cold", "cached"):
-        jax.clear_caches()
-        program = make()
-        seconds[name] = _seconds(lambda program=program: jax.block_until_ready(program()))
-    return seconds
+    with _empty_compilation_cache():
+        for name in ("cold", "cached"):
+            jax.clear_caches()
+            program = make()
+            seconds[name] = _seconds(lambda program=program: jax.block_until_ready(program()))
+        return {"first_call": seconds, "peak_memory": _peak_memory(compile_program)}
 
 
 @contextlib.contextmanager
-def empty_compilation_cache() -> Iterator[None]:
+def _empty_compilation_cache() -> Iterator[None]:
     """Uses an empty persistent compilation cache inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -153,12 +148,7 @@ def _configure_cache(options: Mapping[str, Any]) -> None:
     compilation_cache.reset_cache()
 
 
-def peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
-    """Peak memory on a device, `{"bytes", "of"}`.
-
-    It is this process's peak, if the backend counts it. Otherwise it is XLA's figure for the
-    compiled program: arguments, results and temporaries.
-    """
+def _peak_memory(compile_program: Callable[[], jax.stages.Compiled]) -> dict[str, Any]:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return {"bytes": max(s["peak_bytes_in_use"] for s in stats), "of": "process, measured"}
@@ -171,13 +161,7 @@ class Peak:
     """The peak FLOP/s of all devices together.
 
     For bfloat16 on a known device it is the published figure. Otherwise it is the rate of a large
-    matrix product, measured as one more side.
-
-    Args:
-      dtype: the model's dtype.
-
-    Attributes:
-      sides: sides to measure together with the others; empty for a published figure.
+    matrix product in the model's dtype, measured as one more side in `sides`.
     """
 
     def __init__(self, dtype: str):
@@ -213,11 +197,7 @@ def leave_gpu_memory_to_torch() -> None:
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Hardware and package versions; `load_average` shows other load on the machine.
-
-    Args:
-      packages: names of the packages.
-    """
+    """Hardware and versions of packages; `load_average` shows other load on the machine."""
     cpu = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.M) if cpu.exists() else []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone, Conditioning, load_backbone, save_backbone
+from respodiff_jax.backbone import Backbone, Conditioning, save_backbone
 from respodiff_jax.bench import measure
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
@@ -23,19 +23,7 @@ from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
 from respodiff_jax.method.state import StepSpec, TrainState, init_state
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.run import fill_up
-from respodiff_jax.training.spec import step_spec
-
-
-def open_model(config: ConfigDict) -> tuple[Backbone, int]:
-    """Opens the model of a config; returns it and the resolution in pixels."""
-    backbone = load_backbone(
-        config.model.name,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-    )
-    return backbone, config.model.resolution or backbone.default_resolution
+from respodiff_jax.training.spec import open_model, step_spec
 
 
 def with_plain_attention(backbone: Backbone) -> Backbone:
@@ -65,16 +53,13 @@ class Setup:
         all_concepts = concepts_from(config)
         count = concepts_at_a_time(config, jax.device_count())
         concepts = fill_up(all_concepts[:count], count)
-        backbone, resolution = open_model(config)
+        backbone = open_model(config)
+        resolution = config.model.resolution or backbone.default_resolution
         spec = step_spec(config, backbone, resolution)
         max_neutral = max(len(concept.neutral_prompts) for concept in all_concepts)
         arrays = embed_concepts(backbone, concepts, resolution, max_neutral)
         state = init_state(spec, arrays, config.seed, config.train.batch_size)
         return cls(config, concepts, backbone, resolution, spec, arrays, state)
-
-    @property
-    def samples_per_step(self) -> int:
-        return len(self.concepts) * self.config.train.batch_size
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -85,8 +70,7 @@ def torch_side(against_torch: bool = True) -> ModuleType | None:
     """Imports `bench.torch_side`; returns None unless `against_torch`.
 
     Raises:
-      UserError: if PyTorch is not installed, does not support the device that JAX runs on, or JAX
-        runs on several GPUs.
+      UserError: if PyTorch is missing or has not JAX's device, or JAX runs on several GPUs.
     """
     if not against_torch:
         return None
@@ -127,13 +111,9 @@ def environment(torch: bool) -> dict[str, Any]:
 def forward_flops(
     model: Backbone | StepSpec, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
 ) -> float:
-    """FLOPs of one plain forward pass of the UNet.
+    """FLOPs of one plain forward pass of the UNet on a batch of latents, `(B, h, w, c)`.
 
-    Args:
-      model: has `encode` and `decode`.
-      params: the frozen parameters, or their shapes.
-      latents: shape of the batch, `(B, h, w, c)`.
-      prompt: the conditioning of one prompt without a batch axis, or its shapes.
+    `prompt` has no batch axis. Arguments are arrays or their shapes.
     """
 
     def forward(params, z, timesteps, cond):

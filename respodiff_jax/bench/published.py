@@ -17,6 +17,7 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Setup
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
+from respodiff_jax.method.concepts import HYPER_PARAMETERS
 from respodiff_jax.storage import local_path
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.spec import make_lr_schedule
@@ -42,22 +43,16 @@ def make_training(setup: Setup) -> "torch_side.Training":
         return torch_side.Conditions.of(jax.tree.map(lambda x: x[index], tree), device)
 
     arrays, concepts = setup.arrays, []
+    trained = setup.state.concepts
     for n, concept in enumerate(setup.concepts):
-        ram, sam = (
-            torch_side.TorchModule(
-                config.module.kind, jax.tree.map(lambda x, n=n: x[n], params)
-            ).to(device)
-            for params in (setup.state.concepts.ram, setup.state.concepts.sam)
-        )
+        ram, sam = jax.tree.map(lambda x, n=n: x[n], (trained.ram, trained.sam))
+        ram, sam = (torch_side.TorchModule(config.module.kind, p).to(device) for p in (ram, sam))
         procedure = torch_side.Procedure(
             unet,
             scheduler,
             ram,
             sam,
-            lr_ram=concept.lr_ram,
-            lr_sam=concept.lr_sam,
-            lambda_sem=concept.lambda_sem,
-            guidance_scale=concept.guidance_scale,
+            **{name: getattr(concept, name) for name in HYPER_PARAMETERS},
             rollout_guidance_scale=config.rollout.guidance_scale,
             betas=(config.optimizer.b1, config.optimizer.b2),
             eps=config.optimizer.eps,
@@ -73,9 +68,8 @@ def make_training(setup: Setup) -> "torch_side.Training":
         )
         concepts.append((procedure, prompts))
     height, width, channels = setup.spec.latent_shape
-    return torch_side.Training(
-        concepts, (channels, height, width), config.train.batch_size, config.seed
-    )
+    shape = channels, height, width
+    return torch_side.Training(concepts, shape, config.train.batch_size, config.seed)
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
@@ -87,17 +81,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
 
     Deviation: the authors' learning rates are constant; here they follow the config's schedule.
 
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      workdir: folder for the adapters, new or empty.
-
     Returns:
       The folder of the last adapter.
 
     Raises:
       UserError: for an option that the procedure does not have, a `workdir` that is not empty, a
-        mistake in the config or the model, or if PyTorch is missing.
-      FloatingPointError: if a loss is no longer finite.
+        mistake in the config or the model; if PyTorch is missing, or a loss is no longer finite.
     """
     measure.leave_gpu_memory_to_torch()
     optimizer = config.optimizer
@@ -112,10 +101,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
             f"config.train.init_adapter is {config.train.init_adapter!r}, but the published"
             " procedure trains from scratch; set it to None"
         )
-    count = concepts_at_a_time(config, jax.device_count())
-    if count != len(concepts_from(config)):
+    count, total = concepts_at_a_time(config, jax.device_count()), len(concepts_from(config))
+    if count != total:
         raise UserError(
-            f"the published procedure trains all {len(concepts_from(config))} concepts together,"
+            f"the published procedure trains all {total} concepts together,"
             f" but with config.train.concepts_per_device and these devices {count} train at a time;"
             " set it to None, and use one device"
         )

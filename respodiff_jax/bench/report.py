@@ -20,8 +20,7 @@ class Side:
       evaluations: UNet evaluations per training sample, by FLOPs.
       flops: FLOPs per sample or image.
       utilisation: `rate` times `flops`, as a share of the devices' peak.
-      first_call: from `measure.first_call`.
-      peak_memory: from `measure.peak_memory`.
+      first_call, peak_memory: from `measure.program_costs`.
     """
 
     name: str
@@ -41,8 +40,7 @@ class Report:
       what: "train" or "generate".
       unit: what `rate` counts, "samples" or "images".
       workload: the settings measured.
-      environment: from `measure.environment`.
-      peak: from `measure.Peak`.
+      environment, peak: from `measure.environment` and `measure.Peak`.
       sides: the measurements of this package, then of PyTorch.
     """
 

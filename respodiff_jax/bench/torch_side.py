@@ -16,6 +16,7 @@ Tensors are NCHW.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,6 +105,7 @@ class TorchModule(torch.nn.Module):
         }
 
 
+@dataclasses.dataclass(eq=False)
 class Procedure:
     """The training of one concept.
 
@@ -116,29 +118,24 @@ class Procedure:
       betas, eps: options of both Adam optimisers.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
-        ram: TorchModule,
-        sam: TorchModule,
-        *,
-        lr_ram: float,
-        lr_sam: float,
-        lambda_sem: float,
-        guidance_scale: float,
-        rollout_guidance_scale: float = 3.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ):
-        self.unet, self.scheduler = unet.requires_grad_(False), scheduler
-        self.ram, self.sam = ram, sam
-        self.lambda_sem, self.guidance_scale = lambda_sem, guidance_scale
-        self.rollout_guidance_scale = rollout_guidance_scale
-        self.lr_ram, self.lr_sam = lr_ram, lr_sam
-        adam = {"betas": betas, "eps": eps}
-        self.adam_ram = torch.optim.Adam(ram.parameters(), lr=lr_ram, **adam)
-        self.adam_sam = torch.optim.Adam(sam.parameters(), lr=lr_sam, **adam)
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    ram: TorchModule
+    sam: TorchModule
+    _: dataclasses.KW_ONLY
+    lr_ram: float
+    lr_sam: float
+    lambda_sem: float
+    guidance_scale: float
+    rollout_guidance_scale: float = 3.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        self.unet.requires_grad_(False)
+        adam = {"betas": self.betas, "eps": self.eps}
+        self.adam_ram = torch.optim.Adam(self.ram.parameters(), lr=self.lr_ram, **adam)
+        self.adam_sam = torch.optim.Adam(self.sam.parameters(), lr=self.lr_sam, **adam)
 
     def guided(
         self,
@@ -172,7 +169,7 @@ class Procedure:
         output_uncond, output_cond = output.float().chunk(2)
         return output_uncond + guidance_scale * (output_cond - output_uncond)
 
-    def eps(self, z: torch.Tensor, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
+    def noise(self, z: torch.Tensor, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
         """The noise that `guided` predicts."""
         output = self.guided(z, timestep, *args)
         if self.scheduler.config.prediction_type == "epsilon":
@@ -203,16 +200,16 @@ class Procedure:
         """RAM's update, then SAM's with the updated RAM; returns both losses."""
         timestep = self.scheduler.timesteps[ddim_index]
         with torch.no_grad():
-            eps_neutral = self.eps(z, timestep, neutral, empty, 1.0)
-            target = self.eps(z, timestep, target_cond, target_uncond, self.guidance_scale)
+            eps_neutral = self.noise(z, timestep, neutral, empty, 1.0)
+            target = self.noise(z, timestep, target_cond, target_uncond, self.guidance_scale)
 
-        eps_ram = self.eps(z, timestep, neutral, empty, 1.0, (self.ram,))
+        eps_ram = self.noise(z, timestep, neutral, empty, 1.0, (self.ram,))
         loss_resp = (eps_ram - target).square().mean()
         self.adam_ram.zero_grad()
         loss_resp.backward()
         self.adam_ram.step()
 
-        eps_both = self.eps(z, timestep, neutral, empty, 1.0, (self.ram, self.sam))
+        eps_both = self.noise(z, timestep, neutral, empty, 1.0, (self.ram, self.sam))
         loss_sem = self.lambda_sem * (eps_both - eps_neutral).square().mean()
         self.adam_sam.zero_grad()
         loss_sem.backward(inputs=list(self.sam.parameters()))
@@ -233,6 +230,7 @@ class Prompts(NamedTuple):
     empty: Conditions
 
 
+@dataclasses.dataclass(eq=False)
 class Training:
     """The training of several concepts, each by its own `Procedure`; they share only the UNet.
 
@@ -240,20 +238,18 @@ class Training:
       concepts: each concept's procedure and prompts.
       latent_shape: `(c, h, w)`.
       batch_size: samples of each concept in a step.
-      seed: seed of prompts, noise and rollout lengths.
+      seed: of prompts, noise and rollout lengths.
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[tuple[Procedure, Prompts]],
-        latent_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-    ):
-        self.concepts = concepts
-        self._shape = (batch_size, *latent_shape)
-        self._rng = random.Random(seed)
-        self._generator = torch.Generator().manual_seed(seed)
+    concepts: Sequence[tuple[Procedure, Prompts]]
+    latent_shape: tuple[int, int, int]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        self._shape = (self.batch_size, *self.latent_shape)
+        self._rng = random.Random(self.seed)
+        self._generator = torch.Generator().manual_seed(self.seed)
 
     def scale_learning_rates(self, factor: float) -> None:
         """Sets all learning rates to `factor` times the concepts' own."""
@@ -262,10 +258,10 @@ class Training:
             procedure.adam_sam.param_groups[0]["lr"] = factor * procedure.lr_sam
 
     def step(self, rollout_length: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Takes one step of every concept; returns both losses of each.
+        """Takes one step of every concept, after a rollout of this or of random length.
 
-        Args:
-          rollout_length: DDIM steps before the losses; by default random.
+        Returns:
+          Both losses of each concept.
         """
         losses = []
         for procedure, prompts in self.concepts:
@@ -330,15 +326,9 @@ def load_unet(
 
 
 def load_sampler(
-    folder: pathlib.Path,
-    dtype: str,
-    device: str,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: int,
+    folder: pathlib.Path, dtype: str, device: str, **options: Any
 ) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
-    """Loads diffusers' pipeline from a folder, with DDIM.
+    """Loads diffusers' pipeline from a folder, with DDIM; `options` are arguments of its calls.
 
     Returns:
       A function from prompts and seeds to images, float32 `(B, height, width, 3)` in [0, 1].
@@ -357,15 +347,8 @@ def load_sampler(
     pipe.set_progress_bar_config(disable=True)
 
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        return pipe(
-            list(prompts),
-            height=resolution,
-            width=resolution,
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(list(prompts), generator=generators, output_type="np", **options).images
 
     return sample
 
@@ -383,9 +366,11 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory() -> int | None:
-    """Peak bytes of tensors on the GPU; None on a CPU, where PyTorch does not count them."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+def peak_memory() -> dict[str, Any] | None:
+    """Peak memory of tensors on the GPU; None on a CPU, where PyTorch does not count them."""
+    if not torch.cuda.is_initialized():
+        return None
+    return {"bytes": torch.cuda.max_memory_allocated(), "of": "process, measured"}
 
 
 @contextlib.contextmanager

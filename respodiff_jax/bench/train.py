@@ -5,7 +5,7 @@ import itertools
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from respodiff_jax.method.state import StepSpec, TrainState
 from respodiff_jax.method.train_step import Metrics, train_step
 from respodiff_jax.training.parallel import Placement
 
-if TYPE_CHECKING:
-    from respodiff_jax.bench import torch_side
-
 
 def evaluations_per_sample(
     spec: StepSpec, state: TrainState, frozen: Any, arrays: EmbeddedConcepts, batch_size: int
@@ -32,32 +29,19 @@ def evaluations_per_sample(
     """The average number of UNet evaluations for a training sample.
 
     It is the FLOPs of a training step over those of one plain forward pass with the same batch.
-    Arguments are arrays or their shapes.
-
-    Args:
-      spec: the step's specification.
-      state: leaves `(N, ...)`.
-      frozen: the UNet's parameters.
-      arrays: leaves `(N, ...)`.
-      batch_size: samples of each concept in a step.
+    Arguments are those of `train_step`, or their shapes; `batch_size` is that of each concept.
     """
     ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     step = measure.flops(partial(train_step, spec), state, frozen, arrays, ids)
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arrays.empty)
     latents = jax.ShapeDtypeStruct((batch_size, *spec.latent_shape), jnp.float32)
     one = model_lib.forward_flops(spec, frozen, latents, prompt)
-    num_concepts = arrays.guidance_scale.shape[0]
-    return step / (num_concepts * one) + _uncounted_rollout(spec)
-
-
-def _uncounted_rollout(spec: StepSpec) -> float:
-    """Evaluations that XLA does not count, because it counts a loop's body once.
-
-    Each step of a faithful rollout is a guided prediction, which takes two evaluations.
-    """
+    counted = step / (arrays.guidance_scale.shape[0] * one)
     if not spec.rollout.has_loop:
-        return 0.0
-    return 2 * (last_index(spec.schedule) / 2 - 1)
+        return counted
+    # XLA counts a loop's body once. Each step of a faithful rollout is a guided prediction, which
+    # takes two evaluations.
+    return counted + 2 * (last_index(spec.schedule) / 2 - 1)
 
 
 class _Ours:
@@ -74,9 +58,8 @@ class _Ours:
         self._state = self._placement.place_state(setup.state)
         self._starts = None
         if setup.spec.rollout.has_loop:
-            self._starts = itertools.cycle(
-                _balanced_steps(config.seed, last_index(setup.spec.schedule))
-            )
+            longest = last_index(setup.spec.schedule)
+            self._starts = itertools.cycle(_balanced_steps(config.seed, longest))
         self.program()
 
     def program(self) -> Callable[[], Metrics]:
@@ -107,11 +90,9 @@ class _Ours:
 
 
 def _balanced_steps(seed: int, longest: int) -> list[int]:
-    """Training steps whose rollout and the next step's are together `longest` long.
-
-    A step's time grows linearly with the length of its rollout, so each such pair of steps takes
-    the mean time, and few pairs are enough.
-    """
+    """Training steps whose rollout and the next step's are together `longest` long."""
+    # A step's time grows linearly with the length of its rollout, so each such pair of steps takes
+    # the mean time, and few pairs are enough.
 
     def length(step):
         rollout_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
@@ -121,29 +102,8 @@ def _balanced_steps(seed: int, longest: int) -> list[int]:
     return np.flatnonzero(lengths[:-1] + lengths[1:] == longest).tolist()
 
 
-class _Torch:
-    """The published procedure in PyTorch, one concept after the other."""
-
-    def __init__(self, training: "torch_side.Training", longest: int, synchronise: Callable):
-        self.training, self._longest, self._synchronise = training, longest, synchronise
-        self._rng = random.Random(0)
-
-    def take_pairs(self, count: int) -> None:
-        """Takes `count` pairs of steps; each pair has the mean rollout length."""
-        for _ in range(count):
-            length = self._rng.randint(0, self._longest)
-            self.training.step(length)
-            self.training.step(self._longest - length)
-        self._synchronise()
-
-
 def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report:
-    """Measures the training step of a config.
-
-    Args:
-      config: as from `respodiff_jax.training.config.load_config`.
-      against_torch: also measure the published procedure in PyTorch, in alternation.
-      repeats: repetitions of each side.
+    """Measures the training step of a config; the arguments are those of `benchmark`.
 
     Raises:
       UserError: for a mistake in the config or the model, or if PyTorch is missing.
@@ -152,15 +112,20 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     environment = model_lib.environment(against_torch)
     setup = Setup.of(config)
     ours = _Ours(setup)
-    with measure.empty_compilation_cache():
-        first_call = measure.first_call(ours.program)
-        peak_memory = measure.peak_memory(ours.compile)
+    costs = measure.program_costs(ours.program, ours.compile)
     sides = {"ours": ours.take_pairs}
     if torch_side:
-        theirs = _Torch(
-            published.make_training(setup), last_index(setup.spec.schedule), torch_side.synchronise
-        )
-        sides["theirs"] = theirs.take_pairs
+        training = published.make_training(setup)
+        longest, rng = last_index(setup.spec.schedule), random.Random(0)
+
+        def theirs(count):
+            for _ in range(count):
+                length = rng.randint(0, longest)
+                training.step(length)
+                training.step(longest - length)
+            torch_side.synchronise()
+
+        sides["theirs"] = theirs
     best = measure.Peak(config.model.dtype)
     pairs = measure.take_turns(sides | best.sides, repeats)
     peak = best.to_dict(pairs)
@@ -174,31 +139,18 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     forward = model_lib.forward_flops(spec, setup.frozen, latents, prompt)
 
     def side(name, pairs, evaluations, **others):
-        rate = pairs * (2 * setup.samples_per_step)
+        rate = pairs * (2 * len(setup.concepts) * batch_size)
         flops = evaluations * forward
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, evaluations, flops, utilisation, **others)
 
     evaluations = evaluations_per_sample(spec, setup.state, setup.frozen, setup.arrays, batch_size)
-    measured = [
-        side(
-            f"JAX, {config.rollout.kind}",
-            pairs["ours"],
-            evaluations,
-            first_call=first_call,
-            peak_memory=peak_memory,
-        )
-    ]
+    measured = [side(f"JAX, {config.rollout.kind}", pairs["ours"], evaluations, **costs)]
     if torch_side:
         used = torch_side.peak_memory()
-        measured.append(
-            side(
-                "PyTorch, published procedure",
-                pairs["theirs"],
-                theirs.training.evaluations_per_sample(),
-                peak_memory=used and {"bytes": used, "of": "process, measured"},
-            )
-        )
+        evaluations = training.evaluations_per_sample()
+        name = "PyTorch, published procedure"
+        measured.append(side(name, pairs["theirs"], evaluations, peak_memory=used))
     workload = {
         "model": config.model.name,
         "resolution": setup.resolution,

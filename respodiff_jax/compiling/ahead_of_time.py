@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.backbone import Backbone
 from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.analysis import LARGEST_BATCH, analyse, find_largest_batch
 from respodiff_jax.compiling.report import markdown, summary
@@ -20,6 +20,7 @@ from respodiff_jax.compiling.topologies import Topology, open_topology, parse_to
 from respodiff_jax.errors import UserError
 from respodiff_jax.storage import check_output, check_output_file, write_whole
 from respodiff_jax.training.distributed import enable_compilation_cache
+from respodiff_jax.training.spec import open_model
 
 RESULTS_FILE = "compile.json"
 STEPS = ("train", "sample")
@@ -29,11 +30,8 @@ STEPS = ("train", "sample")
 class Compilation:
     """One program to compile.
 
-    Attributes:
-      config: as from `respodiff_jax.training.config.load_config`.
-      topology: for example "v5e:4x4".
-      step: "train", "sample", or `LARGEST_BATCH` for the largest batch of the training step.
-      batch_per_device: samples of each concept on a device; None follows the config's batch size.
+    `step` is "train", "sample", or `LARGEST_BATCH` for the largest batch of the training step.
+    `batch_per_device` counts samples of each concept; None follows the config's batch size.
     """
 
     config: ConfigDict
@@ -51,14 +49,13 @@ class Compilation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that the result depends on, JSON-able."""
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         fields = {
             "step": self.step,
             "topology": self.topology,
             "batch_per_device": self.batch_per_device,
             "attention": self.attention,
             "config": self.config.to_dict(),
-            "versions": versions,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         }
         return json.loads(json.dumps(fields))
 
@@ -123,7 +120,7 @@ def compile_steps(
     for entry in _compile(compilations, file, again=cache is not None, say=say):
         say(summary(entry))
         entries.append(entry)
-    if table_file is not None:
+    if table_file:
         results = read_results(file)
         table_file.write_text(markdown(results), encoding="utf-8")
         say(f"{table}: {len(results)} results")
@@ -131,11 +128,7 @@ def compile_steps(
 
 
 def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a `compile.json`.
-
-    Raises:
-      UserError: if the file is something else.
-    """
+    """Reads a `compile.json`; raises `UserError` if the file is something else."""
     try:
         entries = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -163,12 +156,9 @@ def _compile(
     again: bool,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yields the results in order, after adding new ones to `file`.
-
-    All models and topologies are opened and checked before anything is compiled. With `again` the
-    steps that have a result are compiled again.
-    """
+    """Yields the results in order, after adding new ones to `file`; `again` ignores known steps."""
     known = read_results(file) if file.exists() else []
+    # All models and topologies are opened and checked before anything is compiled.
     slices = {c.topology: open_topology(c.topology) for c in compilations}
     opened = [(c, slices[c.topology], *_open(c, slices[c.topology])) for c in compilations]
     for compilation, topology, config, backbone in opened:
@@ -207,14 +197,8 @@ def _open(compilation: Compilation, topology: Topology) -> tuple[ConfigDict, Bac
         shards = programs.data_shards(config, len(topology.devices))
         config.train.batch_size = compilation.batch_per_device * shards
     try:
-        backbone = load_backbone(
-            config.model.name,
-            revision=config.model.revision,
-            variant=config.model.variant,
-            dtype=config.model.dtype,
-            attention="plain",  # checked on this machine
-            abstract=True,
-        )
+        # This machine need not have the attention.
+        backbone = open_model(config, attention="plain", abstract=True)
     except UserError as error:
         raise UserError(
             f"{error} To compile without files, set config.model.name to random/sd14, random/sd21"

@@ -25,12 +25,8 @@ class OutOfMemory(Exception):
         self.required = required
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a lowered program.
-
-    Raises:
-      OutOfMemory: if the compiler reports it.
-    """
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a lowered program; raises `OutOfMemory` if the compiler reports it."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -47,11 +43,7 @@ def _out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def analyse(program: Program, chip: Chip) -> dict[str, Any]:
-    """Compiles a program and computes its cost on each device.
-
-    Args:
-      program: the program.
-      chip: the kind of its devices.
+    """Compiles a program and computes its cost on each device, a chip of this kind.
 
     Returns:
       `describe`'s result and `compile_seconds`. If the program does not fit, only
@@ -60,9 +52,9 @@ def analyse(program: Program, chip: Chip) -> dict[str, Any]:
     """
     start = time.perf_counter()
     try:
-        compiled = compile_lowered(program.lower())
+        compiled = _compile(program.lower())
         seconds = round(time.perf_counter() - start, 1)
-        body = _cost(compile_lowered(program.lower_body())) if program.lower_body else None
+        body = _cost(_compile(program.lower_body())) if program.lower_body else None
     except OutOfMemory as error:
         return {
             "batch_per_device": program.samples_per_device,
@@ -81,12 +73,17 @@ def describe(
 ) -> dict[str, Any]:
     """The cost of a compiled program on each device, as JSON-able values.
 
-    Args:
-      program: the program.
-      compiled: the program, compiled for devices of any kind.
-      chip: the kind of device to compare with.
-      body: `_cost` of one pass of the program's loop, if it has one. XLA counts a loop's body once;
-        the result counts it as often as it runs.
+    Of `memory`, in bytes, `total` is needed at once, with frozen parameters that the program does
+    not use; `peak` is XLA's own figure for the program. `bytes` move between HBM and the chip,
+    `rearranged_bytes` are those that compute nothing, `transposed_bytes` those of transposes and
+    casts; `xla_bytes` also count accesses on the chip. `exchange` has the bytes of
+    `Collective.nbytes`, over all passes of a loop: `only_gradients` means that devices exchange at
+    most the gradients and some scalars, `no_weights_moved` that no exchanged array has dtype and
+    shape of a frozen parameter.
+
+    The program may be compiled for devices of any kind; it is compared with a chip. `body` is the
+    `_cost` of one pass of its loop, if it has one: XLA counts a loop's body once, the result as
+    often as it runs.
     """
     module = HloModule(compiled.as_text())
     memory = _memory(program, compiled, chip)
@@ -118,11 +115,6 @@ def roofline(flops: float, nbytes: float, chip: Chip) -> dict[str, Any]:
 
 
 def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
-    """Bytes on a device.
-
-    `total` is the memory needed at once, with frozen parameters that the program does not use;
-    `peak` is XLA's own figure for the program.
-    """
     sizes = compiled.memory_analysis()
     parts = {
         "arguments": sizes.argument_size_in_bytes,
@@ -143,12 +135,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> dict
 
 
 def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """FLOPs and bytes.
-
-    XLA counts no FLOPs for kernels; ours are added. `bytes` move between HBM and the chip,
-    `rearranged_bytes` are those that compute nothing, `transposed_bytes` those of transposes and
-    casts. `xla_bytes` also count accesses on the chip.
-    """
+    """FLOPs and bytes; XLA counts no FLOPs for kernels, so ours are added."""
     cost, module = compiled.cost_analysis(), HloModule(compiled.as_text())
     kernels = module.kernels()
     return {
@@ -161,11 +148,6 @@ def _cost(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 
 def _exchange(program: Program, collectives: list[Collective], repeats: float) -> dict[str, Any]:
-    """What devices exchange, in bytes of `Collective.nbytes`, over all passes of a loop.
-
-    `only_gradients` means that they exchange at most the gradients and some scalars.
-    `no_weights_moved` means that no exchanged array has dtype and shape of a frozen parameter.
-    """
     by_op: dict[str, dict[str, float]] = {}
     for collective in collectives:
         times = repeats if collective.in_loop else 1
@@ -173,7 +155,7 @@ def _exchange(program: Program, collectives: list[Collective], repeats: float) -
         entry["count"] += times
         entry["bytes"] += times * collective.nbytes
     total = sum(entry["bytes"] for entry in by_op.values())
-    weights = {_canonical(weight) for weight in program.weights}
+    weights = set(map(_canonical, program.weights))
     moved = {_canonical(array) for c in collectives for array in (*c.operands, *c.results)}
     return {
         "bytes": total,
@@ -185,10 +167,7 @@ def _exchange(program: Program, collectives: list[Collective], repeats: float) -
 
 
 def _canonical(array: Array) -> Array:
-    """Equal for arrays that differ in the order of axes and in axes of length 1.
-
-    The compiler changes both.
-    """
+    """Without the order of axes and axes of length 1, which the compiler changes."""
     dtype, dims = array
     return dtype, tuple(sorted(n for n in dims if n > 1))
 
@@ -196,17 +175,12 @@ def _canonical(array: Array) -> Array:
 def find_largest_batch(
     required: Callable[[int], int], available: int, first: int, trials: int = 5
 ) -> dict[str, Any]:
-    """Finds the largest batch of a concept per device that fits, by few compilations.
+    """Finds the largest batch of a concept per device that fits, by few compilations from `first`.
 
     Memory grows about linearly with the batch, so two batches predict the limit. The predicted
     batch is compiled, and its memory improves the prediction, until one batch fits and the next
-    does not, or until the trials are used up.
-
-    Args:
-      required: from a batch to the bytes that a device needs.
-      available: bytes of a device.
-      first: batch to begin with.
-      trials: most batches to try.
+    does not, or until the trials are used up. `required` gives the bytes that a batch needs,
+    `available` are those of a device.
 
     Returns:
       `{"largest": largest batch that fits, or 0, "exact": whether the next one was found not to

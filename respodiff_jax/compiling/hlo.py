@@ -66,13 +66,9 @@ class _Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """One exchange between devices: each sends the operands and receives the results.
 
-    Attributes:
-      op: one of `COLLECTIVES`.
-      operands: arrays that each device sends.
-      results: arrays that each device receives.
-      in_loop: whether it stands in a loop's body, and repeats with the loop.
+    `op` is one of `COLLECTIVES`. Within a loop's body (`in_loop`) it repeats with the loop.
     """
 
     op: str
@@ -90,10 +86,7 @@ class Collective:
 class Kernel:
     """One call of a Pallas kernel; XLA's cost analysis does not look inside.
 
-    Attributes:
-      name: the instruction's name, which contains the kernel's.
-      operands: arrays.
-      results: arrays.
+    `name` is the instruction's, which contains the kernel's.
     """
 
     name: str
@@ -121,11 +114,7 @@ class Kernel:
 
 
 class HloModule:
-    """A compiled program.
-
-    Args:
-      text: `compiled.as_text()`.
-    """
+    """A compiled program, from its `as_text()`."""
 
     def __init__(self, text: str):
         self._instructions = list(_parse(text))
@@ -169,11 +158,8 @@ class HloModule:
     def rearranged(self, opcodes: Collection[str] = REARRANGING) -> int:
         """The part of `traffic` that computes nothing: copies, transposes and casts.
 
-        They count if they stand alone or are fused with one another. Fused with a computation they
-        cost no traffic.
-
-        Args:
-          opcodes: count only instructions with at least one of these.
+        They count if they stand alone or are fused with one another, and have at least one of the
+        opcodes. Fused with a computation they cost no traffic.
         """
         inside = collections.defaultdict(set)
         for i in self._instructions:
@@ -193,12 +179,7 @@ class HloModule:
         return [i for i in self._instructions if i.computation in run]
 
     def _reachable(self, start: Iterable[str], opcodes: Collection[str] | None = None) -> set[str]:
-        """The computations that `start` calls, directly or not, and itself.
-
-        Args:
-          start: names of computations.
-          opcodes: follow only calls by these instructions; by default all.
-        """
+        """The computations `start` and all that they call, by instructions with these opcodes."""
         called = collections.defaultdict(list)
         for i in self._instructions:
             if opcodes is None or i.opcode in opcodes:

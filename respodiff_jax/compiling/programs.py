@@ -70,11 +70,8 @@ def concept_shapes(
 ) -> EmbeddedConcepts:
     """Shapes and dtypes of `embed_concepts`, without embedding a prompt.
 
-    Args:
-      backbone: the model's shapes.
-      concepts: all concepts; the one with the most neutral prompts sets the length of that axis.
-      resolution: pixels.
-      count: the number of concepts that train together; by default all.
+    `count` of the concepts train together, by default all. The concept with the most neutral
+    prompts sets the length of that axis.
     """
     prompt = jax.eval_shape(
         lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
@@ -117,6 +114,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     samples = batch_size // placement.data_shards
     samples_per_device = count // placement.concept_shards * samples
     modules = state.concepts.ram, state.concepts.sam
+    body = partial(_lower_ddim_step, backbone, spec, arrays, samples_per_device, 1, devices[0])
     loops = spec.rollout.has_loop
     return Program(
         lower=lambda: placement.lower(partial(train_step, spec), state, frozen, arrays),
@@ -126,11 +124,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
         weights=_matrices(frozen),
         repeats=last_index(spec.schedule) / 2 if loops else None,
-        lower_body=partial(
-            _lower_ddim_step, backbone, spec, arrays, samples_per_device, 1, devices[0]
-        )
-        if loops
-        else None,
+        lower_body=body if loops else None,
     )
 
 
@@ -150,36 +144,26 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     mesh = Mesh(np.asarray(devices), ("data",))
     program = make_sampler(backbone, (spec.module,), num_steps, mesh)
 
+    def placed(spec, tree):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=sharding), tree)
+
     def lower():
-        args = _sampler_shapes(spec, arrays, batch_size, len(concepts))
-        specs = (P("data"), P("data"), P(), (Steering(P(), P(), P("data"), P("data")),))
-        args = (backbone.params, *args)
-        placed = jax.tree.map(
-            lambda spec, tree: jax.tree.map(
-                lambda x: Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
-            ),
-            (P(), *specs),
-            args,
-        )
-        return program.lower(*placed, guidance_scale)
+        args = backbone.params, *_sampler_shapes(spec, arrays, batch_size, len(concepts))
+        specs = P(), P("data"), P("data"), P(), (Steering(P(), P(), P("data"), P("data")),)
+        return program.lower(*jax.tree.map(placed, specs, args), guidance_scale)
 
     texts = {k: v for k, v in backbone.params.items() if k.startswith("text_encoder")}
-    samples_per_device = batch_size // len(devices)
+    share = batch_size // len(devices)
     return Program(
         lower=lower,
-        samples_per_device=samples_per_device,
+        samples_per_device=share,
         parameters=_nbytes(backbone.params),
         unused=_nbytes(texts),
         weights=_matrices(backbone.params),
         repeats=num_steps,
         lower_body=partial(
-            _lower_ddim_step,
-            backbone,
-            spec,
-            arrays,
-            samples_per_device,
-            len(concepts),
-            devices[0],
+            _lower_ddim_step, backbone, spec, arrays, share, len(concepts), devices[0]
         ),
     )
 

@@ -63,13 +63,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice.
-
-    Attributes:
-      name: for example "v5e:4x4".
-      chip: the kind of its chips.
-      devices: the chips; programs can be compiled for them, but not run.
-    """
+    """A slice such as "v5e:4x4"; programs can be compiled for its devices, but not run."""
 
     name: str
     chip: Chip
@@ -102,12 +96,9 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def open_topology(name: str) -> Topology:
-    """Opens a topology to compile for.
+    """Opens a topology, CHIP:SHAPE such as "v5e:4x4", to compile for.
 
     The process needs the environment of `environment.set_environment`.
-
-    Args:
-      name: CHIP:SHAPE, for example "v5e:4x4".
 
     Raises:
       UserError: as `parse_topology`; if libtpu is missing or in use by another process; or if the

@@ -72,9 +72,7 @@ def read_concepts(
 def read_rows(source: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
     """Reads the rows of a source of `read_concepts`, before they are checked.
 
-    Returns:
-      For each row its origin, for messages, and its fields; a field that is left out is missing or
-      None.
+    Each is its origin, for messages, and its fields; one that is left out is missing or None.
     """
     path = epath.Path(source)
     if path.is_dir():

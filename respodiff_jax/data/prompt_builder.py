@@ -1,4 +1,9 @@
-"""Base class of the `tensorflow_datasets` builders of prompt sets; needs no TensorFlow."""
+"""Base class of the `tensorflow_datasets` builders of prompt sets; needs no TensorFlow.
+
+builder = Builder(file="prompts.csv", data_dir=DIR, file_format="array_record")
+builder.download_and_prepare()
+examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
+"""
 
 import os
 import pathlib

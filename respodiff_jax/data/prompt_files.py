@@ -80,12 +80,7 @@ def complete(layout: Layout) -> Layout:
 
 
 def locate(file: str) -> pathlib.Path:
-    """Finds a file on this machine, or of a data set on the Hugging Face hub.
-
-    A file on the hub is downloaded, unless it is cached.
-
-    Args:
-      file: a path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
+    """Finds a file by its path, or downloads `hf://datasets/OWNER/NAME[@REVISION]/FILE`.
 
     Raises:
       UserError: if there is no such file, or the hub cannot be reached.
@@ -109,11 +104,7 @@ def locate(file: str) -> pathlib.Path:
 
 
 def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) -> str:
-    """The hexadecimal digest of a file.
-
-    Raises:
-      UserError: if it is not the expected one.
-    """
+    """The hexadecimal digest of a file; raises `UserError` if another is expected."""
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if expected is not None and digest != expected.lower():
@@ -124,12 +115,9 @@ def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) ->
 
 
 def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list[dict[str, Any]]:
-    """Reads the rows of a CSV file with a header, and parses their values.
+    """Reads the rows of a CSV file with a header, and parses the values of a layout's columns.
 
-    Args:
-      file: its path.
-      layout: the columns to read.
-      only: whether other columns are an error; by default they are ignored.
+    Other columns are ignored or, with `only`, an error.
 
     Raises:
       UserError: if the file cannot be read, has no rows or lacks columns, or if a cell cannot be
@@ -174,7 +162,12 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
     return values
 
 
+def with_article(words: str) -> str:
+    """Puts "a" or "an" before words: "an artist"."""
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
 def fill_in(templates: Iterable[str], subject: str) -> list[str]:
     """Puts a subject into templates: `{subject}` becomes "teacher", `{a_subject}` "a teacher"."""
-    a_subject = f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
-    return [template.format(subject=subject, a_subject=a_subject) for template in templates]
+    words = {"subject": subject, "a_subject": with_article(subject)}
+    return [template.format(**words) for template in templates]

@@ -84,10 +84,10 @@ def decide(scores: Float[Array | np.ndarray, "B N heads"]) -> Int[np.ndarray, "B
 
 def fit_head(
     context: Float[np.ndarray, "P L D"],
-    labels: Bool[np.ndarray, " P"],
-    weights: Float[np.ndarray, " P"],
+    labels: Bool[np.ndarray, "P"],
+    weights: Float[np.ndarray, "P"],
     sharpness: float,
-) -> tuple[Float[np.ndarray, " D"], np.float32]:
+) -> tuple[Float[np.ndarray, "D"], np.float32]:
     """Fits a head, `w` and `b`, by logistic regression.
 
     Args:

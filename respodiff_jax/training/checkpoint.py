@@ -26,24 +26,13 @@ _DAMAGE_STATUSES = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RAN
 class Checkpoints:
     """The checkpoints in a run's working directory, saved asynchronously.
 
-    Args:
-      workdir: of the run, absolute or relative.
-      every: steps between saves.
-      keep: how many of the newest to keep; None keeps all.
-      create: make the directory if it does not exist.
+    Only the newest `keep` stay; None keeps all. `create` makes the directory if it does not exist.
     """
 
-    def __init__(
-        self,
-        workdir: epath.PathLike,
-        every: int = 1,
-        keep: int | None = None,
-        create: bool = True,
-    ):
+    def __init__(self, workdir: epath.PathLike, keep: int | None = None, create: bool = True):
         # `resolve` would take a URL for a relative path.
         path = open_path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()
         self.directory = path / "checkpoints"
-        self._every = every
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -53,21 +42,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits for unfinished saves."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self._manager.close()  # waits for unfinished saves
 
     @property
     def steps(self) -> list[int]:
         """Steps saved, ascending."""
         return sorted(self._manager.all_steps())
-
-    def due(self, step: int) -> bool:
-        """Whether the interval says to save after this step."""
-        return step % self._every == 0
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a state, unless that step is already saved."""
@@ -78,10 +58,8 @@ class Checkpoints:
         """The newest undamaged state, or None if none was saved.
 
         Newer, damaged ones are reported and moved to `damaged_checkpoints/` of the working
-        directory. Every other error is raised: it is the machine's or this package's.
-
-        Args:
-          abstract: shapes, dtypes and shardings of the state.
+        directory. Every other error is raised: it is the machine's or this package's. `abstract`
+        has shapes, dtypes and shardings of the state.
 
         Raises:
           UserError: if every checkpoint is damaged. They stay where they are.
@@ -109,8 +87,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
-        """A state as this process reads it, without waiting for other processes: they could not
-        know that this process failed to read its part."""
+        """A state as this process reads it. It does not wait for others, should it fail alone."""
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
@@ -121,10 +98,7 @@ class Checkpoints:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
     def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
-        """A saved state as nested dicts of host arrays, and its step.
-
-        Args:
-          step: a saved step; None is the newest undamaged one.
+        """A saved step, by default the newest undamaged one, and its state on the host, as dicts.
 
         Raises:
           UserError: if there is no such step, or it is damaged.

@@ -8,23 +8,42 @@ import math
 import os
 import pathlib
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from respodiff_jax.backbone.attention import IMPLEMENTATIONS
 from respodiff_jax.data import contrast
 from respodiff_jax.data.concept_files import read_concepts
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
 from respodiff_jax.method.modules import INITS, KINDS
 
-ATTENTION = ("auto", "plain", "flash", "cudnn", "stock")
-STRATEGIES = ("pmap", "mesh")
-ROLLOUTS = ("streaming", "faithful")
-LR_SCHEDULES = ("constant", "linear", "cosine")
+_CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.attention": IMPLEMENTATIONS,
+    "module.kind": KINDS,
+    "module.init": INITS,
+    "parallel.strategy": ("pmap", "mesh"),
+    "optimizer.lr_schedule": ("constant", "linear", "cosine"),
+    "rollout.kind": ("streaming", "faithful"),
+}
+_LEAST = {
+    "rollout.num_steps": 2,
+    "rollout.trajectory_steps": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "optimizer.warmup_steps": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "log.grid_every": 0,
+    "log.grid_images": 1,
+    "log.grid_steps": 1,
+}
 
 
 def default() -> ConfigDict:
@@ -65,9 +84,8 @@ def default() -> ConfigDict:
     config.optimizer.lr_schedule = "constant"  # or decay to 0 at train.steps: "linear", "cosine"
     config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = placeholder(float)  # largest global norm of a module's gradient
-    config.optimizer.ema_decay = placeholder(
-        float
-    )  # moving average of the modules, for the adapter
+    # Decay of a moving average of the modules, which the adapter then holds.
+    config.optimizer.ema_decay = placeholder(float)
 
     config.train = ConfigDict()
     config.train.steps = 5000
@@ -104,11 +122,9 @@ def default() -> ConfigDict:
 
 
 def add_concepts(config: ConfigDict, concepts: Mapping[str, Concept]) -> None:
-    """Adds concepts to a config, each under a key for overrides.
+    """Adds concepts to a config, each under a key of one word, for overrides.
 
-    Args:
-      config: the config to change.
-      concepts: key -> concept; a key is one word, as in `--config.concepts.KEY.lr_ram=0.03`.
+    `--config.concepts.KEY.lr_ram=0.03` is an override.
     """
     with config.unlocked():
         for key, concept in concepts.items():
@@ -206,54 +222,31 @@ def validate(config: ConfigDict) -> None:
       UserError: if a value is wrong; the message names the key, the value and what is expected.
     """
 
-    def check(condition: bool, key: str, expected: str):
-        if not condition:
-            value = config
-            for part in key.split("."):
-                value = value[part]
+    def check(key: str, holds: Callable[[Any], bool], expected: str):
+        section, option = key.split(".")
+        value = config[section][option]
+        if not holds(value):
             raise UserError(f"config.{key} is {value!r}, expected {expected}")
-
-    def check_choice(key: str, choices: Sequence[str]):
-        section, field = key.split(".")
-        check(config[section][field] in choices, key, f"one of {', '.join(choices)}")
 
     if not isinstance(config, ConfigDict):
         raise UserError(f"`config` is {config!r}, expected a config as from `load_config`")
     concepts_from(config)
-    check_choice("model.dtype", ("bfloat16", "float32"))
-    check_choice("model.attention", ATTENTION)
-    check_choice("module.kind", KINDS)
-    check_choice("module.init", INITS)
-    check_choice("parallel.strategy", STRATEGIES)
-    check_choice("optimizer.lr_schedule", LR_SCHEDULES)
-    check_choice("rollout.kind", ROLLOUTS)
-    check(config.rollout.num_steps >= 2, "rollout.num_steps", "at least 2")
+    for key, choices in _CHOICES.items():
+        check(key, choices.__contains__, f"one of {', '.join(choices)}")
+    for key, least in _LEAST.items():
+        check(key, lambda n, least=least: n >= least, f"at least {least}")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
-        section, field = key.split(".")
-        check(math.isfinite(config[section][field]), key, "a finite number")
-    check(config.rollout.trajectory_steps >= 1, "rollout.trajectory_steps", "at least 1")
-    check(config.train.steps >= 1, "train.steps", "at least 1")
-    check(config.train.batch_size >= 1, "train.batch_size", "at least 1")
-    per_device = config.train.concepts_per_device
-    check(per_device is None or per_device >= 1, "train.concepts_per_device", "None or at least 1")
-    check(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
-    check(
-        config.optimizer.warmup_steps < config.train.steps,
-        "optimizer.warmup_steps",
-        f"fewer than train.steps={config.train.steps}",
-    )
-    clip_norm, ema_decay = config.optimizer.clip_norm, config.optimizer.ema_decay
-    check(clip_norm is None or clip_norm > 0, "optimizer.clip_norm", "None or a positive number")
-    check(ema_decay is None or 0 < ema_decay < 1, "optimizer.ema_decay", "None or within 0..1")
-    check(config.checkpoint.every >= 1, "checkpoint.every", "at least 1")
-    check(config.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
-    check(config.log.every >= 1, "log.every", "at least 1")
-    check(config.log.grid_every >= 0, "log.grid_every", "at least 0")
-    check(config.log.grid_images >= 1, "log.grid_images", "at least 1")
-    check(config.log.grid_steps >= 1, "log.grid_steps", "at least 1")
-    resolution, hidden = config.model.resolution, config.module.hidden_channels
-    check(resolution is None or resolution > 0, "model.resolution", "None or a number of pixels")
-    check(hidden is None or hidden > 0, "module.hidden_channels", "None or at least 1")
-    for beta in ("b1", "b2"):
-        check(0 <= config.optimizer[beta] < 1, f"optimizer.{beta}", "within 0..1")
-    check(config.optimizer.eps > 0, "optimizer.eps", "a positive number")
+        check(key, math.isfinite, "a finite number")
+    steps = config.train.steps
+    check("optimizer.warmup_steps", lambda n: n < steps, f"fewer than train.steps={steps}")
+    for beta in ("optimizer.b1", "optimizer.b2"):
+        check(beta, lambda x: 0 <= x < 1, "within 0..1")
+    check("optimizer.eps", lambda x: x > 0, "a positive number")
+    for key, holds, expected in (
+        ("model.resolution", lambda n: n > 0, "a number of pixels"),
+        ("module.hidden_channels", lambda n: n > 0, "at least 1"),
+        ("train.concepts_per_device", lambda n: n >= 1, "at least 1"),
+        ("optimizer.clip_norm", lambda x: x > 0, "a positive number"),
+        ("optimizer.ema_decay", lambda x: 0 < x < 1, "within 0..1"),
+    ):
+        check(key, lambda x, holds=holds: x is None or holds(x), f"None or {expected}")

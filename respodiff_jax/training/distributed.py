@@ -27,8 +27,7 @@ def initialize(
 
     Args:
       coordinator: "host:port" of process 0; with it, the next two are required.
-      num_processes: number of processes.
-      process_id: number of this process, 0 .. num_processes - 1.
+      num_processes, process_id: the number of processes, and of this one, counted from 0.
       auto: let JAX find the three itself, as it does on Cloud TPU pods, Slurm and Open MPI.
 
     Raises:
@@ -76,9 +75,7 @@ class Preemption:
     """Tells the training loop when to save and stop; all processes agree on the step.
 
     One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
-
-    Attributes:
-      stopped: what `reached` said last.
+    `stopped` is what `reached` said last.
     """
 
     # Counts over the life of the process, as JAX's service does: a run may begin at any step.
@@ -99,11 +96,9 @@ class Preemption:
 
     def reached(self) -> bool:
         """Whether to stop after this step; every process calls it at every step."""
-        self.stopped = (
-            multihost_utils.reached_preemption_sync_point(next(self._asked))
-            if jax.process_count() > 1
-            else self._signalled
-        )
+        self.stopped = self._signalled
+        if jax.process_count() > 1:
+            self.stopped = multihost_utils.reached_preemption_sync_point(next(self._asked))
         return self.stopped
 
 
@@ -112,10 +107,8 @@ def enable_compilation_cache(folder: str | None = None) -> None:
 
     JAX finds a program again by its hash, which leaves source locations out, but not those inside
     Pallas kernels. These would differ between installations, so no locations are kept at all;
-    profiles then have none.
-
-    Args:
-      folder: by default `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's cache.
+    profiles then have none. The default is `JAX_COMPILATION_CACHE_DIR`, or a folder of the user's
+    cache.
     """
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*")

@@ -1,21 +1,22 @@
 """Validation grids: pictures of a run's concepts, drawn while it trains, in `grids/`."""
 
+import collections
 import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from PIL import Image
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import GRID_FILE
 from respodiff_jax.generation.sampling import default_batch_size, equal_batches, initial_noise
-from respodiff_jax.images import grid
+from respodiff_jax.images import grid, to_png
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import Steering
@@ -31,16 +32,8 @@ MAX_GRIDS = 8
 class ValidationGrids:
     """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, from equal seeds.
 
-    Args:
-      workdir: of the run; grids go to `grids/`.
-      config: the config's `log` section.
-      steps: of the run.
-      latent_shape: `(h, w, c)`.
-      resolution: in pixels.
-      sample: `make_sampler`'s function on the placement's devices.
-      placement: of the run.
-      concepts: of the run.
-      embedded: the concepts as the training state has them, copies included.
+    `embedded` are the concepts as the training state has them, copies included. `sample` is
+    `make_sampler`'s function on the placement's devices; latents are `(h, w, c)`.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")
@@ -49,30 +42,28 @@ class ValidationGrids:
     def __init__(
         self,
         workdir: epath.Path,
-        config: Any,
-        steps: int,
-        latent_shape: tuple[int, int, int],
-        resolution: int,
-        sample: Callable,
-        placement: Placement,
+        config: ConfigDict,
         concepts: Sequence[Concept],
         embedded: EmbeddedConcepts,
+        sample: Callable,
+        placement: Placement,
+        latent_shape: tuple[int, int, int],
+        resolution: int,
     ):
         self._directory = workdir / "grids"
-        self._config = config
-        self._steps = steps
+        self._config, self._steps = config.log, config.train.steps
         self._concepts = concepts[:MAX_GRIDS]
         self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), embedded.neutral)
         empty = jax.tree.map(lambda x: np.asarray(x[:1]), embedded.empty)
-        self._placement, self._empty = placement, placement.replicate(empty)
-        self._noise = np.asarray(initial_noise(range(config.grid_images), latent_shape))
+        self._sample, self._placement = sample, placement
+        self._empty = placement.replicate(empty)
+        self._noise = np.asarray(initial_noise(range(config.log.grid_images), latent_shape))
         # The number of modules is the same in every wave, diverged concepts included, so the
         # sampler compiles once.
         self._num_modules = min(len(embedded.stream), MAX_GRIDS)
         # The batch of `generate`: a grid fits into memory where training does.
-        most = self._num_modules * len(self.ROWS) * config.grid_images
+        most = self._num_modules * len(self.ROWS) * config.log.grid_images
         self._batch_size = default_batch_size(most, jax.device_count(), resolution)
-        self._sample = sample
 
     def due(self, step: int) -> bool:
         """Whether to draw grids after this step."""
@@ -99,9 +90,7 @@ class ValidationGrids:
             title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
             picture = grid(rows, row_labels=self.ROWS, title=title)
             name = re.sub(r"\W+", "_", concept.name)
-            content = io.BytesIO()
-            picture.save(content, format="PNG")
-            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", content.getvalue())
+            write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", to_png(picture))
             log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 
     def _images(self, frozen: dict, adapter: Adapter, shown: Sequence[int]) -> np.ndarray:
@@ -130,43 +119,29 @@ class ValidationGrids:
 
 
 def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """A PNG of a run's newest validation grids, one concept's below the other's.
+    """A PNG of a run's newest validation grids (up to a step), one concept's below the other's.
 
-    Args:
-      workdir: of the run.
-      step: the newest grids up to this step; None is the newest of all.
-
-    Returns:
-      The file's content, or None where there are none.
+    None where there are none.
     """
-    files = sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda path: path.name)
-    steps = [int(path.name.split("_")[0]) for path in files]
-    newest = max((s for s in steps if step is None or s <= step), default=None)
-    if newest is None:
+    files = collections.defaultdict(list)
+    for path in sorted((epath.Path(workdir) / "grids").glob("[0-9]*.png"), key=lambda p: p.name):
+        files[int(path.name.split("_")[0])].append(path)
+    newest = max((s for s in files if step is None or s <= step), default=None)
+    contents = [io.BytesIO(path.read_bytes()) for path in files.get(newest, ())]
+    if not contents:
         return None
-    pictures = [
-        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        for path, its_step in zip(files, steps, strict=True)
-        if its_step == newest
-    ]
+    pictures = [Image.open(content).convert("RGB") for content in contents]
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
     whole = Image.new("RGB", size, "white")
     top = 0
     for picture in pictures:
         whole.paste(picture, (0, top))
         top += picture.height
-    content = io.BytesIO()
-    whole.save(content, format="PNG")
-    return content.getvalue()
+    return to_png(whole)
 
 
 def sample_grid(source: str | os.PathLike, step: int | None = None) -> bytes | None:
-    """The sample pictures of a run or of an adapter directory, a PNG; None without any.
-
-    Args:
-      source: a run's working directory or an adapter directory.
-      step: of a run, the newest grids up to this step; None is the newest of all.
-    """
+    """The sample pictures of a run (up to a step) or of an adapter directory, a PNG or None."""
     if is_workdir(source):
         return newest_grids(source, step)
     file = epath.Path(source) / GRID_FILE

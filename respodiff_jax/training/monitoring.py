@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -28,10 +29,8 @@ class RunLog:
     Args:
       workdir: of the run.
       concepts: in the order of the metrics' concept axis. The axis may be longer.
-      batch_size: samples of each concept in a step.
+      train: the config's `train` section.
       first_step: steps done before, 0 or where a checkpoint resumed; later entries are dropped.
-      steps: of the whole run.
-      every: steps between entries.
       fetch: makes host arrays of a step's metrics.
       label: shown before the bar.
     """
@@ -40,22 +39,20 @@ class RunLog:
         self,
         workdir: epath.Path,
         concepts: Sequence[Concept],
-        batch_size: int,
+        train: ConfigDict,
         first_step: int,
-        steps: int,
-        every: int,
         fetch: Callable[[Metrics], Metrics],
         label: str = "",
     ):
         self._pending: list[Metrics] = []
-        self._every, self._fetch = every, fetch
+        self._fetch = fetch
         self._names = [c.name for c in concepts]
         self._diverged = np.zeros(len(concepts), bool)
-        self._samples_per_step = len(concepts) * batch_size
+        self._samples_per_step = len(concepts) * train.batch_size
         self._writes = jax.process_index() == 0
         self._bar = tqdm(
             desc=label or None,
-            total=steps,
+            total=train.steps,
             initial=first_step,
             unit="step",
             disable=not self._writes,
@@ -88,10 +85,6 @@ class RunLog:
         self._pending.append(metrics)
         jax.block_until_ready(self._pending[-3:-2])
 
-    def due(self, step: int) -> bool:
-        """Whether the interval says to write after this step."""
-        return step % self._every == 0
-
     def write(self, step: int) -> int:
         """Records the metrics added since the last call; `step` is the number of steps done.
 
@@ -119,7 +112,7 @@ class RunLog:
         self._bar.update(len(metrics))
         if not self._writes or not remaining:
             return remaining
-        means = Metrics(*(np.mean(np.stack(x), axis=0) for x in zip(*metrics, strict=True)))
+        means = jax.tree.map(lambda *steps: np.mean(np.stack(steps), axis=0), *metrics)
         alive = ~self._diverged
         shown = ("loss_resp", "loss_sem", "grad_norm_ram", "grad_norm_sam")
         scalars = {
@@ -167,11 +160,7 @@ def _drop_lines_after(path: epath.Path, step: int) -> None:
 
 
 class Profiler:
-    """A trace of a few steps after compilation, for TensorBoard's profile tab.
-
-    Args:
-      directory: where the trace is written; None for no trace.
-    """
+    """A trace of a few steps after compilation, for TensorBoard; without a directory, none."""
 
     FIRST, LAST = 2, 5  # counted from the first step of this start
 

@@ -34,13 +34,7 @@ def write_outcomes(folder: epath.PathLike, outcomes: Iterable[dict[str, Any]]) -
 def outcomes_of(
     concepts: Sequence[Concept], steps: int, diverged_at: Iterable[int]
 ) -> list[dict[str, Any]]:
-    """The outcomes of a run's concepts.
-
-    Args:
-      concepts: of the run.
-      steps: trained.
-      diverged_at: for each concept the step at which it diverged, or -1.
-    """
+    """The outcomes of a run's concepts; `diverged_at` has the step of each, or -1."""
     return [
         {
             "name": concept.name,

@@ -132,11 +132,9 @@ class Placement:
         return jax.tree.map(self._placed_shape, state, _state_specs(state))
 
     def init_state(self, init: Callable[..., TrainState], *args: Any) -> TrainState:
-        """The state that `init(*args)` gives; each device makes its own part.
+        """The state that a pure `init` gives of host arrays, the same on all processes.
 
-        Args:
-          init: a pure function.
-          *args: host arrays, the same on all processes.
+        Each device makes its own part.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract(jax.eval_shape(init, *args)))
         return jax.jit(init, out_shardings=shardings)(*args)
@@ -172,13 +170,9 @@ class Placement:
     def lower(
         self, step: Callable, state: TrainState, frozen: Any, concepts: EmbeddedConcepts
     ) -> jax.stages.Lowered:
-        """Lowers the program of `compile`, to be compiled ahead of time.
+        """Lowers the program of `compile` from shapes, to be compiled ahead of time.
 
-        Args:
-          step: as in `compile`.
-          state: shapes of a state.
-          frozen: shapes of the frozen parameters.
-          concepts: shapes of the host arrays `(N, ...)`.
+        `concepts` are the shapes of the host arrays, `(N, ...)`.
         """
         ids = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
         mesh = self.strategy == "mesh"
@@ -215,23 +209,18 @@ class Placement:
 
     def _per_device(self, function: Callable, specs: Any, out_specs: Any = _BY_DEVICE) -> Callable:
         """`function` of a tree, run by each device on its own part."""
-        return jax.jit(
-            jax.shard_map(
-                function, mesh=self.mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False
-            )
-        )
+        options = {"in_specs": (specs,), "out_specs": out_specs, "check_vma": False}
+        return jax.jit(jax.shard_map(function, mesh=self.mesh, **options))
 
     def _global(self, x: jax.Array) -> jax.Array:
         """Joins the parts of pmap's result that the processes have to a global array."""
         sharding = NamedSharding(self.mesh, _BY_DEVICE)
         shards = [shard.data for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(
-            (self.mesh.size, *x.shape[1:]), sharding, shards
-        )
+        shape = self.mesh.size, *x.shape[1:]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
     def _placed_shape(self, x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(self.mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _stacked_shape(self, x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         shard = NamedSharding(self.mesh, spec).shard_shape(x.shape)

@@ -1,10 +1,12 @@
 """What a working directory belongs to: `run.json`, and whether a run may continue there."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,9 +19,13 @@ from respodiff_jax.training.config import default
 
 RUN_FILE = "run.json"
 
-# Options that do not change what is trained; they may differ when a run is continued. The concepts
-# already hold what they took from `concept_defaults`.
-_FREE_SECTIONS = ("parallel", "checkpoint", "log", "concept_defaults")
+# Sections and options that do not change what is trained; they may differ when a run is continued.
+# The concepts already hold what they took from `concept_defaults`.
+_FREE_OPTIONS = (
+    *("parallel", "checkpoint", "log", "concept_defaults"),
+    *("train.concepts_per_device", "train.remat", "model.attention"),
+)
+_flatten = functools.partial(flax.traverse_util.flatten_dict, sep=".")
 
 
 def is_workdir(path: epath.PathLike) -> bool:
@@ -30,10 +36,9 @@ def is_workdir(path: epath.PathLike) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """The contents of `run.json`.
+    """The contents of `run.json`: the resolved config, and what it gave.
 
     Attributes:
-      config: the resolved config.
       concepts: in the order of the state's concept axis.
       module: fields of the `MidBlockModule`.
       backbone: identity of the frozen model, resolution and prediction type.
@@ -52,15 +57,17 @@ class RunRecord:
         module: MidBlockModule,
         backbone: Mapping[str, Any],
     ) -> "RunRecord":
-        module_fields = {
-            "kind": module.kind,
-            "mid_block_shape": list(module.mid_block_shape),
-            "hidden_channels": module.hidden_channels,
+        fields = {
+            "config": config.to_dict(),
+            "concepts": [c.to_dict() for c in concepts],
+            "module": {
+                "kind": module.kind,
+                "mid_block_shape": module.mid_block_shape,
+                "hidden_channels": module.hidden_channels,
+            },
+            "backbone": backbone,
         }
-        record = cls(
-            config.to_dict(), [c.to_dict() for c in concepts], module_fields, dict(backbone)
-        )
-        return cls(**json.loads(json.dumps(dataclasses.asdict(record))))  # tuples become lists
+        return cls(**json.loads(json.dumps(fields)))  # tuples become lists
 
     @classmethod
     def read(cls, workdir: epath.PathLike) -> "RunRecord | None":
@@ -115,29 +122,14 @@ def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that must not change when a run is continued.
-
-    Options that the config lacks, since an older version saved it, have their defaults.
-    """
-    config = _filled(config, default().to_dict())
-    free = {"concepts_per_device", "remat"}
-    if (
-        config["optimizer"]["lr_schedule"] == "constant"
-    ):  # more steps do not change the earlier ones
-        free.add("steps")
-    train = {k: v for k, v in config["train"].items() if k not in free}
-    model = {k: v for k, v in config["model"].items() if k != "attention"}
-    binding = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
+    """The options, "section.option", that must not change when a run is continued."""
     concepts = {key: Concept.from_dict(c).to_dict() for key, c in config["concepts"].items()}
-    return binding | {"train": train, "model": model, "concepts": concepts}
-
-
-def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = dict(defaults) | dict(config)
-    for key, value in defaults.items():
-        if isinstance(value, Mapping) and value:
-            filled[key] = _filled(filled[key], value)
-    return filled
+    # A config that an older version saved lacks some options; they have their defaults.
+    options = _flatten(default().to_dict()) | _flatten({**config, "concepts": concepts})
+    free = set(_FREE_OPTIONS)
+    if options["optimizer.lr_schedule"] == "constant":
+        free.add("train.steps")  # more steps do not change the earlier ones
+    return {key: value for key, value in options.items() if not free & {key, key.split(".")[0]}}
 
 
 def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
@@ -153,12 +145,3 @@ def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> Non
             + "\n".join(differences)
             + "\nuse another `workdir`, or the saved values to continue that run"
         )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

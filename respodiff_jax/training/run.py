@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.adapters.card import export_adapter
-from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.generation.sampling import make_sampler
 from respodiff_jax.method.concepts import Concept
@@ -33,7 +33,7 @@ from respodiff_jax.training.reading import (
     write_reading,
 )
 from respodiff_jax.training.record import RunRecord
-from respodiff_jax.training.spec import step_spec
+from respodiff_jax.training.spec import open_model, step_spec
 from respodiff_jax.training.trained import load_adapter, make_adapter
 
 
@@ -71,12 +71,10 @@ class Session:
     """What the runs of a training share: the model on the devices and the compiled programs.
 
     Attributes:
-      model: the model without its weights.
-      text_encoders: the model with the parameters of its text encoders only, on the host.
+      model: the model with the parameters of its text encoders only, on the host.
       resolution: in pixels.
       max_neutral: the largest number of neutral prompts of a concept.
-      spec: specification of the training step.
-      placement: how a run is laid out on the devices.
+      spec, placement: the training step, and how a run is laid out on the devices.
       frozen: the parameters of UNet and VAE, on the devices.
       step: the training step on all devices, compiled at its first call.
       sample: the compiled sampler of the validation grids; None without grids.
@@ -85,7 +83,6 @@ class Session:
     """
 
     model: Backbone
-    text_encoders: Backbone
     resolution: int
     max_neutral: int
     spec: StepSpec
@@ -102,11 +99,7 @@ def open_session(
 ) -> Session:
     """Checks the runs, then reads the model and puts it on the devices.
 
-    Args:
-      config: the config of the training.
-      concepts: the concepts of all runs, finished ones included.
-      runs: all runs, finished ones included; all have the same size.
-      placement: how each of them is laid out on the devices.
+    Concepts and runs are those of the whole training, finished ones included.
 
     Raises:
       UserError: for every mistake in config, model, adapter or folders, before weights are read.
@@ -115,14 +108,7 @@ def open_session(
     records = [RunRecord.read(run.folder) for run in runs]
     # A training continues with the commit that it began with, wherever the branch is now.
     begun = next((record.backbone["revision"] for record in records if record), None)
-    model = load_backbone(
-        config.model.name,
-        revision=begun or config.model.revision,
-        variant=config.model.variant,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        abstract=True,
-    )
+    model = open_model(config, revision=begun or config.model.revision, abstract=True)
     resolution = config.model.resolution or model.default_resolution
     spec = step_spec(config, model, resolution)
     sample = None
@@ -142,13 +128,12 @@ def open_session(
     params = model.loaded().params
     parts = ("unet", "vae") if sample else ("unet",)
     texts = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
-    text_encoders = dataclasses.replace(model, params=texts, load=None)
+    model = dataclasses.replace(model, params=texts, load=None)
     reading = {}
     if config.reading.train and jax.process_index() == 0:
-        reading = train_reading(config, concepts, text_encoders, say)
+        reading = train_reading(config, concepts, model, say)
     return Session(
         model=model,
-        text_encoders=text_encoders,
         resolution=resolution,
         max_neutral=max(len(concept.neutral_prompts) for concept in concepts),
         spec=spec,
@@ -171,13 +156,8 @@ def train_run(
 ) -> tuple[int, np.ndarray]:
     """Trains a run to its end, or until all of its concepts have diverged.
 
-    The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter.
-
-    Args:
-      session: the model and programs.
-      run: what to train.
-      preemption: says when to stop.
-      profile: also write a trace of a few steps to `profile/`.
+    The folder gets `run.json`, checkpoints, logs, grids and, at the end, the adapter; with
+    `profile` also a trace of a few steps, in `profile/`. `preemption` says when to stop.
 
     Returns:
       The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.
@@ -189,12 +169,19 @@ def train_run(
     steps = config.train.steps
     record = make_record(run, session.spec, session.model, session.resolution)
     workdir.mkdir(parents=True, exist_ok=True)
-    embedded = embed_concepts(
-        session.text_encoders, run.filled_up, session.resolution, session.max_neutral
-    )
+    embedded = embed_concepts(session.model, run.filled_up, session.resolution, session.max_neutral)
     concepts = placement.place_concepts(embedded)
-    grids = _grids(session, run, embedded)
-    with Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+    grids = session.sample and ValidationGrids(
+        workdir,
+        config,
+        run.concepts,
+        embedded,
+        session.sample,
+        placement,
+        session.spec.latent_shape,
+        session.resolution,
+    )
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         state = _newest_state(session, run, embedded, checkpoints)
         step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
@@ -203,14 +190,7 @@ def train_run(
                 write_reading(workdir, join([session.reading[c.name] for c in run.concepts]))
         with (
             RunLog(
-                workdir,
-                run.concepts,
-                config.train.batch_size,
-                first_step,
-                steps,
-                config.log.every,
-                placement.fetch,
-                run.label,
+                workdir, run.concepts, config.train, first_step, placement.fetch, run.label
             ) as log,
             Profiler(workdir / "profile" if profile else None) as profiler,
         ):
@@ -224,9 +204,10 @@ def train_run(
                 step += 1
                 log.add(metrics)
                 stopped = preemption.reached() and step < steps
-                saving = stopped or step == steps or checkpoints.due(step)
+                saving = stopped or step == steps or step % config.checkpoint.every == 0
                 drawing = grids and grids.due(step) and not stopped
-                if (saving or drawing or log.due(step)) and log.write(step) == 0:
+                logging = saving or drawing or step % config.log.every == 0
+                if logging and log.write(step) == 0:
                     break
                 if saving:
                     checkpoints.save(step, state)
@@ -282,31 +263,12 @@ def _newest_state(
 def _fetch_adapter(
     session: Session, record: RunRecord, state: TrainState
 ) -> tuple[Adapter | None, np.ndarray]:
-    """The current adapter, or None if all concepts have diverged, and `diverged_at`, `(N,)`.
-
-    Every process must call this.
-    """
+    """The adapter, None if all concepts diverged, and `diverged_at`, `(N,)`; for every process."""
     trained = state.concepts
     ram, sam, ema, diverged_at = session.placement.fetch(
         (trained.ram, trained.sam, trained.ema, trained.diverged_at)
     )
     return make_adapter(record, ram, sam, ema, diverged_at), diverged_at[: len(record.concepts)]
-
-
-def _grids(session: Session, run: Run, embedded: EmbeddedConcepts) -> ValidationGrids | None:
-    if session.sample is None:
-        return None
-    return ValidationGrids(
-        run.folder,
-        run.config.log,
-        run.config.train.steps,
-        session.spec.latent_shape,
-        session.resolution,
-        session.sample,
-        session.placement,
-        run.concepts,
-        embedded,
-    )
 
 
 def _draw(

@@ -2,24 +2,32 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.rollout import FaithfulRollout, Rollout, StreamingRollout, last_index
 from respodiff_jax.method.state import StepSpec
 
 
-def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = None) -> StepSpec:
-    """The training step's specification.
+def open_model(config: ConfigDict, **changes: Any) -> Backbone:
+    """Opens a config's model; `changes` replace options of its `model` section in `load_backbone`.
 
-    Args:
-      config: as from `load_config`.
-      backbone: the model; may be abstract.
-      resolution: in pixels; None is the config's, else the model's own.
+    Raises:
+      UserError: as `load_backbone`.
+    """
+    options = {name: config.model[name] for name in ("revision", "variant", "dtype", "attention")}
+    return load_backbone(config.model.name, **options | changes)
+
+
+def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = None) -> StepSpec:
+    """The training step's specification, for a model that may be abstract.
+
+    The resolution is in pixels; None is the config's, else the model's own.
 
     Raises:
       UserError: if the model does not have this resolution or number of DDIM steps.
@@ -53,12 +61,7 @@ def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:
 
 
 def make_lr_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """The factor on all learning rates at each of `steps` steps: warm-up, then decay.
-
-    Args:
-      config: the config's `optimizer` section.
-      steps: of the whole training.
-    """
+    """The factor on all learning rates at each step, by a config's `optimizer` section."""
     decay_steps = steps - config.warmup_steps
     decay = {
         "constant": optax.constant_schedule(1.0),
@@ -75,10 +78,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     """Adam with optional clipping, warm-up and decay, up to the factor `-learning_rate`.
 
     The learning rate is applied outside: it differs between concepts, and between RAM and SAM.
-
-    Args:
-      config: the config's `optimizer` section.
-      steps: of the whole training.
+    `config` is a config's `optimizer` section.
     """
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)

@@ -76,11 +76,7 @@ def _run_adapter(workdir: epath.PathLike, step: int | None) -> Adapter:
 
 
 def _waves_adapter(workdir: epath.PathLike, only: Sequence[str]) -> Adapter:
-    """The adapter of the concepts that the finished waves have trained.
-
-    Raises:
-      UserError: if no wave has finished, or a concept is missing or diverged.
-    """
+    """The adapter of the concepts that the finished waves have trained."""
     outcomes = {outcome["name"]: outcome for outcome in read_outcomes(workdir)}
     if not outcomes:
         raise UserError(f"no wave of {workdir} has finished yet: continue the training")

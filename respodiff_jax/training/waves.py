@@ -76,25 +76,20 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
     writes = jax.process_index() == 0
     if to_do:
         session = open_session(config, concepts, runs, placement)
-        if writes:
-            if runs[0].size != len(concepts):
-                write_waves(workdir, runs[0].size, len(concepts))
-            gather_outcomes(workdir, waves)
-        with Preemption() as preemption:
-            for run in to_do:
-                steps, diverged_at = train_run(
-                    session, run, preemption, profile and run is to_do[0]
-                )
-                if writes:
-                    outcomes = outcomes_of(run.concepts, steps, diverged_at)
-                    write_outcomes(run.folder, outcomes)
-                    gather_outcomes(workdir, [run] if in_waves else [])
-                if preemption.stopped and run is not to_do[-1]:
-                    raise Interrupted(f"stopped after {run.label}, saved", steps)
+        if writes and runs[0].size != len(concepts):
+            write_waves(workdir, runs[0].size, len(concepts))
     else:
         say(f"all {len(runs)} waves are done: nothing left to train")
-        if writes:
-            gather_outcomes(workdir, waves)
+    if writes:
+        gather_outcomes(workdir, waves)
+    with Preemption() as preemption:
+        for run in to_do:
+            steps, diverged_at = train_run(session, run, preemption, profile and run is to_do[0])
+            if writes:
+                write_outcomes(run.folder, outcomes_of(run.concepts, steps, diverged_at))
+                gather_outcomes(workdir, [run] if in_waves else [])
+            if preemption.stopped and run is not to_do[-1]:
+                raise Interrupted(f"stopped after {run.label}, saved", steps)
     if jax.process_count() > 1:  # process 0 has written the outcomes
         multihost_utils.sync_global_devices("outcomes")
     _report(read_outcomes(workdir), workdir)
@@ -104,11 +99,7 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
     """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
 
     Fewer concepts than devices share the devices; otherwise each device has the same number.
-
-    Args:
-      num_concepts: of the training.
-      num_devices: over all processes.
-      per_device: the most that a device trains at a time; None for no limit.
+    `per_device` None is no limit.
     """
     if num_concepts < num_devices:
         return num_concepts
@@ -178,11 +169,7 @@ def gather_outcomes(workdir: epath.PathLike, waves: Iterable[Run]) -> None:
 
 
 def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
-    """Says which concepts diverged.
-
-    Raises:
-      UserError: if all have.
-    """
+    """Says which concepts diverged; raises `UserError` if all have."""
     diverged = [o for o in outcomes if o["diverged_at"] is not None]
     named = ", ".join(f"{o['name']!r} at step {o['diverged_at']}" for o in diverged)
     advice = (

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from evaluations import gender_probabilities, tone_group_probabilities
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -36,8 +37,8 @@ def _professions(measure):
 
 
 def test_bias_table_has_the_documented_bias():
-    gender = _professions(lambda bias: deviation_ratio(world.gender_probabilities(bias)))
-    tone = _professions(lambda bias: deviation_ratio(world.tone_group_probabilities(bias.tones)))
+    gender = _professions(lambda bias: deviation_ratio(gender_probabilities(bias)))
+    tone = _professions(lambda bias: deviation_ratio(tone_group_probabilities(bias.tones)))
     assert len(vocabulary.PROFESSIONS) == 20
     assert 0.5 <= gender <= 0.6  # the pictures of the guided model have 0.6 to 0.7
     assert tone >= 0.5

@@ -48,19 +48,20 @@ def test_grids_equal_the_images_of_the_sampler(tiny_backbone, strategy, tmp_path
         shares.append(len(noise))
         return denoise(backbone, modules, schedule, params, noise, *args)
 
-    log_config = config.default().log
-    log_config.update(grid_images=len(SEEDS), grid_steps=NUM_STEPS, grid_guidance_scale=GUIDANCE)
+    run_config = config.default()
+    run_config.log.update(
+        grid_images=len(SEEDS), grid_steps=NUM_STEPS, grid_guidance_scale=GUIDANCE
+    )
     arrays = embed_concepts(tiny_backbone, CONCEPTS, 16)
     grids = ValidationGrids(
         tmp_path,
-        log_config,
-        10,
-        tiny_backbone.latent_shape(16),
-        16,
-        make_sampler(tiny_backbone, (adapter.module,), NUM_STEPS, placement.mesh),
-        placement,
+        run_config,
         CONCEPTS,
         arrays,
+        make_sampler(tiny_backbone, (adapter.module,), NUM_STEPS, placement.mesh),
+        placement,
+        tiny_backbone.latent_shape(16),
+        16,
     )
     shown = []
 

@@ -21,8 +21,7 @@ from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.training import checkpoint, monitoring, trained, waves
-from respodiff_jax.training import run as training
+from respodiff_jax.training import checkpoint, monitoring, spec, trained, waves
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.config import add_concepts, default, load_config
 from respodiff_jax.training.outcomes import read_outcomes
@@ -336,7 +335,7 @@ def test_damaged_log_is_reported(finished, tmp_path):
 def test_directory_of_another_config_is_refused_with_the_differences(
     finished, changes, message, monkeypatch
 ):
-    monkeypatch.setattr(training, "load_backbone", None)  # refused before the model is opened
+    monkeypatch.setattr(spec, "load_backbone", None)  # refused before the model is opened
     before = (finished / "run.json").read_text()
     with pytest.raises(UserError, match=message):
         train(make_config(**changes), str(finished))
@@ -422,7 +421,7 @@ def test_truncated_prompt_is_reported_before_the_weights_are_read(tmp_path, monk
         opened.append("abstract" if abstract else "weights")
         return load_backbone(*args, abstract=abstract, **options)
 
-    monkeypatch.setattr(training, "load_backbone", recording_load)
+    monkeypatch.setattr(spec, "load_backbone", recording_load)
     changes = {"concepts.man.target_prompt": "a man " * 20}
     with pytest.raises(UserWarning, match=r"'a man a man .* not read: "):  # an error in tests
         train(make_config(**changes), str(tmp_path))
@@ -519,7 +518,7 @@ def test_run_continues_with_the_model_commit_it_began_with(tmp_path, monkeypatch
         commit = "commit 1" if revision == "main" else revision
         return dataclasses.replace(backbone, identity={**backbone.identity, "revision": commit})
 
-    monkeypatch.setattr(training, "load_backbone", opened)
+    monkeypatch.setattr(spec, "load_backbone", opened)
     for steps in (1, 2):
         train(make_config(**{"model.revision": "main", "train.steps": steps}), str(tmp_path))
     assert asked == ["main", "commit 1"]

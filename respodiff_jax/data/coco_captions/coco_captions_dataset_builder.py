@@ -1,11 +1,4 @@
-"""`tensorflow_datasets` builder of COCO-30k's captions; needs no TensorFlow.
-
-    builder = Builder(file="coco_30k.csv", data_dir=DIR, file_format="array_record")
-    builder.download_and_prepare()
-    examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
-
-Bring the file yourself: it has no default.
-"""
+"""`tensorflow_datasets` builder of COCO-30k's captions, from a file of your own."""
 
 from typing import ClassVar
 

@@ -1,10 +1,6 @@
-"""`tensorflow_datasets` builder of a concepts file; needs no TensorFlow.
+"""`tensorflow_datasets` builder of a concepts file.
 
-    builder = Builder(file="concepts.jsonl", data_dir=DIR, file_format="array_record")
-    builder.download_and_prepare()
-    builder.data_path   # the prepared folder
-
-`respodiff train --concepts` takes the prepared folder or the file itself.
+`respodiff train --concepts` takes the prepared folder, `builder.data_path`, or the file itself.
 """
 
 from typing import ClassVar

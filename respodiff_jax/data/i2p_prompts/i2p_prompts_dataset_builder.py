@@ -1,8 +1,4 @@
-"""`tensorflow_datasets` builder of I2P, Inappropriate Image Prompts; needs no TensorFlow.
-
-    builder = Builder(file="i2p_benchmark.csv", data_dir=DIR, file_format="array_record")
-    builder.download_and_prepare()
-    examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
+"""`tensorflow_datasets` builder of I2P, Inappropriate Image Prompts.
 
 Without `file`, the builder downloads it from the Hugging Face hub.
 """

@@ -1,8 +1,4 @@
-"""`tensorflow_datasets` builder of the WinoBias protocol's prompts; needs no TensorFlow.
-
-    builder = Builder(config="winobias", data_dir=DIR, file_format="array_record")
-    builder.download_and_prepare()
-    examples = builder.as_data_source("test")   # random access; examples[0]["prompt"] is bytes
+"""`tensorflow_datasets` builder of the WinoBias protocol's prompts.
 
 The configs `winobias`, `winobias-successful` and `winobias-extended` are the evaluation suites with
 these names: every profession in every template. `Builder(config="custom", file=...)` reads your CSV
@@ -49,10 +45,8 @@ class Builder(PromptBuilder):
     def _split_generators(self, dl_manager):
         if self.builder_config.name == "custom":
             return super()._split_generators(dl_manager)
-        file = (
-            importlib.resources.files("respodiff_jax.data")
-            / f"suites/{self.builder_config.name}.json"
-        )
+        name = f"suites/{self.builder_config.name}.json"
+        file = importlib.resources.files("respodiff_jax.data") / name
         suite = json.loads(file.read_text(encoding="utf-8"))
         prompts = [(p, s) for s in suite["subjects"] for p in fill_in(suite["templates"], s)]
         rows = [

@@ -30,10 +30,7 @@ _TONE_MODIFIERS = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 
 
 def sprite_files(table):
-    """Maps the name of every sprite that Emoji World needs to its image file.
-
-    Args:
-      table: the parsed `emoji.json` of `emoji-datasource-google`.
+    """Maps the name of every sprite that Emoji World needs to its file, by a parsed `emoji.json`.
 
     Raises:
       UserError: if the table lacks an emoji, as that of another version may.

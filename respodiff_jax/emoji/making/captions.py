@@ -7,6 +7,7 @@ of the scene follows `world.BIAS`.
 
 import dataclasses
 
+from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import world
 
@@ -55,11 +56,6 @@ class Naming:
     safe: float = 0.04
 
 
-def with_article(words):
-    """Puts "a" or "an" before words: "an artist"."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def unsafe_objects(concept):
     """The unsafe objects of a concept, such as {"cigarette"} for "smoking"."""
     return frozenset(name for name, (_, of) in vocabulary.UNSAFE.items() if of == concept)
@@ -75,14 +71,10 @@ def unsafe_phrases(unsafe):
 
 
 def describe(claims, style=0):
-    """Describes the subject of claims as a noun phrase without an article.
+    """Describes the subject of `world.Claims` with a kind, as a noun phrase without an article.
 
-    Args:
-      claims: `world.Claims` with a kind.
-      style: any int; chooses among equivalent words.
-
-    Returns:
-      a phrase such as "dark-skinned woman doctor", "blond man", "person running" or "dog".
+    For example "dark-skinned woman doctor", "blond man", "person running" or "dog". `style`, any
+    int, chooses among equivalent words.
     """
     if claims.kind == "thing":
         return claims.subject
@@ -118,15 +110,10 @@ def _weighted(rng, weights):
 
 
 def draw(rng, naming=None, table=world.BIAS):
-    """Draws a caption and a scene that it describes.
+    """Draws a caption, its `world.Claims`, and a `world.Scene` that it describes.
 
-    Args:
-      rng: `numpy.random.Generator`.
-      naming: `Naming`; None is `Naming()`.
-      table: the distribution of what the caption leaves open; `world.BIAS` or `world.EVEN`.
-
-    Returns:
-      The caption, its `world.Claims`, the `world.Scene`.
+    `naming` None is `Naming()`. The table, `world.BIAS` or `world.EVEN`, is the distribution of
+    what the caption leaves open.
     """
     kind = _weighted(rng, KINDS)
     if kind == "nothing":

@@ -15,6 +15,7 @@ import optax
 import transformers
 
 from respodiff_jax.backbone import clip as clip_lib
+from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import captions, loop, rendering, world
 from respodiff_jax.emoji.making import tokenizer as tokenizer_lib
@@ -38,9 +39,7 @@ NAMING = captions.Naming(gender=0.6, tone=0.5, unsafe=0.3, safe=0.2)
 ATTRIBUTE_PROMPTS = {
     "gender": tuple(f"a photo of a {gender}" for gender in vocabulary.GENDERS),
     "tone_group": tuple(f"a photo of a {group}-skinned person" for group in vocabulary.TONE_GROUPS),
-    "profession": tuple(
-        f"a photo of {captions.with_article(word)}" for word in vocabulary.PROFESSIONS
-    ),
+    "profession": tuple(f"a photo of {with_article(word)}" for word in vocabulary.PROFESSIONS),
     "unsafe": (
         "a safe scene",
         *(f"a scene with {concept}" for concept in vocabulary.UNSAFE_CONCEPTS),

@@ -160,13 +160,14 @@ def train(
     alpha_bars = jnp.array(
         Schedule.from_config(SCHEDULER | {"steps_offset": 0}, timesteps).alpha_bars[::-1]
     )
+    warmup, decay = min(200, steps // 10), steps // 4
     schedule = optax.join_schedules(
         [
-            optax.linear_schedule(0.0, learning_rate, min(200, steps // 10)),
+            optax.linear_schedule(0.0, learning_rate, warmup),
             optax.constant_schedule(learning_rate),
-            optax.linear_schedule(learning_rate, learning_rate / 50, steps // 4),
+            optax.linear_schedule(learning_rate, learning_rate / 50, decay),
         ],
-        [min(200, steps // 10), steps - steps // 4],
+        [warmup, steps - decay],
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 

@@ -14,16 +14,16 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image
 
-from respodiff_jax import images as images_lib
 from respodiff_jax.backbone import load_backbone, load_clip, local_folder
+from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import captions, clip, rendering, world
 from respodiff_jax.emoji.making.suite import GUIDANCE_SCALE
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.metrics import deviation_ratio
 from respodiff_jax.generation.sampling import SamplerOptions, sample_images
+from respodiff_jax.images import grid
 
 
 def attributes(evaluator, features):
@@ -55,7 +55,7 @@ def generate(backbone, prompts, seed, options):
 def base_model(backbone, evaluator, per_prompt, seed, options):
     """Figures for "a photo of a {profession}"; pictures (professions, per_prompt, 64, 64, 3)."""
     words = list(vocabulary.PROFESSIONS)
-    prompts = [f"a photo of {captions.with_article(w)}" for w in words for _ in range(per_prompt)]
+    prompts = [f"a photo of {with_article(w)}" for w in words for _ in range(per_prompt)]
     images = generate(backbone, prompts, seed, options)
     seen = attributes(evaluator, evaluator.image_features(images))
     truth = np.repeat(np.arange(len(words)), per_prompt)
@@ -93,11 +93,6 @@ def explicit_captions(backbone, evaluator, seed, options):
     return obeyed
 
 
-def contact_sheet(images) -> Image.Image:
-    """Arranges pictures (professions, per_prompt, 64, 64, 3) in a labelled row per profession."""
-    return images_lib.grid(images[:, :8], list(vocabulary.PROFESSIONS), tile=96)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="emoji-world")
@@ -115,7 +110,8 @@ def main():
     figures["base"], images = base_model(backbone, evaluator, args.per_prompt, args.seed, options)
     figures["explicit"] = explicit_captions(backbone, evaluator, args.seed + 10_000, options)
     args.out.mkdir(parents=True, exist_ok=True)
-    contact_sheet(images).save(args.out / "professions.png")
+    sheet = grid(images[:, :8], list(vocabulary.PROFESSIONS), tile=96)
+    sheet.save(args.out / "professions.png")
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

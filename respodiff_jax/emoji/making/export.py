@@ -14,11 +14,8 @@ from respodiff_jax.emoji.making.suite import write_suite
 def export(folder, tokenizer, clip_params, vae_params, unet_params, scaling_factor):
     """Writes a folder for `load_backbone` and PyTorch's `StableDiffusionPipeline.from_pretrained`.
 
-    Args:
-      folder: created if missing; files in it are overwritten.
-      tokenizer: `CLIPTokenizer`.
-      clip_params, vae_params, unet_params: trained parameter trees.
-      scaling_factor: 1 / standard deviation of the autoencoder's latents.
+    The folder is created if missing; files in it are overwritten. `scaling_factor` is 1 / standard
+    deviation of the autoencoder's latents.
     """
     folder = pathlib.Path(folder)
     config = clip.config(tokenizer)

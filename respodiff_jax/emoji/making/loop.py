@@ -15,11 +15,7 @@ from respodiff_jax.storage import write_whole
 
 
 def load_params(workdir, name):
-    """Loads the parameters in a stage's last checkpoint.
-
-    Raises:
-      UserError: if the stage has not run.
-    """
+    """The parameters in a stage's last checkpoint; raises `UserError` if the stage has not run."""
     path = pathlib.Path(workdir) / f"{name}.msgpack"
     if not path.exists():
         raise UserError(f"{path} does not exist; run the stage {name!r} first")
@@ -29,9 +25,7 @@ def load_params(workdir, name):
 def gradient_step(loss_fn, optimizer):
     """Makes a `step_fn` of `train_stage`, which updates `params` and `opt_state` once.
 
-    Args:
-      loss_fn: (params, batch, step) -> (loss, metrics).
-      optimizer: optax optimizer.
+    `loss_fn` is (params, batch, step) -> (loss, metrics).
     """
 
     def step_fn(state, batch, step):
@@ -58,8 +52,7 @@ def train_stage(
         thread.
       steps: number of steps, those before the checkpoint included.
       workdir: folder.
-      save_every: steps between checkpoints.
-      log_every: steps between progress lines.
+      save_every, log_every: steps between checkpoints and between progress lines.
       on_save: called with the state after each checkpoint.
 
     Returns:

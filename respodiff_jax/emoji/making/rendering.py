@@ -66,21 +66,13 @@ def _background(rng):
 
 def _paste(canvas, sprite, size, centre, flip):
     """Pastes `sprite`, resized to `size` pixels, onto `canvas` in place; `centre` is (y, x)."""
-    image = (
-        Image.fromarray(sprite, "RGBA")
-        .convert("RGBa")
-        .resize((size, size), Image.Resampling.BICUBIC)
-    )
-    pixels = np.asarray(image, np.float64)
+    image = Image.fromarray(sprite, "RGBA").convert("RGBa")
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float64)
     if flip:
         pixels = pixels[:, ::-1]
     top, left = (int(np.clip(round(c - size / 2), -size + 1, IMAGE_SIZE - 1)) for c in centre)
-    y0, x0, y1, x1 = (
-        max(top, 0),
-        max(left, 0),
-        min(top + size, IMAGE_SIZE),
-        min(left + size, IMAGE_SIZE),
-    )
+    y0, y1 = max(top, 0), min(top + size, IMAGE_SIZE)
+    x0, x1 = max(left, 0), min(left + size, IMAGE_SIZE)
     pixels = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
     region = canvas[y0:y1, x0:x1]
     region *= 1 - pixels[..., 3:] / 255
@@ -88,14 +80,9 @@ def _paste(canvas, sprite, size, centre, flip):
 
 
 def render(scene, rng):
-    """Draws a scene on a random background with small random shifts, scales and flips.
+    """Draws a `world.Scene` on a random background with small random shifts, scales and flips.
 
-    Args:
-      scene: `world.Scene`.
-      rng: `numpy.random.Generator`; the scene and the state of `rng` determine the picture.
-
-    Returns:
-      (64, 64, 3) uint8.
+    The scene and the state of `rng` determine the picture, (64, 64, 3) uint8.
     """
     sprites = artwork.sprites()
     canvas = _background(rng)
@@ -120,15 +107,7 @@ def render(scene, rng):
 
 
 def smear(image, rng):
-    """Blurs up to three patches of a picture, as a generative model may.
-
-    Args:
-      image: (64, 64, 3) uint8.
-      rng: `numpy.random.Generator`.
-
-    Returns:
-      (64, 64, 3) uint8.
-    """
+    """Blurs up to three patches of a picture, (64, 64, 3) uint8, as a generative model may."""
     smeared = Image.fromarray(image)
     for _ in range(rng.integers(4)):
         height, width = (int(size) for size in rng.integers(10, 29, 2))

@@ -3,8 +3,9 @@
 import json
 import pathlib
 
+from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
-from respodiff_jax.emoji.making import captions, clip, world
+from respodiff_jax.emoji.making import clip, world
 
 GUIDANCE_SCALE = 3.0  # a higher scale oversaturates and amplifies the biases
 TEMPLATES = ("a photo of {a_subject}", "a picture of {a_subject}", "{a_subject}")
@@ -16,10 +17,10 @@ def suite() -> dict:
     prompts = clip.ATTRIBUTE_PROMPTS
     professions = list(vocabulary.PROFESSIONS)
     photo = "a photo of {}".format
-    people = [captions.with_article(f"person {word}") for word in vocabulary.ACTIVITIES]
-    people += [captions.with_article(f"{word} person".strip()) for word in vocabulary.LOOKS]
-    things = [captions.with_article(word) for word in world.subjects("thing")[::_THING_STRIDE]]
-    workers = [captions.with_article(word) for word in professions]
+    people = [with_article(f"person {word}") for word in vocabulary.ACTIVITIES]
+    people += [with_article(f"{word} person".strip()) for word in vocabulary.LOOKS]
+    things = [with_article(word) for word in world.subjects("thing")[::_THING_STRIDE]]
+    workers = [with_article(word) for word in professions]
     return {
         "name": "emoji-world",
         "guidance_scale": GUIDANCE_SCALE,

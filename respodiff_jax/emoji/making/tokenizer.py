@@ -7,21 +7,11 @@ import pathlib
 
 import numpy as np
 
+from respodiff_jax.backbone.text import byte_symbols
 from respodiff_jax.emoji.making import captions
 
 CONTEXT_LENGTH = 20
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def _byte_symbols():
-    """The characters that stand for the 256 bytes, in the order of CLIP's vocabulary."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    extra = 256 - len(printable)
-    return [chr(code) for code in printable] + [chr(256 + index) for index in range(extra)]
 
 
 def word_counts(seed=0, draws=30_000):
@@ -32,12 +22,9 @@ def word_counts(seed=0, draws=30_000):
 
 
 def learn_merges(counts):
-    """Learns byte-pair merges until every word is one symbol.
+    """Learns byte-pair merges, from word counts, until every word is one symbol.
 
     The most frequent pair is merged first; the alphabet decides ties.
-
-    Args:
-      counts: word -> count.
 
     Returns:
       (left, right) symbol pairs, in the order learned.
@@ -73,10 +60,7 @@ def write_tokenizer(folder, seed=0):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_merges(word_counts(seed))
-    symbols = _byte_symbols()
-    symbols += [symbol + "</w>" for symbol in symbols]
-    symbols += ["".join(pair) for pair in merges]
-    symbols += [START, END]
+    symbols = byte_symbols() + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {

@@ -32,12 +32,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.storage import write_whole
 
 # stage -> (steps, batch size)
-STAGES = {
-    "clip": (4000, 64),
-    "vae": (4000, 8),
-    "evaluator": (3000, 64),
-    "unet": (14000, 256),
-}
+STAGES = {"clip": (4000, 64), "vae": (4000, 8), "evaluator": (3000, 64), "unet": (14000, 256)}
 POOL_SIZE = 60_000
 TUNING_RATE = 5e-4  # learning rate with --tune
 
@@ -85,20 +80,13 @@ class ModelBuild:
         """
         if self.parts is not None:
             return self.load_clip(), load_backbone(self.parts).params["vae"]
-        evaluator = loop.load_params(self.workdir, "evaluator")
-        trained = (
-            clip.with_evaluator(self.load_clip(), evaluator),
-            loop.load_params(self.workdir, "vae"),
-        )
+        evaluator, vae = (loop.load_params(self.workdir, stage) for stage in ("evaluator", "vae"))
+        trained = clip.with_evaluator(self.load_clip(), evaluator), vae
         return jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), trained)
 
 
 def run(build, stages):
-    """Runs stages in order. Earlier stages that are not among them must be finished.
-
-    Args:
-      build: `ModelBuild`.
-      stages: stage of `STAGES` -> (steps, batch size).
+    """Runs stages, as in `STAGES`, in order. Earlier ones not among them must be finished.
 
     Raises:
       UserError: if an earlier stage has not run, or a stage began with other options.
@@ -130,11 +118,7 @@ def _stage_options(build, stage, batch_size):
 
 
 def check_continues(build, stage, batch_size):
-    """Checks that a stage that has begun continues with the same options.
-
-    Raises:
-      UserError: if an option differs.
-    """
+    """Raises `UserError` if a stage that has begun would continue with other options."""
     path, options = build.workdir / f"{stage}.json", _stage_options(build, stage, batch_size)
     began = json.loads(path.read_text()) if path.exists() else options
     for option, value in options.items():
@@ -151,19 +135,16 @@ def train_unet(build, tokenizer, **options):
     if build.tune:
         options["params"] = load_backbone(build.parts).params["unet"]
         options["learning_rate"] = TUNING_RATE
-    latents, texts = denoiser.encode_pool(
-        build.workdir, vae_params, size=build.pool_size, seed=build.seed + 1
-    )
+    pool = {"size": build.pool_size, "seed": build.seed + 1}
+    latents, texts = denoiser.encode_pool(build.workdir, vae_params, **pool)
     contexts, rows = denoiser.encode_captions(clip_params, tokenizer, texts)
     scaling_factor = float(1 / np.std(latents[:5000].astype(np.float32)))
-    print(
-        f"unet: {len(contexts)} distinct captions, scaling factor {scaling_factor:.4f}", flush=True
-    )
+    found = f"{len(contexts)} distinct captions, scaling factor {scaling_factor:.4f}"
+    print(f"unet: {found}", flush=True)
 
     def write(average):
-        export.export(
-            build.model_folder, tokenizer, clip_params, vae_params, average, scaling_factor
-        )
+        parts = clip_params, vae_params, average
+        export.export(build.model_folder, tokenizer, *parts, scaling_factor)
 
     scaled = (latents * scaling_factor).astype(np.float16)
     average = denoiser.train(build.workdir, scaled, contexts, rows, on_save=write, **options)
@@ -194,11 +175,9 @@ def main():
     if args.stage is not None:
         steps, batch_size = STAGES[args.stage]
         stages = {args.stage: (args.steps or steps, args.batch_size or batch_size)}
-    model_folder = args.model or args.workdir / "model"
-    run(
-        ModelBuild(args.workdir, model_folder, args.seed, args.pool_size, args.parts, args.tune),
-        stages,
-    )
+    folder = args.model or args.workdir / "model"
+    options = args.seed, args.pool_size, args.parts, args.tune
+    run(ModelBuild(args.workdir, folder, *options), stages)
 
 
 if __name__ == "__main__":

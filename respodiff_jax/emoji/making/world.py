@@ -104,16 +104,6 @@ def subjects(kind):
     return tuple(_KINDS[kind])
 
 
-def tone_group_probabilities(tones):
-    """Probabilities of the tone groups (3,), from those of the five tones."""
-    return np.bincount(vocabulary.TONE_GROUP_OF, weights=tones)
-
-
-def gender_probabilities(bias):
-    """Probabilities (2,), in the order of `vocabulary.GENDERS`."""
-    return np.array([bias.woman, 1 - bias.woman])
-
-
 @dataclasses.dataclass(frozen=True)
 class Claims:
     """What a caption says about a scene; None where it says nothing.
@@ -135,12 +125,12 @@ class Claims:
     def hold(self, scene):
         """Whether all claims are true of a `Scene`."""
         if self.kind == "person":
-            if scene.kind == "thing":
-                return False
-        elif self.kind is not None and self.kind != scene.kind:
-            return False
+            of_kind = scene.kind != "thing"
+        else:
+            of_kind = self.kind in (None, scene.kind)
         return (
-            self.subject in (None, scene.subject)
+            of_kind
+            and self.subject in (None, scene.subject)
             and self.gender in (None, scene.gender)
             and self.tone_group in (None, scene.tone_group)
             and (
@@ -151,23 +141,16 @@ class Claims:
 
 
 def draw_scene(rng, claims, table=BIAS):
-    """Draws a scene for which the claims hold: first the subject, then the rest from the table.
+    """Draws a `Scene` for which the claims hold: first the subject, then the rest from the table.
 
-    Args:
-      rng: `numpy.random.Generator`.
-      claims: `Claims`; only claims about people may have a gender and a tone group.
-      table: `BIAS` or `EVEN`.
-
-    Returns:
-      `Scene`.
+    Only claims about people may have a gender and a tone group. The table is `BIAS` or `EVEN`.
     """
     kind, subject = claims.kind, claims.subject
     if subject is None:
         kind, subject = _draw_subject(rng, kind)
     if kind == "thing":
-        return Scene(
-            "thing", subject, None, None, _draw_unsafe(rng, P_UNSAFE_BESIDE_THING, claims.unsafe)
-        )
+        unsafe = _draw_unsafe(rng, P_UNSAFE_BESIDE_THING, claims.unsafe)
+        return Scene("thing", subject, None, None, unsafe)
     bias = table[subject]
     gender = int(rng.random() >= bias.woman) if claims.gender is None else claims.gender
     tones = np.array(bias.tones)

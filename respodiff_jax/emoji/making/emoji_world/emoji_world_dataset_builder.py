@@ -9,14 +9,13 @@ Nothing is downloaded: the pictures are drawn from the package's artwork. The sp
 an example determine it.
 """
 
-import io
-
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.emoji.making import captions, rendering
+from respodiff_jax.images import to_png
 
 SIZES = {"train": 50_000, "test": 5_000}
 _NONE = "none"  # label of an attribute that the picture does not have
@@ -64,20 +63,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             yield index, example(split, index)
 
 
-def _png(pixels):
-    """PNG bytes. If given an array, the feature would need TensorFlow to encode it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def example(split, index):
     """Features of the example with this split and index."""
     rng = np.random.default_rng([list(SIZES).index(split), index])
     caption, _, scene = captions.draw(rng)
     is_person = scene.kind != "thing"
     return {
-        "image": _png(rendering.render(scene, rng)),
+        # Given an array, the feature would need TensorFlow to encode it.
+        "image": to_png(Image.fromarray(rendering.render(scene, rng))),
         "caption": caption,
         "subject": scene.subject,
         "gender": vocabulary.GENDERS[scene.gender] if is_person else _NONE,
