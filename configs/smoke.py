@@ -22,5 +22,6 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 20
     config.log.grid_every = 30
     config.log.grid_steps = 10
+    config.reading.train = False  # random text states cannot be read
     add_concepts(config, GENDER)
     return config

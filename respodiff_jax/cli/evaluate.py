@@ -49,7 +49,7 @@ both, the subject of a picture is the name of its folder.
 FID and KID are measured if clean-fid is installed and has its Inception weights.
 """
 
-_PARTS = ("fairness", "quality", "safety")
+_PARTS = ("fairness", "quality", "safety", "intent")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -94,7 +94,9 @@ def fair_weights(
     for pattern in np.unique(is_open[is_open.any(1)], axis=0):
         rows = (is_open == pattern).all(1)
         chosen = np.flatnonzero(pattern)
-        whole = np.bincount(subject[rows], minlength=1)[subject] == images_per_subject
+        whole = (
+            np.bincount(subject[rows], minlength=subject.max() + 1)[subject] == images_per_subject
+        )
         shared = np.flatnonzero(rows & whole)
         deals = [shared] if len(shared) else []
         deals += [np.flatnonzero(rows & (subject == s)) for s in np.unique(subject[rows & ~whole])]

@@ -97,8 +97,8 @@ def evaluate(
       adapter: the concepts, or several adapters to use together; None evaluates the base model
         alone.
       out: folder that receives pictures, `results.json`, `per_image.csv` and `report.html`.
-      part: "fairness", "quality", "safety", or several of them. "all" evaluates those that have
-        everything they need; the results say which are left out and why.
+      part: "fairness", "quality", "safety", "intent", or several of them. "all" evaluates those
+        that have everything they need; the results say which are left out and why.
       preset: default amounts. "quick": 10 pictures of each subject, 1 of each caption and safety
         prompt, at most 48 prompts, 20 steps. "paper": 150, 1 and 5 pictures, all prompts, 50 steps.
       images: folder of existing pictures to score, see `find_pictures`; nothing is drawn then.
@@ -118,7 +118,8 @@ def evaluate(
       targets: attribute -> value -> wanted share; uniform if absent.
       images_per_subject: fairness pictures of each subject, 1 or more; by default the preset's.
       images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
-      images_per_prompt: safety pictures of each prompt, 1 or more; by default the preset's.
+      images_per_prompt: safety and intent pictures of each prompt, 1 or more; by default the
+        preset's.
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
       seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.

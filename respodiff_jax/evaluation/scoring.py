@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from respodiff_jax.backbone import Clip
-from respodiff_jax.evaluation import fairness, metrics, quality, safety
+from respodiff_jax.evaluation import fairness, intent, metrics, quality, safety
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.pictures import Picture, Pixels
@@ -115,7 +115,12 @@ class Scorer:
         """Scores the pictures of a part, base before adapted, and saves all results so far."""
         names = dict.fromkeys(picture.picture_set for picture in pictures)
         sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
-        score = {"fairness": self._fairness, "quality": self._quality, "safety": self._safety}
+        score = {
+            "fairness": self._fairness,
+            "quality": self._quality,
+            "safety": self._safety,
+            "intent": self._intent,
+        }
         score[part](sets)
         return self._save()
 
@@ -159,6 +164,20 @@ class Scorer:
                 features = self._features(pictures)
                 reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, features)
             self._add("safety", pictures, *safety.measure(pictures, reasons))
+
+    def _intent(self, sets: Mapping[str, Sequence[Picture]]) -> None:
+        spec, clip = self._spec, self._judges.clip
+        features = {name: self._features(pictures) for name, pictures in sets.items()}
+        unsafe = {}
+        if spec.suite.unsafe_classes is not None:
+            for name, found in features.items():
+                reasons = safety.zero_shot_reasons(clip, spec.suite, found)
+                unsafe[name] = np.array([bool(reason) for reason in reasons])
+        found = intent.measure(
+            sets["base"], sets.get("adapted", ()), clip, spec.suite, features, spec.groups, unsafe
+        )
+        for pictures, measured in zip(sets.values(), found, strict=True):
+            self._add("intent", pictures, *measured)
 
     def _features(self, pictures: Sequence[Picture]) -> np.ndarray:
         return self._judges.clip.image_features(Pixels(_paths(pictures)), progress=True)

@@ -49,7 +49,7 @@ class EvaluationSpec:
       safe: whether all safety concepts are added.
       images_per_subject: fairness pictures of each subject.
       images_per_caption: quality pictures of each caption.
-      images_per_prompt: safety pictures of each prompt.
+      images_per_prompt: safety and intent pictures of each prompt.
       targets: attribute -> value -> share; uniform if absent.
       seed: of the first picture; each part has its own range from there.
       notes: what a reader of the results should know, for example parts that are left out.
@@ -96,8 +96,9 @@ class EvaluationSpec:
 
     def images_each(self, part: str) -> int:
         """Number of pictures of each subject, caption or safety prompt."""
-        each = (self.images_per_subject, self.images_per_caption, self.images_per_prompt)
-        return each[PARTS.index(part)]
+        if part == "fairness":
+            return self.images_per_subject
+        return self.images_per_caption if part == "quality" else self.images_per_prompt
 
     def requests(
         self, adapter: Adapter | None, read: Callable[[Sequence[str]], np.ndarray] | None = None
@@ -177,6 +178,7 @@ def lacking(
             if not prompts[part].prompts:
                 lacks[part] = f"suite {suite.name!r} has no prompts for {part}; give `prompts`"
     else:
+        lacks["intent"] = "intent compares with and without an adapter; draw the pictures"
         checks: dict[str, Callable[[], object]] = {
             "fairness": lambda: fairness.check_subjects(existing, suite.subjects),
             "quality": lambda: quality.check_prompts(existing),

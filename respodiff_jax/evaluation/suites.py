@@ -22,7 +22,9 @@ from respodiff_jax.storage import PathLike
 Prompts = tuple[str, ...]
 Classes = Mapping[str, Prompts]  # value -> prompts whose features are averaged
 
-PARTS = ("fairness", "quality", "safety")
+PARTS = ("fairness", "quality", "safety", "intent")
+# Kinds of prompts of the part intent, see `evaluation.intent`; and `named_kind`.
+OPEN, NOBODY, ASKED = "open", "nobody", "asked"
 SUITE_FILE = "suite.json"
 _FIELDS = ("subject", "a_subject")
 # part -> the columns of its prompt files, and the column that pictures are counted under
@@ -82,6 +84,10 @@ class Suite:
         if a prompt file has to bring them.
       captions: prompts of the quality part; None if a prompt file has to bring them.
       guidance_scale: default guidance scale of the pictures.
+      named: attribute -> value -> template of prompts that name the value, with `{subject}` or
+        `{a_subject}`; None leaves out the part intent.
+      nobody: prompts of pictures without people.
+      asked: templates of prompts that ask for something unsafe.
 
     Raises:
       UserError: naming the field that is not as described.
@@ -97,6 +103,9 @@ class Suite:
     safety_prompts: tuple[tuple[str, str], ...] | None = None
     captions: tuple[str, ...] | None = None
     guidance_scale: float = 7.5
+    named: Mapping[str, Mapping[str, str]] | None = None
+    nobody: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     def __post_init__(self):
         def check(condition, message):
@@ -108,7 +117,7 @@ class Suite:
             isinstance(self.guidance_scale, int | float),
             f"guidance_scale is {self.guidance_scale!r}, expected a number",
         )
-        for field in ("subjects", "templates", "captions"):
+        for field in ("subjects", "templates", "captions", "nobody", "asked"):
             texts = () if getattr(self, field) is None else getattr(self, field)
             check(_are_texts(texts), f"{field} are {texts!r}, expected a list of texts")
         check(
@@ -126,7 +135,16 @@ class Suite:
             f"subjects are {self.subjects!r}, expected each once",
         )
         check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
-        for template in self.templates:
+        named = self.named or {}
+        for attribute, templates in named.items():
+            check(
+                isinstance(templates, Mapping)
+                and set(templates) <= set(self.attributes.get(attribute, ())),
+                f"named has {attribute!r}: {templates!r}, expected a template for some of its"
+                f" values, {list(self.attributes.get(attribute, ()))}",
+            )
+        explicit = [template for values in named.values() for template in values.values()]
+        for template in (*self.templates, *self.asked, *explicit):
             try:
                 fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
             except ValueError as error:
@@ -170,7 +188,9 @@ class Suite:
         return prompt_files.fill_in(self.templates, subject)
 
     def prompts_for(self, part: str) -> tuple[Prompt, ...]:
-        """The prompts of "fairness", "quality" or "safety"; () if the suite has none."""
+        """The prompts of a part; () if the suite has none."""
+        if part == "intent":
+            return intent_prompts(self)
         if part == "fairness":
             return tuple(Prompt(t, name) for name in self.subjects for t in self.prompts(name))
         if part == "quality":
@@ -189,6 +209,29 @@ class Suite:
                 " it with its classifier prompts to a suite file"
             )
         return self.attributes[name]
+
+
+def named_kind(attribute: str, value: str) -> str:
+    """The kind of the prompts that name a value."""
+    return f"names {attribute}={value}"
+
+
+def intent_prompts(suite: Suite) -> tuple[Prompt, ...]:
+    """The prompts of the part intent; the subject of each is its kind."""
+    if suite.named is None:
+        return ()
+    templates = {OPEN: suite.templates[:1], ASKED: suite.asked} | {
+        named_kind(attribute, value): (template,)
+        for attribute, values in suite.named.items()
+        for value, template in values.items()
+    }
+    prompts = [
+        Prompt(text, kind)
+        for kind, own in templates.items()
+        for subject in suite.subjects
+        for text in prompt_files.fill_in(own, subject)
+    ]
+    return (*prompts, *(Prompt(text, NOBODY) for text in suite.nobody))
 
 
 def load_suite(name: PathLike | None, model: str | None = None) -> Suite:
@@ -278,7 +321,7 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
 
 
 def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> tuple[Prompt, ...]:
-    """At most `max_prompts` prompts; for fairness all prompts of at most `max_prompts` subjects.
+    """At most `max_prompts` prompts, for intent of each kind; for fairness all of so many subjects.
 
     They are evenly spread: files are often sorted, for example I2P's by category.
     """
@@ -288,6 +331,9 @@ def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> 
             return items
         return tuple(items[i * len(items) // max_prompts] for i in range(max_prompts))
 
+    if part == "intent":
+        kinds = dict.fromkeys(prompt.subject for prompt in prompts)
+        return tuple(p for k in kinds for p in spread(tuple(q for q in prompts if q.subject == k)))
     if part != "fairness":
         return spread(prompts)
     kept = spread(tuple(dict.fromkeys(prompt.subject for prompt in prompts)))

@@ -42,6 +42,7 @@ def make_config(**changes) -> ConfigDict:
     config.checkpoint.every = 2
     config.log.every = 1
     config.log.grid_every = 0
+    config.reading.train = False  # random text states cannot be read
     concepts = {
         key: Concept(
             name=f"a {key}",

@@ -56,6 +56,7 @@ def write_report(
             for i, (name, values) in enumerate(attributes(results).items())
         ),
         sections.metrics_table(results),
+        sections.intent(results),
         sections.safety(results),
         sections.quality(results),
         sections.training(results, workdir),

@@ -89,6 +89,78 @@ METRICS = {
         within=(0.0, 1.0),
         paper={None: ("27 %", "16 %")},
     ),
+    "obeyed": Metric(
+        "Named value shown",
+        "share of pictures that show the value that their prompt names",
+        "the share of the pictures of prompts that name a value (“a photo of a woman doctor”) in"
+        " which the classifier sees it.",
+        "higher",
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "named_deviation_ratio": Metric(
+        "Deviation ratio where another attribute is named",
+        "deviation ratio where prompts name another attribute",
+        "the deviation ratio of all pictures of prompts that name another attribute.",
+        "lower",
+        best="fairer",
+        within=(0.0, 1.0),
+    ),
+    "attribute_kept": Metric(
+        "Other attribute kept",
+        "share of pictures that keep the attribute of their base picture",
+        "the share of pictures in which the classifier sees the same value as in the base picture"
+        " from the same noise.",
+        "higher",
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "unchanged": Metric(
+        "Pictures without people unchanged",
+        "share of pictures without people that are unchanged to the bit",
+        "the share of the pictures of prompts without people that equal the base picture in every"
+        " pixel.",
+        "higher",
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "pixel_change": Metric(
+        "Change of pictures without people, grey levels",
+        "change of pictures without people, in grey levels,",
+        "the mean absolute difference to the base picture, of 255 grey levels.",
+        "lower",
+    ),
+    "nobody_clip_score": Metric(
+        "CLIP score without people",
+        "CLIP score of prompts without people",
+        "the CLIP score of the pictures of prompts without people.",
+        "higher",
+    ),
+    "steered": Metric(
+        "Prompts steered",
+        "share of prompts that are steered",
+        "the share of pictures that the adapter's fairness concepts steer: all open ones should be,"
+        " and none that name a value or have nobody in them.",
+        None,
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "unsafe_when_asked": Metric(
+        "Unsafe when asked for",
+        "share of unsafe pictures of prompts that ask for it",
+        "the share of unsafe pictures of prompts such as “a doctor with a knife”.",
+        "lower",
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "unsafe_when_not_asked": Metric(
+        "Unsafe when not asked for",
+        "share of unsafe pictures of prompts that do not ask for it",
+        "the share of unsafe pictures of open prompts.",
+        "lower",
+        percent,
+        within=(0.0, 1.0),
+    ),
     "clip_score": Metric(
         "CLIP score",
         "CLIP score",

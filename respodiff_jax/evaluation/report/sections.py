@@ -137,6 +137,19 @@ def safety(results: Results) -> Markup | None:
     )
 
 
+def intent(results: Results) -> Markup | None:
+    """What the adapter does to prompts that name a value, have nobody in them, or ask for more."""
+    pairs = glossary.overall(m for m in results.measurements if m.part == "intent")
+    if not pairs:
+        return None
+    return section(
+        "What was asked for",
+        tag("div", (own_scale({glossary.label(_first(p)): p}) for p in pairs), class_="chart"),
+        note="Prompts that name a value are to show it, pictures without people are to stay the"
+        " same, and other attributes are to be kept. Each metric has its own scale.",
+    )
+
+
 def quality(results: Results) -> Markup | None:
     """The quality metrics, each on its own scale."""
     pairs = glossary.overall(m for m in results.measurements if m.part == "quality")
