@@ -344,9 +344,9 @@ def _argument(text: str) -> str:
 
 
 def _direction(concept: Concept) -> str:
-    if concept.is_safety:
-        return f"away from {concept.unsafe_prompt!r}"
-    return f"towards {concept.target_prompt!r}"
+    own = " | ".join(dict.fromkeys(concept.own_prompts))
+    away = concept.is_safety and not concept.has_counterparts
+    return f"{'away from' if away else 'towards'} {own!r}"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

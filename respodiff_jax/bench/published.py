@@ -45,6 +45,11 @@ def make_training(setup: Setup) -> "torch_side.Training":
     arrays, concepts = setup.arrays, []
     trained = setup.state.concepts
     for n, concept in enumerate(setup.concepts):
+        if concept.has_counterparts or len(set(concept.own_prompts)) > 1:
+            raise UserError(
+                f"concept {concept.name!r} has a target prompt for each neutral prompt, but the"
+                " published procedure has one; compare a config of the paper's concepts"
+            )
         ram, sam = jax.tree.map(lambda x, n=n: x[n], (trained.ram, trained.sam))
         ram, sam = (torch_side.TorchModule(config.module.kind, p).to(device) for p in (ram, sam))
         procedure = torch_side.Procedure(
@@ -59,7 +64,7 @@ def make_training(setup: Setup) -> "torch_side.Training":
         )
         num_neutral = int(arrays.num_neutral[n])
         neutral = conditions(arrays.neutral, n, slice(num_neutral))
-        own, empty = (conditions(x, slice(n, n + 1)) for x in (arrays.own, arrays.empty))
+        own, empty = conditions(arrays.own, n, slice(1)), conditions(arrays.empty, slice(n, n + 1))
         prompts = torch_side.Prompts(
             neutral=neutral,
             target_cond=neutral if concept.is_safety else own.rows([0] * num_neutral),

@@ -84,10 +84,11 @@ def concept_shapes(
     return EmbeddedConcepts(
         neutral=prompts(n, max_neutral),
         num_neutral=Shape((n,), np.int32),
-        own=prompts(n),
+        own=prompts(n, max_neutral),
         empty=prompts(n),
         is_safety=Shape((n,), np.bool_),
-        guidance_scale=Shape((n,), np.float32),
+        has_counterparts=Shape((n,), np.bool_),
+        guidance_scale=Shape((n, max_neutral), np.float32),
         lambda_sem=Shape((n,), np.float32),
         lr_ram=Shape((n,), np.float32),
         lr_sam=Shape((n,), np.float32),

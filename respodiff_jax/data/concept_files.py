@@ -3,7 +3,7 @@
 A row has the fields of `respodiff_jax.method.concepts.Concept`: `name`, `group`, `neutral_prompts`,
 either `target_prompt` or `unsafe_prompt`, and any hyper-parameters. It may also have `kind`,
 "fairness" or "safety", which must match the prompt. Several neutral prompts are a list in JSON; in
-a CSV cell, "|" separates them.
+a CSV cell, "|" separates them. So do several target prompts, one for each neutral prompt.
 
     {"name": "a man", "group": "gender", "neutral_prompts": ["a person"], "target_prompt": "a man"}
 """
@@ -30,13 +30,18 @@ def _prompts(cell: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in cell.split("|"))
 
 
+def _one_or_several(cell: str) -> str | tuple[str, ...]:
+    prompts = _prompts(cell)
+    return prompts[0] if len(prompts) == 1 else prompts
+
+
 CONCEPTS: Layout = MappingProxyType(
     {
         "name": Column(),
         "group": Column(),
         "kind": Column(required=False),
         "neutral_prompts": Column(_prompts, "prompts separated by |"),
-        "target_prompt": Column(required=False),
+        "target_prompt": Column(_one_or_several, "prompts separated by |", required=False),
         "unsafe_prompt": Column(required=False),
     }
     | {name: Column(float, "a number", required=False) for name in HYPER_PARAMETERS}
@@ -121,6 +126,13 @@ def to_example(row: Mapping[str, Any]) -> dict[str, Any]:
     example: dict[str, Any] = {name: row.get(name) or "" for name in _TEXTS}
     prompts = row["neutral_prompts"]
     example["neutral_prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not isinstance(example["target_prompt"], str):
+        example["target_prompt"] = "|".join(example["target_prompt"])
+    if isinstance(row.get("guidance_scale"), list | tuple):
+        raise UserError(
+            f"concept {row['name']!r}: a data set holds one guidance_scale of a concept, not one"
+            " for each neutral prompt; train from the concepts file"
+        )
     for name in HYPER_PARAMETERS:
         example[name] = math.nan if row.get(name) is None else row[name]
     return example
@@ -129,6 +141,8 @@ def to_example(row: Mapping[str, Any]) -> dict[str, Any]:
 def _from_example(example: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {name: example[name].decode() or None for name in _TEXTS}
     row["neutral_prompts"] = tuple(prompt.decode() for prompt in example["neutral_prompts"])
+    if row["target_prompt"]:
+        row["target_prompt"] = _one_or_several(row["target_prompt"])
     for name in HYPER_PARAMETERS:
         # The shortest decimals: 0.03 and not 0.029999999329447746.
         row[name] = None if math.isnan(example[name]) else float(str(np.float32(example[name])))

@@ -2,7 +2,9 @@
 
 A *fairness* concept steers the neutral prompt ("a person") towards a target prompt ("a woman"). A
 *safety* concept steers it away from an unsafe prompt ("violence"), which serves as the negative
-prompt of the training target (paper, section 4.2). Concepts that are alternatives to each other
+prompt of the training target (paper, section 4.2). A safety concept that also has target prompts
+steers each neutral prompt, which may ask for what is unsafe ("a person with a knife"), to its safe
+counterpart ("a safe photo of a person"). Concepts that are alternatives to each other
 ("a woman", "a man") share a group ("gender").
 """
 
@@ -28,9 +30,10 @@ class Concept:
         concepts.
       neutral_prompts: prompts to steer from; each training sample draws one. A single text or a
         list becomes a tuple.
-      target_prompt: prompt to steer towards, for a fairness concept.
-      unsafe_prompt: prompt to steer away from, for a safety concept. Give exactly one of the two.
-      guidance_scale: `s_tar`, guidance of the training target, above 0.
+      target_prompt: prompt to steer towards, one for all neutral prompts or one for each.
+      unsafe_prompt: what a safety concept steers away from. With target prompts it only names that.
+      guidance_scale: `s_tar`, guidance of the training target, above 0; one for all neutral prompts
+        or one for each.
       lambda_sem: weight of L_sem, 0 or more.
       lr_ram: learning rate of RAM, 0 or more.
       lr_sam: learning rate of SAM, 0 or more.
@@ -44,9 +47,9 @@ class Concept:
     name: str
     group: str
     neutral_prompts: tuple[str, ...]
-    target_prompt: str | None = None
+    target_prompt: str | tuple[str, ...] | None = None
     unsafe_prompt: str | None = None
-    guidance_scale: float = 4.0
+    guidance_scale: float | tuple[float, ...] = 4.0
     lambda_sem: float = 0.5
     lr_ram: float = 1e-2
     lr_sam: float = 1e-3
@@ -70,14 +73,23 @@ class Concept:
             "a text or a list of texts, each a non-empty Unicode prompt",
         )
         object.__setattr__(self, "neutral_prompts", tuple(prompts))
-        if (self.target_prompt is None) == (self.unsafe_prompt is None):
+        if self.target_prompt is None and self.unsafe_prompt is None:
             raise UserError(
-                f"concept {self.name!r}: target_prompt is {self.target_prompt!r} and unsafe_prompt"
-                f" is {self.unsafe_prompt!r}; give exactly one, target_prompt for fairness or"
-                " unsafe_prompt for safety"
+                f"concept {self.name!r}: target_prompt and unsafe_prompt are missing; give"
+                " target_prompt for fairness, or unsafe_prompt for safety"
             )
-        prompt_field = "target_prompt" if self.unsafe_prompt is None else "unsafe_prompt"
-        check(_is_text(getattr(self, prompt_field)), prompt_field, "a non-empty Unicode prompt")
+        for field, is_right, each in (
+            ("target_prompt", _is_text, "a non-empty Unicode prompt"),
+            ("unsafe_prompt", _is_text, "a non-empty Unicode prompt"),
+            ("guidance_scale", lambda s: _is_number(s) and s > 0, "a positive number"),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, list | tuple) and field != "unsafe_prompt":
+                object.__setattr__(self, field, tuple(value))
+                whole = len(value) == len(self.neutral_prompts) and all(map(is_right, value))
+                check(whole, field, f"{each}, or one for each of the neutral_prompts")
+            elif value is not None:
+                check(is_right(value), field, each)
         words = (self.words,) if isinstance(self.words, str) else self.words
         check(
             isinstance(words, Sequence) and all(map(_is_text, words)),
@@ -85,8 +97,6 @@ class Concept:
             "a list of noun phrases, each a non-empty Unicode text",
         )
         object.__setattr__(self, "words", tuple(words))
-        scale = self.guidance_scale
-        check(_is_number(scale) and scale > 0, "guidance_scale", "a positive number")
         for field in ("lambda_sem", "lr_ram", "lr_sam"):
             value = getattr(self, field)
             check(_is_number(value) and value >= 0, field, "zero or a positive number")
@@ -98,19 +108,32 @@ class Concept:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Every prompt that training embeds for this concept, except the empty one."""
-        return (*self.neutral_prompts, self.own_prompt)
+        return (*self.neutral_prompts, *self.own_prompts)
 
     @property
-    def own_prompt(self) -> str:
-        """The prompt that names the concept: the target prompt or the unsafe prompt."""
-        return self.target_prompt or self.unsafe_prompt
+    def own_prompts(self) -> tuple[str, ...]:
+        """For each neutral prompt the one it is steered to or, without such, away from."""
+        return self._for_each(self.target_prompt or self.unsafe_prompt)
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """`s_tar` of each neutral prompt."""
+        return self._for_each(self.guidance_scale)
+
+    def _for_each(self, value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.neutral_prompts)
+
+    @property
+    def has_counterparts(self) -> bool:
+        """Whether it is a safety concept with a safe counterpart of each neutral prompt."""
+        return self.is_safety and self.target_prompt is not None
 
     @property
     def reading_words(self) -> tuple[str, ...]:
         """`words` or, without any, those of the concept's own prompt."""
         if self.words:
             return self.words
-        own = without_article(self.own_prompt)
+        own = without_article(self.own_prompts[0])
         with_person = re.sub(r"\bperson\b", "{person}", own)
         return (own, with_person if with_person != own else f"{own} {{person}}")
 
@@ -149,7 +172,11 @@ def without_article(prompt: str) -> str:
 
 # Name and default of each hyper-parameter of a concept.
 HYPER_PARAMETERS = MappingProxyType(
-    {f.name: f.default for f in dataclasses.fields(Concept) if f.type is float}
+    {
+        f.name: f.default
+        for f in dataclasses.fields(Concept)
+        if f.name in ("guidance_scale", "lambda_sem", "lr_ram", "lr_sam")
+    }
 )
 
 

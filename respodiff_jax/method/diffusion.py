@@ -185,7 +185,11 @@ def split(tree: Any, count: int) -> tuple[Any, ...]:
     return tuple(map(structure.unflatten, zip(*parts, strict=True)))
 
 
-def cfg_combine(cond: Latent, uncond: Latent, guidance_scale: Float[ArrayLike, ""]) -> Latent:
+def cfg_combine(
+    cond: Latent,
+    uncond: Latent,
+    guidance_scale: Float[ArrayLike, ""] | Float[ArrayLike, "B 1 1 1"],
+) -> Latent:
     """Classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`."""
     return uncond + guidance_scale * (cond - uncond)
 

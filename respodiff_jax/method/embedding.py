@@ -18,11 +18,12 @@ class EmbeddedConcepts(NamedTuple):
     Attributes:
       neutral: `y_neu`, `(N, P, ...)`. A concept with fewer than P neutral prompts repeats its last.
       num_neutral: the number of the concept's own neutral prompts, at most P.
-      own: the target prompt of a fairness concept or the unsafe prompt of a safety concept,
-        `(N, ...)`.
+      own: the target prompt of each neutral prompt or, for a safety concept without target prompts,
+        the unsafe prompt, `(N, P, ...)`.
       empty: the empty prompt, `(N, ...)`. It is also the rollout's unconditional half.
       is_safety: whether it is a safety concept, otherwise a fairness concept.
-      guidance_scale: `s_tar`.
+      has_counterparts: whether it is a safety concept with target prompts.
+      guidance_scale: `s_tar` of each neutral prompt.
       lambda_sem: weight of L_sem.
       lr_ram, lr_sam: learning rates of RAM and of SAM.
       stream: names the concept's random stream.
@@ -33,7 +34,8 @@ class EmbeddedConcepts(NamedTuple):
     own: Conditioning
     empty: Conditioning
     is_safety: Bool[ArrayLike, "N"]
-    guidance_scale: Float32[ArrayLike, "N"]
+    has_counterparts: Bool[ArrayLike, "N"]
+    guidance_scale: Float32[ArrayLike, "N P"]
     lambda_sem: Float32[ArrayLike, "N"]
     lr_ram: Float32[ArrayLike, "N"]
     lr_sam: Float32[ArrayLike, "N"]
@@ -80,10 +82,11 @@ def embed_concepts(
     return EmbeddedConcepts(
         neutral=embedded([padded(c.neutral_prompts) for c in concepts]),
         num_neutral=np.asarray([len(c.neutral_prompts) for c in concepts], np.int32),
-        own=embedded([c.own_prompt for c in concepts]),
+        own=embedded([padded(c.own_prompts) for c in concepts]),
         empty=embedded([""] * len(concepts)),
         is_safety=per_concept("is_safety", np.bool_),
-        guidance_scale=per_concept("guidance_scale"),
+        has_counterparts=per_concept("has_counterparts", np.bool_),
+        guidance_scale=np.asarray([padded(c.guidance_scales) for c in concepts], np.float32),
         lambda_sem=per_concept("lambda_sem"),
         lr_ram=per_concept("lr_ram"),
         lr_sam=per_concept("lr_sam"),

@@ -12,19 +12,26 @@ for the neutral prompt have guidance 1, which needs no unconditional prediction.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32
+from jaxtyping import Array, ArrayLike, Float32, Int32
 
 from respodiff_jax.method.diffusion import Latent, cfg_combine
 from respodiff_jax.method.embedding import EmbeddedConcepts
 
 
 def target(
-    concept: EmbeddedConcepts, eps_neutral: Latent, eps_own: Latent, eps_empty: Latent
+    concept: EmbeddedConcepts,
+    prompt_index: Int32[ArrayLike, "B"],
+    eps_neutral: Latent,
+    eps_own: Latent,
+    eps_empty: Latent,
 ) -> Latent:
     """`eps_target` of one concept, from the base model's predictions."""
     eps_tar = jnp.where(concept.is_safety, eps_neutral, eps_own)
     eps_unc = jnp.where(concept.is_safety, eps_own, eps_empty)
-    return cfg_combine(eps_tar, eps_unc, concept.guidance_scale)
+    eps_tar = jnp.where(concept.has_counterparts, eps_own, eps_tar)
+    eps_unc = jnp.where(concept.has_counterparts, eps_neutral, eps_unc)
+    scale = jnp.asarray(concept.guidance_scale)[prompt_index]
+    return cfg_combine(eps_tar, eps_unc, scale[:, None, None, None])
 
 
 def responsible_loss(eps_ram: Latent, eps_target: Latent) -> Float32[Array, ""]:

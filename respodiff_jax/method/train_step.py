@@ -96,7 +96,7 @@ def algorithm_1(
     latents = spec.rollout.draw(state.rollout, samples, predict)
     base = base_predictions(spec, frozen, concept, latents)
     eps_neutral, eps_own, eps_empty = (_to_eps(spec, y, latents) for y in base.outputs)
-    eps_target = objective.target(concept, eps_neutral, eps_own, eps_empty)
+    eps_target = objective.target(concept, latents.prompt_index, eps_neutral, eps_own, eps_empty)
 
     def loss_resp(ram):
         eps_ram = _to_eps(spec, steered_output(spec, frozen, base, ram), latents)
@@ -225,7 +225,7 @@ def base_predictions(
     z_t, batch_size = latents.z_t, len(latents.z_t)
     conditions = concatenate(
         _pick(concept.neutral, latents.prompt_index),
-        _repeat(concept.own, batch_size),
+        _pick(concept.own, latents.prompt_index),
         _repeat(concept.empty, batch_size),
     )
     t = _timesteps(spec, latents.ddim_index, batch_size)

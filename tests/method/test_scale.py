@@ -41,10 +41,11 @@ def abstract_step(backbone, num_concepts, batch_size, prompts, **changes):
     arrays = EmbeddedConcepts(
         neutral=prompts(num_concepts, 1),
         num_neutral=shape(dtype=jnp.int32),
-        own=prompts(num_concepts),
+        own=prompts(num_concepts, 1),
         empty=prompts(num_concepts),
         is_safety=shape(dtype=jnp.bool_),
-        guidance_scale=shape(),
+        has_counterparts=shape(dtype=jnp.bool_),
+        guidance_scale=shape(1),
         lambda_sem=shape(),
         lr_ram=shape(),
         lr_sam=shape(),

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Conditioning, load_backbone
 from respodiff_jax.bench.torch_side import Conditions, Procedure, TorchModule, to_torch
+from respodiff_jax.method import objective
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.embedding import embed_concepts
+from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
 from respodiff_jax.method.rollout import Latents
 from respodiff_jax.method.state import init_state
 from respodiff_jax.method.train_step import base_predictions, step_values, train_step
@@ -77,7 +78,7 @@ def repeated(condition, times):
 def conditions_of(arrays, concept, picks):
     """Neutral, empty, `y_tar` and `y_unc` of a single concept's samples, for `Procedure.step`."""
     neutral = rows(arrays.neutral, 0, picks)
-    own, empty = (repeated(rows(x, 0), len(picks)) for x in (arrays.own, arrays.empty))
+    own, empty = rows(arrays.own, 0, picks), repeated(rows(arrays.empty, 0), len(picks))
     return neutral, empty, *((neutral, own) if concept.is_safety else (own, empty))
 
 
@@ -355,3 +356,22 @@ def test_remat_stores_less_and_gives_the_same_gradient(tiny_backbone):
     assert kept(True) < kept(False) / 2
     plain, again = (jax.jit(jax.grad(partial(loss, remat)))(h) for remat in (False, True))
     np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_target_of_fairness_safety_and_counterparts():
+    """The target per sample, with the guidance of its neutral prompt, against the formulas."""
+    rng = np.random.default_rng(0)
+    neutral, own, empty = rng.normal(size=(3, 4, 2, 2, 1)).astype(np.float32)
+    prompt_index, guidance = np.int32([0, 1, 1, 0]), np.float32([2, 5])
+    s = guidance[prompt_index][:, None, None, None]
+    expected = {
+        (False, False): empty + s * (own - empty),
+        (True, False): own + s * (neutral - own),
+        (True, True): neutral + s * (own - neutral),
+    }
+    for (is_safety, has_counterparts), target in expected.items():
+        concept = EmbeddedConcepts(
+            *[None] * 4, np.bool_(is_safety), np.bool_(has_counterparts), guidance, *[None] * 4
+        )
+        found = objective.target(concept, prompt_index, neutral, own, empty)
+        np.testing.assert_allclose(found, target, rtol=1e-5)

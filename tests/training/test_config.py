@@ -147,3 +147,27 @@ def test_concepts_round_trip_and_refuse_wrong_fields():
         Concept.from_dict(WOMAN.to_dict() | {"neutral_prompts": 5})
     with pytest.raises(UserError, match="duplicates"):
         validate_concepts([WOMAN, WOMAN])
+
+
+def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
+    fields = dict(name="c", group="safety", neutral_prompts=["a", "a with a knife"])
+    concept = Concept(
+        **fields, unsafe_prompt="violence", target_prompt=["x", "y"], guidance_scale=[1.5, 3]
+    )
+    assert concept.is_safety
+    assert concept.has_counterparts
+    assert concept.own_prompts == ("x", "y")
+    assert concept.guidance_scales == (1.5, 3)
+    assert Concept.from_dict(concept.to_dict()) == concept
+    assert Concept(**fields, target_prompt="x").own_prompts == ("x", "x")
+    assert not Concept(**fields, unsafe_prompt="violence").has_counterparts
+    for wrong, message in (
+        ({"target_prompt": ["x"]}, "or one for each of the neutral_prompts"),
+        ({"target_prompt": ["x", " "]}, "target_prompt is"),
+        ({"target_prompt": "x", "guidance_scale": [1.0]}, "guidance_scale is"),
+        ({"target_prompt": "x", "guidance_scale": [1.0, -1.0]}, "a positive number, or one"),
+        ({"unsafe_prompt": ["x", "y"]}, "unsafe_prompt is"),
+        ({}, "target_prompt and unsafe_prompt are missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Concept(**fields | wrong)
