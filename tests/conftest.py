@@ -7,6 +7,7 @@ import tempfile
 # same step, so they share a cache of compiled programs, also with the other workers of `pytest -n`.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -19,11 +20,18 @@ import pytest
 import torch
 
 annotations.install()
+
+# Programs compile in a third of the time. Unknown flags would end the process.
+SHORT_COMPILATION = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    SHORT_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # more threads would wait for those of the simulated devices
 
 
 def pytest_configure(config):
+    if "not slow" in config.option.markexpr:  # small models: compiling takes longer than running
+        os.environ["XLA_FLAGS"] += f" {SHORT_COMPILATION}"
     if config.option.markexpr == "gpu":
         jax.config.update("jax_platforms", "cuda,cpu")
 

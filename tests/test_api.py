@@ -13,6 +13,8 @@ import pytest
 import respodiff_jax as rd
 
 ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+ONE_DEVICE = {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
 
 
 def test_importing_the_package_is_fast_and_loads_no_jax():
@@ -88,7 +90,7 @@ def readme_block(first_line):
 def run(code, folder, **environment):
     """Runs code on one CPU device in an empty folder beside configs/."""
     (folder / "configs").symlink_to(ROOT / "configs")
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
+    environment = os.environ | ONE_DEVICE | environment
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env=environment)
 
 
@@ -162,7 +164,7 @@ argv = ["train", "--config", "configs/smoke.py", "--workdir", "run", "--config.l
 sys.exit(cli.main(argv))
 """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ONE_DEVICE
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

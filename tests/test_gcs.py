@@ -29,7 +29,7 @@ from respodiff_jax.training.monitoring import Profiler
 from respodiff_jax.training.outcomes import read_outcomes
 from respodiff_jax.training.waves import train
 
-CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 1, "log.grid_steps": 2}
+CHANGES = {"train.steps": 4, "log.grid_every": 4, "log.grid_images": 2, "log.grid_steps": 2}
 ROOT = pathlib.Path(__file__).parents[1]
 # gcsfs causes this warning for files of more than 1 MB. Python hides it by default.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
@@ -127,7 +127,8 @@ def test_interrupted_waves_in_a_bucket_equal_local_waves(bucket, tmp_path):
     """Ten concepts on eight devices make two waves; the first is interrupted."""
     config = make_config(**{"train.steps": 3, "train.batch_size": 1})
     config.train.concepts_per_device = 1
-    concepts = [Concept(f"a {i}", "numbers", ("a person",), f"a {i}") for i in range(10)]
+    neutral = ("a person", "someone")  # as many as in `test_waves.py`, so the program is the same
+    concepts = [Concept(f"a {i}", "numbers", neutral, f"a {i}") for i in range(10)]
     config, remote = with_concepts(config, concepts), bucket + "/batch"
     train(config, str(tmp_path))
     with sigterm_at(1), pytest.raises(Interrupted):

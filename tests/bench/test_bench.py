@@ -1,6 +1,7 @@
 """`respodiff bench`: its counts, its output, and its PyTorch side."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -141,8 +142,10 @@ def test_published_procedure_takes_59_evaluations_on_sd14(capsys):
     assert 58 < evaluations < 61
 
 
-def test_train_without_torch_on_streaming_rollouts(capsys):
-    argv = ["bench", "train", *SMALL, "--repeats", "1"]
+def test_train_without_torch_on_streaming_rollouts(capsys, monkeypatch):
+    """Without the empty cache: the step is that of `test_training.py`."""
+    monkeypatch.setattr(measure, "empty_compilation_cache", contextlib.nullcontext)
+    argv = ["bench", "train", *SMALL, "--repeats", "1", "--config.rollout.trajectory_steps=2"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "| JAX, streaming" in printed and "PyTorch" not in printed

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from test_launch import program
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
@@ -303,9 +304,11 @@ def test_only_damage_moves_a_checkpoint_aside(finished, error, monkeypatch, capf
 
     for reader in (checkpoint.ocp.Checkpointer, checkpoint.ocp.CheckpointManager):
         monkeypatch.setattr(reader, "restore", restore)
-    for use in (lambda: train(make_config(), str(finished)), lambda: final_state(finished)):
-        with pytest.raises(type(error), match=str(error)):
-            use()
+    with Checkpoints(finished) as checkpoints:
+        for use in (lambda: checkpoints.restore_latest({}), checkpoints.restore_host):
+            with pytest.raises(type(error), match=str(error)):
+                use()
+        assert checkpoints.steps[-1] == STEPS
     assert "damaged" not in "".join(capfd.readouterr())
 
 
@@ -437,7 +440,8 @@ def test_workdir_that_cannot_be_made_is_refused(tmp_path):
 
 def test_training_reads_every_option(tmp_path, monkeypatch):
     """The added option `train.idle` shows that the test notices an option that is not read."""
-    config = make_config(**{"log.grid_every": 2, "train.steps": 2, "log.grid_steps": 2})
+    changes = {"log.grid_every": 2, "log.grid_images": 2, "log.grid_steps": 2}
+    config = make_config(**changes | {"train.steps": 2})
     with config.unlocked():
         config.train.idle = 0
     paths = {id(config): ""}
@@ -475,11 +479,16 @@ def test_training_reads_every_option(tmp_path, monkeypatch):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_same_as_one(tmp_path, processes):
     """Processes with two devices each, like hosts of a pod, and this process with eight."""
-    changes = ("train.steps=2", "log.grid_every=2", "log.grid_steps=2")
-    overrides = [f"--config.{change}" for change in changes]
-    environment = os.environ | {
-        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    }
+    changes = {"train.steps": 2, "rollout.num_steps": 4, "rollout.trajectory_steps": 2}
+    changes |= {"log.grid_every": 2, "log.grid_images": 2, "log.grid_steps": 2}
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    # The script sets the number of devices; its processes compile as quickly as this one.
+    program(
+        tmp_path,
+        "python3",
+        f'XLA_FLAGS="{os.environ["XLA_FLAGS"]} $XLA_FLAGS" exec {sys.executable} "$@"',
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(
         [
             "launch/local_pod.sh",
@@ -520,6 +529,6 @@ def test_run_continues_with_the_model_commit_it_began_with(tmp_path, monkeypatch
         return dataclasses.replace(backbone, identity={**backbone.identity, "revision": commit})
 
     monkeypatch.setattr(spec, "load_backbone", opened)
-    for steps in (1, 2):
-        train(make_config(**{"model.revision": "main", "train.steps": steps}), str(tmp_path))
+    for _ in range(2):  # the second finds its only step done
+        train(make_config(**{"model.revision": "main", "train.steps": 1}), str(tmp_path))
     assert asked == ["main", "commit 1"]

@@ -319,7 +319,9 @@ def assert_same_adapters(workdir, other, count):
     assert read_outcomes(workdir) == read_outcomes(other)
 
 
-def test_training_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path):
+@pytest.mark.parametrize("killed", [(1,), pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_training_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path, killed):
+    """Killed while the waves `killed` train: the second, when one has ended and one has not."""
     concepts, workdir = twenty
     ended = {}
 
@@ -328,7 +330,7 @@ def test_training_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_
         ended.update({path: path.stat().st_mtime_ns for path in done})
         return (tmp_path / "run" / "waves" / f"{number:04d}" / "metrics.jsonl").exists()
 
-    moments = [functools.partial(wave_trains, number) for number in (0, 1)]
+    moments = [functools.partial(wave_trains, number) for number in killed]
     kill_and_finish(train_command(concepts, tmp_path / "run"), moments)
     assert 1 <= len(ended) < 3
     for path, moment in ended.items():  # the wave is not trained again
