@@ -18,11 +18,14 @@ from respodiff_jax.training.waves import train
 
 GROUP = "gender"
 IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20
-# metric -> (label, format)
+# (metric, attribute) -> (label, format)
 _TABLE = {
-    "deviation_ratio": ("gender deviation ratio (0 is even)", "{:.3f}"),
-    "subject_recognised": ("profession recognised", "{:.1%}"),
-    "winoalign": ("CLIP score picture-prompt", "{:.2f}"),
+    ("deviation_ratio", GROUP): ("gender deviation ratio (0 is even)", "{:.3f}"),
+    ("subject_recognised", None): ("profession recognised", "{:.1%}"),
+    ("winoalign", None): ("CLIP score picture-prompt", "{:.2f}"),
+    ("obeyed", GROUP): ("gender that a prompt names is shown", "{:.1%}"),
+    ("attribute_kept", "skin_tone"): ("skin tone kept", "{:.1%}"),
+    ("unchanged", None): ("pictures of things unchanged", "{:.1%}"),
 }
 
 
@@ -49,7 +52,7 @@ def run(out: str | os.PathLike) -> Results:
         load_backbone(content.model.name, dtype=content.model.dtype, abstract=True),
         adapter,
         out=out / "evaluation",
-        part="fairness",
+        part=("fairness", "intent"),
         groups=[GROUP],
         suite=load_suite(None, content.model.name),
         images_per_subject=IMAGES_PER_SUBJECT,
@@ -64,10 +67,10 @@ def run(out: str | os.PathLike) -> Results:
 def table(results: Results) -> str:
     """Formats the measurements before and after the training as text."""
     lines = [f"{'':36}{'before':>10}{'after':>10}"]
-    for metric, (name, style) in _TABLE.items():
-        attribute = GROUP if metric == "deviation_ratio" else None
+    for (metric, attribute), (name, style) in _TABLE.items():
         values = [
             results.value(metric, images, attribute=attribute) for images in ("base", "adapted")
         ]
-        lines.append(f"{name:36}" + "".join(f"{style.format(value):>10}" for value in values))
+        cells = ("" if value is None else style.format(value) for value in values)
+        lines.append(f"{name:36}" + "".join(f"{cell:>10}" for cell in cells).rstrip())
     return "\n".join(lines)

@@ -32,7 +32,16 @@ from respodiff_jax.evaluation.report import has_losses, write_report
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
 from respodiff_jax.evaluation.scoring import Judges, Scorer
 from respodiff_jax.evaluation.spec import PRESETS, EvaluationSpec, choose_concepts, lacking
-from respodiff_jax.evaluation.suites import PARTS, Suite, load_suite, prompts_to_draw
+from respodiff_jax.evaluation.suites import (
+    ASKED,
+    NOBODY,
+    OPEN,
+    PARTS,
+    PromptSet,
+    Suite,
+    load_suite,
+    prompts_to_draw,
+)
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.storage import PathLike, local_path
@@ -195,6 +204,8 @@ def evaluate(
         if name in lacks:
             raise UserError(lacks[name])
     groups, safe = choose_concepts(adapter, suite, groups, safe)
+    if adapter is not None and "intent" in prompt_sets:
+        prompt_sets["intent"] = _relevant(prompt_sets["intent"], groups, safe)
     spec = EvaluationSpec(
         suite=suite,
         parts=parts,
@@ -251,6 +262,17 @@ def evaluate(
     workdirs = [source for source in adapter_sources if has_losses(source)]
     write_report(out, workdirs[0] if len(workdirs) == 1 else None)
     return results
+
+
+def _relevant(prompts: PromptSet, groups: Sequence[str], safe: bool) -> PromptSet:
+    """The prompts of intent that are about fairness, about safety, or about both."""
+    kinds = {OPEN, NOBODY} | ({ASKED} if safe else set())
+
+    def wanted(kind):
+        return kind in kinds or (bool(groups) and kind != ASKED)
+
+    kept = tuple(prompt for prompt in prompts.prompts if wanted(prompt.subject))
+    return dataclasses.replace(prompts, prompts=kept)
 
 
 def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:

@@ -24,7 +24,10 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
         return config
 
     def few(name, model):
-        return dataclasses.replace(load_suite(name, model), subjects=("doctor", "teacher"))
+        suite = load_suite(name, model)
+        return dataclasses.replace(
+            suite, subjects=("doctor", "teacher"), nobody=("a photo of a cat",)
+        )
 
     whole = demo.config
     monkeypatch.setattr(demo, "config", short)
@@ -42,6 +45,10 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     before = results.value("deviation_ratio", "base", attribute="gender")
     assert f"{before:>10.3f}" in printed
+    [unchanged] = [line for line in printed.splitlines() if line.startswith("pictures of things")]
+    assert unchanged.split() == ["pictures", "of", "things", "unchanged", "100.0%"]
+    assert results.value("steered", "adapted", attribute="named") == 0
+    assert adapter.reading_accuracy["gender"]["named"] > 0.95
     report = (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert "doctor" in report and report.count("data:image/") >= 16
     # The training uses no profession.

@@ -1,0 +1,112 @@
+"""Reading prompts in PyTorch: the same decisions and pictures as in JAX."""
+
+import dataclasses
+import itertools
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from test_adapters import make_adapter
+from test_torch_adapter import torch_latents
+
+from respodiff_jax.adapters import save_adapter, steerings
+from respodiff_jax.adapters.reading import read_prompts
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.data import contrast
+from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.emoji import recipes, vocabulary
+from respodiff_jax.generation.sampling import denoise, initial_noise
+from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.reading import Decision
+from respodiff_jax.torch_adapter import RespoDiffAdapter
+from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.reading import join, train_reading, with_reading
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PROMPTS = ["a photo of a judge", "a photo of a woman judge", "a photo of a cat"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_backbone("emoji-world", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    config = recipes.task_config("gender")
+    concepts = concepts_from(config)
+    readings = train_reading(config, concepts, model, [].append)
+    plain = make_adapter("mlp", concepts, shape=model.mid_block_shape(64), resolution=64)
+    return with_reading(plain, join([readings[c.name] for c in concepts]), concepts)
+
+
+@pytest.fixture(scope="module")
+def pipe(emoji_folder):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(emoji_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def attached(adapter, pipe, tmp_path):
+    save_adapter(adapter, tmp_path)
+    loaded = RespoDiffAdapter.from_pretrained(tmp_path).attach(pipe)
+    yield loaded
+    loaded.detach()
+
+
+def test_both_sides_decide_alike_on_a_thousand_prompts(adapter, model, attached):
+    words = ["", "woman ", "male ", "dark-skinned ", "medium-skinned woman "]
+    people = [f"{w}{p}" for w, p in itertools.product(words, vocabulary.PROFESSIONS)]
+    things = list(vocabulary.THINGS)
+    phrases = people + things[: 334 - len(people)]
+    prompts = [text for p in phrases for text in fill_in(contrast.TEMPLATES[:3], p)]
+    assert len(prompts) >= 1000
+    ours = read_prompts(adapter, model, prompts) == Decision.OPEN
+    assert 0.1 < ours.mean() < 0.9
+    np.testing.assert_array_equal(attached.read(prompts).numpy(), ours)
+
+
+def test_hook_steers_only_open_prompts_as_jax_does(adapter, model, attached, pipe):
+    noise = initial_noise(range(3), model.latent_shape(64))
+    attached.set_concepts({"a woman": 1.0})
+    found = torch_latents(pipe, PROMPTS, noise=np.asarray(noise), steps=4)
+    weights = np.zeros((3, 2), np.float32)
+    weights[0, adapter.names.index("a woman")] = 1
+    cond, uncond = model.encode_prompts(PROMPTS, 64), model.encode_prompts([""], 64)
+    schedule = Schedule.from_config(model.scheduler_config, 4)
+    expected = denoise(
+        *(model, (adapter.module,), schedule, model.params, noise, cond, uncond),
+        *(steerings(adapter, weights), 7.5),
+    )
+    assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
+    attached.set_concepts({})
+    base = torch_latents(pipe, PROMPTS, noise=np.asarray(noise), steps=4)
+    np.testing.assert_array_equal(found[1:], base[1:])
+    assert np.abs(found[0] - base[0]).max() > 1e-2
+    attached.steer_always = True
+    attached.set_concepts({"a woman": 1.0})
+    always = torch_latents(pipe, PROMPTS, noise=np.asarray(noise), steps=4)
+    assert (np.abs(always - base).max((1, 2, 3)) > 1e-2).all()
+
+
+def test_fair_deals_among_open_prompts(attached):
+    names = attached.fair("gender", 4, prompts=PROMPTS, generator=torch.Generator())
+    assert sorted(names[:4]) == ["a man", "a man", "a woman", "a woman"]
+    assert names[4:] == [None] * 8
+    assert attached.delta(torch.zeros(12, 192, 4, 4))[4:].abs().max() == 0
+    with pytest.raises(ValueError, match="num_prompts is 2, but prompts has 3"):
+        attached.fair("gender", 4, 2, prompts=PROMPTS)
+    attached.steer_always = True
+    assert None not in attached.fair("gender", 2, prompts=PROMPTS)
+
+
+def test_reading_prompts_needs_a_pipeline(adapter, tmp_path):
+    save_adapter(adapter, tmp_path / "reads")
+    with pytest.raises(ValueError, match=r"needs the pipeline's text encoders: attach\(\) first"):
+        RespoDiffAdapter.from_pretrained(tmp_path / "reads").fair("gender", 2, prompts=["a cat"])
+    save_adapter(dataclasses.replace(adapter, reading=None), tmp_path / "paper")
+    paper = RespoDiffAdapter.from_pretrained(tmp_path / "paper")
+    assert None not in paper.fair("gender", 2, prompts=["a cat"])
