@@ -22,6 +22,7 @@ RUN_FILE = "run.json"
 # Sections and options that do not change what is trained; they may differ when a run is continued.
 # The concepts already hold what they took from `concept_defaults`.
 _FREE_OPTIONS = (
+    "reading",  # of prompts; it is fitted again
     *("parallel", "checkpoint", "log", "concept_defaults"),
     *("train.concepts_per_device", "train.remat", "model.attention"),
 )

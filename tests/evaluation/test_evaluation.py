@@ -27,7 +27,6 @@ from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.results import load_per_image, save_per_image
 from respodiff_jax.evaluation.spec import EvaluationSpec, choose_concepts
-from respodiff_jax.evaluation.suites import PARTS
 
 SAMPLING = {"num_steps": 2, "guidance_scale": 3.0, "batch_size": 8}
 
@@ -223,7 +222,7 @@ def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_
         "model": dataclasses.replace(tiny_backbone, load=_never),
         "adapter": constant_adapter(tiny_backbone, 1.0),
         "out": tmp_path / "out",
-        "part": PARTS,
+        "part": ("fairness", "quality", "safety"),
         "safe": True,
     }
     half = {"woman": 0.5, "man": 0.5}

@@ -473,6 +473,8 @@ def test_training_reads_every_option(tmp_path, monkeypatch):
     train(config, str(tmp_path))
     # A concepts file uses these; `tests/data/test_concept_files.py` tests it.
     read |= {option for option in options if option.startswith("concept_defaults.")}
+    # Without a reading its words are not read; `test_trained_reading.py` tests them.
+    read |= {option for option in options if option.startswith("reading.")}
     assert options - read == {"train.idle"}
 
 
