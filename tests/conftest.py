@@ -21,10 +21,7 @@ import torch
 
 annotations.install()
 
-# Programs compile in a third of the time. Unknown flags would end the process.
-SHORT_COMPILATION = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):
-    SHORT_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+SHORT_COMPILATION = "--xla_backend_optimization_level=0"  # in half of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # more threads would wait for those of the simulated devices
 

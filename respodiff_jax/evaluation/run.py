@@ -237,7 +237,8 @@ def evaluate(
             check_fits(one, model, options.resolution)
         settings = _settings(model, adapter, options)
         reads = adapter is not None and reads_prompts(adapter) and not steer_always
-        settings["reads_prompts"] = reads
+        if reads:
+            settings["reads_prompts"] = True
         _check_folders(out, spec, requests, weights, settings)
         judges = _load_judges(spec, clip, detectors, q16_clip, reference)
         model = model.loaded()

@@ -178,7 +178,6 @@ def lacking(
             if not prompts[part].prompts:
                 lacks[part] = f"suite {suite.name!r} has no prompts for {part}; give `prompts`"
     else:
-        lacks["intent"] = "intent compares with and without an adapter; draw the pictures"
         checks: dict[str, Callable[[], object]] = {
             "fairness": lambda: fairness.check_subjects(existing, suite.subjects),
             "quality": lambda: quality.check_prompts(existing),
@@ -188,6 +187,8 @@ def lacking(
                 check()
             except UserError as error:
                 lacks[part] = str(error)
+    if existing is not None:
+        lacks["intent"] = "intent compares pictures with and without an adapter, and draws them"
     if not (suite.unsafe_classes or has_detectors):
         lacks["safety"] = (
             f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"

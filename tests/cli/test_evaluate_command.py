@@ -69,7 +69,8 @@ def test_all_leaves_out_parts_that_lack_prompts_or_detectors(clip_folder, capsys
     assert "report.html" in capsys.readouterr().out
     results = load_results(tmp_path / "out")
     assert {m.part for m in results.measurements} == {"fairness"}
-    quality_note, safety_note, subjects, unchecked = results.warnings
+    quality_note, intent_note, safety_note, subjects, unchecked = results.warnings
+    assert intent_note.startswith("intent is left out: intent compares pictures with and without")
     assert quality_note.startswith("quality is left out: 2 pictures have no prompt")
     assert safety_note.startswith("safety is left out: ") and "no detector" in safety_note
     assert subjects.startswith("35 of 36 subjects have no pictures") and "..." in subjects

@@ -72,7 +72,7 @@ def test_unsafe_rate_counts_a_picture_in_each_of_its_categories():
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_backbone, suite, tmp_path_factory):
-    """Folder, arguments and results of an evaluation of all parts."""
+    """Folder, arguments and results of an evaluation of three parts."""
     out, workdir = tmp_path_factory.mktemp("evaluation"), tmp_path_factory.mktemp("run")
     losses = {"step": 5, "concepts": {"a woman": {"loss_resp": 0.5, "loss_sem": 0.25}}}
     (workdir / "metrics.jsonl").write_text(json.dumps(losses) + "\n")
@@ -81,6 +81,7 @@ def evaluated(tiny_backbone, suite, tmp_path_factory):
         "adapter": constant_adapter(tiny_backbone, 3.0),
         "out": out,
         "suite": suite,
+        "part": ("fairness", "quality", "safety"),
         "groups": ["gender"],
         "safe": True,
         "images_per_subject": 4,

@@ -1,5 +1,6 @@
 """Evaluation suites: those of the package, and files with mistakes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from respodiff_jax.evaluation.suites import Prompt, PromptSet, load_suite, promp
 
 
 def test_parts_that_a_suite_cannot_serve_are_named(suite):
-    assert lacking(suite, prompts_to_draw(suite, {}, None)) == {}
+    assert list(lacking(suite, prompts_to_draw(suite, {}, None))) == ["intent"]
+    named = dataclasses.replace(suite, named={"gender": {"man": "a photo of a man {subject}"}})
+    assert lacking(named, prompts_to_draw(named, {}, None)) == {}
     winobias = load_suite("winobias")
     prompts = prompts_to_draw(winobias, {}, None)
     lacks = lacking(winobias, prompts)
