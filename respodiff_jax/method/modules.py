@@ -62,7 +62,7 @@ class MidBlockModule(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, h: MidBlock) -> Float32[Array, "#B H W C"]:
+    def __call__(self, h: MidBlock) -> Float32[ArrayLike, "#B H W C"]:
         """`T(h)`, with one sample for all if it is independent of `h`."""
         channels = self.mid_block_shape[-1]
         hidden = self.hidden_channels or max(channels // 4, 1)
@@ -89,7 +89,7 @@ class MidBlockModule(nn.Module):
         """Parameters of one concept."""
         return self.init(key, jnp.zeros((1, *self.mid_block_shape)))["params"]
 
-    def delta(self, params: Params, h: MidBlock) -> Float32[Array, "#B H W C"]:
+    def delta(self, params: Params, h: MidBlock) -> Float32[ArrayLike, "#B H W C"]:
         """`T(h)` of one concept's parameters."""
         return self.apply({"params": params}, h)
 
