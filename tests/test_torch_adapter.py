@@ -366,7 +366,7 @@ def test_half_precision_pipelines_add_in_float32(sd_folder, load, kind, dtype):
     expected = explicit_hook(flax_adapter, WEIGHTS, True)(None, None, h.float()).to(dtype)
     adapter.attach(pipe)
     pipe._guidance_scale = 7.5
-    steered = adapter._hook(None, None, h)
+    steered = adapter._hook(None, (), {}, h)
     assert steered.dtype == dtype
     # The two sums may round differently, by one unit in the last place.
     torch.testing.assert_close(steered, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)

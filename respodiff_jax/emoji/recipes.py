@@ -1,6 +1,7 @@
 """The paper's three tasks on Emoji World, with the optimiser settings that suit its small UNet.
 
-The neutral prompts are "a person" and "a scene"; the training uses no profession and no activity.
+The neutral prompts are "a person" and "a scene"; RAM and SAM see no profession and no activity. The
+reading of prompts is fitted to every second profession and to three of four things.
 
 Gender and skin tone are steered by a map of the mid-block's output (`mlp`), safety by a constant,
 the paper's default. `ablation` measures the other kinds of module.
