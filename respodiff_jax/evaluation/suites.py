@@ -304,6 +304,11 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
     Raises:
       UserError: if the file cannot be found or read, naming what is wrong.
     """
+    if part not in _LAYOUTS:
+        raise UserError(
+            f"`prompts` for {part!r}: only {', '.join(_LAYOUTS)} take prompts from a file; those of"
+            " intent are the suite's"
+        )
     layout, subject = _LAYOUTS[part]
     file = os.fspath(file)
     path = prompt_files.locate(file)

@@ -21,7 +21,13 @@ from respodiff_jax.evaluation import load_results
 from respodiff_jax.evaluation.drawing import requests_per_prompt, requests_per_subject
 from respodiff_jax.evaluation.results import load_per_image
 from respodiff_jax.evaluation.spec import PRESETS
-from respodiff_jax.evaluation.suites import Prompt, load_suite, read_prompts, thinned
+from respodiff_jax.evaluation.suites import (
+    Prompt,
+    load_suite,
+    prompts_to_draw,
+    read_prompts,
+    thinned,
+)
 
 # The layouts of the published files with their oddities: a column without a name, an empty prompt,
 # seeds beyond 31 bits, names of several words.
@@ -274,6 +280,7 @@ def test_evaluate_takes_prompts_from_files(files, clip_folder, tmp_path):
     with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; raise"):
         assert cli.main([*argv, "--images-per-subject", "2", "--max-prompts", "2"]) == 0
     rows = load_per_image(tmp_path / "out")
+    rows = [row for row in rows if row["protocol"] != "intent"]
     assert [(row["subject"], row["seed"]) for row in rows] == [
         ("attendant", "4442"),
         ("attendant", "4941"),
@@ -313,6 +320,8 @@ def test_evaluate_takes_the_published_files(clip_folder, tmp_path):
 
 
 def test_fewer_prompts_are_evenly_spread_and_subjects_stay_whole():
+    with pytest.raises(UserError, match="only fairness, quality, safety take prompts from a file"):
+        prompts_to_draw(load_suite("winobias"), {"intent": "prompts.csv"}, None)
     prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
     kept = thinned("fairness", prompts, 2)
     assert [p.subject for p in kept] == [*"aaa", *"ddd"]
