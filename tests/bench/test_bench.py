@@ -144,7 +144,7 @@ def test_published_procedure_takes_59_evaluations_on_sd14(capsys):
 
 def test_train_without_torch_on_streaming_rollouts(capsys, monkeypatch):
     """Without the empty cache: the step is that of `test_training.py`."""
-    monkeypatch.setattr(measure, "empty_compilation_cache", contextlib.nullcontext)
+    monkeypatch.setattr(measure, "_empty_compilation_cache", contextlib.nullcontext)
     argv = ["bench", "train", *SMALL, "--repeats", "1", "--config.rollout.trajectory_steps=2"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
