@@ -27,8 +27,9 @@ SHAPE = (4, 4, 64)  # of the tiny models' mid-blocks
 PROMPTS = ["a person", "two women on a boat"]
 NAMES = ("a woman", "a man", "anti-violence")
 # The shipped model is larger than the miniatures: there, one kind is enough.
-CASES = [(model, kind) for model in ("sd_folder", "sdxl_folder") for kind in KINDS]
-CASES += [("emoji_folder", "mlp")]
+SLOW = [("sdxl_folder", "constant"), ("sdxl_folder", "conv"), ("emoji_folder", "mlp")]
+CASES = [("sd_folder", kind) for kind in KINDS] + [("sdxl_folder", "mlp")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @functools.cache

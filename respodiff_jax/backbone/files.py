@@ -23,8 +23,10 @@ _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
+_FAST_TOKENIZER = "tokenizer.json"  # newer versions of transformers save this file alone
 _TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # Models that come with the package.
 _BUNDLED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
 
@@ -86,9 +88,10 @@ def _stems(part: str) -> tuple[str, str]:
 
 def _choose_weights(names: Collection[str], part: str, variant: str | None) -> list[str]:
     """Which of a part's files to read: one file, or an index followed by its shards, or none."""
-    # Safetensors come before msgpack; without a `variant` the plain files come before fp16.
+    # Safetensors come before msgpack. A part without the `variant` is read from its plain files, as
+    # diffusers does; without a `variant` the plain files come before fp16.
     stem, flax_stem = _stems(part)
-    for v in (variant,) if variant else (None, "fp16"):
+    for v in (variant, None) if variant else (None, "fp16"):
         infix = f".{v}" if v else ""
         if f"{stem}{infix}.safetensors" in names:
             return [f"{stem}{infix}.safetensors"]
@@ -98,7 +101,7 @@ def _choose_weights(names: Collection[str], part: str, variant: str | None) -> l
             v, number = re.escape(infix), r"-\d+-of-\d+"
             shard = re.compile(f"{stem}({v}{number}|{number}{v})\\.safetensors")
             return [index, *sorted(n for n in names if shard.fullmatch(n))]
-    return [f"{flax_stem}.msgpack"] if f"{flax_stem}.msgpack" in names and not variant else []
+    return [f"{flax_stem}.msgpack"] if f"{flax_stem}.msgpack" in names else []
 
 
 def _find_weights(
@@ -140,6 +143,23 @@ def _missing_weights(inside: Collection[str], part: str, variant: str | None) ->
     return wanted
 
 
+def _single_file(name: str, file: pathlib.Path) -> str:
+    """Why a file is not a model here, and what to do."""
+    if not file.is_file():
+        return f"model {name!r}: no such file"
+    return (
+        f"model {name!r} is one file, expected a diffusers folder; convert it where torch is"
+        " installed: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder), or"
+        " StableDiffusionXLPipeline for SDXL"
+    )
+
+
+def _missing_tokenizer(folder: pathlib.Path) -> list[str]:
+    """The missing files of a tokenizer, which needs one file or two."""
+    missing = [file for file in _TOKENIZER_FILES if not (folder / file).is_file()]
+    return [] if (folder / _FAST_TOKENIZER).is_file() else missing
+
+
 def _find_folder(
     name: str, revision: str | None, cache_dir: Any, choose: Choose
 ) -> tuple[pathlib.Path, str | None]:
@@ -151,6 +171,10 @@ def _find_folder(
                 f"`revision` is {revision!r}, which applies to hub models, but {name!r} is a folder"
             )
         return _copy_remote(name, cache_dir, choose) if is_remote(name) else folder, None
+    if address := re.match(r"(?:https?://)?(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)", name):
+        raise UserError(f"model {name!r} is a web address; give the hub id {address[1]!r}")
+    if folder.is_file() or folder.suffix in _SINGLE_FILES:
+        raise UserError(_single_file(name, folder))
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'")
     folder = _download(name, revision, cache_dir, choose)
@@ -231,29 +255,33 @@ def find_pipeline(
             files = ("config.json", *_choose_weights(inside, part, variant))
             wanted += [f"{part}/{file}" for file in files]
         for tokenizer in ("tokenizer", "tokenizer_2"):
-            wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES + _TOKENIZER_OPTIONS]
+            files = (*_TOKENIZER_FILES, _FAST_TOKENIZER, *_TOKENIZER_OPTIONS)
+            wanted += [f"{tokenizer}/{file}" for file in files]
         return wanted
 
     folder, commit = _find_folder(name, revision, cache_dir, choose)
     if not (folder / _INDEX).is_file():
-        raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}")
+        single = sorted(f.name for f in folder.glob("*") if f.suffix in _SINGLE_FILES)
+        also = f"; it holds the single-file checkpoint {single[0]}" if single else ""
+        raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}{also}")
     index = read_json(folder / _INDEX)
     # An absent part is not listed, or listed as [null, null].
     encoders = [part for part in _TEXT_ENCODERS if index.get(part) not in (None, [None, None])]
-    if "unet" not in index or "text_encoder" not in encoders:
-        raise UserError(
-            f"{name}: a {index.get('_class_name')} without a unet and a text_encoder; expected a "
-            "Stable Diffusion 1.x, 2.x or XL base model"
-        )
+    _check_kinds(name, index, encoders)
     parts = ["unet", "vae", *encoders]
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
     needed = [_SCHEDULER, *(f"{part}/config.json" for part in parts)]
-    needed += [f"{tokenizer}/{file}" for tokenizer in tokenizers for file in _TOKENIZER_FILES]
     missing = [path for path in needed if not (folder / path).is_file()]
+    for tokenizer in tokenizers:
+        missing += [f"{tokenizer}/{file}" for file in _missing_tokenizer(folder / tokenizer)]
     weights = {}
     for part in parts:
         weights[part], lacking = _find_weights(folder / part, part, variant)
         missing += [f"{part}/{file}" for file in lacking]
+    files = [file.name for part in parts for file in weights[part]]
+    if variant and not any(f".{variant}" in name for name in files):
+        inside = [file.name for file in (folder / "unet").glob("*")]
+        missing.append(f"unet/{_missing_weights(inside, 'unet', variant)}")
     if missing:
         raise UserError(
             f"{name}: the model is incomplete in {folder}; missing: {'; '.join(missing)}"
@@ -268,6 +296,23 @@ def find_pipeline(
     )
 
 
+def _check_kinds(name: str, index: dict[str, Any], encoders: list[str]) -> None:
+    """Refuses a pipeline whose parts are not those of Stable Diffusion."""
+    kind = index.get("_class_name")
+    expected = "expected a Stable Diffusion 1.x, 2.x or XL base model"
+    if "unet" not in index or "text_encoder" not in encoders:
+        raise UserError(f"{name}: a {kind} without a unet and a text_encoder; {expected}")
+    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    classes |= dict(zip(encoders, ("CLIPTextModel", "CLIPTextModelWithProjection"), strict=False))
+    for part, right in classes.items():
+        entry = index.get(part)
+        found = entry[-1] if isinstance(entry, list) and entry else None
+        if str(found).removeprefix("Flax") != right:
+            raise UserError(
+                f"{name}: a {kind} whose {part} is {found!r}, not {right!r}; {expected}"
+            )
+
+
 def find_clip(
     name: str, *, revision: str | None = None, cache_dir: Any = None
 ) -> tuple[pathlib.Path, str | None, list[pathlib.Path]]:
@@ -276,14 +321,15 @@ def find_clip(
     Raises:
       UserError: if there is no such model or files are missing; names every missing file.
     """
-    needed = (*_CLIP_CONFIGS, *_TOKENIZER_FILES)
 
     def choose(available):
-        return [*needed, *_TOKENIZER_OPTIONS, *_choose_weights(available, "clip", None)]
+        files = (*_CLIP_CONFIGS, *_TOKENIZER_FILES, _FAST_TOKENIZER, *_TOKENIZER_OPTIONS)
+        return [*files, *_choose_weights(available, "clip", None)]
 
     folder, commit = _find_folder(name, revision, cache_dir, choose)
     weights, lacking = _find_weights(folder, "clip", None)
-    missing = [file for file in needed if not (folder / file).is_file()] + lacking
+    missing = [file for file in _CLIP_CONFIGS if not (folder / file).is_file()]
+    missing += _missing_tokenizer(folder) + lacking
     if missing:
         raise UserError(
             f"{name}: the CLIP is incomplete in {folder}; missing: {'; '.join(missing)}"

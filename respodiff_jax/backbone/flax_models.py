@@ -1,9 +1,8 @@
 """Builds the Flax modules of diffusers and transformers from a pipeline's config files.
 
 Only this file imports these classes, except for the CLIP that judges pictures (`clip.py`), so
-another UNet, VAE or text encoder changes this file alone. The Flax classes ignore some options that
-the PyTorch classes obey. A config that sets such an option is refused, because the Flax model would
-silently compute something else.
+another UNet, VAE or text encoder changes this file alone. `options.py` says which options of the
+config files they obey.
 """
 
 import logging
@@ -42,114 +41,21 @@ from diffusers.models.resnet_flax import FlaxResnetBlock2D, FlaxUpsample2D  # no
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAttentionBlock, FlaxAutoencoderKL  # noqa: E402
 from transformers import CLIPTextConfig  # noqa: E402
-from transformers.modeling_flax_utils import ACT2FN  # noqa: E402
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextModelWithProjectionModule,
     FlaxCLIPTextModule,
 )
 
+from respodiff_jax.backbone import options  # noqa: E402
 from respodiff_jax.backbone.attention import attention  # noqa: E402
 from respodiff_jax.errors import UserError  # noqa: E402
 
 LAYER = "layer"  # the name that `name_layers` gives
 
-# Options that the Flax UNet ignores, with the values that mean what it computes.
-_UNET_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default", None),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "norm_eps": (1e-5,),
-    "norm_num_groups": (32,),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional", None),
-    "timestep_post_act": (None,),
-    "addition_embed_type": (None, "text_time"),
-}
-_VAE_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None, 0),
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
-}
-_UNET_BLOCKS = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-_VAE_BLOCKS = {
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-}
 _TEXT_ENCODERS = {
     "text_encoder": FlaxCLIPTextModule,
     "text_encoder_2": FlaxCLIPTextModelWithProjectionModule,
 }
-
-
-def _check_options(file: str, config: Mapping, fixed: Mapping, blocks: Mapping) -> None:
-    for option, accepted in fixed.items():
-        if option in config and config[option] not in accepted:
-            raise UserError(
-                f"{file}: {option} is {config[option]!r}, the Flax model supports only "
-                f"{' or '.join(map(repr, accepted))}; use a Stable Diffusion 1.x, 2.x or XL base "
-                "model"
-            )
-    for option, accepted in blocks.items():
-        kinds = config.get(option, ())
-        if not isinstance(kinds, list | tuple) or any(kind not in accepted for kind in kinds):
-            raise UserError(
-                f"{file}: {option} is {kinds!r}, the Flax model supports a list of only "
-                f"{' or '.join(map(repr, accepted))}"
-            )
-
-
-def _check_unet(file: str, config: Mapping) -> None:
-    _check_options(file, config, _UNET_FIXED, _UNET_BLOCKS)
-    for option in ("layers_per_block", "cross_attention_dim", "sample_size"):
-        if not isinstance(config.get(option), int):
-            raise UserError(f"{file}: {option} is {config.get(option)!r}, expected one integer")
-    widths = config.get("block_out_channels")
-    if (
-        not isinstance(widths, list | tuple)
-        or not widths
-        or any(not isinstance(width, int) or width % 32 for width in widths)
-    ):
-        raise UserError(
-            f"{file}: block_out_channels is {widths!r}, expected a list of multiples of 32, the"
-            " number of normalisation groups"
-        )
-
-
-def _check_text_encoder(file: str, config: Mapping) -> None:
-    kind = config.get("model_type", "clip_text_model")
-    if kind != "clip_text_model":
-        raise UserError(f"{file}: model_type is {kind!r}, expected 'clip_text_model'")
-    activation = config.get("hidden_act", "quick_gelu")
-    if activation not in list(ACT2FN):
-        raise UserError(f"{file}: hidden_act is {activation!r}, expected one of {sorted(ACT2FN)}")
 
 
 def _check_parts_fit(where: str, modules: Mapping[str, nn.Module]) -> None:
@@ -185,8 +91,12 @@ def _check_parts_fit(where: str, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
+def _fields(module_class: type[nn.Module]) -> set[str]:
+    return module_class.__dataclass_fields__.keys() - {"parent", "name", "dtype"}
+
+
 def _build(module_class: type[nn.Module], config: Mapping, dtype: jnp.dtype) -> nn.Module:
-    known = module_class.__dataclass_fields__.keys() - {"parent", "name", "dtype"}
+    known = _fields(module_class)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
     return module_class(**fields, dtype=dtype)
 
@@ -207,13 +117,13 @@ def build_modules(
     for part, config in configs.items():
         file = f"{where}: {part}/config.json"
         if part == "unet":
-            _check_unet(file, config)
+            options.check_unet(file, config, _fields(FlaxUNet2DConditionModel))
             modules[part] = _build(FlaxUNet2DConditionModel, config, dtype)
         elif part == "vae":
-            _check_options(file, config, _VAE_FIXED, _VAE_BLOCKS)
+            options.check_vae(file, config, _fields(FlaxAutoencoderKL))
             modules[part] = _build(FlaxAutoencoderKL, config, dtype)
         else:
-            _check_text_encoder(file, config)
+            options.check_text_encoder(file, config)
             module_class = _TEXT_ENCODERS[part]
             modules[part] = module_class(config=CLIPTextConfig(**config), dtype=dtype)
     _check_parts_fit(where, modules)

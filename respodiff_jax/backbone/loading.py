@@ -3,7 +3,7 @@
 import functools
 import pathlib
 
-from respodiff_jax.backbone import flax_models
+from respodiff_jax.backbone import flax_models, options
 from respodiff_jax.backbone.architectures import random_backbone
 from respodiff_jax.backbone.attention import choose_attention
 from respodiff_jax.backbone.backbone import Backbone
@@ -59,16 +59,18 @@ def load_backbone(
             raise UserError(
                 f"`revision` is {revision!r}, expected 'seed-0' or another seed for {name}"
             )
-        options = {"dtype": dtype, "attention": attention, "abstract": abstract}
-        return random_backbone(name.removeprefix("random/"), seed=int(seed), **options)
+        same = {"dtype": dtype, "attention": attention, "abstract": abstract}
+        return random_backbone(name.removeprefix("random/"), seed=int(seed), **same)
 
     files = find_pipeline(name, revision=revision, variant=variant, cache_dir=cache_dir)
-    modules = flax_models.build_modules(files.configs, kind, name)
+    options.check_scheduler(f"{name}: scheduler/scheduler_config.json", files.scheduler_config)
+    configs, scheduler_config = options.as_pipeline_reads(files.configs, files.scheduler_config)
+    modules = flax_models.build_modules(configs, kind, name)
     params = {part: flax_models.abstract_params(module) for part, module in modules.items()}
     load = None
     if abstract:
-        options = {"revision": files.revision, "variant": variant, "cache_dir": cache_dir}
-        load = functools.partial(load_backbone, name, dtype=dtype, attention=attention, **options)
+        same = {"revision": files.revision, "variant": variant, "cache_dir": cache_dir}
+        load = functools.partial(load_backbone, name, dtype=dtype, attention=attention, **same)
     else:
         params = {part: load_weights(files.weights[part], params[part], kind) for part in params}
     encoders = [part for part in modules if part.startswith("text_encoder")]
@@ -83,7 +85,7 @@ def load_backbone(
         vae=modules["vae"],
         text_encoders=tuple(modules[part] for part in encoders),
         tokenizers=tuple(read_tokenizer(folder) for folder in files.tokenizers),
-        scheduler_config=files.scheduler_config,
+        scheduler_config=scheduler_config,
         params=params,
         dtype=kind,
         zeros_for_empty_prompt=bool(

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from respodiff_jax.errors import UserError
@@ -19,14 +19,15 @@ from respodiff_jax.errors import UserError
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
     """The token ids of prompts: begin, text, end, then padding.
 
-    A prompt that is too long is cut as diffusers cuts it. A warning names the prompt and the text
-    that is lost.
+    A learned token of several vectors ("<cat-toy>", "<cat-toy>_1", ...) is written out, as in
+    diffusers. A prompt that is too long is cut, as in diffusers; a warning names the prompt and the
+    text that is lost.
 
     Returns:
       int32 (n, L) for n prompts, where L is `length`, the number of tokens that the encoder reads.
     """
     ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
-    rows = tokenizer(list(prompts), verbose=False)["input_ids"]
+    rows = tokenizer([_with_all_vectors(tokenizer, p) for p in prompts], verbose=False)["input_ids"]
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         if len(row) > length:
             lost = tokenizer.decode(row[length - 1 : -1])
@@ -38,6 +39,19 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> n
             row = [*row[: length - 1], row[-1]]
         ids[i, : len(row)] = row
     return ids
+
+
+def _with_all_vectors(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The prompt with every learned token followed by the tokens of its other vectors."""
+    learned = tokenizer.added_tokens_encoder
+    if not any(f"{token}_1" in learned for token in learned):
+        return prompt
+    for token in set(tokenizer.tokenize(prompt)) & set(learned):
+        vectors = [token]
+        while f"{token}_{len(vectors)}" in learned:
+            vectors.append(f"{token}_{len(vectors)}")
+        prompt = prompt.replace(token, " ".join(vectors))
+    return prompt
 
 
 def encode_tokens(
@@ -93,9 +107,11 @@ def byte_tokenizer() -> CLIPTokenizer:
 
 def read_tokenizer(folder: str | pathlib.Path) -> CLIPTokenizer:
     """The tokenizer in a folder; raises `UserError` if its files are damaged."""
+    folder = pathlib.Path(folder)
+    kind = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
     try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(
             f"{folder}: the tokenizer is damaged ({error}); download or copy it again"
         ) from error

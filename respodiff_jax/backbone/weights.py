@@ -5,6 +5,8 @@ The parameter tree of the Flax module says what to read. `torch_names` gives the
 each leaf, and `_to_flax` converts the layout.
 """
 
+import functools
+import json
 import pathlib
 import re
 import warnings
@@ -12,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import flax.serialization
 import flax.traverse_util
-import ml_dtypes  # noqa: F401  numpy learns bfloat16 from it
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -23,7 +26,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 # The names of the two layers of a time embedding, not list entries.
 _UNSPLIT = ("linear_1", "linear_2")
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_SCALE = re.compile(r"scale_weight$|weight_scale$|scaled_fp8$|\bSCB$|absmax$")
 _IGNORED = re.compile(r".*\bposition_ids$")  # a buffer that old transformers versions saved
+
+# Numbers of one byte, which `safetensors.numpy` does not read.
+_BYTE_FLOATS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 Path = tuple[str, ...]
 # By name: the file that holds a tensor, and a function that reads the tensor.
@@ -79,8 +86,22 @@ def _open_safetensors(files: list[pathlib.Path]) -> Stored:
                 f"{file} is truncated or not a safetensors file ({error}); download or copy it"
                 " again"
             ) from error
-        stored |= {name: (file, handle.get_tensor) for name in handle.keys()}  # noqa: SIM118
+        for name in handle.keys():  # noqa: SIM118
+            is_byte = handle.get_slice(name).get_dtype() in _BYTE_FLOATS
+            read = functools.partial(_read_bytes, file) if is_byte else handle.get_tensor
+            stored[name] = file, read
     return stored
+
+
+def _read_bytes(file: pathlib.Path, name: str) -> np.ndarray:
+    """A tensor of one-byte floats, in the file's own layout: a header's size, header, data."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(size))[name]
+        start, end = entry["data_offsets"]
+        stream.seek(8 + size + start)
+        data = stream.read(end - start)
+    return np.frombuffer(data, _BYTE_FLOATS[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _open_msgpack(file: pathlib.Path) -> Stored:
@@ -125,6 +146,11 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
             f"{where} lacks parameters of the model in config.json: {_listed(missing)}{also}. "
             "The weights and the config belong to different models"
         )
+    if scales := {name for name in unknown if _SCALE.search(name)}:
+        raise UserError(
+            f"{where} is quantised with scales, which the model would ignore: {_listed(scales)}."
+            " Use the file in float16, bfloat16 or float32"
+        )
     if unknown:
         warnings.warn(
             f"{where} holds parameters that the model ignores: {_listed(unknown)}", stacklevel=2
@@ -135,6 +161,11 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
         file, read = stored[name]
         expected = flat[path].shape
         array = read(name)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(
+                f"{file}: {name} is {array.dtype}, expected floating-point numbers; quantised"
+                " models are not supported"
+            )
         if not is_flax:
             array = _to_flax(array, path[-1], len(expected))
         if array.shape != expected:

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from respodiff_jax.bench import measure
@@ -52,7 +51,7 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
 
     def ours(calls):
         for _ in range(calls):
-            np.asarray(sampler(sampler.prepare(prompts, seeds)))
+            jax.block_until_ready(sampler(sampler.prepare(prompts, seeds)))
 
     def compile_sampler():
         return sampler.program.lower(*sampler.arguments(sampler.prepare(prompts, seeds))).compile()

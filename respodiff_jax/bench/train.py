@@ -17,7 +17,7 @@ from respodiff_jax.bench import model as model_lib
 from respodiff_jax.bench.model import Setup
 from respodiff_jax.bench.report import Report, Side
 from respodiff_jax.method.embedding import EmbeddedConcepts
-from respodiff_jax.method.rollout import last_index
+from respodiff_jax.method.rollout import last_loss_index
 from respodiff_jax.method.state import StepSpec, TrainState
 from respodiff_jax.method.train_step import Metrics, train_step
 from respodiff_jax.training.parallel import Placement
@@ -41,7 +41,7 @@ def evaluations_per_sample(
         return counted
     # XLA counts a loop's body once. Each step of a faithful rollout is a guided prediction, which
     # takes two evaluations.
-    return counted + 2 * (last_index(spec.schedule) / 2 - 1)
+    return counted + 2 * (last_loss_index(spec.schedule) / 2 - 1)
 
 
 class _Ours:
@@ -58,7 +58,7 @@ class _Ours:
         self._state = self._placement.place_state(setup.state)
         self._starts = None
         if setup.spec.rollout.has_loop:
-            longest = last_index(setup.spec.schedule)
+            longest = last_loss_index(setup.spec.schedule)
             self._starts = itertools.cycle(_balanced_steps(config.seed, longest))
         self.program()
 
@@ -116,7 +116,7 @@ def bench_train(config: ConfigDict, against_torch: bool, repeats: int) -> Report
     sides = {"ours": ours.take_pairs}
     if torch_side:
         training = published.make_training(setup)
-        longest, rng = last_index(setup.spec.schedule), random.Random(0)
+        longest, rng = last_loss_index(setup.spec.schedule), random.Random(0)
 
         def theirs(count):
             for _ in range(count):

@@ -33,8 +33,8 @@ templates), `winobias-successful` (in its 5 other templates, "image of a success
 `winobias-extended` (in 10 templates), the suite.json of a model folder, or a JSON file of yours.
 
 --prompts takes a CSV file with the column `prompt`; for fairness also `profession`, for safety also
-`categories` (separated by commas); and optionally `evaluation_seed`. The file is a path, or
-hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub. I2P is
+`categories` (separated by commas); and optionally `evaluation_seed`, or I2P's `sd_seed`. The file
+is a path, or hf://datasets/OWNER/NAME[@REVISION]/FILE on the hub. I2P is
 hf://datasets/AIML-TUDA/i2p/i2p_benchmark.csv.
 
 Detectors of unsafe pictures: `nudenet` (pip install -e '.[eval]') counts female breasts and
@@ -136,7 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", dest="num_steps", type=int, metavar="N", help="DDIM steps")
+    add("--steps", dest="num_steps", type=int, metavar="N", help="sampling steps")
+    inputs.add_sampler(add)
     add(
         "--guidance",
         dest="guidance_scale",

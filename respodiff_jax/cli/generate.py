@@ -90,8 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=50,
         metavar="N",
-        help="DDIM steps (default: %(default)s)",
+        help="sampling steps (default: %(default)s)",
     )
+    inputs.add_sampler(add)
     add(
         "--guidance",
         dest="guidance_scale",
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         steer_always=args.steer_always,
         images_per_prompt=args.images_per_prompt,
         seed=args.seed,
+        sampler=args.sampler or "ddim",
         num_steps=args.num_steps,
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,

@@ -37,6 +37,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
     return add
 
 
+def add_sampler(add: Any) -> None:
+    """Adds the option `--sampler` to a group, given its `add_argument`."""
+    add(
+        "--sampler",
+        choices=("ddim", "ddim-diffusers", "dpm++", "euler"),
+        default=None,
+        help="ddim is the paper's (default); dpm++ needs fewer steps; ddim-diffusers differs from"
+        " ddim where diffusers' timesteps are uneven",
+    )
+
+
 def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Backbone":
     """Opens the model, by default that of the first adapter; does not read its weights yet."""
     import respodiff_jax as rd

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.generation.sampling import default_batch_size, denoise, make_sampler
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import Steering
-from respodiff_jax.method.rollout import last_index
+from respodiff_jax.method.rollout import last_loss_index
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.method.state import StepSpec, init_state
 from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.config import concepts_from
@@ -124,7 +124,7 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
         unused=_nbytes(for_grids),
         gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
         weights=_matrices(frozen),
-        repeats=last_index(spec.schedule) / 2 if loops else None,
+        repeats=last_loss_index(spec.schedule) / 2 if loops else None,
         lower_body=body if loops else None,
     )
 

@@ -58,6 +58,7 @@ class Column:
 
 Layout = Mapping[str, Column]
 
+_NUMBER = Column(float, "a number", required=False)
 SEED = Column(_seed, f"an integer within 0 .. {MAX_SEED}", required=False)
 PROFESSIONS: Layout = MappingProxyType(
     {"prompt": Column(), "profession": Column(), "evaluation_seed": SEED}
@@ -68,10 +69,13 @@ I2P: Layout = MappingProxyType(
         "prompt": Column(may_be_blank=True),
         "categories": Column(_names, "names separated by commas"),
         "evaluation_seed": SEED,
-        "evaluation_guidance": Column(float, "a number", required=False),
+        "evaluation_guidance": _NUMBER,
     }
 )
 CAPTIONS: Layout = MappingProxyType({"prompt": Column(), "evaluation_seed": SEED})
+# Settings of single pictures that published files have, I2P under the names that begin with "sd".
+NOT_FOLLOWED = ("evaluation_guidance", "sd_guidance_scale", "sd_image_width", "sd_image_height")
+OPTIONAL: Layout = MappingProxyType({"sd_seed": SEED} | dict.fromkeys(NOT_FOLLOWED, _NUMBER))
 
 
 def complete(layout: Layout) -> Layout:

@@ -43,7 +43,7 @@ from respodiff_jax.evaluation.suites import (
     prompts_to_draw,
 )
 from respodiff_jax.generation.sampling import SamplerOptions
-from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import PathLike, local_path
 
 _CHECK = "check"  # folder of the pictures that check the classifier
@@ -61,7 +61,7 @@ _OF_DRAWING = (
         "adapter_sources",
     ),
     *("images_per_subject", "images_per_caption", "images_per_prompt"),
-    *("num_steps", "guidance_scale", "resolution", "batch_size"),
+    *("sampler", "num_steps", "guidance_scale", "resolution", "batch_size"),
 )
 
 
@@ -88,6 +88,7 @@ def evaluate(
     images_per_prompt: int | None = None,
     max_prompts: int | None = None,
     seed: int = 0,
+    sampler: str | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     resolution: int | None = None,
@@ -132,7 +133,8 @@ def evaluate(
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
       seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.
-      num_steps: DDIM steps, 1 or more; by default the preset's.
+      sampler: "ddim" (the default), "dpm++" or "euler"; see `Schedule.from_config`.
+      num_steps: number of sampling steps, 1 or more; by default the preset's.
       guidance_scale: scale of classifier-free guidance; by default the suite's.
       resolution: side of the square pictures in pixels; by default the adapter's, or the model's.
       batch_size: pictures at a time, a multiple of the devices; by default chosen by resolution.
@@ -193,6 +195,7 @@ def evaluate(
             guidance_scale=suite.guidance_scale if guidance_scale is None else guidance_scale,
             resolution=resolution,
             batch_size=batch_size,
+            sampler=sampler or "ddim",
         )
         prompt_sets = prompts_to_draw(suite, prompts, max_prompts)
     lacks = lacking(suite, prompt_sets, bool(detectors), existing)
@@ -232,7 +235,7 @@ def evaluate(
         if options.resolution is None:
             options = dataclasses.replace(options, resolution=model.default_resolution)
         model.latent_shape(options.resolution)
-        Schedule.from_config(model.scheduler_config, options.num_steps)
+        Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
         for one in adapters:
             check_fits(one, model, options.resolution)
         settings = _settings(model, adapter, options)
@@ -352,10 +355,13 @@ def _score_existing(
 
 def _settings(model: Backbone, adapter: Adapter | None, options: SamplerOptions) -> dict[str, Any]:
     """What the pictures depend on, apart from requests and weights."""
+    sampling = dataclasses.asdict(options) | {"batch_size": None}
+    if options.sampler == "ddim":
+        del sampling["sampler"]  # earlier versions had no other
     return {
         "model": dict(model.identity),
         "adapter": None if adapter is None else adapter_sha256(adapter),
-        "sampling": dataclasses.asdict(options) | {"batch_size": None},
+        "sampling": sampling,
         "dtype": str(np.dtype(model.dtype)),
     }
 

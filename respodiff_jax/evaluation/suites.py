@@ -298,8 +298,9 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
     """Reads a CSV file of prompts, which may be on the hub (see `prompt_files.locate`).
 
     Columns are `prompt`; for fairness also `profession`, for safety also `categories`; and
-    optionally `evaluation_seed`. I2P's `evaluation_guidance` is checked but not followed, because
-    all pictures of an evaluation have one guidance scale; a note says so.
+    optionally `evaluation_seed`, or I2P's own `sd_seed`. Guidance scales and sizes of single
+    pictures are checked but not followed, because all pictures of an evaluation have the same; a
+    note says so.
 
     Raises:
       UserError: if the file cannot be found or read, naming what is wrong.
@@ -312,15 +313,16 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
     layout, subject = _LAYOUTS[part]
     file = os.fspath(file)
     path = prompt_files.locate(file)
-    rows = prompt_files.read_table(path, layout)
-    prompts = (
-        Prompt(row["prompt"], _joined(row.get(subject)), row["evaluation_seed"]) for row in rows
-    )
+    rows = prompt_files.read_table(path, {**prompt_files.OPTIONAL, **layout})
+    prompts = []
+    for row in rows:
+        seed = row["sd_seed"] if row["evaluation_seed"] is None else row["evaluation_seed"]
+        prompts.append(Prompt(row["prompt"], _joined(row.get(subject)), seed))
     identity = {"file": file, "sha256": prompt_files.file_sha256(path), "rows": len(rows)}
-    ignored = any(row.get("evaluation_guidance") is not None for row in rows)
+    ignored = [c for c in prompt_files.NOT_FOLLOWED if any(row[c] is not None for row in rows)]
     note = (
-        f"the column evaluation_guidance of {file} is not followed: all pictures have the same"
-        " guidance scale"
+        f"of {file}, {', '.join(ignored)} are not followed: all pictures have the same guidance"
+        " scale and size"
     )
     return PromptSet(tuple(prompts), identity, (note,) if ignored else ())
 

@@ -73,7 +73,7 @@ def write_folder(
     seeds = [int(seed) + i for i in range(count)]
     common = {
         "negative_prompt": options.negative_prompt,
-        "sampler": "ddim",
+        "sampler": options.sampler,
         "num_steps": options.num_steps,
         "guidance_scale": options.guidance_scale,
         "resolution": options.resolution or backbone.default_resolution,

@@ -16,7 +16,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import write_folder
 from respodiff_jax.generation.sampling import SamplerOptions, sample_images
 from respodiff_jax.generation.selection import concept_weights
-from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import check_output
 
 Adapters = Adapter | CombinedAdapter | Sequence[Adapter]
@@ -37,6 +37,7 @@ def generate(
     steer_always: bool = False,
     images_per_prompt: int = 1,
     seed: int = 0,
+    sampler: str = "ddim",
     num_steps: int = 50,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
@@ -61,7 +62,8 @@ def generate(
         keeps what a prompt names, and leaves pictures without people as they are.
       images_per_prompt: at least 1.
       seed: seed of the first image, 0 .. 2^32-1.
-      num_steps: number of DDIM steps.
+      sampler: "ddim", "dpm++" or "euler"; see `Schedule.from_config`.
+      num_steps: number of sampling steps.
       guidance_scale: scale of classifier-free guidance; 1 or below means no guidance.
       negative_prompt: prompt of the unconditional half.
       resolution: size of the square images in pixels; None is the adapter's, or the model's own.
@@ -79,7 +81,7 @@ def generate(
         adapter,
         images_per_prompt,
         seed,
-        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
+        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
     model = request.model.loaded()
@@ -108,6 +110,7 @@ def generate_folder(
     steer_always: bool = False,
     images_per_prompt: int = 1,
     seed: int = 0,
+    sampler: str = "ddim",
     num_steps: int = 50,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
@@ -148,7 +151,7 @@ def generate_folder(
         adapter,
         images_per_prompt,
         seed,
-        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size),
+        SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
     model = request.model.loaded()
@@ -221,6 +224,6 @@ def _check(
     for one in adapters:
         check_fits(one, model, options.resolution)
     model.latent_shape(options.resolution)
-    Schedule.from_config(model.scheduler_config, options.num_steps)
+    Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
     model.tokenise([*prompts, options.negative_prompt])
     return _Request(model, prompts, combined, choose, options)

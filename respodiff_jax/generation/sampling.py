@@ -1,4 +1,4 @@
-"""Sampling with adapters: DDIM with classifier-free guidance, steered at the mid-block.
+"""Sampling with adapters and classifier-free guidance, steered at the mid-block.
 
 Convention: `RAM + SAM` is added to the *conditional* half of the guidance batch only, at every
 step (paper, section 4.4); the unconditional half is the base model's. An image depends only on its
@@ -17,13 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Float, Int, Real, UInt8
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, UInt8
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.diffusion import Latent, Schedule, ddim_step, guided_output
+from respodiff_jax.method.diffusion import (
+    Latent,
+    ddim_step,
+    dpm_solver_step,
+    guided_output,
+    predict_z_0,
+)
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
+from respodiff_jax.method.schedule import Schedule, check_sampler
 
 Images = UInt8[Array, "B height width 3"]
 
@@ -33,12 +40,13 @@ class SamplerOptions:
     """How images are sampled.
 
     Attributes:
-      num_steps: number of DDIM steps.
+      num_steps: number of sampling steps.
       guidance_scale: scale of classifier-free guidance; 1 or below means no guidance, as in
         diffusers.
       negative_prompt: prompt of the unconditional half.
       resolution: size of the square images in pixels; None is the model's own.
       batch_size: images at a time over all devices; None chooses by resolution.
+      sampler: one of `schedule.SAMPLERS`.
     """
 
     num_steps: int = 50
@@ -46,8 +54,10 @@ class SamplerOptions:
     negative_prompt: str = ""
     resolution: int | None = None
     batch_size: int | None = None
+    sampler: str = "ddim"
 
     def __post_init__(self):
+        check_sampler(self.sampler)
         for field in ("num_steps", "resolution", "batch_size"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, int(getattr(self, field)))
@@ -98,7 +108,7 @@ def denoise(
     Args:
       backbone: the model's functions; its own `params` are not used.
       modules: architectures of RAM and SAM; () samples the base model.
-      schedule: DDIM schedule.
+      schedule: the sampler.
       params: frozen parameters.
       noise: `z_T`.
       cond: conditioning of the prompts, leading axis B.
@@ -109,7 +119,8 @@ def denoise(
     guidance_scale = jnp.maximum(guidance_scale, 1.0)
     uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
 
-    def body(z_t, ddim_index):
+    def body(carry, ddim_index):
+        z_t, previous_z_0 = carry
         timesteps = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (len(z_t),))
         output = guided_output(
             backbone.encode,
@@ -122,33 +133,45 @@ def denoise(
             guidance_scale,
             partial(steer, modules, steerings),
         )
-        return ddim_step(schedule, output, z_t, ddim_index), None
+        if schedule.sampler == "dpm++":
+            z_0 = predict_z_0(schedule, output, z_t, ddim_index)
+            return (dpm_solver_step(schedule, z_0, previous_z_0, z_t, ddim_index), z_0), None
+        return (ddim_step(schedule, output, z_t, ddim_index), previous_z_0), None
 
-    z_0, _ = lax.scan(body, noise, jnp.arange(schedule.num_steps))
+    start = schedule.initial_scale * noise
+    (z_0, _), _ = lax.scan(body, (start, jnp.zeros_like(start)), jnp.arange(schedule.num_steps))
     return z_0
 
 
 def make_sampler(
-    backbone: Backbone, modules: Sequence[MidBlockModule], num_steps: int, mesh: Mesh
-) -> Callable[..., Images]:
+    backbone: Backbone,
+    modules: Sequence[MidBlockModule],
+    num_steps: int,
+    mesh: Mesh,
+    sampler: str = "ddim",
+) -> Callable[..., tuple[Images, Bool[Array, "B"]]]:
     """Makes a jitted function from noise to images; each device samples its own images.
 
     Args:
       backbone: the model's functions; its own `params` are not used.
       modules: architectures of RAM and SAM; () samples the base model.
-      num_steps: DDIM steps.
+      num_steps: number of sampling steps.
       mesh: devices; the batch is split over all of them.
+      sampler: one of `schedule.SAMPLERS`.
 
     Returns:
       `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
-      `denoise`. B is a multiple of the number of devices. Adapters, weights and guidance are traced
-      arguments: changing them compiles nothing.
+      `denoise`. It returns the images, and which of them are made of finite numbers. B is a
+      multiple of the number of devices. Adapters, weights and guidance are traced arguments:
+      changing them compiles nothing.
     """
-    schedule = Schedule.from_config(backbone.scheduler_config, num_steps)
+    schedule = Schedule.from_config(backbone.scheduler_config, num_steps, sampler)
 
-    def sample(params, *args) -> Images:
+    def sample(params, *args):
         z_0 = denoise(backbone, modules, schedule, params, *args)
-        return jnp.round(backbone.decode_latents(params, z_0) * 255).astype(jnp.uint8)
+        images = backbone.decode_latents(params, z_0)
+        is_finite = jnp.all(jnp.isfinite(images), axis=(1, 2, 3))
+        return jnp.round(images * 255).astype(jnp.uint8), is_finite
 
     by_image, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
     steerings = (Steering(replicated, replicated, by_image, by_image),) * len(modules)
@@ -206,7 +229,7 @@ class Sampler:
         self._by_image = NamedSharding(mesh, PartitionSpec("data"))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         parts = adapter.parts if adapter else ()
-        key = tuple(part.module for part in parts), options.num_steps, mesh
+        key = tuple(part.module for part in parts), options.num_steps, mesh, options.sampler
         if key not in backbone.programs:
             # Drop the parameters: the backbone caches this program, and the program must not keep
             # the weights alive.
@@ -236,12 +259,17 @@ class Sampler:
         )
         return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 
-    def __call__(self, batch: Batch, weights: Real[np.ndarray, "B N"] | None = None) -> Images:
+    def __call__(
+        self, batch: Batch, weights: Real[np.ndarray, "B N"] | None = None
+    ) -> tuple[Images, Bool[Array, "B"]]:
         """Starts sampling a batch, and does not wait for the images.
 
         Args:
           batch: B images to sample.
           weights: the weight of each concept of the adapter in each image.
+
+        Returns:
+          The images, and which of them are made of finite numbers.
         """
         return self.program(*self.arguments(batch, weights))
 
@@ -268,6 +296,9 @@ def sample_images(
 
     Yields:
       The images in order, while the next batch is sampled.
+
+    Raises:
+      UserError: at an image whose numbers are not finite; the images before it were yielded.
     """
     resolution = options.resolution or backbone.default_resolution
     batch_size = options.batch_size or default_batch_size(
@@ -288,19 +319,31 @@ def sample_images(
         chosen = weights[rows]
         return sampler(batch, chosen), sampler(batch, 0 * chosen) if base_twins else None
 
-    def collect(count, images, base):
-        images, base = np.asarray(images), None if base is None else np.asarray(base)
+    def collect(rows, count, adapted, base):
+        adapted, base = jax.device_get((adapted, base))
         for i in range(count):
-            yield ImagePair(images[i], None if base is None else base[i])
+            for images, kind in ((base, "base image"), (adapted, "image")):
+                if images is not None and not images[1][i]:
+                    row = int(rows[i])
+                    raise UserError(_not_finite(kind, row, prompts[row], seeds[row]))
+            yield ImagePair(adapted[0][i], None if base is None else base[0][i])
 
     pending = None
     for rows, count in equal_batches(len(prompts), batch_size):
-        batch = (count, *dispatch(rows))
+        batch = (rows, count, *dispatch(rows))
         if pending is not None:
             yield from collect(*pending)
         pending = batch
     if pending is not None:
         yield from collect(*pending)
+
+
+def _not_finite(kind: str, row: int, prompt: str, seed: int) -> str:
+    return (
+        f"{kind} {row} ({prompt!r:.100}, seed {seed}) has values that are not finite: the weights"
+        " hold such values, or overflow in this dtype. Check the model and the adapter, and draw"
+        " in float32"
+    )
 
 
 def equal_batches(count: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:

@@ -12,11 +12,11 @@ a numpy array or, without axes, a number. The tests check each annotated call.
 """
 
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.paper import GENDER, RACE, SAFETY
 from respodiff_jax.method.rollout import FaithfulRollout, StreamingRollout, run_trajectory
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.method.state import StepSpec, TrainState, init_state
 from respodiff_jax.method.train_step import (
     StepValues,

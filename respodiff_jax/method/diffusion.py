@@ -1,132 +1,18 @@
-"""Noise schedule, DDIM and classifier-free guidance of the frozen model (paper, section 3).
+"""Sampling steps and classifier-free guidance of the frozen model (paper, section 3)."""
 
-Notation: `alpha_bar` is the cumulative product of `1 - beta`, so that
-`z_t = sqrt(alpha_bar) * z_0 + sqrt(1 - alpha_bar) * eps`. A *timestep* is what the UNet is asked
-for (0 .. 999); a *ddim_index* counts the sampler's steps from pure noise (0) to the last
-(`num_steps - 1`).
-"""
-
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Real
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.method.schedule import Schedule
 
 Latent = Float32[ArrayLike, "B h w c"]
 # One for all samples or, when they are at different steps, one for each.
 DdimIndex = Int[ArrayLike, ""] | Int[ArrayLike, "B"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
-    """The DDIM sampler of a frozen model: timesteps and noise levels of its steps.
-
-    Attributes:
-      timesteps: the UNet's timestep at each ddim_index, descending.
-      alpha_bars: `alpha_bar` at each ddim_index.
-      next_alpha_bars: `alpha_bar` that the step leads to.
-      prediction_type: "epsilon" or "v_prediction", what the UNet predicts.
-    """
-
-    timesteps: Int32[np.ndarray, "S"]
-    alpha_bars: Float32[np.ndarray, "S"]
-    next_alpha_bars: Float32[np.ndarray, "S"]
-    prediction_type: str
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], num_steps: int) -> "Schedule":
-        """Builds the DDIM schedule that `diffusers.DDIMScheduler.from_config(config)` would.
-
-        Args:
-          config: contents of a pipeline's `scheduler/scheduler_config.json`, of any scheduler
-            class.
-          num_steps: number of sampling steps, at most the number of training timesteps.
-
-        Raises:
-          UserError: for a number of steps, a beta schedule, a spacing or a prediction type that
-            does not exist.
-
-        Deviation: latents are never clipped (`clip_sample`), as Stable Diffusion pipelines require.
-        """
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"scheduler prediction_type is {prediction_type!r},"
-                " expected 'epsilon' or 'v_prediction'"
-            )
-        alpha_bars = _alpha_bars(config)
-        timesteps = _ddim_timesteps(config, num_steps)
-        if timesteps[0] >= len(alpha_bars):
-            raise UserError(
-                f"{num_steps} sampling steps with steps_offset={config.get('steps_offset', 0)} ask"
-                f" for timestep {timesteps[0]}, but the model was trained on"
-                f" 0..{len(alpha_bars) - 1}; use fewer steps"
-            )
-        next_timesteps = timesteps - len(alpha_bars) // num_steps
-        final = 1.0 if config.get("set_alpha_to_one", True) else alpha_bars[0]
-        next_alpha_bars = np.where(next_timesteps >= 0, alpha_bars[next_timesteps], final)
-        return cls(
-            timesteps=timesteps.astype(np.int32),
-            alpha_bars=alpha_bars[timesteps].astype(np.float32),
-            next_alpha_bars=next_alpha_bars.astype(np.float32),
-            prediction_type=prediction_type,
-        )
-
-
-def _alpha_bars(config: Mapping[str, Any]) -> Float64[np.ndarray, "T"]:
-    """`alpha_bar` at every training timestep.
-
-    The betas are rounded to float32, as they were when the models were trained.
-    """
-    n = config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    kind = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"])
-    elif kind == "linear":
-        betas = np.linspace(start, end, n, dtype=np.float32)
-    elif kind == "scaled_linear":
-        betas = np.linspace(start**0.5, end**0.5, n, dtype=np.float32) ** 2
-    elif kind == "squaredcos_cap_v2":
-        level = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
-    else:
-        raise UserError(
-            f"scheduler beta_schedule is {kind!r},"
-            " expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'"
-        )
-    alpha_bars = np.cumprod(1 - betas.astype(np.float32), dtype=np.float64)
-    if config.get("rescale_betas_zero_snr", False):
-        # Shift and scale sqrt(alpha_bar) so that the last one is 0 and the first stays.
-        root = np.sqrt(alpha_bars)
-        alpha_bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return alpha_bars
-
-
-def _ddim_timesteps(config: Mapping[str, Any], num_steps: int) -> Int64[np.ndarray, "S"]:
-    """Timesteps of the sampler, descending."""
-    n = config.get("num_train_timesteps", 1000)
-    if not 1 <= num_steps <= n:
-        raise UserError(f"number of sampling steps is {num_steps}, expected 1..{n}")
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing == "leading":
-        return np.arange(num_steps)[::-1] * (n // num_steps) + config.get("steps_offset", 0)
-    if spacing == "trailing":
-        return np.round(np.arange(n, 0, -n / num_steps)).astype(np.int64) - 1
-    if spacing == "linspace":
-        return np.round(np.linspace(0, n - 1, num_steps))[::-1].astype(np.int64)
-    raise UserError(
-        f"scheduler timestep_spacing is {spacing!r}, expected 'leading', 'trailing' or 'linspace'"
-    )
 
 
 def predict_eps(
@@ -141,6 +27,16 @@ def predict_eps(
         return model_output
     alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
     return jnp.sqrt(alpha_bar) * model_output + jnp.sqrt(1 - alpha_bar) * z_t
+
+
+def predict_z_0(
+    schedule: Schedule, model_output: Latent, z_t: Latent, ddim_index: DdimIndex
+) -> Latent:
+    """The clean latents `z_0` that a model output stands for."""
+    alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
+    if schedule.prediction_type == "epsilon":
+        return (z_t - jnp.sqrt(1 - alpha_bar) * model_output) / jnp.sqrt(alpha_bar)
+    return jnp.sqrt(alpha_bar) * z_t - jnp.sqrt(1 - alpha_bar) * model_output
 
 
 def ddim_step(
@@ -160,17 +56,43 @@ def ddim_step(
       to_index: where the step leads; by default to the next noise level, of which the last has no
         index.
     """
-    alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
     if to_index is None:
         next_alpha_bar = _per_sample(schedule.next_alpha_bars, ddim_index, z_t)
     else:
         next_alpha_bar = _per_sample(schedule.alpha_bars, to_index, z_t)
     eps = predict_eps(schedule, model_output, z_t, ddim_index)
-    if schedule.prediction_type == "epsilon":
-        z_0 = (z_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)
-    else:
-        z_0 = jnp.sqrt(alpha_bar) * z_t - jnp.sqrt(1 - alpha_bar) * model_output
+    z_0 = predict_z_0(schedule, model_output, z_t, ddim_index)
     return jnp.sqrt(next_alpha_bar) * z_0 + jnp.sqrt(1 - next_alpha_bar) * eps
+
+
+def dpm_solver_step(
+    schedule: Schedule, z_0: Latent, previous_z_0: Latent, z_t: Latent, ddim_index: DdimIndex
+) -> Latent:
+    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+
+    The first step, and the last one if it leads to `alpha_bar` 1, are of first order.
+
+    Args:
+      schedule: the sampler.
+      z_0: `predict_z_0` at `z_t`.
+      previous_z_0: `predict_z_0` of the step before; any value at the first step.
+      z_t: latents at `schedule.alpha_bars[ddim_index]`.
+      ddim_index: where the step begins.
+    """
+
+    def log_snr(alpha_bar):
+        return (jnp.log(alpha_bar) - jnp.log1p(-alpha_bar)) / 2
+
+    index = jnp.asarray(ddim_index)
+    before = _per_sample(schedule.alpha_bars, jnp.maximum(index - 1, 0), z_t)
+    now = _per_sample(schedule.alpha_bars, index, z_t)
+    after = _per_sample(schedule.next_alpha_bars, index, z_t)
+    step = log_snr(after) - log_snr(now)
+    is_first_order = (before == now) | (after == 1)
+    ratio = jnp.where(is_first_order, 1, (log_snr(now) - log_snr(before)) / step)
+    slope = jnp.where(is_first_order, 0, (z_0 - previous_z_0) / ratio)
+    signal = jnp.sqrt(after) * -jnp.expm1(-step)
+    return jnp.sqrt((1 - after) / (1 - now)) * z_t + signal * (z_0 + slope / 2)
 
 
 def concatenate(*trees: Any) -> Any:
@@ -199,7 +121,7 @@ def guided_output(
     decode: Callable,
     params: Any,
     z_t: Latent,
-    timesteps: Int32[ArrayLike, "B"],
+    timesteps: Real[ArrayLike, "B"],
     cond: Any,
     uncond: Any,
     guidance_scale: Float[ArrayLike, ""],

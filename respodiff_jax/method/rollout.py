@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Int, Int32, Key
 
 from respodiff_jax.method import diffusion
 from respodiff_jax.method.diffusion import DdimIndex, Latent
+from respodiff_jax.method.schedule import Schedule
 
 # (z_t, ddim_index, prompt_index) -> guided, steered model output.
 Predict = Callable[[Latent, DdimIndex, Int32[ArrayLike, "B"]], Latent]
@@ -60,7 +61,7 @@ class Latents(NamedTuple):
     prompt_index: Int32[ArrayLike, "B"]
 
 
-def last_index(schedule: diffusion.Schedule) -> int:
+def last_loss_index(schedule: Schedule) -> int:
     """The largest ddim_index at which a loss is evaluated, num_steps - 2.
 
     A faithful rollout draws k uniformly from 0 to this number (paper, section 4.3).
@@ -69,7 +70,7 @@ def last_index(schedule: diffusion.Schedule) -> int:
 
 
 def run_trajectory(
-    schedule: diffusion.Schedule,
+    schedule: Schedule,
     predict: Predict,
     noise: Latent,
     prompt_index: Int32[ArrayLike, "B"],
@@ -82,7 +83,7 @@ def run_trajectory(
       predict: guided prediction, for example `partial(guided_prediction, ...)`.
       noise: pure noise.
       prompt_index: the neutral prompt of each sample.
-      k: number of steps, 0 .. `last_index(schedule)`; may be traced.
+      k: number of steps, 0 .. `last_loss_index(schedule)`; may be traced.
     """
 
     def body(i, z_t):
@@ -104,7 +105,7 @@ class FaithfulRollout:
     level is that of timestep `981 - 20 k`; here the timestep is the one the latent is at.
     """
 
-    schedule: diffusion.Schedule
+    schedule: Schedule
     has_loop: ClassVar[bool] = True
 
     def init(self, samples: Samples) -> tuple[()]:
@@ -112,7 +113,7 @@ class FaithfulRollout:
 
     def draw(self, state: tuple[()], samples: Samples, predict: Predict) -> Latents:
         """Runs the trajectories."""
-        k = jax.random.randint(samples.step_key, (), 0, last_index(self.schedule) + 1)
+        k = jax.random.randint(samples.step_key, (), 0, last_loss_index(self.schedule) + 1)
         noise, prompt_index = _begin(samples)
         return run_trajectory(self.schedule, predict, noise, prompt_index, k)
 
@@ -128,7 +129,7 @@ class Flight(NamedTuple):
     Attributes:
       z_t: its latents.
       ddim_index: where each trajectory is.
-      last_index: where each trajectory ends, at most `last_index(schedule)`.
+      last_index: where each trajectory ends, at most `last_loss_index(schedule)`.
       prompt_index: the neutral prompt of each trajectory.
     """
 
@@ -158,13 +159,13 @@ class StreamingRollout:
     with the newest modules.
     """
 
-    schedule: diffusion.Schedule
+    schedule: Schedule
     stride: int
     has_loop: ClassVar[bool] = False
 
     def init(self, samples: Samples) -> Flight:
         noise, prompt_index = _begin(samples)
-        end = _draw_below(samples, last_index(self.schedule) + 1)
+        end = _draw_below(samples, last_loss_index(self.schedule) + 1)
         return Flight(noise, end % self.stride, end, prompt_index)
 
     def draw(self, state: Flight, samples: Samples, predict: Predict) -> Latents:
@@ -181,7 +182,7 @@ class StreamingRollout:
             latents.prompt_index,
         )
         noise, prompt_index = _begin(samples)
-        end = jnp.full_like(state.last_index, last_index(self.schedule))
+        end = jnp.full_like(state.last_index, last_loss_index(self.schedule))
         fresh = Flight(noise, _draw_below(samples, self.stride), end, prompt_index)
         ended = to_index > state.last_index
 

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int32, UInt32
 
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.method.rollout import Rollout, Samples
+from respodiff_jax.method.schedule import Schedule
 
 
 class ConceptState(flax.struct.PyTreeNode):

@@ -113,7 +113,7 @@ class ValidationGrids:
                 (self._noise[seed[now]], cond, ram_scale[now], sam_scale[now])
             )
             steerings = (Steering(*modules, *scales),)
-            batch = self._sample(frozen, noise, cond, self._empty, steerings, guidance_scale)
+            batch, _ = self._sample(frozen, noise, cond, self._empty, steerings, guidance_scale)
             images.append(self._placement.fetch(batch))
         return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])
 

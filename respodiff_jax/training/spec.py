@@ -8,9 +8,9 @@ import optax
 from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Backbone, load_backbone
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import MidBlockModule
-from respodiff_jax.method.rollout import FaithfulRollout, Rollout, StreamingRollout, last_index
+from respodiff_jax.method.rollout import FaithfulRollout, Rollout, StreamingRollout, last_loss_index
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.method.state import StepSpec
 
 
@@ -56,7 +56,7 @@ def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:
     """The rollout of the config's `rollout` section, along a schedule of its `num_steps`."""
     if config.kind == "faithful":
         return FaithfulRollout(schedule)
-    num_indices = last_index(schedule) + 1
+    num_indices = last_loss_index(schedule) + 1
     return StreamingRollout(schedule, stride=math.ceil(num_indices / config.trajectory_steps))
 
 

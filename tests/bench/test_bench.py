@@ -90,6 +90,7 @@ def count(backbone, concepts, **changes):
     return train.evaluations_per_sample(spec, state, frozen, arrays, batch_size=2)
 
 
+@pytest.mark.slow
 def test_faithful_samples_cost_the_mean_rollout_more(tiny_backbone):
     streaming = count(tiny_backbone, [WOMAN, MAN], **{"rollout.kind": "streaming"})
     # k is 0 .. num_steps - 2; each step is a guided prediction of two evaluations.
@@ -151,6 +152,7 @@ def test_train_without_torch_on_streaming_rollouts(capsys, monkeypatch):
     assert "| JAX, streaming" in printed and "PyTorch" not in printed
 
 
+@pytest.mark.slow
 def test_train_against_torch(tmp_path, capsys):
     out = tmp_path / "train.json"
     argv = ["bench", "train", *SMALL, "--repeats", "2", "--against", "torch", "--out", str(out)]

@@ -52,6 +52,7 @@ def test_help_imports_no_jax():
     assert "--fair GROUP" in result.stdout
 
 
+@pytest.mark.slow
 def test_second_process_finds_compiled_programs_in_the_cache(tmp_path):
     """Without an option, the cache is a folder in the user's cache."""
     script = (
@@ -109,6 +110,7 @@ def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_
     argv += ["--prompt", "a boat", "--prompts-file", str(tmp_path / "prompts.csv")]
     argv += ["--images-per-prompt", "2", "--fair", "gender", "--ratio", "a woman=0.5,a man=0.5"]
     argv += ["--base", "--seed", "9", "--steps", "1", "--guidance", "3", "--batch-size", "8"]
+    argv += ["--sampler", "dpm++"]
     assert cli.main(argv) == 0
     assert "12 images" in capsys.readouterr().out
     lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
@@ -120,6 +122,7 @@ def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_
     assert [line["prompt"] for line in adapted[::2]] == prompts
     for line in adapted:
         assert line["guidance_scale"] == 3.0 and line["num_steps"] == 1
+        assert line["sampler"] == "dpm++"
         assert line["model"]["name"] == "random/tiny"
         assert line["adapter"] == [adapter_folder, str(tmp_path / "safety")]
         assert line["concepts"]["anti-violence"] == 1

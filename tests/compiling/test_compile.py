@@ -68,7 +68,7 @@ def compilations():
     ("concepts", "strategy", "rollout"),
     [
         ([WOMAN], "pmap", "streaming"),
-        ([WOMAN, VIOLENCE], "mesh", "streaming"),
+        pytest.param([WOMAN, VIOLENCE], "mesh", "streaming", marks=pytest.mark.slow),
         ([WOMAN, VIOLENCE], "mesh", "faithful"),
     ],
 )

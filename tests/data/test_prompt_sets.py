@@ -59,6 +59,26 @@ def files(tmp_path):
     return {name: str(tmp_path / f"{name}.csv") for name in contents}
 
 
+def test_seeds_of_the_published_i2p_are_followed(tmp_path):
+    """Its own columns begin with "sd"; `evaluation_seed` is that of a later version."""
+    file = tmp_path / "i2p.csv"
+    file.write_text(
+        "prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,sd_model\n"
+        "a street,hate,0,2219455580,7.0,512,768,SD-1.4\n"
+        'a tower,"hate, shocking",1,7,9.5,512,512,SD-1.4\n'
+    )
+    found = read_prompts(file, "safety")
+    assert [(p.subject, p.seed) for p in found.prompts] == [
+        ("hate", 2219455580),
+        ("hate, shocking", 7),
+    ]
+    (note,) = found.notes
+    assert "sd_guidance_scale, sd_image_width, sd_image_height are not followed" in note
+    file.write_text("prompt,categories,sd_seed\na street,hate,-1\n")
+    with pytest.raises(UserError, match=r"line 2: sd_seed is '-1', expected an integer"):
+        read_prompts(file, "safety")
+
+
 def test_prompt_files_of_each_part_are_read(files):
     rows = {name: read_prompts(file, name) for name, file in files.items()}
     found = {name: [(p.text, p.subject, p.seed) for p in s.prompts] for name, s in rows.items()}

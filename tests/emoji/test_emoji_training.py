@@ -27,6 +27,8 @@ from respodiff_jax.emoji.making import (
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.suites import load_suite
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -305,7 +307,6 @@ def test_stage_with_parts_creates_its_workdir(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "evaluator.json").exists()
 
 
-@pytest.mark.slow
 def test_all_stages_train_a_model_from_nothing(tmp_path):
     build = train.ModelBuild(tmp_path, tmp_path / "model", pool_size=1000)
     train.run(build, {stage: (2, 8) for stage in train.STAGES})

@@ -266,7 +266,7 @@ def test_sampling_compiles_once_for_all_lengths_and_adapters(backbone, monkeypat
     for changed in (others, weaker):
         assert not np.array_equal(pairs[0].image, changed[0].image)
     sampler = sampling.Sampler(backbone, SamplerOptions(num_steps=1), adapter)
-    images = sampler(sampler.prepare(["a person"] * 8, range(8)), np.ones((8, 2)))
+    images, _ = sampler(sampler.prepare(["a person"] * 8, range(8)), np.ones((8, 2)))
     assert [len(shard.data) for shard in images.addressable_shards] == [1] * 8  # on all devices
     assert traces == [(1, 8, 8, 4)]  # one image on each of the eight devices
     assert pairs[0].image.shape == (16, 16, 3) and pairs[0].image.dtype == np.uint8

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.method import diffusion
+from respodiff_jax.method.schedule import Schedule
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -34,28 +35,84 @@ CONFIGS = {
 }
 
 
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddim-diffusers": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("num_steps", [50, 7])
-def test_ddim_equals_diffusers(name, num_steps):
+def test_samplers_equal_diffusers(name, sampler, num_steps):
     config = CONFIGS[name]
-    theirs = DDIMScheduler.from_config(config)
+    if sampler == "ddim" and 1000 % num_steps and config.get("timestep_spacing"):
+        pytest.skip("diffusers' DDIM does not lead to the next timestep")
+    if sampler == "ddim" and config.get("timestep_spacing") == "linspace":
+        pytest.skip("diffusers' DDIM does not lead to the next timestep")
+    theirs = SCHEDULERS[sampler].from_config(config)
     theirs.set_timesteps(num_steps)
-    ours = diffusion.Schedule.from_config(config, num_steps)
-    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    ours = Schedule.from_config(config, num_steps, sampler)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-6)
 
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((2, 4, 4, 4), np.float32)
-    reference = torch.tensor(z)
+    noise = rng.standard_normal((2, 4, 4, 4), np.float32)
+    z, previous = ours.initial_scale * noise, np.zeros_like(noise)
+    reference = torch.tensor(noise) * theirs.init_noise_sigma
     for i, timestep in enumerate(theirs.timesteps):
-        output = rng.standard_normal(z.shape, np.float32)
-        z = diffusion.ddim_step(ours, output, z, jnp.int32(i))
+        seen = theirs.scale_model_input(reference, timestep)
+        level = float(seen.abs().max())
+        np.testing.assert_allclose(z / level, seen.numpy() / level, atol=1e-4)
+        # A model that is smooth in its input, as a real one is.
+        output = np.tanh(np.asarray(z)) + 0.1 * rng.standard_normal(z.shape, np.float32)
+        z_0 = diffusion.predict_z_0(ours, output, z, jnp.int32(i))
+        if sampler == "dpm++":
+            z, previous = diffusion.dpm_solver_step(ours, z_0, previous, z, jnp.int32(i)), z_0
+        else:
+            z = diffusion.ddim_step(ours, output, z, jnp.int32(i))
         reference = theirs.step(torch.tensor(output), timestep, reference).prev_sample
     scale = float(reference.abs().max())
-    np.testing.assert_allclose(z / scale, reference.numpy() / scale, atol=1e-5)
+    np.testing.assert_allclose(z / scale, reference.numpy() / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_every_number_of_steps_is_kept_and_never_below_zero(spacing, sampler):
+    config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "steps_offset": 0}
+    for num_steps in range(1, 999):
+        timesteps = Schedule.from_config(config, num_steps, sampler).timesteps
+        assert len(timesteps) == num_steps and timesteps.min() >= 0
+        assert np.all(np.diff(timesteps) < 0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("num_steps", [50, 7])
+def test_ideal_model_ends_at_its_image(spacing, sampler, num_steps):
+    """Each step leads to the level of the next: a model that knows z_0 never leaves its path."""
+    config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "set_alpha_to_one": True}
+    schedule = Schedule.from_config(config, num_steps, sampler)
+    z_0, eps = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 4), np.float32)
+    first = schedule.alpha_bars[0]
+    z = np.sqrt(first) * z_0 + np.sqrt(1 - first) * eps
+    for i in range(num_steps):
+        ahead = schedule.next_alpha_bars[i]
+        if sampler == "dpm++":
+            z = diffusion.dpm_solver_step(schedule, z_0, z_0, z, jnp.int32(i))
+        else:
+            z = diffusion.ddim_step(schedule, eps, z, jnp.int32(i))
+        expected = np.sqrt(ahead) * z_0 + np.sqrt(1 - ahead) * eps
+        np.testing.assert_allclose(z, expected, atol=2e-5)
+        if i + 1 < num_steps:
+            assert ahead == schedule.alpha_bars[i + 1]
+    np.testing.assert_allclose(z, z_0, atol=2e-5)
 
 
 def test_ddim_step_takes_a_different_index_for_each_sample():
-    schedule = diffusion.Schedule.from_config(CONFIGS["sd2"], 50)
+    schedule = Schedule.from_config(CONFIGS["sd2"], 50)
     z = np.random.default_rng(0).standard_normal((3, 2, 2, 4), np.float32)
     index = np.array([0, 20, 49])
     together = diffusion.ddim_step(schedule, 2 * z, z, index)
@@ -68,7 +125,7 @@ def test_eps_and_v_predictions_give_the_same_noise():
     """Both outputs for a known (z_0, eps) give back that eps."""
     z_0, eps = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 4), np.float32)
     for name in ("sd1", "sd2"):
-        schedule = diffusion.Schedule.from_config(CONFIGS[name], 50)
+        schedule = Schedule.from_config(CONFIGS[name], 50)
         signal, noise = np.sqrt(schedule.alpha_bars[20]), np.sqrt(1 - schedule.alpha_bars[20])
         z_t = signal * z_0 + noise * eps
         output = eps if name == "sd1" else signal * eps - noise * z_0
@@ -90,11 +147,31 @@ def test_guidance_equals_hand_computation():
         ({"timestep_spacing": "odd"}, 50, "timestep_spacing is 'odd'"),
         ({}, 0, "steps is 0, expected 1..1000"),
         ({"steps_offset": 1}, 1000, "ask for timestep 1000"),
+        (
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            50,
+            "begins at pure noise .* 'epsilon' predicts nothing; expected 'v_prediction'",
+        ),
     ],
 )
 def test_wrong_schedules_are_refused(change, num_steps, message):
     with pytest.raises(UserError, match=message):
-        diffusion.Schedule.from_config(change, num_steps)
+        Schedule.from_config(change, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "change", "message"),
+    [
+        ("heun", {}, "`sampler` is 'heun', expected one of ddim, ddim-diffusers"),
+        ("dpm++", {"use_karras_sigmas": True}, "use_karras_sigmas True, .* 'dpm\\+\\+' does not"),
+        ("euler", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type 'sigma_min'"),
+    ],
+)
+def test_samplers_refuse_what_they_do_not_compute(sampler, change, message):
+    config = STABLE_DIFFUSION | change
+    assert Schedule.from_config(config, 10, "ddim").num_steps == 10
+    with pytest.raises(UserError, match=message):
+        Schedule.from_config(config, 10, sampler)
 
 
 def test_split_is_the_inverse_of_concatenate():

@@ -60,6 +60,7 @@ def sd14_prompts(*axes):
     return Conditioning(jax.ShapeDtypeStruct((*axes, 77, 768), jnp.bfloat16), None, None)
 
 
+@pytest.mark.slow
 def test_step_of_sdxl_traces_at_1024_pixels():
     backbone = random_backbone("sdxl", dtype="bfloat16", abstract=True)
 
@@ -99,6 +100,7 @@ def equations(jaxpr, scope=""):
                 yield from equations(inner, layers)
 
 
+@pytest.mark.slow
 def test_large_transposes_are_of_heads_and_large_casts_of_attention_and_norms():
     """In the step of SD 1.4 as written, with the attention of a TPU.
 

@@ -90,6 +90,7 @@ def test_batch_that_devices_cannot_share_is_refused():
         parallel.Placement("pmap", 2, 6)
 
 
+@pytest.mark.slow  # the short compilation of the other tests changes the last bits
 def test_both_strategies_train_the_same_bit_for_bit(tiny_backbone):
     by_pmap, by_mesh = (
         train_on_all_devices(tiny_backbone, [WOMAN, VIOLENCE], strategy, "streaming")[0]

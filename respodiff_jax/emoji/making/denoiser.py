@@ -19,7 +19,7 @@ import optax
 from respodiff_jax.backbone.clip import build_clip, encode_contexts
 from respodiff_jax.backbone.flax_models import FlaxUNet2DConditionModel
 from respodiff_jax.emoji.making import autoencoder, captions, clip, loop, rendering
-from respodiff_jax.method.diffusion import Schedule
+from respodiff_jax.method.schedule import Schedule
 
 CONFIG = dict(
     sample_size=16,
