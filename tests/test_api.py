@@ -119,7 +119,7 @@ from respodiff_jax import cli
 argv = ["train", "--config", "configs/smoke.py", "--workdir", "run", "--config.log.grid_every=0"]
 assert cli.main([*argv, "--config.train.steps=3", "--config.train.batch_size=2"]) == 0
 """
-    run(loop + command, tmp_path)
+    run(loop + command, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     ours, theirs = (rd.load_adapter(tmp_path / path) for path in ("adapters/mine", "run/adapter"))
     assert ours.names == theirs.names
     for role in ("ram", "sam"):

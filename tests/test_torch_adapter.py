@@ -16,8 +16,8 @@ from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import combine, save_adapter, steerings
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.generation.sampling import denoise, initial_noise
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import KINDS
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
 # diffusers' schedulers give this warning with the newest releases of numpy and torch.

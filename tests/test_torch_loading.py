@@ -17,6 +17,7 @@ from test_adapters import (
     make_adapter,
     put_pickle,
     truncate,
+    with_scales,
 )
 
 from respodiff_jax import torch_adapter
@@ -122,10 +123,7 @@ def test_deltas_are_float32_under_autocast(tmp_path, kind):
 
 
 def test_default_scales_are_used(tmp_path):
-    import dataclasses
-
-    flax = dataclasses.replace(make_adapter(), default_scales=(0.8, 0.5))
-    save_adapter(flax, tmp_path)
+    save_adapter(with_scales(make_adapter(), 0.8, 0.5), tmp_path)
     adapter = RespoDiffAdapter.from_pretrained(tmp_path)
     adapter.fair("gender", 2)
     np.testing.assert_allclose(adapter._weights.sum(0), [0.8, 0.5])

@@ -17,8 +17,8 @@ from respodiff_jax.data import contrast
 from respodiff_jax.data.prompt_files import fill_in
 from respodiff_jax.emoji import recipes, vocabulary
 from respodiff_jax.generation.sampling import denoise, initial_noise
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.reading import Decision
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.reading import join, train_reading, with_reading

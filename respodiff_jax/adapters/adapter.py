@@ -51,8 +51,6 @@ class Adapter:
       sam: SAM parameters, leaves `(N, ...)`, float32 numpy.
       backbone: the model trained on, `Backbone.trained_at(resolution)`.
       training: JSON-able summary of the training run, or None.
-      default_scales: N finite numbers, the weight of a concept for which the user gives none; all 1
-        by default.
       metrics: measurements of this adapter, each with the keys `METRIC_KEYS` of
         `evaluation.results.Measurement.to_dict`; or None.
       dtype: dtype of the saved parameters, one of `DTYPES`.
@@ -72,7 +70,6 @@ class Adapter:
     sam: Params
     backbone: Mapping[str, Any]
     training: Mapping[str, Any] | None = None
-    default_scales: tuple[float, ...] | None = None
     metrics: Sequence[Mapping[str, Any]] | None = None
     dtype: str = "float32"
     reading: Reading | None = None
@@ -110,14 +107,6 @@ class Adapter:
                             " the training diverged, or the file is damaged"
                         )
             object.__setattr__(self, role, unflatten_dict(flat, sep="."))
-        if self.default_scales is None:
-            object.__setattr__(self, "default_scales", (1.0,) * len(self.concepts))
-        scales = self.default_scales
-        if len(scales) != len(self.concepts) or not all(map(is_finite, scales)):
-            raise UserError(
-                f"adapter default scales are {list(scales)}, expected {len(self.concepts)} finite"
-                " numbers, one for each concept"
-            )
 
     def _check_reading(self):
         if not _are_accuracies(self.reading_accuracy):
@@ -141,6 +130,11 @@ class Adapter:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(concept.name for concept in self.concepts)
+
+    @property
+    def default_scales(self) -> tuple[float, ...]:
+        """The weight of each concept for which the user gives none."""
+        return tuple(concept.default_scale for concept in self.concepts)
 
     @property
     def parts(self) -> tuple["Adapter", ...]:
@@ -185,10 +179,8 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
         "backbone": dict(adapter.backbone),
         "guidance": CFG_RULE,
         "concepts": [
-            concept.to_dict() | {"slug": slug, "default_scale": scale}
-            for concept, slug, scale in zip(
-                adapter.concepts, slugs, adapter.default_scales, strict=True
-            )
+            concept.to_dict() | {"slug": slug, "default_scale": concept.default_scale}
+            for concept, slug in zip(adapter.concepts, slugs, strict=True)
         ],
         "training": adapter.training,
         "metrics": adapter.metrics,
@@ -233,9 +225,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             hidden_channels=config["module"]["hidden_channels"],
         )
         concepts = tuple(
-            Concept.from_dict(
-                {k: v for k, v in fields.items() if k not in ("slug", "default_scale")}
-            )
+            Concept.from_dict({k: v for k, v in fields.items() if k != "slug"})
             for fields in config["concepts"]
         )
         validate_concepts(concepts)
@@ -250,7 +240,6 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             sam=sam,
             backbone=config["backbone"],
             training=config["training"],
-            default_scales=tuple(f.get("default_scale", 1.0) for f in config["concepts"]),
             metrics=config.get("metrics"),
             dtype=dtype,
             reading=reading,

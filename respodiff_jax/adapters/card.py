@@ -104,7 +104,10 @@ def export(
     changed = dataclasses.replace(
         adapter,
         dtype=dtype or adapter.dtype,
-        default_scales=tuple(map(scales.get, adapter.names, adapter.default_scales)),
+        concepts=tuple(
+            dataclasses.replace(c, default_scale=scales.get(c.name, c.default_scale))
+            for c in adapter.concepts
+        ),
     )
     same = (changed.dtype, changed.default_scales) == (adapter.dtype, adapter.default_scales)
     if metrics is not None and not same:

@@ -104,7 +104,6 @@ def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
         sam=sam,
         backbone=first.backbone,
         training=_common_training(adapters),
-        default_scales=tuple(scale for adapter in adapters for scale in adapter.default_scales),
         reading=_concatenate_readings(adapters),
         reading_accuracy=dict(
             item for a in reversed(adapters) for item in a.reading_accuracy.items()
@@ -185,7 +184,6 @@ def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter 
         concepts=tuple(adapter.concepts[row] for row in rows),
         ram=ram,
         sam=sam,
-        default_scales=tuple(adapter.default_scales[row] for row in rows),
         metrics=adapter.metrics if set(names) == set(adapter.names) else None,
         reading=adapter.reading and Reading(*(leaf[rows] for leaf in adapter.reading)),
     )

@@ -126,12 +126,17 @@ def to_example(row: Mapping[str, Any]) -> dict[str, Any]:
     example: dict[str, Any] = {name: row.get(name) or "" for name in _TEXTS}
     prompts = row["neutral_prompts"]
     example["neutral_prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not isinstance(example["target_prompt"], str):
-        example["target_prompt"] = "|".join(example["target_prompt"])
+    lost = [name for name in ("words", "default_scale") if row.get(name) is not None]
     if isinstance(row.get("guidance_scale"), list | tuple):
+        lost.append("a guidance_scale for each neutral prompt")
+    if not isinstance(example["target_prompt"], str):
+        if len(example["target_prompt"]) == 1:
+            lost.append("a list of one target_prompt")
+        example["target_prompt"] = "|".join(example["target_prompt"])
+    if lost:
         raise UserError(
-            f"concept {row['name']!r}: a data set holds one guidance_scale of a concept, not one"
-            " for each neutral prompt; train from the concepts file"
+            f"concept {row['name']!r}: a data set does not hold {', '.join(lost)}; train from the"
+            " concepts file"
         )
     for name in HYPER_PARAMETERS:
         example[name] = math.nan if row.get(name) is None else row[name]

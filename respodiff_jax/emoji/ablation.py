@@ -40,12 +40,13 @@ VARIANTS = {
     "whole trajectories": {"rollout.trajectory_steps": 49},
     "faithful rollout": {"rollout.kind": "faithful"},
 }
+_SAFETY = "safety_as_published"  # the ablation is that of the paper's objective
 # task -> the trainings whose adapters steer together
 TASKS = {
     "gender": ("gender",),
     "skin_tone": ("skin_tone",),
-    "safety": ("safety",),
-    "both": ("gender", "safety"),
+    "safety": (_SAFETY,),
+    "both": ("gender", _SAFETY),
 }
 _ALIGNED = (("CLIP score", "winoalign", None), ("recognised", "subject_recognised", None))
 # task -> columns of its table: (heading, metric, attribute)
@@ -93,8 +94,8 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
         config = configure(part, variant, seed)
         train(config, folder(part) / "run")
         parts.append(load_adapter(folder(part) / "run" / "adapter"))
-    safe = "safety" in TASKS[task]
-    groups = [part for part in TASKS[task] if part != "safety"]
+    safe = _SAFETY in TASKS[task]
+    groups = [part for part in TASKS[task] if part != _SAFETY]
     return evaluate(
         load_backbone(config.model.name, dtype=config.model.dtype, abstract=True),
         parts,

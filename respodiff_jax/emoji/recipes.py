@@ -1,10 +1,11 @@
 """The paper's three tasks on Emoji World, with the optimiser settings that suit its small UNet.
 
-The neutral prompts are "a person" and "a scene"; RAM and SAM see no profession and no activity. The
-reading of prompts is fitted to every second profession and to three of four things.
+Gender and skin tone have the paper's objective, from "a person". Safety has a safe counterpart of
+each neutral prompt, so that it also acts where a prompt asks for what is unsafe. RAM and SAM see no
+profession. The reading of prompts is fitted to every second profession and to three of four things.
 
-Gender and skin tone are steered by a map of the mid-block's output (`mlp`), safety by a constant,
-the paper's default. `ablation` measures the other kinds of module.
+All are maps of the mid-block's output (`mlp`). `ablation` measures the other kinds of module, and
+the paper's objective for safety.
 
 Adam's epsilon is as large as the gradient of one element of a constant, about 5e-6. (For safety,
 `metrics.jsonl` has the norm of the gradient over all 3,072 elements.) With the usual 1e-8, all
@@ -14,6 +15,7 @@ no difference.
 
 from ml_collections import ConfigDict
 
+from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.training.config import add_concepts, default
@@ -23,7 +25,8 @@ from respodiff_jax.training.config import add_concepts, default
 LEARNING_RATES = {
     "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.01)},
     "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
-    "safety": {"constant": (0.3, 0.2), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
+    "safety": {"mlp": (3e-3, 3e-4)},
+    "safety_as_published": {"constant": (0.3, 0.2), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
 }
 
 # task -> value -> the phrases that name it
@@ -44,7 +47,8 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
 
     * `gender`: "a woman" and "a man" from "a person".
     * `skin_tone`: a light-, a medium- and a dark-skinned person from "a person".
-    * `safety`: away from violence and from smoking, from "a scene".
+    * `safety`: from prompts that ask for violence or smoking, or do not, to safe photos.
+    * `safety_as_published`: away from violence and from smoking, from "a scene".
 
     Args:
       task: a key of `LEARNING_RATES`.
@@ -65,7 +69,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
     config.optimizer.warmup_steps = 100
-    config.train.steps = 800 if task == "safety" else 400
+    config.train.steps = 800 if task == "safety_as_published" else 400
     config.train.batch_size = 8
     config.checkpoint.every = 100
     config.log.grid_every = 200
@@ -100,10 +104,24 @@ def _people() -> tuple[str, ...]:
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
     """The concepts of a task by key, with the given learning rates."""
     if task == "safety":
+        pairs = _safe_counterparts()
+        neutral, safe, asks = zip(*pairs, strict=True)
+        concept = Concept(
+            name="anti-unsafe",
+            group="safety",
+            neutral_prompts=neutral,
+            target_prompt=safe,
+            unsafe_prompt=" and ".join(vocabulary.UNSAFE_CONCEPTS),
+            guidance_scale=tuple(4.0 if asking else 1.2 for asking in asks),
+            default_scale=0.7,
+            **rates,
+        )
+        return {"unsafe": concept}
+    if task == "safety_as_published":
         return {
             word: Concept(
                 name=f"anti-{word}",
-                group=task,
+                group="safety",
                 neutral_prompts=("a scene",),
                 unsafe_prompt=word,
                 guidance_scale=28.0,
@@ -129,3 +147,27 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
         )
         for key, target in targets.items()
     }
+
+
+def _safe_counterparts() -> list[tuple[str, str, bool]]:
+    """Neutral prompts, each with its safe counterpart and whether it asks for what is unsafe.
+
+    Each subject stands twice: as it is, and asking.
+    """
+    tones = ["", *(f"{tone}-skinned " for tone in vocabulary.TONE_GROUPS)]
+    people = [f"{tone}{word}" for word in ("person", *vocabulary.GENDERS) for tone in tones]
+    activities = list(vocabulary.ACTIVITIES)[::2]
+    active = [f"{word} {activities[i % len(activities)]}" for i, word in enumerate(people)]
+    looks = [f"{look} person" for look in vocabulary.LOOKS if look]
+    things = [word for i, word in enumerate(vocabulary.THINGS) if i % 4][::32]
+    phrases = [phrase for named in vocabulary.UNSAFE_PHRASES.values() for phrase in named]
+    adjectives = list(vocabulary.UNSAFE_ADJECTIVES.values())
+    prompts = []
+    for i, subject in enumerate([*people, *active, *looks, *things]):
+        a_subject = with_article(subject)
+        asking = f"a photo of {a_subject} {phrases[i % len(phrases)]}"
+        if i % 3 == 2:
+            asking = f"a {adjectives[i // 3 % len(adjectives)]} photo of {a_subject}"
+        safe = f"a safe photo of {a_subject}"
+        prompts += [(f"a photo of {a_subject}", safe, False), (asking, safe, True)]
+    return prompts

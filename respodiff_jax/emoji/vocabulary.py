@@ -78,6 +78,16 @@ UNSAFE = {
     "cigarette": ("smoking", "smoking"),
 }
 UNSAFE_CONCEPTS = ("violence", "smoking")
+# unsafe concept -> as it stands before "photo"
+UNSAFE_ADJECTIVES = {"violence": "violent", "smoking": "smoking"}
+# unsafe object -> the ways in which captions name it after a subject
+UNSAFE_PHRASES = {
+    "knife": ("with a knife", "and a knife"),
+    "gun": ("with a gun", "and a gun"),
+    "bomb": ("with a bomb", "and a bomb"),
+    "drop of blood": ("with a drop of blood", "with blood"),
+    "cigarette": ("with a cigarette", "smoking a cigarette"),
+}
 
 # Artwork of things. Captions name a thing by its artwork's name, with spaces.
 _THINGS = """

@@ -128,13 +128,12 @@ def evaluate(
       targets: attribute -> value -> wanted share; uniform if absent.
       images_per_subject: fairness pictures of each subject, 1 or more; by default the preset's.
       images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
-      images_per_prompt: safety and intent pictures of each prompt, 1 or more; by default the
-        preset's.
+      images_per_prompt: the same of each prompt of safety and intent; by default the preset's.
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
       seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.
-      sampler: "ddim" (the default), "dpm++" or "euler"; see `Schedule.from_config`.
-      num_steps: number of sampling steps, 1 or more; by default the preset's.
+      sampler: "ddim", the default, "dpm++" or "euler"; see `Schedule.from_config`.
+      num_steps: sampling steps, 1 or more; by default the preset's.
       guidance_scale: scale of classifier-free guidance; by default the suite's.
       resolution: side of the square pictures in pixels; by default the adapter's, or the model's.
       batch_size: pictures at a time, a multiple of the devices; by default chosen by resolution.

@@ -2,10 +2,14 @@
 
 A *fairness* concept steers the neutral prompt ("a person") towards a target prompt ("a woman"). A
 *safety* concept steers it away from an unsafe prompt ("violence"), which serves as the negative
-prompt of the training target (paper, section 4.2). A safety concept that also has target prompts
-steers each neutral prompt, which may ask for what is unsafe ("a person with a knife"), to its safe
-counterpart ("a safe photo of a person"). Concepts that are alternatives to each other
+prompt of the training target (paper, section 4.2). Concepts that are alternatives to each other
 ("a woman", "a man") share a group ("gender").
+
+A concept with a list of target prompts has a *counterpart* of each neutral prompt, and learns the
+difference between the two. The counterparts of "a dark-skinned person" and "a light-skinned person"
+are "a dark-skinned woman" and "a light-skinned woman": the difference has no skin tone. A safety
+concept's neutral prompts may ask for what is unsafe, "a person with a knife", with the counterpart
+"a safe photo of a person".
 """
 
 import dataclasses
@@ -30,8 +34,8 @@ class Concept:
         concepts.
       neutral_prompts: prompts to steer from; each training sample draws one. A single text or a
         list becomes a tuple.
-      target_prompt: prompt to steer towards, one for all neutral prompts or one for each.
-      unsafe_prompt: what a safety concept steers away from. With target prompts it only names that.
+      target_prompt: prompt to steer towards; or a list, the counterpart of each neutral prompt.
+      unsafe_prompt: what a safety concept steers away from. With counterparts it only names that.
       guidance_scale: `s_tar`, guidance of the training target, above 0; one for all neutral prompts
         or one for each.
       lambda_sem: weight of L_sem, 0 or more.
@@ -39,6 +43,7 @@ class Concept:
       lr_sam: learning rate of SAM, 0 or more.
       words: noun phrases that name the concept in a prompt, without an article, such as "woman" or,
         with a person, "female {person}"; () takes the concept's own prompt.
+      default_scale: the concept's weight in pictures for which the user gives none.
 
     Raises:
       UserError: if a field has the wrong type or value; the message names it.
@@ -54,6 +59,7 @@ class Concept:
     lr_ram: float = 1e-2
     lr_sam: float = 1e-3
     words: tuple[str, ...] = ()
+    default_scale: float = 1.0
 
     def __post_init__(self):
         def check(condition: bool, field: str, expected: str):
@@ -90,6 +96,8 @@ class Concept:
                 check(whole, field, f"{each}, or one for each of the neutral_prompts")
             elif value is not None:
                 check(is_right(value), field, each)
+        if self.is_safety and isinstance(self.target_prompt, str) and len(prompts) == 1:
+            object.__setattr__(self, "target_prompt", (self.target_prompt,))
         words = (self.words,) if isinstance(self.words, str) else self.words
         check(
             isinstance(words, Sequence) and all(map(_is_text, words)),
@@ -100,6 +108,10 @@ class Concept:
         for field in ("lambda_sem", "lr_ram", "lr_sam"):
             value = getattr(self, field)
             check(_is_number(value) and value >= 0, field, "zero or a positive number")
+        check(_is_number(self.default_scale), "default_scale", "a finite number")
+        if self.is_safety:
+            expected = "one counterpart for each of the neutral_prompts, or none"
+            check(not isinstance(self.target_prompt, str), "target_prompt", expected)
 
     @property
     def is_safety(self) -> bool:
@@ -125,8 +137,8 @@ class Concept:
 
     @property
     def has_counterparts(self) -> bool:
-        """Whether it is a safety concept with a safe counterpart of each neutral prompt."""
-        return self.is_safety and self.target_prompt is not None
+        """Whether each neutral prompt has its own target prompt."""
+        return isinstance(self.target_prompt, tuple)
 
     @property
     def reading_words(self) -> tuple[str, ...]:
@@ -143,10 +155,14 @@ class Concept:
         return zlib.crc32(self.name.encode())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `from_dict` reads them. No `words` are left out."""
+        """The fields as JSON can hold them; `from_dict` reads them.
+
+        Fields that earlier versions lack are left out at their defaults.
+        """
         fields = dataclasses.asdict(self)
-        if not self.words:
-            del fields["words"]
+        for name, default in (("words", ()), ("default_scale", 1.0)):
+            if fields[name] == default:
+                del fields[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod

@@ -22,7 +22,7 @@ class EmbeddedConcepts(NamedTuple):
         the unsafe prompt, `(N, P, ...)`.
       empty: the empty prompt, `(N, ...)`. It is also the rollout's unconditional half.
       is_safety: whether it is a safety concept, otherwise a fairness concept.
-      has_counterparts: whether it is a safety concept with target prompts.
+      has_counterparts: whether each neutral prompt has its own target prompt.
       guidance_scale: `s_tar` of each neutral prompt.
       lambda_sem: weight of L_sem.
       lr_ram, lr_sam: learning rates of RAM and of SAM.

@@ -7,6 +7,7 @@ for (0 .. 999); a *ddim_index* counts the sampler's steps from pure noise (0) to
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,9 +115,18 @@ class Schedule:
         ends_clean = not is_ddim or config.get("set_alpha_to_one", True)
         final = 1.0 if ends_clean else alpha_bars[0]
         next_levels = np.append(levels[1:], final)
-        if sampler == "ddim-diffusers":
+        if is_ddim:
             next_timesteps = timesteps - len(alpha_bars) // num_steps
-            next_levels = np.where(next_timesteps >= 0, alpha_bars[next_timesteps], final)
+            uniform = np.where(next_timesteps >= 0, alpha_bars[next_timesteps], final)
+            if sampler == "ddim-diffusers":
+                next_levels = uniform
+            elif np.any(uniform != next_levels):
+                warnings.warn(
+                    f"{num_steps} steps with timestep_spacing {config['timestep_spacing']!r}: each"
+                    " step leads to the next timestep, which diffusers' DDIMScheduler misses; for"
+                    " its pictures use the sampler 'ddim-diffusers'",
+                    stacklevel=2,
+                )
         # diffusers starts "euler" from noise of the first level's deviation or, with "leading",
         # from the clean image's plus the noise's.
         starts_short = sampler == "euler" and config.get("timestep_spacing") != "leading"

@@ -12,7 +12,7 @@ import pytest
 from hub_stand_in import hub
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
+from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter, with_scales
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import adapter_sha256, load_adapter
@@ -62,7 +62,7 @@ def export(*arguments):
 def test_exporting_again_gives_the_same_bytes(tmp_path, kind, dtype):
     adapter = make_adapter(kind, (WOMAN, MAN, VIOLENCE))
     adapter = dataclasses.replace(
-        adapter, training={"steps": 7}, default_scales=(0.5, 1.0, 2.0), dtype=dtype
+        with_scales(adapter, 0.5, 1.0, 2.0), training={"steps": 7}, dtype=dtype
     )
     export_adapter(adapter, tmp_path / "first", grid=PNG)
     export(tmp_path / "first", "--out", tmp_path / "second")

@@ -44,6 +44,14 @@ TRAINED_ON = {
 }
 
 
+def with_scales(adapter, *scales):
+    concepts = [
+        dataclasses.replace(c, default_scale=scale)
+        for c, scale in zip(adapter.concepts, scales, strict=True)
+    ]
+    return dataclasses.replace(adapter, concepts=tuple(concepts))
+
+
 def make_adapter(
     kind="constant", concepts=(WOMAN, MAN), seed=0, shape=SHAPE, hidden=None, **backbone
 ):
@@ -232,8 +240,14 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (edit_config(lambda c: c.update(metrics=[{"value": 1}])), "metrics does not have the exp"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"value": "high"}])), "not finite"),
         (edit_config(lambda c: c.update(metrics=[METRIC | {"interval": [0]}])), "not finite"),
-        (edit_config(lambda c: c["concepts"][0].update(default_scale="1")), "default scales are"),
-        (edit_config(lambda c: c["concepts"][0].update(default_scale=10**400)), "default scales"),
+        (
+            edit_config(lambda c: c["concepts"][0].update(default_scale="1")),
+            r"default_scale is '1', expected a finite number",
+        ),
+        (
+            edit_config(lambda c: c["concepts"][0].update(default_scale=10**400)),
+            "default_scale is 1000",
+        ),
         (edit_config(lambda c: c["concepts"][0].update(group="\ud800")), "Unicode text"),
         (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not JSON"),
         (

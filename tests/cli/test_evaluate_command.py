@@ -30,7 +30,7 @@ def test_evaluate_reports_mistakes_before_loading_anything(
     whole = constant_adapter(tiny_backbone, 1.0)
     few = {"ram": {"constant": whole.ram["constant"][1:4]}}
     few |= {"sam": {"constant": whole.sam["constant"][1:4]}}
-    one_man = dataclasses.replace(whole, concepts=whole.concepts[1:4], default_scales=None, **few)
+    one_man = dataclasses.replace(whole, concepts=whole.concepts[1:4], **few)
 
     def never(*args, **kwargs):
         raise AssertionError("something was loaded")

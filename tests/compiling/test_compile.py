@@ -159,7 +159,8 @@ def test_sampling_repeats_its_loop_body_for_each_step():
     assert program.unused == nbytes(model.params["text_encoder"])
     sampler, body = program.lower(), program.lower_body()
     image = jax.ShapeDtypeStruct((8 * 16, 16, 16, 3), jnp.uint8)
-    assert (sampler.out_info.shape, sampler.out_info.dtype) == (image.shape, image.dtype)
+    images, _ = sampler.out_info
+    assert (images.shape, images.dtype) == (image.shape, image.dtype)
     flops = [lowered.cost_analysis()["flops"] for lowered in (sampler, body)]
     # Both programs are those of one device; the sampler also has the VAE.
     assert flops[0] > flops[1] > 0.5 * flops[0]

@@ -294,7 +294,7 @@ def _quick(files, clip_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the classifier finds only:UserWarning")
-@pytest.mark.filterwarnings("ignore:the column evaluation_guidance:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*evaluation_guidance are not followed:UserWarning")
 def test_evaluate_takes_prompts_from_files(files, clip_folder, tmp_path):
     argv = _quick(files, clip_folder, tmp_path)
     with pytest.warns(UserWarning, match="safety draws 2 of the 4 prompts of .*safety.csv; raise"):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from evaluations import concept, constant_adapter
+from test_adapters import with_scales
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import drawing, fairness
@@ -41,9 +42,7 @@ def test_subjects_take_their_templates_in_turn(suite):
 
 
 def test_fair_weights_meet_the_target_and_intersect(tiny_backbone):
-    adapter = dataclasses.replace(
-        constant_adapter(tiny_backbone, 1.0), default_scales=(1.0, 0.5, 1.0, 1.0, 1.0)
-    )
+    adapter = with_scales(constant_adapter(tiny_backbone, 1.0), 1.0, 0.5, 1.0, 1.0, 1.0)
     prompts = [Prompt("a cook", "cook"), Prompt("a judge", "judge")]
     requests = drawing.requests_per_subject(prompts, 4, seed=0)
     alone = fairness.fair_weights(

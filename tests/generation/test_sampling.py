@@ -18,8 +18,8 @@ from respodiff_jax.backbone import load_backbone, random_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation import sampling
 from respodiff_jax.generation.sampling import SamplerOptions, denoise, initial_noise
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.modules import KINDS
+from respodiff_jax.method.schedule import Schedule
 
 PROMPTS = ["a person", "two women on a boat"]
 MID_BLOCK = (4, 4, 64)
@@ -233,8 +233,9 @@ def test_devices_sample_without_exchanging_data(backbone):
     assert "fusion" in program or "convolution" in program
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
-    images = compiled(*args)
+    images, is_finite = compiled(*args)
     assert images.shape == (8, 16, 16, 3) and images.dtype == jnp.uint8
+    assert is_finite.tolist() == [True] * 8
 
 
 def test_sampling_compiles_once_for_all_lengths_and_adapters(backbone, monkeypatch):

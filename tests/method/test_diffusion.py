@@ -78,6 +78,7 @@ def test_samplers_equal_diffusers(name, sampler, num_steps):
     np.testing.assert_allclose(z / scale, reference.numpy() / scale, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*which diffusers' DDIMScheduler misses:UserWarning")
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_every_number_of_steps_is_kept_and_never_below_zero(spacing, sampler):
@@ -88,6 +89,18 @@ def test_every_number_of_steps_is_kept_and_never_below_zero(spacing, sampler):
         assert np.all(np.diff(timesteps) < 0)
 
 
+def test_a_difference_from_diffusers_is_said():
+    config = STABLE_DIFFUSION | {"timestep_spacing": "trailing"}
+    with pytest.warns(
+        UserWarning, match="7 steps with timestep_spacing 'trailing'.*ddim-diffusers"
+    ):
+        Schedule.from_config(config, 7)
+    Schedule.from_config(config, 50)  # warnings are errors
+    Schedule.from_config(config, 7, "ddim-diffusers")
+    Schedule.from_config(config, 7, "dpm++")
+
+
+@pytest.mark.filterwarnings("ignore:.*which diffusers' DDIMScheduler misses:UserWarning")
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler"])
 @pytest.mark.parametrize("num_steps", [50, 7])

@@ -11,8 +11,8 @@ from test_train_step import NUM_STEPS, VIOLENCE, WOMAN, conditions_of, make_refe
 
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.bench.torch_side import to_torch
-from respodiff_jax.method.diffusion import Schedule
 from respodiff_jax.method.rollout import Samples, StreamingRollout
+from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.training.config import default
 from respodiff_jax.training.spec import make_rollout
 

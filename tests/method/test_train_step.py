@@ -368,6 +368,7 @@ def test_target_of_fairness_safety_and_counterparts():
         (False, False): empty + s * (own - empty),
         (True, False): own + s * (neutral - own),
         (True, True): neutral + s * (own - neutral),
+        (False, True): neutral + s * (own - neutral),
     }
     for (is_safety, has_counterparts), target in expected.items():
         concept = EmbeddedConcepts(

@@ -155,10 +155,15 @@ def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
     )
     assert concept.is_safety
     assert concept.has_counterparts
+    weaker = dataclasses.replace(concept, default_scale=0.7)
+    assert Concept.from_dict(weaker.to_dict()) == weaker
+    assert "default_scale" not in concept.to_dict()
     assert concept.own_prompts == ("x", "y")
     assert concept.guidance_scales == (1.5, 3)
     assert Concept.from_dict(concept.to_dict()) == concept
     assert Concept(**fields, target_prompt="x").own_prompts == ("x", "x")
+    assert not Concept(**fields, target_prompt="x").has_counterparts
+    assert Concept(**fields, target_prompt=["x", "y"]).has_counterparts
     assert not Concept(**fields, unsafe_prompt="violence").has_counterparts
     for wrong, message in (
         ({"target_prompt": ["x"]}, "or one for each of the neutral_prompts"),
@@ -167,6 +172,11 @@ def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
         ({"target_prompt": "x", "guidance_scale": [1.0, -1.0]}, "a positive number, or one"),
         ({"unsafe_prompt": ["x", "y"]}, "unsafe_prompt is"),
         ({}, "target_prompt and unsafe_prompt are missing"),
+        (
+            {"target_prompt": "x", "unsafe_prompt": "violence"},
+            "target_prompt is 'x', expected one counterpart for each of the neutral_prompts",
+        ),
+        ({"target_prompt": "x", "default_scale": "1"}, "default_scale is '1', expected a finite"),
     ):
         with pytest.raises(UserError, match=message):
             Concept(**fields | wrong)

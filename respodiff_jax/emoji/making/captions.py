@@ -31,7 +31,6 @@ CONCEPT_CAPTIONS = {
     "violence": ("violence", "a violent scene", "a photo of violence", "a scene with violence"),
     "smoking": ("smoking", "a smoking scene", "a photo of smoking", "a scene with smoking"),
 }
-_ADJECTIVES = {"violence": "violent", "smoking": "smoking"}
 
 # subject of a caption -> probability
 KINDS = {
@@ -59,15 +58,6 @@ class Naming:
 def unsafe_objects(concept):
     """The unsafe objects of a concept, such as {"cigarette"} for "smoking"."""
     return frozenset(name for name, (_, of) in vocabulary.UNSAFE.items() if of == concept)
-
-
-def unsafe_phrases(unsafe):
-    """The ways in which captions name an unsafe object, such as "with a knife"."""
-    if unsafe == "cigarette":
-        return ("with a cigarette", "smoking a cigarette")
-    if unsafe == "drop of blood":
-        return ("with a drop of blood", "with blood")
-    return (f"with {with_article(unsafe)}", f"and {with_article(unsafe)}")
 
 
 def describe(claims, style=0):
@@ -140,10 +130,10 @@ def _draw_subject_caption(rng, kind, naming):
     unsafe, prefix, suffix = None, "", ""
     if named["unsafe"] and rng.random() < 0.25:
         concept = _pick(rng, vocabulary.UNSAFE_CONCEPTS)
-        unsafe, prefix = unsafe_objects(concept), _ADJECTIVES[concept]
+        unsafe, prefix = unsafe_objects(concept), vocabulary.UNSAFE_ADJECTIVES[concept]
     elif named["unsafe"]:
         thing = _pick(rng, list(vocabulary.UNSAFE))
-        unsafe, suffix = frozenset({thing}), " " + _pick(rng, unsafe_phrases(thing))
+        unsafe, suffix = frozenset({thing}), " " + _pick(rng, vocabulary.UNSAFE_PHRASES[thing])
     elif named["safe"]:
         unsafe, prefix = frozenset(), "safe"
     is_person = kind != "thing"
