@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from etils import epath
 from respodiff_jax.errors import UserError
 
 PathLike = str | os.PathLike
+
+MAX_TEXT_BYTES = 2**28
 
 
 def is_remote(path: PathLike) -> bool:
@@ -31,8 +34,10 @@ def open_path(path: PathLike) -> epath.Path:
     """A path that reads and writes both on this machine and on Google Cloud Storage.
 
     Raises:
-      UserError: if the path is on gs:// and gcsfs is not installed.
+      UserError: if the path is empty, or on gs:// and gcsfs is not installed.
     """
+    if not os.fspath(path):
+        raise UserError("a path is empty, expected the name of a folder or a file")
     # google-cloud-storage, which Orbax uses, comes with gcsfs.
     if is_remote(path) and importlib.util.find_spec("gcsfs") is None:
         raise UserError(
@@ -74,12 +79,32 @@ def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
     return out
 
 
+def check_regular(path: PathLike, what: str, max_bytes: int | None = None) -> None:
+    """Checks that something to be read is a file: reading a pipe or a device may never end.
+
+    Raises:
+      UserError: for anything else on this machine, or a file of more than `max_bytes`.
+    """
+    if is_remote(path) or not os.path.exists(path):
+        return  # reading it says what is wrong
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe or device"
+        raise UserError(f"{what} {os.fspath(path)} is a {kind}, expected a file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UserError(
+            f"{what} {os.fspath(path)} has {status.st_size / 2**20:,.0f} MiB, expected at most"
+            f" {max_bytes / 2**20:,.0f} MiB; it is damaged, or another kind of file"
+        )
+
+
 def read_text(path: PathLike, what: str) -> str:
     """The text of a UTF-8 file; a byte order mark is dropped, line ends stay as they are.
 
     Raises:
-      UserError: if the file cannot be read, or is not UTF-8.
+      UserError: if it is no file, has more than `MAX_TEXT_BYTES`, cannot be read, or is not UTF-8.
     """
+    check_regular(path, what, MAX_TEXT_BYTES)
     try:
         return open_path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -162,6 +187,7 @@ def append_text(path: epath.Path, text: str) -> None:
 def local_copy(path: PathLike) -> Iterator[pathlib.Path]:
     """A file on this machine with the content of `path`: itself, or a copy that is then deleted."""
     if not is_remote(path):
+        check_regular(path, "file")
         yield pathlib.Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -18,11 +18,12 @@ from typing import Any
 from etils import epath
 from huggingface_hub import EvalResult, ModelCardData
 
-from respodiff_jax.adapters.adapter import Adapter, save_adapter
+from respodiff_jax.adapters.adapter import CONFIG_FILE, Adapter, save_adapter
 from respodiff_jax.adapters.combined import CombinedAdapter, as_adapters
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
+from respodiff_jax.storage import open_path
 
 CARD_FILE = "README.md"
 GRID_FILE = "grid.png"
@@ -75,6 +76,7 @@ def export(
     scales: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] | None = None,
     grid: bytes | None = None,
+    overwrite: bool = False,
 ) -> Adapter:
     """Writes an adapter directory with its card, for JAX and PyTorch users.
 
@@ -87,13 +89,14 @@ def export(
       scales: default weights of concepts by name; the others keep theirs.
       metrics: of an evaluation of this very adapter, see `evaluation.results.overall_metrics`.
       grid: a PNG of sample pictures, or None.
+      overwrite: allow a folder that has files but no adapter, and replace files of the same names.
 
     Returns:
       The adapter as written.
 
     Raises:
       UserError: for unknown concepts, metrics beside a change of dtype or scales, parameters beyond
-        the range of the dtype, or a folder that cannot be written.
+        the range of the dtype, or a folder that has other files or cannot be written.
     """
     [adapter] = as_adapters([adapter])
     if isinstance(adapter, CombinedAdapter):
@@ -117,6 +120,13 @@ def export(
         )
     kept = adapter.metrics if metrics is None else metrics
     changed = dataclasses.replace(changed, metrics=kept if same else None)
+    folder = open_path(out)
+    is_used = folder.is_dir() and any(folder.iterdir())
+    if is_used and not overwrite and not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"`out` {out} has other files and no adapter; choose a new folder, or set `overwrite`"
+            " to write among them"
+        )
     try:
         export_adapter(changed, out, grid)
     except OSError as error:

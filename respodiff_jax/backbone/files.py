@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import is_remote, open_path
+from respodiff_jax.storage import MAX_TEXT_BYTES, check_regular, is_remote, open_path
 
 _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -63,9 +63,10 @@ def sha256(*files: pathlib.Path) -> str:
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file; raises `UserError` if the file holds anything else."""
+    check_regular(file, "file", MAX_TEXT_BYTES)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}; download or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(

@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.storage import check_regular
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # The names of the two layers of a time embedding, not list entries.
@@ -79,6 +80,7 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 def _open_safetensors(files: list[pathlib.Path]) -> Stored:
     stored = {}
     for file in files:
+        check_regular(file, "weights")
         try:
             handle = safetensors.safe_open(file, framework="numpy")
         except safetensors.SafetensorError as error:

@@ -4,6 +4,7 @@ JAX and the models are imported only when a verb runs, so `--help` answers at on
 """
 
 import argparse
+import importlib.metadata
 import re
 import sys
 import warnings
@@ -112,9 +113,15 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
 
 
+def version() -> str:
+    """The version of the installed package."""
+    return importlib.metadata.version("respodiff-jax")
+
+
 def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser("respodiff", description=_DESCRIPTION, epilog=_EPILOG, **style)
+    parser.add_argument("--version", action="version", version=f"respodiff {version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in _VERBS.items():
         verb = verbs.add_parser(

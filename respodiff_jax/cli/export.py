@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `respodiff evaluate` wrote for this adapter; config and card get its overall"
         " metrics",
     )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that has other files, and replace those of the same names",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,6 +74,12 @@ def run(args: argparse.Namespace) -> None:
     metrics = overall_metrics(args.metrics, adapter) if args.metrics else None
     grid = sample_grid(args.source, args.step)
     exported = rd.export(
-        adapter, args.out, dtype=args.dtype, scales=scales, metrics=metrics, grid=grid
+        adapter,
+        args.out,
+        dtype=args.dtype,
+        scales=scales,
+        metrics=metrics,
+        grid=grid,
+        overwrite=args.overwrite,
     )
     print(f"{args.out}: {exported.module.kind} adapter of {', '.join(exported.names)}")

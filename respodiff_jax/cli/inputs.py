@@ -65,6 +65,7 @@ def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Back
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line, followed by those of the file."""
     from respodiff_jax.data.prompt_files import Column, read_table
+    from respodiff_jax.storage import read_text
 
     prompts = list(given)
     if file is not None:
@@ -73,11 +74,7 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
             rows = read_table(path, {"prompt": Column(may_be_blank=True)})
             found = [row["prompt"] for row in rows]
         else:
-            try:
-                lines = path.read_text(encoding="utf-8-sig").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"--prompts-file {file} cannot be read: {error}") from error
-            found = [line.strip() for line in lines]
+            found = [line.strip() for line in read_text(path, "--prompts-file").split("\n")]
         prompts += [prompt for prompt in found if prompt.strip()]
     if not prompts:
         raise UserError("there are no prompts; give --prompt TEXT or a --prompts-file with prompts")

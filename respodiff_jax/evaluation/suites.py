@@ -17,7 +17,7 @@ from respodiff_jax.backbone import local_folder
 from respodiff_jax.data import prompt_files
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.results import from_fields
-from respodiff_jax.storage import PathLike
+from respodiff_jax.storage import MAX_TEXT_BYTES, PathLike, check_regular
 
 Prompts = tuple[str, ...]
 Classes = Mapping[str, Prompts]  # value -> prompts whose features are averaged
@@ -253,9 +253,10 @@ def load_suite(name: PathLike | None, model: str | None = None) -> Suite:
         path = shipped / f"{name}.json"
     else:
         path = pathlib.Path(name)
+        check_regular(path, "suite", MAX_TEXT_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
         raise UserError(
             f"suite {name!r} is neither a readable JSON file nor one of {names}: {error}"

@@ -89,7 +89,8 @@ class ValidationGrids:
             concept = self._concepts[i]
             title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
             picture = grid(rows, row_labels=self.ROWS, title=title)
-            name = re.sub(r"\W+", "_", concept.name)
+            # A file name has at most 255 bytes.
+            name = re.sub(r"\W+", "_", concept.name).encode()[:100].decode(errors="ignore")
             write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", to_png(picture))
             log.write_grid(step, concept.name, np.asarray(picture.convert("RGB")))
 

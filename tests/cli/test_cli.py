@@ -2,6 +2,9 @@
 
 import json
 import os
+import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +17,8 @@ from respodiff_jax.backbone import random_backbone
 from respodiff_jax.cli import inputs
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.training import distributed, trained
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +55,48 @@ def test_help_imports_no_jax():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--fair GROUP" in result.stdout
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"respodiff \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("special", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_only_regular_files_are_read(adapter_folder, tmp_path, capsys, special, name):
+    """A pipe would never end, and a link to a device would fill the memory."""
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    (folder / name).unlink()
+    if special == "pipe":
+        os.mkfifo(folder / name)
+    elif special == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    assert cli.main(["inspect", str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert name in message and ("expected a file" in message or "has no" in message)
+
+
+def test_export_does_not_overwrite_other_files(adapter_folder, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    argv = ["export", adapter_folder, "--out", str(tmp_path)]
+    assert cli.main(argv) == 2
+    assert "has other files and no adapter" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert cli.main(argv) == 0  # it is an adapter now
+    assert cli.main([*argv[:-1], str(tmp_path / "new")]) == 0
+
+
+def test_empty_path_is_refused(capsys):
+    argv = ["train", "--config", str(ROOT / "configs/smoke.py"), "--workdir", ""]
+    assert cli.main(argv) == 2
+    assert "a path is empty, expected the name of a folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
