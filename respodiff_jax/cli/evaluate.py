@@ -160,6 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    inputs.check_sources(args.adapter)
     prompts, targets = _prompt_files(args.prompts, args.part), _targets(args.targets)
     model_options = ("model", "adapter", "revision", "variant", "dtype")
     if args.images and (given := [name for name in model_options if getattr(args, name)]):

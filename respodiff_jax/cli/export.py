@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    inputs.check_sources([args.source])
     scales = inputs.read_scales("--scale", args.scales)
 
     import respodiff_jax as rd

@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    inputs.check_sources(args.adapter)
     prompts = inputs.read_prompts(args.prompts, args.prompts_file)
     concepts = inputs.read_scales("--concept", args.concepts, optional=True)
     ratio = inputs.read_scales("--ratio", args.ratio.split(",")) if args.ratio else None

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
         help="dtype of the model (default: float32 on a CPU, else bfloat16)",
     )
     return add
+
+
+def check_file(option: str, path: str) -> None:
+    """Checks that a file exists, before the imports of a verb."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{option} {path}: no such file")
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Checks that adapters, working directories or hub ids can be what they are given as."""
+    for source in sources:
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", source)
+        if not source.startswith("gs://") and not pathlib.Path(source).is_dir() and not is_hub_id:
+            raise UserError(
+                f"adapter {source!r}: no such folder, and not a hub id like 'owner/name'"
+            )
 
 
 def add_sampler(add: Any) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from respodiff_jax.cli import inputs
+
 SUMMARY = "describe and check an adapter"
 
 DESCRIPTION = """\
@@ -22,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    inputs.check_sources([args.adapter])
+
     import respodiff_jax as rd
     from respodiff_jax.adapters.card import describe
 

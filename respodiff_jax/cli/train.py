@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from respodiff_jax.cli import inputs
+
 SUMMARY = "train concepts"
 TAKES_OVERRIDES = True
 
@@ -76,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    inputs.check_file("--config", args.config)  # before the seconds that imports take
+
     import respodiff_jax as rd
     from respodiff_jax.training import distributed
     from respodiff_jax.training.waves import run_training

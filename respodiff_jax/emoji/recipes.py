@@ -112,7 +112,7 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
             neutral_prompts=neutral,
             target_prompt=safe,
             unsafe_prompt=" and ".join(vocabulary.UNSAFE_CONCEPTS),
-            guidance_scale=tuple(4.0 if asking else 1.2 for asking in asks),
+            guidance_scale=tuple(5.0 if asking else 1.0 for asking in asks),
             default_scale=0.7,
             **rates,
         )

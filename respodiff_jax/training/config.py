@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import runpy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -173,12 +174,11 @@ def load_config(
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise UserError(f"config file {path} defines no get_config()")
+    config = _run(str(path))
+    for override in overrides:
+        _check_override(config, override)
     values = flags.FlagValues()
     argv = ["respodiff", *overrides]
-    config = get_config()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
@@ -194,6 +194,44 @@ def load_config(
         config = with_concepts(config, read_concepts(concepts, defaults))
     validate(config)
     return config
+
+
+def _run(path: str) -> ConfigDict:
+    """What `get_config()` of a config file returns; a fault in the file is told with its line."""
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"config file {path} defines no get_config()")
+        config = get_config()
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from error
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(
+            f"config {path}, line {line}: {type(error).__name__}: {reason:.200}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config {path}: get_config() returns {config!r:.80}, expected a ConfigDict"
+        )
+    return config
+
+
+def _check_override(config: ConfigDict, override: str) -> None:
+    """Checks that a config has the option of `--config.SECTION.OPTION=VALUE`."""
+    name, _, _ = override.partition("=")
+    if not name.startswith("--config.") or "[" in name:
+        return
+    node, path = config, "config"
+    for key in name.removeprefix("--config.").split("."):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{path} is {node!r:.80}, which has no {key!r}")
+        if key not in node:
+            raise UserError(f"{path} has no {key!r}; it has {', '.join(sorted(node))}")
+        node, path = node[key], f"{path}.{key}"
 
 
 def _check_known(config: ConfigDict, changes: Mapping[str, Any], path: str = "config") -> None:

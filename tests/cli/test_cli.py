@@ -93,6 +93,28 @@ def test_export_does_not_overwrite_other_files(adapter_folder, tmp_path, capsys)
     assert cli.main([*argv[:-1], str(tmp_path / "new")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--config", "nope.py", "--workdir", "run"], "--config nope.py: no such file"),
+        (["inspect", "nope"], "adapter 'nope': no such folder, and not a hub id"),
+        (["export", "a/b/c", "--out", "out"], "adapter 'a/b/c': no such folder"),
+        (
+            ["generate", "--adapter", "nope", "--fair", "g", "--prompt", "a", "--out", "out"],
+            "adapter 'nope': no such folder",
+        ),
+    ],
+)
+def test_absent_files_are_reported_before_jax_is_imported(argv, message, tmp_path):
+    code = "import sys; from respodiff_jax import cli; "
+    code += f"status = cli.main({argv}); print('jax' in sys.modules, status)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], check=True, **options)
+    assert done.stdout == "False 2\n" and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_empty_path_is_refused(capsys):
     argv = ["train", "--config", str(ROOT / "configs/smoke.py"), "--workdir", ""]
     assert cli.main(argv) == 2
@@ -194,7 +216,7 @@ def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_
         (["--prompt", "a", "--model", "m", "--concept", "x"], "--concept given but no adapter"),
         (["--prompt", "a", "--model", "m", "--batch-size", "3"], "multiple of the 8 devices"),
         (["--prompt", "a", "--model", "m", "--steps", "0"], "sampling steps is 0"),
-        (["--prompt", "a", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
+        (["--prompt", "a", "--adapter", "nowhere"], "adapter 'nowhere': no such folder"),
         (["--prompt", "a", "--adapter", "ADAPTER"], "none of its concepts is chosen"),
         (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "a cat=1"], "a woman, a man"),
         (["--prompt", "a", "--adapter", "ADAPTER", "--concept", "=1"], "'=1' is not NAME=NUMBER"),
@@ -248,6 +270,7 @@ def test_train_passes_config_overrides_and_hosts(monkeypatch):
     def record(name):
         return lambda *args, **kwargs: calls.append((name, args, kwargs)) or name
 
+    monkeypatch.setattr(inputs, "check_file", lambda option, path: None)
     monkeypatch.setattr("respodiff_jax.training.config.load_config", record("config"))
     monkeypatch.setattr("respodiff_jax.training.waves.run_training", record("train"))
     monkeypatch.setattr(distributed, "initialize", record("hosts"))

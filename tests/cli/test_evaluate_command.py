@@ -39,6 +39,7 @@ def test_evaluate_reports_mistakes_before_loading_anything(
     monkeypatch.setattr(Backbone, "loaded", never)
     monkeypatch.setattr("respodiff_jax.training.trained.load_adapter", lambda path: one_man)
     monkeypatch.setattr(inputs, "open_model", never)
+    monkeypatch.setattr(inputs, "check_sources", lambda sources: None)
     for argv, message in (
         (["--group", "gender"], "1 concept(s) of the group 'gender', expected two or more"),
         (["--safe"], "the adapter has no safety concepts"),

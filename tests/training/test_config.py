@@ -180,3 +180,48 @@ def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
     ):
         with pytest.raises(UserError, match=message):
             Concept(**fields | wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:\n", r"mine\.py, line 1: SyntaxError: "),
+        ("import ml_collectionz\n", r"line 1: ModuleNotFoundError: No module named 'ml_coll"),
+        ("x = 1\n\n\ny = x / 0\n", r"line 4: ZeroDivisionError: division by zero"),
+        ("{imports}\n\ndef get_config():\n    c = default()\n    c.train.stepz = 3\n", r"line 5: "),
+        (
+            "{imports}\n\ndef get_config():\n    c = default()\n    c.train.steps = 'many'\n",
+            "line 5",
+        ),
+        (
+            "def get_config():\n    pass\n",
+            r"mine\.py: get_config\(\) returns None, expected a Conf",
+        ),
+        ("x = 1\n", r"mine\.py: config file .* defines no get_config\(\)"),
+        ("raise KeyError\n", "line 1: KeyError: "),
+    ],
+)
+def test_fault_in_a_config_file_is_named_with_its_line(tmp_path, code, message):
+    file = tmp_path / "mine.py"
+    file.write_text(code.format(imports="from respodiff_jax.training.config import default"))
+    with pytest.raises(UserError, match=message) as error:
+        load_config(file)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.stepz=3", r"^config\.train has no 'stepz'; it has batch_size, "),
+        (
+            "--config.concepts.wizard.lr_ram=0.1",
+            r"^config\.concepts has no 'wizard'; it has man, wom",
+        ),
+        ("--config.seed.x=3", r"^config\.seed is 0, which has no 'x'"),
+        ("--config.train.steps=many", r"smoke\.py: .*many"),
+    ],
+)
+def test_unknown_override_is_named_with_what_there_is(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config("configs/smoke.py", [override])
+    assert "\\" not in str(error.value)
