@@ -1,9 +1,9 @@
-"""Safety on Emoji World: "a scene" away from violence and away from smoking.
+"""Safety on Emoji World: from prompts that ask for violence or smoking, or do not, to safe photos.
 
 respodiff train --config configs/emoji_safety.py --workdir runs/emoji_safety
 respodiff evaluate all --adapter runs/emoji_safety --out evaluations/emoji_safety
 
-Each kind of module needs its own learning rates: `recipes.task_config("safety", kind)` has them.
+The paper's objective, from "a scene", is `recipes.task_config("safety_as_published")`.
 """
 
 from ml_collections import ConfigDict

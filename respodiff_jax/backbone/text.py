@@ -46,7 +46,7 @@ def _with_all_vectors(tokenizer: CLIPTokenizer, prompt: str) -> str:
     learned = tokenizer.added_tokens_encoder
     if not any(f"{token}_1" in learned for token in learned):
         return prompt
-    for token in set(tokenizer.tokenize(prompt)) & set(learned):
+    for token in sorted(set(tokenizer.tokenize(prompt)) & set(learned)):
         vectors = [token]
         while f"{token}_{len(vectors)}" in learned:
             vectors.append(f"{token}_{len(vectors)}")

@@ -52,7 +52,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
 
     Args:
       task: a key of `LEARNING_RATES`.
-      kind: kind of the modules; None is that of the recipe.
+      kind: kind of the modules, a key of `LEARNING_RATES[task]`; None is the first.
 
     Returns:
       An unlocked config.

@@ -5,11 +5,12 @@
     eps_target = eps(z_t, y_unc; 0) + s_tar * (eps(z_t, y_tar; 0) - eps(z_t, y_unc; 0))
 
 Fairness: `y_tar` is the target prompt and `y_unc` the empty one. Safety: `y_tar` is the neutral
-prompt and `y_unc` the unsafe one, so that the target points away from it. With counterparts:
-`y_tar` is the counterpart and `y_unc` the neutral prompt (not in the paper). The base model is
+prompt and `y_unc` the unsafe one, so that the target points away from it. The base model is
 evaluated for three prompts, the neutral one, the concept's own and the empty one; `target` selects
 `y_tar` and `y_unc` among them. The losses average over all elements of the batch. Their predictions
 for the neutral prompt have guidance 1, which needs no unconditional prediction.
+Deviation: a concept with counterparts, which the paper does not have, has the counterpart as
+`y_tar` and the neutral prompt as `y_unc`.
 """
 
 import jax.numpy as jnp

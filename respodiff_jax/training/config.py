@@ -174,7 +174,7 @@ def load_config(
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
-    config = _run(str(path))
+    config = _read_file(str(path))
     for override in overrides:
         _check_override(config, override)
     values = flags.FlagValues()
@@ -196,7 +196,7 @@ def load_config(
     return config
 
 
-def _run(path: str) -> ConfigDict:
+def _read_file(path: str) -> ConfigDict:
     """What `get_config()` of a config file returns; a fault in the file is told with its line."""
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -229,15 +229,18 @@ def _check_override(config: ConfigDict, override: str) -> None:
     for key in name.removeprefix("--config.").split("."):
         if not isinstance(node, ConfigDict):
             raise UserError(f"{path} is {node!r:.80}, which has no {key!r}")
-        if key not in node:
-            raise UserError(f"{path} has no {key!r}; it has {', '.join(sorted(node))}")
+        _check_has(node, key, path)
         node, path = node[key], f"{path}.{key}"
+
+
+def _check_has(section: ConfigDict, key: str, path: str) -> None:
+    if key not in section:
+        raise UserError(f"{path} has no {key!r}; it has {', '.join(sorted(section))}")
 
 
 def _check_known(config: ConfigDict, changes: Mapping[str, Any], path: str = "config") -> None:
     for key, value in changes.items():
-        if key not in config:
-            raise UserError(f"{path} has no {key!r}; it has {', '.join(sorted(config))}")
+        _check_has(config, key, path)
         if isinstance(config[key], ConfigDict):
             if not isinstance(value, Mapping | ConfigDict):
                 raise UserError(f"{path}.{key} is {value!r}, expected a mapping of its options")
