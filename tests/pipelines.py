@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -168,6 +169,18 @@ def _perturb(pipeline):
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return pipeline
+
+
+def torch_latents(pipeline, prompts, noise, num_steps, guidance_scale):
+    """z_0, (B, h, w, c), of a pipeline from the noise z_T, in the same layout."""
+    latents = pipeline(
+        prompts,
+        latents=torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2),
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    return latents.permute(0, 2, 3, 1).numpy()
 
 
 def clip(folder):

@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
+from pipelines import torch_latents
 from transformers import CLIPTokenizerFast
 
 from respodiff_jax.backbone import load_backbone
@@ -55,15 +56,9 @@ def largest_difference(folder, prompt=PROMPT, num_steps=4, sampler="ddim", **opt
     cond, uncond = (backbone.encode_prompts([text], resolution) for text in (prompt, ""))
     run = jax.jit(lambda params, *args: denoise(backbone, (), schedule, params, *args))
     ours = run(backbone.params, noise, cond, uncond, (), 5.0)
-    theirs = pipe(
-        prompt,
-        latents=torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2),
-        num_inference_steps=num_steps,
-        guidance_scale=5.0,
-        output_type="latent",
-    ).images.permute(0, 2, 3, 1)
+    theirs = torch_latents(pipe, prompt, noise, num_steps, 5.0)
     np.testing.assert_allclose(schedule.timesteps, pipe.scheduler.timesteps.numpy(), rtol=1e-6)
-    return float(np.abs(ours - theirs.numpy()).max() / np.abs(theirs.numpy()).max())
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("removed", [(), ("steps_offset",)])

@@ -8,6 +8,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pipelines
 import pytest
 import safetensors.torch
 import torch
@@ -103,14 +104,7 @@ def torch_latents(folder, noise, num_steps, hook=None):
     pipeline = torch_pipeline(folder)
     if hook is not None:
         pipeline.unet.mid_block.register_forward_hook(hook)
-    latents = pipeline(
-        PROMPTS,
-        latents=torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2),
-        num_inference_steps=num_steps,
-        guidance_scale=7.5,
-        output_type="latent",
-    ).images
-    return latents.permute(0, 2, 3, 1).numpy()
+    return pipelines.torch_latents(pipeline, PROMPTS, noise, num_steps, 7.5)
 
 
 def torch_images(folder, latents):
