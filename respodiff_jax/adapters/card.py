@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -160,7 +160,7 @@ def describe(adapter: Adapter) -> str:
     width = max(map(len, facts))
     lines = [f"{key:<{width}}  {value}" for key, value in facts.items()]
     for concept, scale in zip(adapter.concepts, adapter.default_scales, strict=True):
-        neutral = " | ".join(concept.neutral_prompts)
+        neutral = _listed(concept.neutral_prompts)
         lines += ["", f"{concept.name}  ({concept.group}, scale {scale:g})"]
         lines.append(f"  from {neutral!r} {_direction(concept)}")
     return "\n".join(map(_printable, lines))
@@ -204,7 +204,7 @@ def card(adapter: Adapter, with_grid: bool) -> str:
         _table(
             ("name", "group", "from", "steered", "default scale"),
             [
-                (c.name, c.group, " | ".join(c.neutral_prompts), _direction(c), f"{scale:g}")
+                (c.name, c.group, _listed(c.neutral_prompts), _direction(c), f"{scale:g}")
                 for c, scale in zip(adapter.concepts, adapter.default_scales, strict=True)
             ],
         ),
@@ -356,8 +356,15 @@ def _argument(text: str) -> str:
     return shlex.quote(_one_line(text))
 
 
+def _listed(prompts: Iterable[str], limit: int = 6) -> str:
+    """The first prompts, and how many more there are; adapter_config.json has them all."""
+    prompts = list(prompts)
+    more = [f"... {len(prompts) - limit} more"] if len(prompts) > limit else []
+    return " | ".join([*prompts[:limit], *more])
+
+
 def _direction(concept: Concept) -> str:
-    own = " | ".join(dict.fromkeys(concept.own_prompts))
+    own = _listed(dict.fromkeys(concept.own_prompts))
     away = concept.is_safety and not concept.has_counterparts
     return f"{'away from' if away else 'towards'} {own!r}"
 

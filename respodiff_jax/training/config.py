@@ -186,7 +186,7 @@ def load_config(
         _check_known(config, sections)
         config.update(sections)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"config {path}: {' '.join(map(str, e.args))}") from e
+        raise UserError(f"config {path}: {' '.join(map(str, e.args)):.300}") from e
     if rest:
         raise UserError(f"`overrides`: {rest} are not --config.SECTION.OPTION=VALUE")
     if concepts is not None:

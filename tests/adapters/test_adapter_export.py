@@ -320,3 +320,10 @@ def test_push_and_fetch_over_a_hub(tmp_path):
     assert "truncated" in result.stderr
     assert "edited/torch_adapter.py differs from this version's, and others wil" in result.stderr
     assert result.stderr.count("grid.png is not a PNG file") == 2
+
+
+def test_long_lists_of_prompts_are_shortened_for_readers():
+    prompts = tuple(f"prompt {i}" for i in range(9))
+    concept = dataclasses.replace(WOMAN, neutral_prompts=prompts, target_prompt="a woman")
+    text = card(make_adapter(concepts=(concept,)), with_grid=False)
+    assert "prompt 5" in text and "... 3 more" in text and "prompt 6" not in text
