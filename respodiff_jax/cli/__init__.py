@@ -47,7 +47,7 @@ Stable Diffusion towards fair and safe pictures, and generate with them.
 """
 
 _EPILOG = """\
-A first look, in three minutes on two cores, without a download:
+A first look, without a download:
 
   respodiff demo
 
