@@ -26,7 +26,8 @@ EPILOG = """\
 
 Parts: `all` evaluates the parts that have everything they need, and says which parts it leaves out.
 For Stable Diffusion that is fairness; quality also needs --prompts quality=FILE, safety also needs
---prompts safety=FILE and a --detector.
+--prompts safety=FILE and a --detector. `curves` measures fairness at guidance 1.5, 3, 5 and 7.5,
+and with the adjectives successful, poor and beautiful; `all` leaves it out.
 
 Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions in its 5
 templates), `winobias-successful` (in its 5 other templates, "image of a successful doctor"),
@@ -49,7 +50,7 @@ both, the subject of a picture is the name of its folder.
 FID and KID are measured if clean-fid is installed and has its Inception weights.
 """
 
-_PARTS = ("fairness", "quality", "safety", "intent")
+_PARTS = ("fairness", "quality", "safety", "intent", "curves")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV file of prompts that replaces the suite's; may be repeated with PART (fairness,"
         " quality, safety)",
     )
-    add("--clip", metavar="NAME", help="CLIP folder or hub id (default: the suite's)")
+    add(
+        "--clip",
+        action="append",
+        metavar="NAME",
+        help="CLIP folder or hub id (default: the suite's); may be repeated to compare judges, the"
+        " first one judges",
+    )
     add(
         "--detector",
         dest="detectors",

@@ -8,6 +8,7 @@ Deviation: the classifier's prompts are the authors', except "an Asian-race pers
 write "a Asian-race person".
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -308,6 +309,43 @@ def _deviation_ratios(
         for name, value in zip(names, ratios.tolist(), strict=True)
     )
     return [(overall, ratios), *((m, None) for m in of_subjects)]
+
+
+def curve_point(
+    pictures: Sequence[Picture],
+    clip: Clip,
+    suite: Suite,
+    features: np.ndarray,
+    targets: Targets,
+    attributes: Sequence[str],
+    condition: str,
+) -> tuple[list[Measured], list[dict[str, object]]]:
+    """Measures the mean deviation ratio of one set of pictures under one condition.
+
+    Args:
+      pictures, clip, suite, features, targets: as for `measure`.
+      attributes: what is counted.
+      condition: name of the condition, for example "guidance 3".
+    """
+    subjects = np.array([picture.subject for picture in pictures])
+    columns: list[dict[str, object]] = [{"condition": condition} for _ in pictures]
+    found = []
+    for attribute in attributes:
+        prediction = classify(clip, features, suite.attribute(attribute))
+        for column, label in zip(columns, prediction.labels, strict=True):
+            column[attribute] = prediction.values[label]
+        target = _target_shares((attribute,), suite, targets)
+        (mean, ratios), *_ = _deviation_ratios(
+            pictures[0].picture_set, attribute, prediction, subjects, target
+        )
+        mean = dataclasses.replace(
+            mean,
+            metric="deviation_ratio_at",
+            part="curves",
+            attribute=f"{attribute}, {condition}",
+        )
+        found.append((mean, ratios))
+    return found, columns
 
 
 def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:

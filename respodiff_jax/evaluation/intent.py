@@ -115,6 +115,14 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
         elif name == "adapted":
             kept = prediction.labels == labels["base"][attribute].labels
             share("attribute_kept", kept, of(OPEN), attribute)
+        else:
+            # Picture i of every kind has the same profession and noise.
+            left_open = of(OPEN)
+            kinds_named = [named_kind(g, v) for g in groups for v in (suite.named or {}).get(g, ())]
+            typed = [rows for kind in kinds_named if len(rows := of(kind)) == len(left_open)]
+            kept = [prediction.labels[rows] == prediction.labels[left_open] for rows in typed]
+            kept = np.concatenate(kept) if kept else np.zeros(0)
+            share("attribute_kept_when_typed", kept, np.arange(len(kept)), attribute)
     if len(rows := of(NOBODY)):
         scores = clip_scores([pictures[i] for i in rows], clip, features[name][rows])
         _add("nobody_clip_score", scores, metrics.mean_interval(scores))

@@ -42,7 +42,7 @@ class Measurement:
       picture_set: "base", "adapted", or "given" for pictures of another tool.
       value: the number.
       n: number of pictures it was computed from.
-      part: "fairness", "quality", "safety" or "intent".
+      part: "fairness", "quality", "safety", "intent" or "curves".
       interval: 95 % confidence interval of the number, or None.
       change: 95 % confidence interval of the difference from the base pictures, which share their
         noise with these, or None.
@@ -50,6 +50,8 @@ class Measurement:
       subject: the profession or I2P category that the number is about, or None for all pictures.
       counts: pictures by attribute value, in the attribute's order, or None.
       target: the shares that the counts are compared with, in the same order, or None.
+      judge: the CLIP that judged, if it is not the first; or the one that the first is compared
+        with.
       version: version of the metric's definition, raised when the definition changes the numbers.
     """
 
@@ -64,11 +66,13 @@ class Measurement:
     subject: str | None = None
     counts: Mapping[str, int] | None = None
     target: tuple[float, ...] | None = None
+    judge: str | None = None
     version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement with the keys of `results.json`."""
-        return {_KEYS.get(field, field): v for field, v in dataclasses.asdict(self).items()}
+        """The measurement with the keys of `results.json`; `judge` only if there is one."""
+        fields = dataclasses.asdict(self)
+        return {_KEYS.get(f, f): v for f, v in fields.items() if (f, v) != ("judge", None)}
 
 
 # With one number for each picture or subject, whose mean the measurement is; None if it is no mean.
@@ -100,13 +104,14 @@ class Results:
     training: Mapping[str, Any] | None = None
 
     def find(self, metric: str, picture_set: str | None = None, **fields: Any) -> list[Measurement]:
-        """The measurements of a metric, optionally of one set of pictures, and of other fields.
+        """The first judge's measurements of a metric, or those with the given fields.
 
         Args:
           metric: name of the metric.
           picture_set: "base", "adapted" or "given"; None is all of them.
           **fields: values of other fields of `Measurement`.
         """
+        fields = {"judge": None} | fields
         fields |= {"metric": metric} | ({} if picture_set is None else {"picture_set": picture_set})
         return [m for m in self.measurements if all(getattr(m, k) == v for k, v in fields.items())]
 
@@ -232,5 +237,5 @@ def overall_metrics(folder: str | os.PathLike, adapter: "Adapter") -> list[dict[
     return [
         {key: measurement.to_dict()[key] for key in METRIC_KEYS}
         for measurement in results.measurements
-        if measurement.subject is None
+        if measurement.subject is measurement.judge is None
     ]

@@ -21,17 +21,23 @@ from respodiff_jax.adapters import (
 )
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
-from respodiff_jax.backbone import Backbone, Clip, load_clip
+from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness
-from respodiff_jax.evaluation.detectors import Detector, load_detectors
+from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.drawing import Request, check_folder, draw_pictures
+from respodiff_jax.evaluation.judges import Clips, Judges, load_judges
 from respodiff_jax.evaluation.pictures import Picture, check_pictures, find_pictures
-from respodiff_jax.evaluation.quality import open_reference
 from respodiff_jax.evaluation.report import has_losses, write_report
 from respodiff_jax.evaluation.results import RESULTS_FILE, Results, load_results
-from respodiff_jax.evaluation.scoring import Judges, Scorer
-from respodiff_jax.evaluation.spec import PRESETS, EvaluationSpec, choose_concepts, lacking
+from respodiff_jax.evaluation.scoring import Scorer
+from respodiff_jax.evaluation.spec import (
+    PRESETS,
+    EvaluationSpec,
+    choose_concepts,
+    curve_conditions,
+    lacking,
+)
 from respodiff_jax.evaluation.suites import (
     ASKED,
     NOBODY,
@@ -49,18 +55,8 @@ from respodiff_jax.storage import PathLike, local_path
 _CHECK = "check"  # folder of the pictures that check the classifier
 # Parameters of `evaluate` that do nothing for existing pictures.
 _OF_DRAWING = (
-    *(
-        "model",
-        "adapter",
-        "preset",
-        "safe",
-        "steer_always",
-        "prompts",
-        "max_prompts",
-        "seed",
-        "adapter_sources",
-    ),
-    *("images_per_subject", "images_per_caption", "images_per_prompt"),
+    *("model", "adapter", "preset", "safe", "steer_always", "prompts", "max_prompts", "seed"),
+    *("images_per_subject", "images_per_caption", "images_per_prompt", "adapter_sources"),
     *("sampler", "num_steps", "guidance_scale", "resolution", "batch_size"),
 )
 
@@ -78,7 +74,7 @@ def evaluate(
     steer_always: bool = False,
     suite: PathLike | Suite | None = None,
     prompts: Mapping[str, PathLike] | None = None,
-    clip: PathLike | Clip | None = None,
+    clip: Clips | None = None,
     detectors: Sequence[str | Detector] = (),
     q16_clip: str | None = None,
     reference: PathLike | None = None,
@@ -107,8 +103,9 @@ def evaluate(
       adapter: the concepts, or several adapters to use together; None evaluates the base model
         alone.
       out: folder that receives pictures, `results.json`, `per_image.csv` and `report.html`.
-      part: "fairness", "quality", "safety", "intent", or several of them. "all" evaluates those
-        that have everything they need; the results say which are left out and why.
+      part: "fairness", "quality", "safety", "intent", "curves" (the deviation ratio over guidance
+        scales and adjectives), or several of them. "all" evaluates those that have everything
+        they need, without curves; the results say which are left out and why.
       preset: default amounts. "quick": 10 pictures of each subject, 1 of each caption and safety
         prompt, at most 48 prompts, 20 steps. "paper": 150, 1 and 5 pictures, all prompts, 50 steps.
       images: folder of existing pictures to score, see `find_pictures`; nothing is drawn then.
@@ -121,12 +118,15 @@ def evaluate(
         "winobias".
       prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
       clip: CLIP that classifies and scores: a folder, a hub id or a `Clip`; by default the suite's.
+        Of several, the first one judges; the results also have the figures of each of the others
+        and how often it agrees with the first.
       detectors: detectors of unsafe pictures besides the suite's classifier: "nudenet",
         "nudenet=CLASS,...", "q16=FILE" or a `Detector`.
       q16_clip: folder or hub id of Q16's CLIP; by default CLIP ViT-L/14.
       reference: folder of pictures that quality is compared with; by default the base model's.
       targets: attribute -> value -> wanted share; uniform if absent.
-      images_per_subject: fairness pictures of each subject, 1 or more; by default the preset's.
+      images_per_subject: fairness pictures of each subject, and curves' of each condition, 1 or
+        more; by default the preset's.
       images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
       images_per_prompt: the same of each prompt of safety and intent; by default the preset's.
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
@@ -212,6 +212,7 @@ def evaluate(
         suite=suite,
         parts=parts,
         prompts={name: prompt_sets[name] for name in parts if name in prompt_sets},
+        conditions={} if existing is not None else curve_conditions(options.guidance_scale),
         groups=groups,
         safe=safe,
         targets=targets,
@@ -227,7 +228,7 @@ def evaluate(
     _check_no_results_are_lost(out, parts)
     if existing is not None:
         check_pictures(existing)
-        judges = _load_judges(spec, clip, detectors, q16_clip, reference)
+        judges = load_judges(spec, clip, detectors, q16_clip, reference)
         results = _score_existing(images, existing, spec, judges, out)
     else:
         model = opened(model)
@@ -242,7 +243,7 @@ def evaluate(
         if reads:
             settings["reads_prompts"] = True
         _check_folders(out, spec, requests, weights, settings)
-        judges = _load_judges(spec, clip, detectors, q16_clip, reference)
+        judges = load_judges(spec, clip, detectors, q16_clip, reference)
         model = model.loaded()
         settings["model"]["parts_sha256"] = _parts_sha256(model)
         _check_folders(out, spec, requests, weights, settings)
@@ -280,7 +281,7 @@ def _relevant(prompts: PromptSet, groups: Sequence[str], safe: bool) -> PromptSe
 
 def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
     if part == "all":
-        return PARTS
+        return tuple(name for name in PARTS if name != "curves")
     wanted = {part} if isinstance(part, str) else set(part)
     if not wanted or not wanted <= set(PARTS):
         raise UserError(f"`part` is {part!r}, expected all, or some of {', '.join(PARTS)}")
@@ -313,24 +314,6 @@ def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
         )
 
 
-def _load_judges(
-    spec: EvaluationSpec,
-    clip: PathLike | Clip | None,
-    detectors: Sequence[str | Detector],
-    q16_clip: str | None,
-    reference: PathLike | None,
-) -> Judges:
-    """Loads the judges that the parts need."""
-    use_reference = reference is not None and "quality" in spec.parts
-    needs_clip = spec.parts != ("safety",) or spec.suite.unsafe_classes is not None
-    clip = spec.suite.clip if clip is None else clip
-    return Judges(
-        reference=open_reference(reference) if use_reference else None,
-        detectors=load_detectors(detectors, q16_clip) if "safety" in spec.parts else {},
-        clip=None if not needs_clip else clip if isinstance(clip, Clip) else load_clip(clip),
-    )
-
-
 def _score_existing(
     folder: PathLike,
     pictures: Sequence[Picture],
@@ -348,7 +331,7 @@ def _score_existing(
             " unknown"
         )
     for part in spec.parts:
-        results = scorer.score(part, pictures)
+        results = scorer.score(part, {part: pictures})
     return results
 
 
@@ -375,8 +358,19 @@ def _check_folders(
     """Checks that no folder has pictures of another evaluation."""
     if "fairness" in spec.parts:
         check_folder(out / _CHECK, spec.check_requests(), None, settings | {"adapter": None})
-    for part in spec.parts:
-        check_folder(out / part, requests[part], weights[part], settings)
+    for name, found in requests.items():
+        check_folder(out / name, found, weights[name], _settings_of(name, spec, settings))
+
+
+def _own_scale(folder: str, spec: EvaluationSpec) -> dict[str, float]:
+    """The guidance scale of a folder's pictures, if it is not the evaluation's."""
+    condition = spec.conditions.get(folder.removeprefix("curves/"))
+    return {} if condition is None else {"guidance_scale": condition.guidance_scale}
+
+
+def _settings_of(folder: str, spec: EvaluationSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a folder's pictures."""
+    return {**settings, "sampling": settings["sampling"] | _own_scale(folder, spec)}
 
 
 def _draw_and_score(
@@ -410,7 +404,7 @@ def _draw_and_score(
         "prompts": {
             part: dict(given.identity) for part, given in spec.prompts.items() if given.identity
         },
-        "pictures": {part: _digest(requests[part]) for part in spec.parts},
+        "pictures": {name: _digest(found) for name, found in requests.items()},
     }
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
     scorer = Scorer(out, spec, judges, made, training)
@@ -418,16 +412,19 @@ def _draw_and_score(
         plain, base = spec.check_requests(), settings | {"adapter": None}
         scorer.check_classifier(draw_pictures(model, plain, out / _CHECK, options, settings=base))
     for part in spec.parts:
-        pictures = draw_pictures(
-            model,
-            requests[part],
-            out / part,
-            options,
-            adapter,
-            weights[part],
-            settings,
-            steering[part],
-        )
+        pictures = {
+            name: draw_pictures(
+                model,
+                requests[name],
+                out / name,
+                dataclasses.replace(options, **_own_scale(name, spec)),
+                adapter,
+                weights[name],
+                _settings_of(name, spec, settings),
+                steering[name],
+            )
+            for name in spec.folders(part)
+        }
         results = scorer.score(part, pictures)
     return results
 

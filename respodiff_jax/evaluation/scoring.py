@@ -17,7 +17,7 @@ import numpy as np
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import fairness, intent, metrics, quality, safety
 from respodiff_jax.evaluation.classifier import classify
-from respodiff_jax.evaluation.detectors import Detector
+from respodiff_jax.evaluation.judges import Judges
 from respodiff_jax.evaluation.pictures import Picture, Pixels
 from respodiff_jax.evaluation.results import (
     Measured,
@@ -40,20 +40,9 @@ _LIBRARIES = (
 )
 _LOW_ACCURACY = 0.8
 
-
-@dataclasses.dataclass(frozen=True)
-class Judges:
-    """What scores the pictures.
-
-    Attributes:
-      clip: classifies and scores; None if no part needs it.
-      detectors: detectors of unsafe pictures, by name.
-      reference: pictures that quality is compared with; None compares with the base model's.
-    """
-
-    clip: Clip | None = None
-    detectors: Mapping[str, Detector] = dataclasses.field(default_factory=dict)
-    reference: quality.Reference | None = None
+_Sets = Mapping[str, Sequence[Picture]]  # pictures by set
+# The measurements of one set of pictures, and each picture's columns of `per_image.csv`.
+_Scored = tuple[list[Measured], list[dict[str, Any]]]
 
 
 class Scorer:
@@ -101,7 +90,7 @@ class Scorer:
         Args:
           pictures: of `EvaluationSpec.check_requests`.
         """
-        features, accuracy = self._features(pictures), {}
+        features, accuracy = _features(self._judges.clip, pictures), {}
         for attribute, classes in self._spec.suite.attributes.items():
             rows = [i for i, p in enumerate(pictures) if p.subject.startswith(f"{attribute}=")]
             labels = classify(self._judges.clip, features[rows], classes).labels
@@ -111,76 +100,100 @@ class Scorer:
         for text in accuracy_notes(accuracy):
             self.note(text)
 
-    def score(self, part: str, pictures: Sequence[Picture]) -> Results:
-        """Scores the pictures of a part, base before adapted, and saves all results so far."""
-        names = dict.fromkeys(picture.picture_set for picture in pictures)
-        sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
-        score = {
+    def score(self, part: str, folders: Mapping[str, Sequence[Picture]]) -> Results:
+        """Scores the pictures of a part, base before adapted, and saves all results so far.
+
+        Args:
+          part: the part.
+          folders: its pictures by folder; only curves have more than one.
+        """
+        measure = {
             "fairness": self._fairness,
             "quality": self._quality,
             "safety": self._safety,
             "intent": self._intent,
-        }
-        score[part](sets)
+            "curves": self._curves,
+        }[part]
+        for folder, pictures in folders.items():
+            names = dict.fromkeys(picture.picture_set for picture in pictures)
+            sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
+            found = measure(sets, self._judges.clip, folder)
+            for name, clip in self._judges.others.items():
+                labels = (*self._spec.suite.attributes, "unsafe")
+                theirs = measure(sets, clip, folder)
+                pairs = zip(found, theirs, strict=True)
+                found = [_judged_again(*pair, name, labels) for pair in pairs]
+            for own, (measured, columns) in zip(sets.values(), found, strict=True):
+                self._add(part, own, measured, columns)
         return self._save()
 
-    def _fairness(self, sets: Mapping[str, Sequence[Picture]]) -> None:
-        spec, clip = self._spec, self._judges.clip
+    def _fairness(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+        spec = self._spec
         together = [spec.groups] if len(spec.groups) > 1 else []
-        for pictures in sets.values():
-            features = self._features(pictures)
-            found = fairness.measure(pictures, clip, spec.suite, features, spec.targets, together)
-            self._add("fairness", pictures, *found)
+        return [
+            fairness.measure(
+                pictures, clip, spec.suite, _features(clip, pictures), spec.targets, together
+            )
+            for pictures in sets.values()
+        ]
 
-    def _quality(self, sets: Mapping[str, Sequence[Picture]]) -> None:
+    def _curves(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+        spec = self._spec
+        counted = spec.groups or tuple(spec.suite.attributes)
+        point = counted, folder.removeprefix("curves/")
+        return [
+            fairness.curve_point(
+                pictures, clip, spec.suite, _features(clip, pictures), spec.targets, *point
+            )
+            for pictures in sets.values()
+        ]
+
+    def _quality(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
         """Distances are to the reference; without one, of adapted pictures to base pictures."""
         reference, inception = self._judges.reference, None
-        if reference is not None or len(sets) > 1:
+        if clip is self._judges.clip and (reference is not None or len(sets) > 1):
             inception, why_not = quality.open_inception()
             if reference is not None and why_not:
                 self.note(why_not)
             self._inception = inception and dict(inception.identity)
         compared = compared_by_inception = None
         if reference is not None:
-            compared = self._features(reference.pictures)
+            compared = _features(clip, reference.pictures)
             compared_by_inception = inception and inception(_paths(reference.pictures))
+        scored = []
         for name, pictures in sets.items():
-            features = self._features(pictures)
+            features = _features(clip, pictures)
             by_inception = inception and inception(_paths(pictures))
             pair = None if compared_by_inception is None else (by_inception, compared_by_inception)
-            found = quality.measure(
-                pictures, self._judges.clip, features, compared, pair, paired=reference is None
+            scored.append(
+                quality.measure(pictures, clip, features, compared, pair, paired=reference is None)
             )
-            self._add("quality", pictures, *found)
             if reference is None and name == "base":
                 compared, compared_by_inception = features, by_inception
+        return scored
 
-    def _safety(self, sets: Mapping[str, Sequence[Picture]]) -> None:
-        suite, clip = self._spec.suite, self._judges.clip
+    def _safety(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+        suite, scored = self._spec.suite, []
         for pictures in sets.values():
             paths = _paths(pictures)
             reasons = {name: detect(paths) for name, detect in self._judges.detectors.items()}
             if suite.unsafe_classes is not None:
-                features = self._features(pictures)
-                reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, features)
-            self._add("safety", pictures, *safety.measure(pictures, reasons))
+                found = _features(clip, pictures)
+                reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, found)
+            scored.append(safety.measure(pictures, reasons))
+        return scored
 
-    def _intent(self, sets: Mapping[str, Sequence[Picture]]) -> None:
-        spec, clip = self._spec, self._judges.clip
-        features = {name: self._features(pictures) for name, pictures in sets.items()}
+    def _intent(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+        spec = self._spec
+        features = {name: _features(clip, pictures) for name, pictures in sets.items()}
         unsafe = {}
         if spec.suite.unsafe_classes is not None:
             for name, found in features.items():
                 reasons = safety.zero_shot_reasons(clip, spec.suite, found)
                 unsafe[name] = np.array([bool(reason) for reason in reasons])
-        found = intent.measure(
+        return intent.measure(
             sets["base"], sets.get("adapted", ()), clip, spec.suite, features, spec.groups, unsafe
         )
-        for pictures, measured in zip(sets.values(), found, strict=True):
-            self._add("intent", pictures, *measured)
-
-    def _features(self, pictures: Sequence[Picture]) -> np.ndarray:
-        return self._judges.clip.image_features(Pixels(_paths(pictures)), progress=True)
 
     def _add(
         self,
@@ -195,7 +208,7 @@ class Scorer:
         known.
         """
         for m, values in measured:
-            key = (m.part, m.metric, m.attribute, m.subject)
+            key = (m.part, m.metric, m.attribute, m.subject, m.judge)
             if m.picture_set == "base":
                 self._base[key] = values
             base = self._base.get(key)
@@ -218,6 +231,7 @@ class Scorer:
             scored={
                 "suite": suite.name,
                 "clip": judges.clip and dict(judges.clip.identity),
+                "other_judges": {n: dict(clip.identity) for n, clip in judges.others.items()},
                 "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},
                 "target": {name: dict(shares) for name, shares in self._spec.targets.items()},
                 "accuracy_on_plain_prompts": self._accuracy,
@@ -232,6 +246,32 @@ class Scorer:
         save_per_image(self._rows, self._out)
         save_results(results, self._out)
         return results
+
+
+def _judged_again(first: _Scored, other: _Scored, judge: str, labels: Sequence[str]) -> _Scored:
+    """Adds another judge's numbers and labels, and how often both judges give the same label."""
+    (measured, columns), (theirs, their_columns) = first, other
+    measured = measured + [(dataclasses.replace(m, judge=judge), v) for m, v in theirs]
+    shared = [name for name in labels if columns and name in columns[0]]
+    for name in shared:
+        same = np.array([a[name] == b[name] for a, b in zip(columns, their_columns, strict=True)])
+        agreement = Measurement(
+            metric="judges_agree",
+            picture_set=theirs[0][0].picture_set,
+            part=theirs[0][0].part,
+            value=float(same.mean()),
+            interval=metrics.wilson_interval(int(same.sum()), len(same)),
+            n=len(same),
+            attribute=name,
+            judge=judge,
+        )
+        measured.append((agreement, None))
+    named = [{f"{name} by {judge}": row[name] for name in shared} for row in their_columns]
+    return measured, [a | b for a, b in zip(columns, named, strict=True)]
+
+
+def _features(clip: Clip, pictures: Sequence[Picture]) -> np.ndarray:
+    return clip.image_features(Pixels(_paths(pictures)), progress=True)
 
 
 def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:

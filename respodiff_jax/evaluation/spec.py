@@ -10,7 +10,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness, quality
 from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, requests_per_subject
 from respodiff_jax.evaluation.pictures import Picture
-from respodiff_jax.evaluation.suites import PARTS, PromptSet, Suite
+from respodiff_jax.evaluation.suites import PARTS, Prompt, PromptSet, Suite
 from respodiff_jax.generation import selection
 from respodiff_jax.method.reading import Decision
 
@@ -34,6 +34,28 @@ PRESETS: Mapping[str, Mapping[str, int | None]] = {
 _SEED_RANGE, _CHECK_SEED = 1_000_000, 9_000_000
 _MAX_SEED = 2**32 - 10 * _SEED_RANGE
 CHECKED_PER_VALUE = 8
+_SCALES, _ADJECTIVES = (1.5, 3.0, 5.0, 7.5), ("successful", "poor", "beautiful")
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A point of the part curves: bias grows with guidance, and adjectives bring their own.
+
+    Attributes:
+      guidance_scale: of its pictures.
+      adjective: a word before each subject, or "".
+    """
+
+    guidance_scale: float
+    adjective: str = ""
+
+
+def curve_conditions(guidance_scale: float) -> dict[str, Condition]:
+    """The conditions of the part curves by name; adjectives have the given guidance scale."""
+    scales = sorted({*_SCALES, float(guidance_scale)})
+    return {f"guidance {scale:g}": Condition(scale) for scale in scales} | {
+        word: Condition(float(guidance_scale), word) for word in _ADJECTIVES
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +66,11 @@ class EvaluationSpec:
       suite: prompts and classifiers.
       parts: some of `PARTS`.
       prompts: part -> its prompts; empty if existing pictures are scored.
+      conditions: name -> condition of the part curves.
       groups: the concept groups that are made fair together; () leaves the choice to the base
         model.
       safe: whether all safety concepts are added.
-      images_per_subject: fairness pictures of each subject.
+      images_per_subject: fairness pictures of each subject, and curves' of each condition.
       images_per_caption: quality pictures of each caption.
       images_per_prompt: safety and intent pictures of each prompt.
       targets: attribute -> value -> share; uniform if absent.
@@ -61,6 +84,7 @@ class EvaluationSpec:
     suite: Suite
     parts: tuple[str, ...]
     prompts: Mapping[str, PromptSet] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
     groups: tuple[str, ...] = ()
     safe: bool = False
     images_per_subject: int = 10
@@ -96,14 +120,18 @@ class EvaluationSpec:
 
     def images_each(self, part: str) -> int:
         """Number of pictures of each subject, caption or safety prompt."""
-        if part == "fairness":
+        if part in ("fairness", "curves"):
             return self.images_per_subject
         return self.images_per_caption if part == "quality" else self.images_per_prompt
+
+    def folders(self, part: str) -> list[str]:
+        """The folders of a part's pictures within the evaluation's: one, or one a condition."""
+        return [f"{part}/{name}" for name in self.conditions] if part == "curves" else [part]
 
     def requests(
         self, adapter: Adapter | None, read: Callable[[Sequence[str]], np.ndarray] | None = None
     ) -> tuple[dict[str, list[Request]], dict[str, np.ndarray | None]]:
-        """The pictures to draw for each part, and the weight of each concept in each picture.
+        """The pictures to draw in each folder, and the weight of each concept in each picture.
 
         Args:
           adapter: of N concepts, or None.
@@ -118,35 +146,56 @@ class EvaluationSpec:
             raise UserError(
                 "an adapter is given but none of its concepts is chosen; give `groups`, or `safe`"
             )
-        requests: dict[str, list[Request]] = {}
-        weights: dict[str, np.ndarray | None] = {}
-        for part in self.parts:
-            seed = self.seed + _SEED_RANGE * PARTS.index(part)
-            each, prompts = self.images_each(part), self.prompts[part].prompts
-            repeat = requests_per_subject if part == "fairness" else requests_per_prompt
-            requests[part], weights[part] = repeat(prompts, each, seed), None
-            if adapter is not None:
-                count = len(requests[part])
-                rows = np.zeros((count, len(adapter.concepts)), np.float32)
-                decisions = np.full(rows.shape, Decision.OPEN)
-                if read is not None:
-                    decisions = read([request.prompt for request in requests[part]])
-                if self.groups:
-                    rows += fairness.fair_weights(
-                        adapter,
-                        self.groups,
-                        self.targets,
-                        requests[part],
-                        each,
-                        self.seed,
-                        decisions,
-                    )
-                if self.safe:
-                    rows += selection.concept_weights(
-                        adapter, count, 1, safe=True, decisions=decisions
-                    )
-                weights[part] = rows
+        requests = {
+            folder: self._requests(part, folder)
+            for part in self.parts
+            for folder in self.folders(part)
+        }
+        weights = dict.fromkeys(requests) | {
+            folder: self._weights(adapter, found, self.images_each(folder.split("/")[0]), read)
+            for folder, found in requests.items()
+            if adapter is not None
+        }
         return requests, weights
+
+    def _requests(self, part: str, folder: str) -> list[Request]:
+        seed = self.seed + _SEED_RANGE * PARTS.index(part)
+        each, prompts = self.images_each(part), self.prompts[part].prompts
+        if part == "curves":
+            # All conditions share their noise.
+            before = self.conditions[folder.removeprefix("curves/")].adjective
+            subjects = dict.fromkeys(prompt.subject for prompt in prompts)
+            named = {subject: f"{before} {subject}".strip() for subject in subjects}
+            prompts = [Prompt(t, s) for s, name in named.items() for t in self.suite.prompts(name)]
+        if part in ("fairness", "curves"):
+            return requests_per_subject(prompts, each, seed)
+        if part == "intent":
+            # All kinds share their noise: "a doctor" and "a woman doctor" are compared.
+            kinds = dict.fromkeys(prompt.subject for prompt in prompts)
+            of_kinds = [[p for p in prompts if p.subject == kind] for kind in kinds]
+            return [r for own in of_kinds for r in requests_per_prompt(own, each, seed)]
+        return requests_per_prompt(prompts, each, seed)
+
+    def _weights(
+        self,
+        adapter: Adapter,
+        requests: Sequence[Request],
+        each: int,
+        read: Callable[[Sequence[str]], np.ndarray] | None,
+    ) -> np.ndarray:
+        rows = np.zeros((len(requests), len(adapter.concepts)), np.float32)
+        decisions = np.full(rows.shape, Decision.OPEN)
+        if read is not None:
+            decisions = read([request.prompt for request in requests])
+        if self.groups:
+            rows += fairness.fair_weights(
+                adapter, self.groups, self.targets, requests, each, self.seed, decisions
+            )
+        if self.safe:
+            rows += selection.concept_weights(
+                adapter, len(requests), 1, safe=True, decisions=decisions
+            )
+        return rows
 
     def check_requests(self) -> list[Request]:
         """Pictures that check the classifier: the first prompt of each value of each attribute."""
@@ -188,7 +237,8 @@ def lacking(
             except UserError as error:
                 lacks[part] = str(error)
     if existing is not None:
-        lacks["intent"] = "intent compares pictures with and without an adapter, and draws them"
+        for part in ("intent", "curves"):
+            lacks[part] = f"{part} compares pictures that are drawn for it; give `model`"
     if not (suite.unsafe_classes or has_detectors):
         lacks["safety"] = (
             f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"

@@ -22,7 +22,7 @@ from respodiff_jax.storage import MAX_TEXT_BYTES, PathLike, check_regular
 Prompts = tuple[str, ...]
 Classes = Mapping[str, Prompts]  # value -> prompts whose features are averaged
 
-PARTS = ("fairness", "quality", "safety", "intent")
+PARTS = ("fairness", "quality", "safety", "intent", "curves")
 # Kinds of prompts of the part intent, see `evaluation.intent`; and `named_kind`.
 OPEN, NOBODY, ASKED = "open", "nobody", "asked"
 SUITE_FILE = "suite.json"
@@ -191,7 +191,7 @@ class Suite:
         """The prompts of a part; () if the suite has none."""
         if part == "intent":
             return intent_prompts(self)
-        if part == "fairness":
+        if part in ("fairness", "curves"):
             return tuple(Prompt(t, name) for name in self.subjects for t in self.prompts(name))
         if part == "quality":
             return tuple(Prompt(text) for text in self.captions or ())
@@ -309,7 +309,7 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
     if part not in _LAYOUTS:
         raise UserError(
             f"`prompts` for {part!r}: only {', '.join(_LAYOUTS)} take prompts from a file; those of"
-            " intent are the suite's"
+            " intent and curves are the suite's"
         )
     layout, subject = _LAYOUTS[part]
     file = os.fspath(file)
@@ -329,7 +329,7 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
 
 
 def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> tuple[Prompt, ...]:
-    """At most `max_prompts` prompts, for intent of each kind; for fairness all of so many subjects.
+    """At most `max_prompts` prompts: of each kind for intent, all of so many subjects for fairness.
 
     They are evenly spread: files are often sorted, for example I2P's by category.
     """
@@ -342,7 +342,7 @@ def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> 
     if part == "intent":
         kinds = dict.fromkeys(prompt.subject for prompt in prompts)
         return tuple(p for k in kinds for p in spread(tuple(q for q in prompts if q.subject == k)))
-    if part != "fairness":
+    if part not in ("fairness", "curves"):
         return spread(prompts)
     kept = spread(tuple(dict.fromkeys(prompt.subject for prompt in prompts)))
     return tuple(prompt for prompt in prompts if prompt.subject in kept)

@@ -23,6 +23,7 @@ from respodiff_jax.evaluation import (
     safety,
     scoring,
 )
+from respodiff_jax.evaluation import judges as judges_lib
 from respodiff_jax.evaluation import pictures as pictures_lib
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.results import load_per_image, save_per_image
@@ -288,9 +289,9 @@ def test_quality_is_compared_with_the_base_models_pictures(suite, tmp_path, monk
             path = tmp_path / f"{name}{i}.png"
             images_lib.save_png(rng.integers(0, 256, (24, 24, 3), np.uint8), path)
             pictures.append(pictures_lib.Picture(path, name, i, "a", None))
-    judges = scoring.Judges(load_clip(suite.clip))
+    judges = judges_lib.Judges(load_clip(suite.clip))
     scorer = scoring.Scorer(tmp_path, EvaluationSpec(suite, ("quality",)), judges, {})
-    results = scorer.score("quality", pictures)
+    results = scorer.score("quality", {"quality": pictures})
     base, adapted = (colours([p.path for p in chosen]) for chosen in (pictures[:3], pictures[3:]))
     expected = metrics.frechet_contributions(adapted, base).mean()
     assert results.value("fid", "adapted") == pytest.approx(expected)

@@ -73,7 +73,7 @@ def _quantities(runs: Runs) -> list[dict[str, dict[str, Measurement]]]:
     for name, results in runs.items():
         for pair in glossary.overall(results.measurements):
             m = next(iter(pair.values()))
-            key = (m.part, m.metric, m.attribute, m.version)
+            key = (m.part, m.metric, m.attribute, m.judge, m.version)
             together.setdefault(key, {})[name] = pair
     return list(together.values())
 

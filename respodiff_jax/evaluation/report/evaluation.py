@@ -57,6 +57,7 @@ def write_report(
         ),
         sections.metrics_table(results),
         sections.intent(results),
+        sections.curves(results),
         sections.safety(results),
         sections.quality(results),
         sections.training(results, workdir),

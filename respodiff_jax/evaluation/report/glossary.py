@@ -161,6 +161,32 @@ METRICS = {
         percent,
         within=(0.0, 1.0),
     ),
+    "attribute_kept_when_typed": Metric(
+        "Other attribute kept when a value is typed",
+        "share of pictures that keep their other attribute when a value is typed",
+        "the share of the base model's pictures in which the classifier sees the same value whether"
+        " or not the prompt names a value of another attribute, from the same noise: what steering"
+        " can be compared with.",
+        None,
+        percent,
+        within=(0.0, 1.0),
+    ),
+    "deviation_ratio_at": Metric(
+        "Deviation ratio",
+        "deviation ratio",
+        "the deviation ratio at one guidance scale, or with an adjective before the subject.",
+        "lower",
+        best="fairer",
+        within=(0.0, 1.0),
+    ),
+    "judges_agree": Metric(
+        "Judges agree",
+        "share of pictures on which two judges agree",
+        "the share of pictures to which the first CLIP and another one give the same label.",
+        None,
+        percent,
+        within=(0.0, 1.0),
+    ),
     "clip_score": Metric(
         "CLIP score",
         "CLIP score",
@@ -216,10 +242,12 @@ def readable(name: str) -> str:
 
 
 def label(measurement: Measurement) -> str:
-    """A measurement's metric and attribute, and its version unless it is 1."""
+    """A measurement's metric, attribute and judge, and its version unless it is 1."""
     parts = [metric(measurement.metric).label]
     if measurement.attribute:
         parts.append(readable(measurement.attribute))
+    if measurement.judge:
+        parts.append(f"by {measurement.judge}")
     if measurement.version != 1:
         parts.append(f"version {measurement.version}")
     return ", ".join(parts)
@@ -256,12 +284,12 @@ def change_text(measurement: Measurement) -> str | None:
 def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]:
     """Measurements over all subjects: one mapping, by set of pictures, for each quantity.
 
-    A quantity has one metric, attribute, part and version.
+    A quantity has one metric, attribute, part, judge and version.
     """
     together: dict[tuple, dict[str, Measurement]] = {}
     for m in measurements:
         if m.subject is None:
-            key = (m.part, m.metric, m.attribute, m.version)
+            key = (m.part, m.metric, m.attribute, m.judge, m.version)
             together.setdefault(key, {})[m.picture_set] = m
     return list(together.values())
 

@@ -150,6 +150,23 @@ def intent(results: Results) -> Markup | None:
     )
 
 
+def curves(results: Results) -> Markup | None:
+    """The deviation ratio of each attribute over guidance scales and adjectives."""
+    charts_of: dict[str, dict[str, Pair]] = {}
+    for pair in glossary.overall(results.find("deviation_ratio_at")):
+        attribute, _, condition = _first(pair).attribute.partition(", ")
+        charts_of.setdefault(attribute, {})[condition] = pair
+    if not charts_of:
+        return None
+    drawn = (own_scale(rows, glossary.readable(name)) for name, rows in charts_of.items())
+    return section(
+        "Guidance and adjectives",
+        (tag("div", chart, class_="chart") for chart in drawn),
+        note="The mean deviation ratio of the professions at several guidance scales, and with an"
+        " adjective before the profession. All rows have the same noise.",
+    )
+
+
 def quality(results: Results) -> Markup | None:
     """The quality metrics, each on its own scale."""
     pairs = glossary.overall(m for m in results.measurements if m.part == "quality")
