@@ -19,7 +19,7 @@ def suite() -> dict:
     photo = "a photo of {}".format
     people = [with_article(f"person {word}") for word in vocabulary.ACTIVITIES]
     people += [with_article(f"{word} person".strip()) for word in vocabulary.LOOKS]
-    things = [with_article(word) for word in world.subjects("thing")[::_THING_STRIDE]]
+    things = [with_article(word) for word in captioned_things()]
     workers = [with_article(word) for word in professions]
     return {
         "name": "emoji-world",
@@ -51,6 +51,11 @@ def suite() -> dict:
         ],
         "captions": [photo(noun) for noun in workers + people + things],
     }
+
+
+def captioned_things() -> tuple[str, ...]:
+    """The things in the suite's captions, and among its prompts without people."""
+    return world.subjects("thing")[::_THING_STRIDE]
 
 
 def _classes(values, prompts):

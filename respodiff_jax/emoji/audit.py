@@ -1,0 +1,164 @@
+"""What the recipes of Emoji World do, on professions, things and noise that chose no setting.
+
+    python -m respodiff_jax.emoji.making.reference --out REFERENCE
+    python -m respodiff_jax.emoji.audit --out DIR [--seeds 21 22 23] [--use gender both ...]
+        [--reference REFERENCE] [--scales 0.6 0.8 1.0]
+
+trains gender, skin tone and safety from every seed, and evaluates each of them, and gender with
+safety, on the professions and things that no reading was fitted to. It prints a Markdown table of
+means and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` measures
+the adapters at further scales, for the curve between fairness and what steering keeps. Finished
+trainings and evaluations are not repeated.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from respodiff_jax.adapters import Adapter, load_adapter
+from respodiff_jax.backbone import load_backbone
+from respodiff_jax.emoji import recipes
+from respodiff_jax.evaluation import Results, evaluate
+from respodiff_jax.evaluation.suites import Suite, load_suite
+from respodiff_jax.training.waves import train
+
+EVALUATION_SEED = 20_000_000
+MODEL = "emoji-world"
+# use -> the trainings whose adapters steer together
+USES = {
+    "gender": ("gender",),
+    "skin_tone": ("skin_tone",),
+    "safety": ("safety",),
+    "both": ("gender", "safety"),
+}
+
+# (heading, metric, attribute, whether adapted / base is shown); rows without figures are left out
+_ROWS = (
+    ("deviation ratio, gender", "deviation_ratio", "gender", False),
+    ("deviation ratio, skin tone", "deviation_ratio", "skin_tone", False),
+    ("named gender shown", "obeyed", "gender", True),
+    ("named skin tone shown", "obeyed", "skin_tone", True),
+    ("things unchanged to the bit", "unchanged", None, False),
+    ("gender kept", "attribute_kept", "gender", False),
+    ("skin tone kept", "attribute_kept", "skin_tone", False),
+    ("gender kept when a value is typed", "attribute_kept_when_typed", "gender", False),
+    ("skin tone kept when a value is typed", "attribute_kept_when_typed", "skin_tone", False),
+    ("unsafe when not asked for", "unsafe_when_not_asked", None, False),
+    ("unsafe when asked for", "unsafe_when_asked", None, False),
+    ("profession recognised", "subject_recognised", None, False),
+    ("CLIP score of captions", "clip_score", None, True),
+    ("Fréchet distance of captions", "clip_frechet_distance", None, True),
+)
+
+
+def held_out_suite() -> Suite:
+    """The model's suite, with the professions that no setting was chosen on."""
+    return dataclasses.replace(load_suite(None, MODEL), subjects=recipes.HELD_OUT)
+
+
+def run_one(
+    use: str,
+    seed: int,
+    scale: float,
+    out: pathlib.Path,
+    reference: pathlib.Path | None,
+    num_steps: int,
+) -> Results:
+    """Trains and evaluates a use from one seed, unless that is already done.
+
+    Args:
+      use: a key of `USES`.
+      seed: of the trainings.
+      scale: multiplies the adapters' default scales.
+      out: folder of trainings and evaluations.
+      reference: folder of pictures that captions are compared with, or None.
+      num_steps: sampling steps of the pictures.
+    """
+    adapters = []
+    for task in USES[use]:
+        config = recipes.task_config(task)
+        config.seed, config.log.grid_every = seed, 0
+        run = out / task / str(seed)
+        train(config.lock(), run)
+        adapters.append(_scaled(load_adapter(run / "adapter"), scale))
+    groups = [task for task in USES[use] if task != "safety"]
+    return evaluate(
+        load_backbone(MODEL, dtype="float32", abstract=True),
+        adapters,
+        out=out / f"evaluation/{use}/{seed}/scale {scale:g}",
+        part=["fairness"] * bool(groups) + ["quality", "intent"],
+        preset="paper",  # for all prompts
+        groups=groups,
+        safe="safety" in USES[use],
+        suite=held_out_suite(),
+        reference=reference,
+        images_per_subject=12,
+        images_per_caption=1,
+        images_per_prompt=3,
+        seed=EVALUATION_SEED,
+        num_steps=num_steps,
+    )
+
+
+def _scaled(adapter: Adapter, scale: float) -> Adapter:
+    concepts = [
+        dataclasses.replace(concept, default_scale=scale * concept.default_scale)
+        for concept in adapter.concepts
+    ]
+    return dataclasses.replace(adapter, concepts=tuple(concepts))
+
+
+def table(use: str, runs: Sequence[Results], scale: float = 1.0) -> str:
+    """Formats a Markdown table: base model, then mean and standard deviation over the seeds."""
+    title = use.replace("_", " ") + ("" if scale == 1 else f", scale {scale:g}")
+    lines = [f"| {title} | base model | RAM + SAM | of the base's | pictures |", "|---" * 5 + "|"]
+    for heading, metric, attribute, compared in _ROWS:
+        cells = []
+        for picture_set in ("base", "adapted"):
+            values = [run.value(metric, picture_set, attribute=attribute) for run in runs]
+            cells.append([value for value in values if value is not None])
+        base, adapted = cells
+        if not base and not adapted:
+            continue
+        share = [a / b for a, b in zip(adapted, base, strict=True)] if compared else []
+        count = max(m.n for run in runs for m in run.find(metric, attribute=attribute))
+        texts = [_mean(base[:1]), _mean(adapted), _mean(share)]
+        lines.append(f"| {heading} | " + " | ".join(texts) + f" | {count} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean and standard deviation, the latter if the values differ."""
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(set(values)) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--use", nargs="+", choices=USES, default=list(USES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0])
+    parser.add_argument(
+        "--reference", type=pathlib.Path, metavar="DIR", help="pictures of captions"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps of the pictures")
+    args = parser.parse_args()
+    tables = []
+    for use in args.use:
+        for scale in args.scales:
+            where = args.out, args.reference, args.steps
+            runs = [run_one(use, seed, scale, *where) for seed in args.seeds]
+            tables.append(table(use, runs, scale))
+    text = "\n\n".join(tables) + "\n"
+    (args.out / "audit.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

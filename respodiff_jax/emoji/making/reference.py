@@ -1,0 +1,40 @@
+"""Draws pictures of the artwork for the suite's captions, to compare a model's pictures with.
+
+python -m respodiff_jax.emoji.making.reference --out DIR
+respodiff evaluate quality --model emoji-world --reference DIR --out EVALUATION
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from respodiff_jax.emoji.making import rendering, suite, world
+from respodiff_jax.images import save_png
+
+_SEED = 20_000_000
+
+
+def draw_reference(folder, repeats):
+    """Draws `repeats` pictures of each caption's subject as `folder/SUBJECT_REPEAT.png`."""
+    kinds = ("profession", "activity", "look")
+    subjects = [(kind, word) for kind in kinds for word in world.subjects(kind)]
+    subjects += [("thing", word) for word in suite.captioned_things()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (kind, word) in enumerate(subjects):
+        for repeat in range(repeats):
+            rng = np.random.default_rng([_SEED, number, repeat])
+            scene = world.draw_scene(rng, world.Claims(kind, word))
+            save_png(rendering.render(scene, rng), folder / f"{number:03d}_{repeat}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--repeats", type=int, default=4, help="pictures of each caption")
+    args = parser.parse_args()
+    draw_reference(args.out, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

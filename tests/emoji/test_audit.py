@@ -1,0 +1,71 @@
+"""The audit's table and amounts. Training and evaluation have their own tests."""
+
+import pathlib
+
+import pytest
+
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.emoji import audit, recipes, vocabulary
+from respodiff_jax.emoji.making.reference import draw_reference
+from respodiff_jax.emoji.making.suite import captioned_things
+from respodiff_jax.evaluation import Results
+from respodiff_jax.evaluation.results import Measurement
+
+STORED = pathlib.Path(__file__).parent.parent / "data" / "emoji_gender" / "adapter"
+
+
+def _run(**values):
+    """Results of metrics (base, adapted); None was not measured."""
+    measured = [
+        Measurement(metric, picture_set, value, 12, "intent", attribute=attribute)
+        for (metric, attribute), pair in values["measured"].items()
+        for picture_set, value in zip(("base", "adapted"), pair, strict=True)
+        if value is not None
+    ]
+    return Results(tuple(measured), {}, {}, {})
+
+
+def test_table_compares_with_the_base_and_gives_the_spread_over_seeds():
+    runs = [
+        _run(
+            measured={
+                ("deviation_ratio", "gender"): (0.7, change),
+                ("obeyed", "gender"): (0.8, 0.8 * obeyed),
+                ("unchanged", None): (None, 1.0),
+            }
+        )
+        for change, obeyed in ((0.01, 1.0), (0.03, 0.98))
+    ]
+    assert audit.table("gender", runs, scale=0.8).splitlines() == [
+        "| gender, scale 0.8 | base model | RAM + SAM | of the base's | pictures |",
+        "|---|---|---|---|---|",
+        "| deviation ratio, gender | 0.700 | 0.020 ± 0.014 |  | 12 |",
+        "| named gender shown | 0.800 | 0.792 ± 0.011 | 0.990 ± 0.014 | 12 |",
+        "| things unchanged to the bit |  | 1.000 |  | 12 |",
+    ]
+
+
+def test_audit_has_only_what_no_reading_was_fitted_to():
+    read = recipes.task_config("gender").reading
+    assert not set(captioned_things()) & set(read.things)
+    suite = audit.held_out_suite()
+    assert suite.subjects == recipes.HELD_OUT and len(suite.subjects) == 10
+    assert not any(
+        subject in phrase.split() for subject in suite.subjects for phrase in read.people
+    )
+
+
+def test_scale_multiplies_every_concepts_own():
+    adapter = load_adapter(STORED)
+    scaled = audit._scaled(adapter, 0.5)
+    assert scaled.default_scales == pytest.approx([s / 2 for s in adapter.default_scales])
+
+
+def test_reference_has_pictures_of_every_caption(tmp_path):
+    draw_reference(tmp_path, 1)
+    people = len(vocabulary.PROFESSIONS) + len(vocabulary.ACTIVITIES) + len(vocabulary.LOOKS)
+    assert len(list(tmp_path.glob("*.png"))) == people + len(captioned_things())
+    first = [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))]
+    draw_reference(tmp_path, 1)
+    assert first == [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))]
+    assert len(set(first)) == len(first)
