@@ -53,6 +53,33 @@ def read_prompts(
     return decisions[[row[prompt] for prompt in prompts]]
 
 
+def decisions_table(
+    adapter: Adapter | CombinedAdapter, model: Backbone, prompts: Sequence[str]
+) -> str:
+    """A line for each prompt with the decision of every group, and a line with the counts.
+
+    Safety concepts steer every prompt and are left out.
+
+    Raises:
+      UserError: as `read_prompts`.
+    """
+    decisions = read_prompts(adapter, model, prompts)
+    first_of: dict[str, int] = {}
+    for i, concept in enumerate(adapter.concepts):
+        if not concept.is_safety:
+            first_of.setdefault(concept.group, i)
+    columns = [decisions[:, i] for i in first_of.values()]
+    width = max(10, *(len(group) + 2 for group in first_of))
+    lines = ["".join(f"{group:{width}}" for group in first_of) + "prompt"]
+    for prompt, row in zip(prompts, zip(*columns, strict=True), strict=True):
+        words = (f"{reading.Decision(d).name.lower():{width}}" for d in row)
+        lines.append("".join(words) + " ".join(prompt.split()))
+    for group, column in zip(first_of, columns, strict=True):
+        counts = [f"{(column == d).sum():,} {d.name.lower()}" for d in reading.Decision]
+        lines.append(f"{group}: {', '.join(counts)}")
+    return "\n".join(lines)
+
+
 def _scores(part: Adapter, heads: reading.Reading, context: jax.Array) -> np.ndarray:
     if part.reading is None:
         return np.tile(heads.bias, (len(context), 1, 1))

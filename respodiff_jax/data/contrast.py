@@ -11,6 +11,7 @@ TEMPLATES = (
     "an image of {a_subject}",
     "a portrait of {a_subject}",
     "photo of {subject}",
+    "{subject}",
 )
 
 _PROFESSIONS = (

@@ -97,7 +97,7 @@ def run_one(
         reference=reference,
         images_per_subject=12,
         images_per_caption=1,
-        images_per_prompt=3,
+        images_per_prompt=2,
         seed=EVALUATION_SEED,
         num_steps=num_steps,
     )

@@ -15,6 +15,7 @@ no difference.
 
 from ml_collections import ConfigDict
 
+from respodiff_jax.data import contrast
 from respodiff_jax.data.prompt_files import with_article
 from respodiff_jax.emoji import vocabulary
 from respodiff_jax.method.concepts import Concept
@@ -76,6 +77,9 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.log.grid_steps = 20
     config.log.grid_guidance_scale = 3.0
     config.reading.people = _people()
+    # Not "woman farmer": the captions of Emoji World begin with an article or with "photo". The
+    # base model does not understand prompts that begin otherwise.
+    config.reading.templates = tuple(t for t in contrast.TEMPLATES if t != "{subject}")
     # Every fourth thing is never read in training: the model card reports on these.
     config.reading.things = tuple(w for i, w in enumerate(vocabulary.THINGS) if i % 4)
 

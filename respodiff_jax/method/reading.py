@@ -82,26 +82,29 @@ def decide(scores: Float[Array | np.ndarray, "B N heads"]) -> Int[np.ndarray, "B
     return np.select([thing & ~somebody, named], [Decision.NOBODY, Decision.NAMED], Decision.OPEN)
 
 
-def fit_head(
+def fit_heads(
     context: Float[np.ndarray, "P L D"],
-    labels: Bool[np.ndarray, "P"],
+    labels: Bool[np.ndarray, "P heads"],
     weights: Float[np.ndarray, "P"],
-    sharpness: float,
-) -> tuple[Float[np.ndarray, "D"], np.float32]:
-    """Fits a head, `w` and `b`, by logistic regression.
+) -> Reading:
+    """Fits the heads of a group by logistic regression.
 
     Args:
       context: text states of P prompts.
-      labels: what the head is to say of each.
-      weights: what each counts, above 0. Both labels count alike in total.
-      sharpness: `s`.
+      labels: what each head is to say of each prompt.
+      weights: what each prompt counts, above 0. Both labels of a head count alike in total.
+
+    Returns:
+      The heads, with N = 1.
     """
     context = np.asarray(context, np.float32)
     mean, scale = context.mean((0, 1)), context.std((0, 1)) + 1e-6
-    weights = np.where(labels, weights / weights[labels].sum(), weights / weights[~labels].sum())
-    w, b = _descend((context - mean) / scale, labels, np.float32(weights / 2), sharpness)
+    weights = weights[:, None]
+    totals = [(weights * chosen).sum(0) for chosen in (labels, ~labels)]
+    weights = np.float32(np.where(labels, weights / totals[0], weights / totals[1]) / 2)
+    w, b = _descend((context - mean) / scale, labels, weights)
     w = np.asarray(w) / scale
-    return w, np.float32(b - w @ mean)
+    return Reading(w[None], (np.asarray(b) - w @ mean)[None])
 
 
 def _pool(responses, sharpness):
@@ -111,10 +114,11 @@ def _pool(responses, sharpness):
 
 
 @jax.jit
-def _descend(context, labels, weights, sharpness):
+def _descend(context, labels, weights):
     def loss(params):
         w, b = params
-        score = _pool(context @ w, jnp.full((1, 1), sharpness)) + b
+        responses = jnp.einsum("pld,hd->phl", context, w)
+        score = _pool(responses, jnp.array(SHARPNESS)[None, :, None]) + b[None]
         return jnp.sum(weights * optax.sigmoid_binary_cross_entropy(score, labels))
 
     optimizer = optax.adam(_LEARNING_RATE)
@@ -124,6 +128,6 @@ def _descend(context, labels, weights, sharpness):
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    params = jnp.zeros(context.shape[-1]), jnp.zeros(())
+    params = jnp.zeros((len(HEADS), context.shape[-1])), jnp.zeros(len(HEADS))
     carry, _ = jax.lax.scan(step, (params, optimizer.init(params)), length=_STEPS)
     return carry[0]

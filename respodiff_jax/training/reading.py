@@ -24,19 +24,17 @@ from safetensors import SafetensorError, safe_open
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import equal_batches
 from respodiff_jax.method.concepts import Concept, without_article
 from respodiff_jax.method.reading import (
-    HEADS,
     NAMED,
-    SHARPNESS,
     SOMEBODY,
     THING,
     Reading,
     always,
-    fit_head,
+    fit_heads,
     scores,
 )
 from respodiff_jax.storage import local_copy, open_path, write_whole
@@ -182,6 +180,8 @@ def contrast_prompts(
       people: noun phrases for somebody in the picture, without an article.
       things: noun phrases for pictures without anybody.
       templates: with `{subject}` or `{a_subject}`; each phrase takes three of them in turn.
+
+    Everybody also stands once with a thing, "a doctor with a cat": that is somebody and a thing.
     """
     words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
     names = [word.replace(_PERSON, "").strip() for word in words]
@@ -196,15 +196,20 @@ def contrast_prompts(
             for i in range(_PEOPLE_PER_WORD if _PERSON in word else 1)
         ]
         phrases |= {word.replace(_PERSON, person): (True, False, True) for person in chosen}
+    people = list(phrases)
     phrases |= dict.fromkeys(things, (False, True, False))
-    return [
-        ContrastPrompt(prompt, labels, phrase)
-        for number, (phrase, labels) in enumerate(phrases.items())
-        for prompt in fill_in(
-            dict.fromkeys(templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE),
-            phrase,
-        )
-    ]
+    prompts = []
+    for number, (phrase, labels) in enumerate(phrases.items()):
+        chosen = (templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE)
+        prompts += [(text, labels, phrase) for text in fill_in(dict.fromkeys(chosen), phrase)]
+    for number, person in enumerate(people):
+        thing = things[number * len(things) // len(people)]
+        pair = (person, with_article(thing)), (thing, with_article(person))
+        subject = (" with ", " and ")[number % 2].join(pair[number % 2])
+        template = templates[number % len(templates)]
+        labels = True, True, phrases[person][NAMED]
+        prompts += [(text, labels, person) for text in fill_in([template], subject)]
+    return [ContrastPrompt(*prompt) for prompt in prompts]
 
 
 def fit_reading(
@@ -226,21 +231,15 @@ def fit_reading(
     half = np.random.default_rng(0).permutation(number.max() + 1)[number] % 2 == 0
     weights = 1 / np.bincount(number)[number]
 
-    def fit(rows):
-        heads = [
-            fit_head(context[rows], labels[rows, head], weights[rows], SHARPNESS[head])
-            for head in HEADS
-        ]
-        return Reading(np.stack([w for w, _ in heads])[None], np.stack([b for _, b in heads])[None])
-
     held_out = np.zeros(labels.shape, np.float32)
     for rows in (half, ~half):
-        held_out[~rows] = np.asarray(scores(fit(rows), context[~rows]))[:, 0]
+        heads = fit_heads(context[rows], labels[rows], weights[rows])
+        held_out[~rows] = np.asarray(scores(heads, context[~rows]))[:, 0]
     accuracy = {
         name: auroc(held_out[:, head], labels[:, head])
         for name, head in (("somebody", SOMEBODY), ("thing", THING), ("named", NAMED))
     }
-    reading = fit(slice(None))
+    reading = fit_heads(context, labels, weights)
     # A word that no contrast prompt has is rather not taken for a name. So the threshold of NAMED
     # lies midway between the mean scores of both sides (EquiSteer), not where the fit puts it.
     named = labels[:, NAMED]

@@ -11,7 +11,7 @@ from respodiff_jax.adapters import combine, load_adapter, save_adapter
 from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.data import contrast
-from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.emoji import recipes, vocabulary
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.selection import concept_weights
@@ -71,12 +71,18 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
         ["queen bee", "snowman", "gingerbread man"],
         ["a photo of {a_subject}", "{subject}"],
     )
-    labels = {prompt.phrase: prompt.labels for prompt in prompts}
+    alone = [p for p in prompts if not (p.labels[0] and p.labels[1])]
+    labels = {prompt.phrase: prompt.labels for prompt in alone}
     assert labels["doctor"] == labels["dark-skinned person"] == (True, False, False)
     assert labels["woman doctor"] == labels["woman"] == labels["man doctor"] == (True, False, True)
     nobody = (False, True, False)
     assert labels["queen bee"] == labels["snowman"] == labels["gingerbread man"] == nobody
-    assert {p.text for p in prompts if p.phrase == "doctor"} == {"a photo of a doctor", "doctor"}
+    assert {p.text for p in alone if p.phrase == "doctor"} == {"a photo of a doctor", "doctor"}
+    # Everybody stands once with a thing, and belongs to the same half of the held-out accuracy.
+    mixed = {p.text: (p.labels[2], p.phrase) for p in prompts if p not in alone}
+    assert len(mixed) == len({p.phrase for p in alone if p.labels[0]})
+    assert mixed["a photo of a person with a queen bee"] == (False, "person")
+    assert (True, "woman doctor") in mixed.values()
 
 
 def test_default_words_come_from_the_target_prompt():
@@ -131,12 +137,22 @@ def test_named_values_are_found_before_unseen_professions(model, gender, skin_to
         ("a picture of a dark-skinned man juggling", Decision.NAMED),
         ("a portrait of a human", Decision.OPEN),
         ("an image of a judge with a knife", Decision.OPEN),
+        ("a doctor with a horse", Decision.OPEN),
+        ("a woman with a horse", Decision.NAMED),
         ("a snowman", Decision.NOBODY),
         ("a photo of a cat", Decision.NOBODY),
     ],
 )
 def test_single_prompts(model, gender, prompt, decision):
     assert read_prompts(gender, model, [prompt]).tolist() == [[decision] * 2]
+
+
+def test_people_with_things_are_open(model, gender, skin_tone):
+    things = HELD_OUT_THINGS[::8]
+    phrases = [f"{person} with {with_article(t)}" for person in HELD_OUT[:4] for t in things]
+    phrases += [f"{t} and {with_article(person)}" for person in HELD_OUT[4:8] for t in things]
+    for adapter in (gender, skin_tone):
+        assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.75
 
 
 def test_composed_adapters_read_each_group_by_itself(model, gender, skin_tone):
