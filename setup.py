@@ -16,7 +16,7 @@ TEST = [
     "ruff>=0.8",
     # Checks the annotations of arrays while the tests run.
     "beartype>=0.23,<0.24",
-    # For CPU offload of diffusers pipelines.
+    # For CPU offload of diffusers pipelines, and to convert single files.
     "accelerate>=1.0",
     # The reference for the Flax models.
     "torch==2.13.0",
@@ -73,7 +73,7 @@ setup(
         "test": TEST,
         "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
         "gcs": GCS,
-        "torch": ["torch>=2.4"],
+        "torch": ["torch>=2.4", "accelerate>=1.0"],  # accelerate: to convert single files
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
     },

@@ -96,7 +96,7 @@ def _scheduler(**changes) -> DDIMScheduler:
 
 
 def stable_diffusion(
-    folder: pathlib.Path, *, v_prediction: bool = False
+    folder: pathlib.Path, *, v_prediction: bool = False, text_width: int = 32
 ) -> StableDiffusionPipeline:
     """A pipeline like SD 1.4, or like SD 2.1: with v-prediction, linear projections, its own number
     of heads per level, and GELU in CLIP."""
@@ -114,12 +114,14 @@ def stable_diffusion(
             block_out_channels=(32, 64),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
+            cross_attention_dim=text_width,
             **variation,
         ),
         vae=_vae(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(
-            _text_config(hidden_act="gelu" if v_prediction else "quick_gelu")
+            _text_config(
+                hidden_act="gelu" if v_prediction else "quick_gelu", hidden_size=text_width
+            )
         ),
         tokenizer=tokenizer(folder / "new_tokenizer", "!" if v_prediction else "<|endoftext|>"),
         scheduler=_scheduler(prediction_type="v_prediction" if v_prediction else "epsilon"),
@@ -130,9 +132,9 @@ def stable_diffusion(
     return _perturb(pipeline)
 
 
-def stable_diffusion_xl(folder: pathlib.Path) -> StableDiffusionXLPipeline:
-    """A pipeline like SDXL: two text encoders, pooled embeddings, time ids, several transformer
-    layers per block."""
+def stable_diffusion_xl(folder: pathlib.Path, text_layers: int = 3) -> StableDiffusionXLPipeline:
+    """A pipeline like SDXL: two text encoders, the second of `text_layers`, pooled embeddings, time
+    ids, several transformer layers per block."""
     torch.manual_seed(1)
     pipeline = StableDiffusionXLPipeline(
         unet=UNet2DConditionModel(
@@ -150,7 +152,9 @@ def stable_diffusion_xl(folder: pathlib.Path) -> StableDiffusionXLPipeline:
         ),
         vae=_vae(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=48, hidden_act="gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(
+            _text_config(hidden_size=48, hidden_act="gelu", num_hidden_layers=text_layers)
+        ),
         tokenizer=tokenizer(folder / "new_tokenizer"),
         tokenizer_2=tokenizer(folder / "new_tokenizer_2", "!"),
         scheduler=_scheduler(),

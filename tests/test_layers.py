@@ -74,6 +74,7 @@ def test_only_the_backbone_knows_diffusers_and_the_flax_classes_of_transformers(
 def test_torch_is_imported_by_the_pytorch_side_only():
     assert files_that_import("torch") == {
         "adapters/torch_checkpoint.py",
+        "backbone/torch_single_file.py",
         "bench/torch_side.py",
         "torch_adapter.py",
     }

@@ -20,11 +20,12 @@ def load_model(
     attention: str = "auto",
     abstract: bool = False,
 ) -> Backbone:
-    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
+    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline; only a single file needs torch.
 
     Args:
-      name: a diffusers folder, local or on gs://; a hub id; "emoji-world", the bundled model; or
-        "random/tiny" and the like. None is the model that the adapter was trained on.
+      name: a diffusers folder, local or on gs://; a hub id; a single-file checkpoint;
+        "emoji-world", the bundled model; or "random/tiny" and the like. None is the model that the
+        adapter was trained on.
       adapter: gives the defaults of revision and variant where it was trained on this model.
       revision: branch, tag or commit of a hub id.
       variant: "fp16" reads `*.fp16.safetensors`.

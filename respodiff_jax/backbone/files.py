@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -16,8 +15,9 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
+from respodiff_jax.backbone.single_file import SINGLE_FILES, converted, models_cache
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import MAX_TEXT_BYTES, check_regular, is_remote, open_path
+from respodiff_jax.storage import MAX_TEXT_BYTES, check_regular, is_remote, local_path, open_path
 
 _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -26,7 +26,6 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _FAST_TOKENIZER = "tokenizer.json"  # newer versions of transformers save this file alone
 _TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CLIP_CONFIGS = ("config.json", "preprocessor_config.json")
-_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # Models that come with the package.
 _BUNDLED = {"emoji-world": pathlib.Path(__file__).parent.parent / "emoji" / "model"}
 
@@ -144,17 +143,6 @@ def _missing_weights(inside: Collection[str], part: str, variant: str | None) ->
     return wanted
 
 
-def _single_file(name: str, file: pathlib.Path) -> str:
-    """Why a file is not a model here, and what to do."""
-    if not file.is_file():
-        return f"model {name!r}: no such file"
-    return (
-        f"model {name!r} is one file, expected a diffusers folder; convert it where torch is"
-        " installed: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder), or"
-        " StableDiffusionXLPipeline for SDXL"
-    )
-
-
 def _missing_tokenizer(folder: pathlib.Path) -> list[str]:
     """The missing files of a tokenizer, which needs one file or two."""
     missing = [file for file in _TOKENIZER_FILES if not (folder / file).is_file()]
@@ -174,8 +162,9 @@ def _find_folder(
         return _copy_remote(name, cache_dir, choose) if is_remote(name) else folder, None
     if address := re.match(r"(?:https?://)?(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)", name):
         raise UserError(f"model {name!r} is a web address; give the hub id {address[1]!r}")
-    if folder.is_file() or folder.suffix in _SINGLE_FILES:
-        raise UserError(_single_file(name, folder))
+    if folder.is_file() or folder.suffix in SINGLE_FILES:
+        wrong = "is a file, expected a folder" if folder.is_file() else "no such file"
+        raise UserError(f"model {name!r}: {wrong}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"model {name!r}: no such folder, and not a hub id like 'owner/model'")
     folder = _download(name, revision, cache_dir, choose)
@@ -221,9 +210,7 @@ def _copy_remote(name: str, cache_dir: Any, choose: Choose) -> pathlib.Path:
         raise UserError(f"model {name!r}: no such folder, or none with a model's files")
     stats = {path: file.stat() for path, file in chosen.items()}
     state = [name, *((path, stat.length, stat.mtime) for path, stat in sorted(stats.items()))]
-    default_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    cache = pathlib.Path(cache_dir or default_cache / "respodiff_jax" / "models")
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = models_cache(cache_dir)
     folder = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     with WeakFileLock(folder.with_suffix(".lock")):  # one process of a host copies
         if not folder.is_dir():
@@ -260,10 +247,21 @@ def find_pipeline(
             wanted += [f"{tokenizer}/{file}" for file in files]
         return wanted
 
-    folder, commit = _find_folder(name, revision, cache_dir, choose)
+    file = local_folder(name)
+    if file.suffix in SINGLE_FILES and is_remote(name):
+        local_path(name, "the single file")
+    if file.suffix in SINGLE_FILES and file.is_file():
+        if revision is not None or variant is not None:
+            raise UserError(
+                f"`revision` is {revision!r} and `variant` is {variant!r}, expected neither with"
+                f" the single file {name!r}"
+            )
+        folder, commit = converted(file, sha256(file), cache_dir), None
+    else:
+        folder, commit = _find_folder(name, revision, cache_dir, choose)
     if not (folder / _INDEX).is_file():
-        single = sorted(f.name for f in folder.glob("*") if f.suffix in _SINGLE_FILES)
-        also = f"; it holds the single-file checkpoint {single[0]}" if single else ""
+        single = sorted(f.name for f in folder.glob("*") if f.suffix in SINGLE_FILES)
+        also = f"; give the path of the single file in it: {single[0]}" if single else ""
         raise UserError(f"{name}: not a diffusers pipeline, {_INDEX} is missing in {folder}{also}")
     index = read_json(folder / _INDEX)
     # An absent part is not listed, or listed as [null, null].

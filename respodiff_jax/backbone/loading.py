@@ -23,11 +23,12 @@ def load_backbone(
     cache_dir: str | pathlib.Path | None = None,
     abstract: bool = False,
 ) -> Backbone:
-    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline, without torch.
+    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline; only a single file needs torch.
 
     Args:
       name_or_path: a diffusers folder, also on gs://; a hub id, which is downloaded to the Hugging
-        Face cache or, without a network, read from it; "emoji-world", the model that comes with the
+        Face cache or, without a network, read from it; a single-file checkpoint, which PyTorch
+        converts once, see `single_file.converted`; "emoji-world", the model that comes with the
         package; or "random/tiny" and other random weights, see `random_backbone`.
       revision: branch, tag or commit of a hub id; "seed-1" and so on for random weights.
       variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, if there are none,
@@ -35,7 +36,8 @@ def load_backbone(
       dtype: "float32" or "bfloat16", of all parameters and computation.
       attention: the implementation in UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA,
         bfloat16), "stock" (diffusers' own), or "auto", the fastest that this backend has.
-      cache_dir: replaces the default Hugging Face cache, and the cache of copies from gs://.
+      cache_dir: replaces the default Hugging Face cache, and the cache of converted single files
+        and of copies from gs://.
       abstract: leave the weights for `Backbone.loaded` to read, to check early whether everything
         fits together. `params` are then `ShapeDtypeStruct`s. The weight files are fetched
         nevertheless, because the identity holds their hash.

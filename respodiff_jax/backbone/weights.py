@@ -27,7 +27,8 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 # The names of the two layers of a time embedding, not list entries.
 _UNSPLIT = ("linear_1", "linear_2")
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_SCALE = re.compile(r"scale_weight$|weight_scale$|scaled_fp8$|\bSCB$|absmax$")
+# Names of the scales of quantised weights.
+SCALES = re.compile(r"scale_weight$|weight_scale$|scaled_fp8$|\bSCB$|absmax$")
 _IGNORED = re.compile(r".*\bposition_ids$")  # a buffer that old transformers versions saved
 
 # Numbers of one byte, which `safetensors.numpy` does not read.
@@ -148,7 +149,7 @@ def load_weights(files: list[pathlib.Path], abstract: Mapping, dtype: np.dtype) 
             f"{where} lacks parameters of the model in config.json: {_listed(missing)}{also}. "
             "The weights and the config belong to different models"
         )
-    if scales := {name for name in unknown if _SCALE.search(name)}:
+    if scales := {name for name in unknown if SCALES.search(name)}:
         raise UserError(
             f"{where} is quantised with scales, which the model would ignore: {_listed(scales)}."
             " Use the file in float16, bfloat16 or float32"

@@ -45,11 +45,15 @@ def edit(file, *removed, **changes):
 def largest_difference(folder, prompt=PROMPT, num_steps=4, sampler="ddim", **options):
     """Of the latents here and in diffusers' pipeline of the folder, relative to their largest."""
     pipe = DiffusionPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     if sampler != "ddim":
         pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
-    backbone = load_backbone(folder, **options)
+    return difference_from(pipe, load_backbone(folder, **options), prompt, num_steps, sampler)
+
+
+def difference_from(pipe, backbone, prompt=PROMPT, num_steps=4, sampler="ddim"):
+    """Of a model's latents and a pipeline's, relative to their largest."""
+    pipe.set_progress_bar_config(disable=True)
     resolution = backbone.default_resolution
     noise = initial_noise([0], backbone.latent_shape(resolution))
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps, sampler)
@@ -247,15 +251,16 @@ def test_other_families_are_named(folder, index, message):
 
 def test_what_is_no_folder_is_named(folder, tmp_path):
     """F12"""
-    file = tmp_path / "model.safetensors"
-    shutil.copy(folder / "unet/diffusion_pytorch_model.safetensors", file)
-    with pytest.raises(UserError, match="is one file, expected a diffusers folder"):
-        load_backbone(file)
+    shutil.copy(folder / "unet/diffusion_pytorch_model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        load_backbone(folder / "model_index.json")
+    with pytest.raises(UserError, match=r"gs://bucket/model.ckpt is on Google Cloud Storage"):
+        load_backbone("gs://bucket/model.ckpt")
     with pytest.raises(UserError, match="no such file"):
         load_backbone(tmp_path / "absent.ckpt")
     with pytest.raises(UserError, match="is a web address; give the hub id 'owner/model'"):
         load_backbone("https://huggingface.co/owner/model/tree/main")
-    with pytest.raises(UserError, match="holds the single-file checkpoint model"):
+    with pytest.raises(UserError, match=r"give the path of the single file in it: model\.safe"):
         load_backbone(tmp_path)
 
 
