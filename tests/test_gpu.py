@@ -50,7 +50,7 @@ def gpu():
 
 def test_bfloat16_uses_cudnn_and_float32_does_not():
     assert choose_attention("auto", jnp.dtype("bfloat16")) == "cudnn"
-    assert choose_attention("auto", jnp.dtype("float32")) == "plain"
+    assert choose_attention("auto", jnp.dtype("float32")) == "chunked"
 
 
 @pytest.mark.parametrize("concepts", [None, 2])

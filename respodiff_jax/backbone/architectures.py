@@ -12,6 +12,7 @@ import numpy as np
 from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.text import byte_tokenizer
+from respodiff_jax.backbone.weights import aligned_empty
 from respodiff_jax.errors import UserError
 
 _SCHEDULER = {
@@ -170,7 +171,9 @@ def _random_params(abstract: dict, dtype: np.dtype, rng: np.random.Generator) ->
         if path[-1] == "scale":
             return np.ones(leaf.shape, dtype)
         deviation = 0.01 if path[-1] == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
-        return (deviation * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
+        drawn = aligned_empty(leaf.shape, dtype)
+        drawn[...] = deviation * rng.standard_normal(leaf.shape, np.float32)
+        return drawn
 
     # Each large tensor has its own generator, so all cores draw at once.
     large = [path for path, leaf in flat.items() if leaf.size > 2**20]

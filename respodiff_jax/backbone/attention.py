@@ -1,4 +1,4 @@
-"""Attention of the frozen models, plain or by a fused kernel.
+"""Attention of the frozen models: plain, in chunks, or by a fused kernel.
 
 Self-attention over 64 × 64 positions has 4096 × 4096 scores for each head of each image. Writing
 these scores to memory and reading them back, for the softmax and for the gradient, is most of the
@@ -7,11 +7,16 @@ memory traffic of a training step. A fused kernel keeps the scores on the chip:
 * `flash`, on TPU: Pallas' Splash attention, forward and backward.
 * `cudnn`, on NVIDIA: cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
+Where there is no such kernel, `chunked` computes some queries at a time, and computes their scores
+again for the gradient (Rabe and Staats 2021, arXiv 2112.05682). The scores of all queries are then
+never in memory at once.
+
 Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock`, for comparison,
 leaves diffusers' module unchanged, with scores and softmax in the model's dtype.
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +25,22 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from respodiff_jax.errors import UserError
 
-IMPLEMENTATIONS = ("auto", "plain", "flash", "cudnn", "stock")
+IMPLEMENTATIONS = ("auto", "plain", "chunked", "flash", "cudnn", "stock")
 
 # From here on a fused kernel pays: fewer scores, 1 MiB a head in float32, stay on the chip anyway.
 # 64 × 64 positions attending to the 77 tokens of a prompt have more, 32 × 32 positions fewer.
 _FUSED_FROM_SCORES = 2**18
+# From here on, for each head, `chunked` works in chunks: 2048 × 2048 positions. Shorter sequences,
+# as in models of less than 384 pixels, keep the bits of `plain`.
+_CHUNKED_FROM_SCORES = 2**22
+_CHUNK_SCORES = 2**24  # of all heads and pictures in a chunk: 64 MiB in float32
 _LANES = 128  # the width of a TPU register; the kernel's blocks are multiples of it
 
 
 def choose_attention(implementation: str, dtype: np.dtype) -> str:
     """The attention implementation to use, of `IMPLEMENTATIONS`, for a model in this dtype.
 
-    For "auto" it is the fastest of "plain", "flash" and "cudnn" that this backend has.
+    For "auto" it is "flash" or "cudnn" where this backend has it, else "chunked".
 
     Raises:
       UserError: for an unknown name, or if this backend or dtype does not have the implementation.
@@ -41,10 +50,10 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
             f"`attention` is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
         )
     backend = jax.default_backend()
-    fastest = "flash" if backend == "tpu" else "cudnn" if _has_cudnn(dtype) else "plain"
+    fastest = "flash" if backend == "tpu" else "cudnn" if _has_cudnn(dtype) else "chunked"
     if implementation == "auto":
         return fastest
-    if implementation not in ("plain", "stock", fastest):
+    if implementation not in ("plain", "chunked", "stock", fastest):
         needs = {"flash": "a TPU", "cudnn": "bfloat16 and an NVIDIA GPU (Ampere or newer)"}
         raise UserError(
             f"`attention` is {implementation!r}, which needs {needs[implementation]}; this is"
@@ -72,7 +81,8 @@ def attention(
       query: float32 or bfloat16 (batch, T, heads, head_dim).
       key, value: (batch, S, heads, head_dim), in the dtype of the query.
       scale: the factor of the scores.
-      implementation: "plain", "flash" or "cudnn"; small attentions are plain in any case.
+      implementation: "plain", "chunked", "flash" or "cudnn"; small attentions are plain in any
+        case.
 
     Returns:
       (batch, T, heads, head_dim), in the dtype of the query.
@@ -80,10 +90,11 @@ def attention(
     tokens, keys, head_dim = query.shape[1], key.shape[1], key.shape[3]
     fits = head_dim % 8 == 0 and head_dim <= 128  # on Hopper also up to 256
     if implementation == "cudnn" and not fits:
-        implementation = "plain"
-    if implementation == "plain" or tokens * keys < _FUSED_FROM_SCORES:
+        implementation = "chunked"
+    smallest = _CHUNKED_FROM_SCORES if implementation == "chunked" else _FUSED_FROM_SCORES
+    if implementation == "plain" or tokens * keys < smallest:
         return _plain(query, key, value, scale)
-    core = {"flash": _flash, "cudnn": _cudnn}[implementation]
+    core = {"chunked": _chunked, "flash": _flash, "cudnn": _cudnn}[implementation]
     return core(query, key, value, scale)
 
 
@@ -92,6 +103,20 @@ def _plain(query, key, value, scale):
     scores = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scale * scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhts,bhsd->bhtd", weights, value).transpose(0, 2, 1, 3)
+
+
+def _chunked(query, key, value, scale):
+    """`_plain`, for a chunk of the queries after the other; each sees all keys."""
+    batch, tokens, heads, head_dim = query.shape
+    limit = max(_CHUNK_SCORES // (batch * heads * key.shape[1]), 1)
+    size = max(n for n in range(1, min(limit, tokens) + 1) if tokens % n == 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # within a loop, nothing is merged anyway
+    def attend(chunk):
+        return _plain(chunk, key, value, scale)
+
+    chunks = query.reshape(batch, tokens // size, size, heads, head_dim).swapaxes(0, 1)
+    return jax.lax.map(attend, chunks).swapaxes(0, 1).reshape(query.shape)
 
 
 def _cudnn(query, key, value, scale):

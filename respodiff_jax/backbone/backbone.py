@@ -46,8 +46,8 @@ class Backbone:
       params: `{"unet", "vae", "text_encoder"[, "text_encoder_2"]}`, parameter trees in `dtype`.
       dtype: float32 or bfloat16, of parameters and computation.
       zeros_for_empty_prompt: SDXL's `force_zeros_for_empty_prompt`; see `encode_prompts`.
-      attention: the implementation in UNet and VAE, "plain", "flash", "cudnn" or "stock"; see
-        `attention.attention`.
+      attention: the implementation in UNet and VAE, "plain", "chunked", "flash", "cudnn" or
+        "stock"; see `attention.attention`.
       load: for a model opened with `abstract=True`, reads its weights; else None.
     """
 

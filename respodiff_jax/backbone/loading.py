@@ -34,8 +34,9 @@ def load_backbone(
       variant: "fp16" reads `*.fp16.safetensors`. None reads the plain files or, if there are none,
         the fp16 files.
       dtype: "float32" or "bfloat16", of all parameters and computation.
-      attention: the implementation in UNet and VAE: "plain", "flash" (TPU), "cudnn" (NVIDIA,
-        bfloat16), "stock" (diffusers' own), or "auto", the fastest that this backend has.
+      attention: the implementation in UNet and VAE: "plain", "chunked" (long sequences in chunks),
+        "flash" (TPU), "cudnn" (NVIDIA, bfloat16), "stock" (diffusers' own), or "auto", the best
+        that this backend has.
       cache_dir: replaces the default Hugging Face cache, and the cache of converted single files
         and of copies from gs://.
       abstract: leave the weights for `Backbone.loaded` to read, to check early whether everything

@@ -1,7 +1,6 @@
 """The programs that `train` and `generate` run, lowered from shapes alone."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone.memory import nbytes
 from respodiff_jax.generation.sampling import default_batch_size, denoise, make_sampler
-from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.embedding import EmbeddedConcepts
+from respodiff_jax.method.embedding import EmbeddedConcepts, concept_shapes
 from respodiff_jax.method.modules import Steering
 from respodiff_jax.method.rollout import last_loss_index
 from respodiff_jax.method.schedule import Schedule
@@ -65,37 +64,6 @@ def data_shards(config: ConfigDict, num_devices: int) -> int:
     return devices_per_concept(concepts_at_a_time(config, num_devices), num_devices)
 
 
-def concept_shapes(
-    backbone: Backbone, concepts: Sequence[Concept], resolution: int, count: int | None = None
-) -> EmbeddedConcepts:
-    """Shapes and dtypes of `embed_concepts`, without embedding a prompt.
-
-    `count` of the concepts train together, by default all. The concept with the most neutral
-    prompts sets the length of that axis.
-    """
-    prompt = jax.eval_shape(
-        lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
-    )
-    n, max_neutral = count or len(concepts), max(len(c.neutral_prompts) for c in concepts)
-
-    def prompts(*axes):
-        return jax.tree.map(lambda x: Shape((*axes, *x.shape[1:]), x.dtype), prompt)
-
-    return EmbeddedConcepts(
-        neutral=prompts(n, max_neutral),
-        num_neutral=Shape((n,), np.int32),
-        own=prompts(n, max_neutral),
-        empty=prompts(n),
-        is_safety=Shape((n,), np.bool_),
-        has_counterparts=Shape((n,), np.bool_),
-        guidance_scale=Shape((n, max_neutral), np.float32),
-        lambda_sem=Shape((n,), np.float32),
-        lr_ram=Shape((n,), np.float32),
-        lr_sam=Shape((n,), np.float32),
-        stream=Shape((n,), np.uint32),
-    )
-
-
 def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Device]) -> Program:
     """The training step that `respodiff train` runs on these devices.
 
@@ -120,9 +88,9 @@ def training(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     return Program(
         lower=lambda: placement.lower(partial(train_step, spec), state, frozen, arrays),
         samples_per_device=samples_per_device,
-        parameters=_nbytes((frozen, for_grids)),
-        unused=_nbytes(for_grids),
-        gradients=_nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
+        parameters=nbytes((frozen, for_grids)),
+        unused=nbytes(for_grids),
+        gradients=nbytes(modules) // placement.concept_shards if placement.data_shards > 1 else 0,
         weights=_matrices(frozen),
         repeats=last_loss_index(spec.schedule) / 2 if loops else None,
         lower_body=body if loops else None,
@@ -159,8 +127,8 @@ def sampling(config: ConfigDict, backbone: Backbone, devices: Sequence[jax.Devic
     return Program(
         lower=lower,
         samples_per_device=share,
-        parameters=_nbytes(backbone.params),
-        unused=_nbytes(texts),
+        parameters=nbytes(backbone.params),
+        unused=nbytes(texts),
         weights=_matrices(backbone.params),
         repeats=num_steps,
         lower_body=partial(
@@ -190,10 +158,6 @@ def _sampler_shapes(
     uncond = jax.tree.map(lambda x: Shape((1, *x.shape[1:]), x.dtype), arrays.empty)
     noise = Shape((batch_size, *spec.latent_shape), np.float32)
     return noise, cond, uncond, (Steering(modules, modules, scales, scales),)
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _matrices(tree: Any) -> frozenset[tuple[str, tuple[int, ...]]]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -12,9 +13,15 @@ from respodiff_jax.adapters import Adapter, CombinedAdapter, as_adapters, check_
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone.memory import is_small, nbytes, report_memory
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import write_folder
-from respodiff_jax.generation.sampling import SamplerOptions, sample_images
+from respodiff_jax.generation.sampling import (
+    SamplerOptions,
+    default_batch_size,
+    sample_images,
+    sampling_bytes,
+)
 from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import check_output
@@ -226,4 +233,18 @@ def _check(
     model.latent_shape(options.resolution)
     Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
     model.tokenise([*prompts, options.negative_prompt])
+    _check_memory(model, options, count)
     return _Request(model, prompts, combined, choose, options)
+
+
+def _check_memory(model: Backbone, options: SamplerOptions, count: int) -> None:
+    """Warns if a large model that has not been read yet may not fit into the memory."""
+    if model.load is None or is_small(model.params):
+        return
+    devices = jax.local_device_count()
+    batch_size = options.batch_size or default_batch_size(count, devices, options.resolution)
+    sampling = sampling_bytes(model, options.resolution, batch_size // devices)
+    report_memory(
+        {"the model": nbytes(model.params), "sampling": sampling},
+        f"lower `batch_size` (now {batch_size}) or `resolution`, or set `dtype` to bfloat16",
+    )

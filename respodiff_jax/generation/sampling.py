@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, UInt8
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.backbone.memory import estimate_bytes
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.diffusion import (
     Latent,
@@ -365,3 +366,25 @@ def default_batch_size(num_images: int, num_devices: int, resolution: int) -> in
     """
     per_device = min(max(4 * 512**2 // resolution**2, 1), 16, math.ceil(num_images / num_devices))
     return num_devices * max(per_device, 1)
+
+
+def sampling_bytes(backbone: Backbone, resolution: int, per_device: int) -> int:
+    """About how many bytes a device needs, beside the parameters, to sample this many images.
+
+    `backbone` may be abstract; see `backbone.memory.estimate_bytes`.
+    """
+    schedule = Schedule.from_config(backbone.scheduler_config, 1)
+
+    def sample(params, noise, cond, uncond):
+        z_0 = denoise(backbone, (), schedule, params, noise, cond, uncond, (), 2.0)
+        return backbone.decode_latents(params, z_0)
+
+    def batch(x):
+        return jax.ShapeDtypeStruct((per_device, *x.shape[1:]), x.dtype)
+
+    prompt = jax.eval_shape(
+        lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
+    )
+    shape = per_device, *backbone.latent_shape(resolution)
+    noise = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return estimate_bytes(sample, backbone.params, noise, jax.tree.map(batch, prompt), prompt)

@@ -92,3 +92,34 @@ def embed_concepts(
         lr_sam=per_concept("lr_sam"),
         stream=per_concept("stream", np.uint32),
     )
+
+
+def concept_shapes(
+    backbone: Backbone, concepts: Sequence[Concept], resolution: int, count: int | None = None
+) -> EmbeddedConcepts:
+    """Shapes and dtypes of `embed_concepts`, without embedding a prompt.
+
+    `count` of the concepts train together, by default all. The concept with the most neutral
+    prompts sets the length of that axis.
+    """
+    prompt = jax.eval_shape(
+        lambda params: backbone.encode_prompts([""], resolution, params), backbone.params
+    )
+    n, max_neutral = count or len(concepts), max(len(c.neutral_prompts) for c in concepts)
+
+    def prompts(*axes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape[1:]), x.dtype), prompt)
+
+    return EmbeddedConcepts(
+        neutral=prompts(n, max_neutral),
+        num_neutral=jax.ShapeDtypeStruct((n,), np.int32),
+        own=prompts(n, max_neutral),
+        empty=prompts(n),
+        is_safety=jax.ShapeDtypeStruct((n,), np.bool_),
+        has_counterparts=jax.ShapeDtypeStruct((n,), np.bool_),
+        guidance_scale=jax.ShapeDtypeStruct((n, max_neutral), np.float32),
+        lambda_sem=jax.ShapeDtypeStruct((n,), np.float32),
+        lr_ram=jax.ShapeDtypeStruct((n,), np.float32),
+        lr_sam=jax.ShapeDtypeStruct((n,), np.float32),
+        stream=jax.ShapeDtypeStruct((n,), np.uint32),
+    )

@@ -57,7 +57,7 @@ def default() -> ConfigDict:
     config.model.revision = placeholder(str)  # hub branch, tag or commit
     config.model.variant = placeholder(str)  # "fp16" reads *.fp16.safetensors
     config.model.dtype = "bfloat16"  # dtype of the frozen parts: "bfloat16" or "float32"
-    # "auto", "plain", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), or "stock" (diffusers' own).
+    # "auto", "plain", "chunked", "flash" (TPU), "cudnn" (NVIDIA, bfloat16), "stock".
     config.model.attention = "auto"
     config.model.resolution = placeholder(int)  # in pixels; None is the model's own
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.adapters import Adapter, check_fits
 from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone.memory import is_small, report_memory
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.generation.sampling import make_sampler
 from respodiff_jax.method.concepts import Concept
@@ -22,6 +23,7 @@ from respodiff_jax.method.train_step import train_step
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.distributed import Preemption
 from respodiff_jax.training.grids import ValidationGrids, newest_grids
+from respodiff_jax.training.memory import REMEDIES, training_bytes
 from respodiff_jax.training.monitoring import Profiler, RunLog
 from respodiff_jax.training.parallel import Placement
 from respodiff_jax.training.reading import (
@@ -124,6 +126,9 @@ def open_session(
         check_fits(start, model, resolution)
         _check_start(start, concepts, spec.module)
 
+    if not is_small(model.params):
+        needed = training_bytes(config, model, spec, placement, concepts, runs[0].size)
+        say(report_memory(needed, REMEDIES))
     say("loading the weights")
     params = model.loaded().params
     parts = ("unet", "vae") if sample else ("unet",)

@@ -96,6 +96,33 @@ def test_flash_equals_plain(tokens, keys, head_dim, interpreted):
         assert_close(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(96, 96), (64, 7)])
+@pytest.mark.parametrize("chunk_scores", [1, 2500, 10**6])
+def test_chunked_equals_plain(tokens, keys, chunk_scores, monkeypatch):
+    """Forward and backward, for chunks of one query, of some, and of all."""
+    monkeypatch.setattr(attention_lib, "_CHUNKED_FROM_SCORES", 0)
+    monkeypatch.setattr(attention_lib, "_CHUNK_SCORES", chunk_scores)
+    args = inputs(tokens, keys, heads=2, head_dim=8, batch=2)
+    found = jax.jit(partial(value_and_gradients, "chunked"))(*args)
+    expected = jax.jit(partial(value_and_gradients, "plain"))(*args)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, 1e-5)
+
+
+def test_chunked_takes_little_memory_and_leaves_short_sequences_alone():
+    def compiled(implementation, tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 32, 8), jnp.float32)
+        return jax.jit(partial(value_and_gradients, implementation)).lower(x, x, x, x)
+
+    assert compiled("chunked", 1024).as_text() == compiled("plain", 1024).as_text()
+    scores = 32 * 4096**2 * 4
+    plain, chunked = (
+        compiled(implementation, 4096).compile().memory_analysis().temp_size_in_bytes
+        for implementation in ("plain", "chunked")
+    )
+    assert plain >= scores > 6 * chunked
+
+
 def test_flash_is_as_exact_as_plain_in_bfloat16(interpreted):
     args = inputs(256, 256, heads=2, head_dim=40, dtype=jnp.bfloat16)
     exact = value_and_gradients("plain", *(x.astype(jnp.float32) for x in args))
@@ -128,11 +155,13 @@ def test_kernel_blocks_divide_their_axes(tokens, row_bytes):
         ("flash", 1024, 77, 80, False),
         ("cudnn", 4096, 4096, 40, True),
         ("cudnn", 4096, 77, 40, True),
-        ("cudnn", 4096, 4096, 512, False),  # the autoencoder
+        ("cudnn", 4096, 4096, 512, True),  # the autoencoder, in chunks
+        ("chunked", 4096, 4096, 40, True),
+        ("chunked", 1024, 1024, 80, False),
         ("plain", 4096, 4096, 40, False),
     ],
 )
-def test_only_large_attentions_are_fused(
+def test_only_large_attentions_are_fused_or_chunked(
     implementation, tokens, keys, head_dim, is_fused, monkeypatch
 ):
     fused = []
@@ -143,6 +172,7 @@ def test_only_large_attentions_are_fused(
 
     monkeypatch.setattr(attention_lib, "_flash", core)
     monkeypatch.setattr(attention_lib, "_cudnn", core)
+    monkeypatch.setattr(attention_lib, "_chunked", core)
     query = jax.ShapeDtypeStruct((2, tokens, 8, head_dim), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((2, keys, 8, head_dim), jnp.bfloat16)
     attend = partial(attention, scale=0.125, implementation=implementation)
@@ -241,14 +271,14 @@ def pretend(monkeypatch, backend, capability=""):
 @pytest.mark.parametrize(
     ("backend", "capability", "dtype", "chosen"),
     [
-        ("cpu", "", jnp.bfloat16, "plain"),
+        ("cpu", "", jnp.bfloat16, "chunked"),
         ("tpu", "", jnp.bfloat16, "flash"),
         ("tpu", "", jnp.float32, "flash"),
         ("gpu", "9.0", jnp.bfloat16, "cudnn"),
         ("gpu", "10.0", jnp.bfloat16, "cudnn"),
-        ("gpu", "9.0", jnp.float32, "plain"),
-        ("gpu", "7.5", jnp.bfloat16, "plain"),
-        ("gpu", "gfx90a", jnp.bfloat16, "plain"),
+        ("gpu", "9.0", jnp.float32, "chunked"),
+        ("gpu", "7.5", jnp.bfloat16, "chunked"),
+        ("gpu", "gfx90a", jnp.bfloat16, "chunked"),
     ],
 )
 def test_auto_chooses_the_fastest_attention(backend, capability, dtype, chosen, monkeypatch):
@@ -265,7 +295,7 @@ def test_auto_chooses_the_fastest_attention(backend, capability, dtype, chosen, 
             "`attention` is 'flash', which needs a TPU; this is cpu with bfloat16: use 'auto'",
         ),
         ("cudnn", "`attention` is 'cudnn', which needs bfloat16 and an NVIDIA GPU"),
-        ("fast", "`attention` is 'fast', expected one of auto, plain, flash, cudnn"),
+        ("fast", "`attention` is 'fast', expected one of auto, plain, chunked, flash"),
     ],
 )
 def test_unavailable_attention_is_refused(attention, message):

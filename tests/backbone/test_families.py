@@ -9,7 +9,8 @@ import pathlib
 import shutil
 
 import pytest
-from test_options import edit, largest_difference
+from diffusers import DDIMScheduler, DiffusionPipeline
+from test_options import difference_from, edit
 
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.errors import UserError
@@ -21,12 +22,40 @@ NO_KEY = object()  # removes an entry
 
 # family -> base folder, changes by file, and for a refused family the reason that is printed
 FAMILIES = {
-    "Stable Diffusion 1.x, and models fine-tuned from it": ("sd_folder", {}, None),
+    "Stable Diffusion 1.x, and models fine-tuned from it; the safety checker is not run": (
+        "sd_folder",
+        {
+            INDEX: {
+                "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+                "feature_extractor": ["transformers", "CLIPImageProcessor"],
+                "requires_safety_checker": True,
+            },
+            SCHEDULER: {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        },
+        None,
+    ),
     "Stable Diffusion 2.x, v-prediction": ("sd_v_folder", {}, None),
     "SDXL, and models fine-tuned from it": ("sdxl_folder", {}, None),
-    "SD-Turbo and SDXL-Turbo (`trailing`)": (
+    "SD-Turbo, SDXL-Turbo, SDXL-Lightning, Hyper-SD (`trailing`)": (
         "sdxl_folder",
-        {SCHEDULER: {"timestep_spacing": "trailing", "interpolation_type": "linear"}},
+        {
+            SCHEDULER: {
+                "_class_name": "EulerDiscreteScheduler",
+                "timestep_spacing": "trailing",
+                "interpolation_type": "linear",
+            }
+        },
+        None,
+    ),
+    "SDXL with v-prediction and zero terminal SNR (NoobAI)": (
+        "sdxl_folder",
+        {
+            SCHEDULER: {
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+            }
+        },
         None,
     ),
     "v-prediction with zero terminal SNR": (
@@ -40,10 +69,17 @@ FAMILIES = {
         None,
     ),
     "Inpainting": ("sd_folder", {UNET: {"in_channels": 9}}, "in_channels is 9"),
-    "InstructPix2Pix, depth, upscaling": (
+    "InstructPix2Pix": ("sd_folder", {UNET: {"in_channels": 8}}, "in_channels is 8"),
+    "Depth": ("sd_folder", {UNET: {"in_channels": 5}}, "in_channels is 5"),
+    "The ×4 upscaler": (
         "sd_folder",
-        {UNET: {"in_channels": 8}},
-        "in_channels is 8",
+        {UNET: {"in_channels": 7, "num_class_embeds": 1000}},
+        "num_class_embeds is 1000",
+    ),
+    "Stable unCLIP": (
+        "sd_v_folder",
+        {UNET: {"class_embed_type": "projection"}},
+        "class_embed_type is 'projection'",
     ),
     "SDXL refiner": (
         "sdxl_folder",
@@ -51,6 +87,11 @@ FAMILIES = {
         "the SDXL refiner is not supported",
     ),
     "LCM": ("sd_folder", {UNET: {"time_cond_proj_dim": 256}}, "time_cond_proj_dim is 256"),
+    "models with LCM's scheduler": (
+        "sdxl_folder",
+        {SCHEDULER: {"_class_name": "LCMScheduler", "original_inference_steps": 50}},
+        "_class_name is 'LCMScheduler'",
+    ),
     "CosXL, Playground 2.5 (EDM)": (
         "sdxl_folder",
         {SCHEDULER: {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}},
@@ -76,10 +117,20 @@ FAMILIES = {
         {UNET: {"encoder_hid_dim_type": "image_proj"}},
         "encoder_hid_dim_type",
     ),
-    "Segmind SSD-1B, small SD (no attention in the mid-block)": (
+    "Kolors": (
+        "sdxl_folder",
+        {INDEX: {"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}},
+        "text_encoder is 'ChatGLMModel'",
+    ),
+    "Models without a mid-block (BK-SDM, Segmind small and tiny SD)": (
         "sd_folder",
         {UNET: {"mid_block_type": None}},
         "mid_block_type is None",
+    ),
+    "Models whose layers differ within a block (SSD-1B)": (
+        "sdxl_folder",
+        {UNET: {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}},
+        "reverse_transformer_layers_per_block is",
     ),
     "text encoders with `use_attention_mask`": (
         "sd_folder",
@@ -115,9 +166,12 @@ def made(request, tmp_path, family):
 @pytest.mark.parametrize("family", [f for f, (*_, reason) in FAMILIES.items() if reason is None])
 def test_family_agrees_with_diffusers(request, tmp_path, family):
     folder = made(request, tmp_path, family)
-    assert json.loads((folder / SCHEDULER).read_text())["_class_name"] == "DDIMScheduler"
+    has_checker = json.loads((folder / INDEX).read_text()).get("safety_checker")
+    without = {"safety_checker": None, "feature_extractor": None} if has_checker else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, **without)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     # 1000 is a multiple of 4; for other numbers see the page on `trailing`.
-    assert largest_difference(folder, num_steps=4) < 1e-4
+    assert difference_from(pipe, load_backbone(folder), num_steps=4) < 1e-4
 
 
 @pytest.mark.parametrize("family", [f for f, (*_, reason) in FAMILIES.items() if reason])

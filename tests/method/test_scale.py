@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from respodiff_jax.backbone import Conditioning, random_backbone
+from respodiff_jax.backbone.memory import estimate_bytes
 from respodiff_jax.bench.train import evaluations_per_sample
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
@@ -130,6 +131,32 @@ def test_large_transposes_are_of_heads_and_large_casts_of_attention_and_norms():
         if jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
     }
     assert cast == {"attn", "norm"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_of_two_concepts_at_512_pixels_needs_less_than_14_gib(dtype, capsys):
+    """The step of configs/sd14_gender.py, as compiled for this machine's CPU; nothing is run."""
+    backbone = random_backbone("sd14", dtype=dtype, abstract=True)
+    backbone = dataclasses.replace(backbone, attention="chunked")
+
+    def prompts(*axes):
+        shape = jax.ShapeDtypeStruct((*axes, 77, 768), backbone.dtype)
+        return Conditioning(shape, None, None)
+
+    spec, (state, params, *rest) = abstract_step(backbone, 2, 1, prompts)
+    args = state, {"unet": params["unet"]}, *rest
+    step = partial(train_step, spec)
+    estimate = estimate_bytes(step, *args) / 2**30
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile().memory_analysis()
+    weights, temporary = (
+        size / 2**30 for size in (compiled.argument_size_in_bytes, compiled.temp_size_in_bytes)
+    )
+    with capsys.disabled():
+        print(f"\n{dtype}: arguments {weights:.1f} GiB, temporary {temporary:.1f} GiB", end="")
+        print(f", estimated as {estimate:.1f} GiB")
+    assert weights + temporary < 12  # text encoders, VAE and the program itself come on top
+    assert 0.5 < estimate / temporary < 2
 
 
 @contextlib.contextmanager
