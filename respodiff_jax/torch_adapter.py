@@ -9,9 +9,9 @@ You can copy this file. It needs torch and safetensors, and huggingface_hub for 
 JAX nor the rest of this package.
 
 Convention: at every sampling step, `sum_i scale_i (RAM_i(h) + SAM_i(h))` is added to the mid-block
-output `h` of the *conditional* half of the guidance batch only (RespoDiff, section 4.4). In
-diffusers that is the second half of the batch, or the whole batch without guidance. Deltas are
-computed and added in float32, whatever the pipeline's dtype.
+output `h` of the *conditional* samples only (RespoDiff, section 4.4). Each call of the UNet shows
+which samples these are, see `_UNetHook`. Deltas are computed and added in float32, whatever the
+pipeline's dtype.
 
 Reading: an adapter of format version 2 reads the text states that the UNet gets. A fairness concept
 steers no prompt that names a value of its group, or a thing and nobody. `steer_always`
@@ -24,7 +24,9 @@ import json
 import math
 import os
 import pathlib
+import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -41,23 +43,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _ROLES = ("ram", "sam")
 # Of the heads that read prompts: is somebody named, a thing, a value of the group?
 _SHARPNESS = (4.0, 1.0, 4.0)
-# Options of the pipelines that call the UNet with batches other than [uncond, cond].
-_REFUSED_OPTIONS = (
-    "editing_prompt",
-    "image_guidance_scale",
-    "pag_scale",
-    "sag_scale",
-    "view_batch_size",
-)
-# What a field of the config must be, in words and in code.
-_TEXT, _SIZE = "a text that is not empty", "a whole number of 1 or more"
-_LIST, _MAPPING = "a list", "a mapping"
-_IS = {
-    _TEXT: lambda value: isinstance(value, str) and bool(value.strip()),
-    _SIZE: lambda value: type(value) is int and value >= 1,
-    _LIST: lambda value: isinstance(value, list),
-    _MAPPING: lambda value: isinstance(value, dict),
-}
+# Options of the pipelines that call the UNet with other batches than `_UNetHook` knows.
+_REFUSED_OPTIONS = ("editing_prompt", "image_guidance_scale", "sag_scale", "view_batch_size")
 
 
 class RespoDiffAdapter:
@@ -89,7 +76,8 @@ class RespoDiffAdapter:
         self._per_image = False
         self._chosen = False
         self._enabled = True
-        self._hook: _MidBlockHook | None = None
+        self._hook: _UNetHook | None = None
+        self._pipe: Any = None
 
     @classmethod
     def from_pretrained(
@@ -124,44 +112,36 @@ class RespoDiffAdapter:
         return cls(config, tensors)
 
     def attach(self, pipe: Any) -> "RespoDiffAdapter":
-        """Makes a pipeline use this adapter.
+        """Makes a pipeline, and all others that share its UNet, use this adapter.
 
         Args:
-          pipe: a Stable Diffusion or SDXL pipeline of diffusers whose batch is `[uncond, cond]`:
-            text to image, image to image, inpainting, ControlNet. Pipelines that share a UNet
-            (`from_pipe`) share its adapters; give the one that you call, because its guidance
-            decides which half of the batch is steered.
+          pipe: a Stable Diffusion or SDXL pipeline of diffusers: text to image, image to image,
+            inpainting, ControlNet, PAG, or a modular one. Another `pipe.unet = ...` takes the
+            adapter along.
 
         Returns:
           This adapter.
 
         Raises:
-          ValueError: if the pipeline has no such UNet or batch, if its mid-block or prediction type
-            is not that of the training, or if its UNet is steered for another pipeline.
+          ValueError: if the pipeline has no such UNet or batch, or if its mid-block or prediction
+            type is not that of the training.
         """
-        self._check_fits(pipe)
-        hook = _hook_of(pipe.unet)
-        if hook is not None and hook.pipe is not pipe and hook.adapters != [self]:
-            raise ValueError(
-                f"the UNet of this {type(pipe).__name__} is steered for another pipeline that"
-                f" shares it, a {type(hook.pipe).__name__}: detach that pipeline's adapters first,"
-                " with adapter.detach()"
-            )
+        self._check_fits(pipe, getattr(pipe, "unet", None))
         self.detach()
         # Dynamo does not notice hooks that are added or removed after it has compiled.
         _forget_compiled(pipe.unet)
-        self._hook = _hook_of(pipe.unet) or _MidBlockHook(pipe)
+        self._hook, self._pipe = _hook_of(pipe.unet) or _UNetHook(pipe.unet), pipe
         self._hook.adapters.append(self)
+        _watch(pipe).append(self)
         return self
 
     def detach(self) -> None:
         """Removes the adapter from its pipeline, whose output is then the original, to the bit."""
         if self._hook is not None:
-            hook, self._hook = self._hook, None
-            hook.adapters.remove(self)
-            if not hook.adapters:
-                hook.handle.remove()
-            _forget_compiled(hook.pipe.unet)
+            hook, pipe, self._hook, self._pipe = self._hook, self._pipe, None, None
+            _forget_compiled(pipe.unet)
+            _unwatch(pipe, self)
+            hook.remove(self)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -297,12 +277,17 @@ class RespoDiffAdapter:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self._reading is None or self.steer_always:
             return torch.ones(len(prompts), len(self.names), dtype=torch.bool)
-        if self._hook is None:
+        if self._pipe is None:
             raise ValueError("reading prompts needs the pipeline's text encoders: attach() first")
-        pipe = self._hook.pipe
-        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        options = {"device": self._pipe.device, "num_images_per_prompt": 1}
         with torch.no_grad():
-            states, *_ = pipe.encode_prompt(prompts, device=pipe.device, **options)
+            if _is_modular(self._pipe):
+                encode = self._pipe.blocks.sub_blocks["text_encoder"].encode_prompt
+                options["prepare_unconditional_embeds"] = False
+                states, *_ = encode(self._pipe, prompts, **options)
+            else:
+                options["do_classifier_free_guidance"] = False
+                states, *_ = self._pipe.encode_prompt(prompts, **options)
         return self._is_open(states).cpu()
 
     def _is_open(self, states: torch.Tensor) -> torch.Tensor:
@@ -318,6 +303,9 @@ class RespoDiffAdapter:
     def __repr__(self) -> str:
         kind, model = self.config["module"]["kind"], self.config["backbone"]["name"]
         return f"RespoDiffAdapter({', '.join(self.names)}; {kind}, trained on {model})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hook": None, "_pipe": None}  # a copy is not attached
 
     @property
     def active(self) -> bool:
@@ -400,26 +388,15 @@ class RespoDiffAdapter:
             f"{group}: {', '.join(names)}" for group, names in self.groups.items()
         )
 
-    def _check_fits(self, pipe: Any) -> None:
-        unet, trained = getattr(pipe, "unet", None), self.config["backbone"]
-        options = inspect.signature(type(pipe).__call__).parameters
-        for option in _REFUSED_OPTIONS:
-            if option in options:
-                raise ValueError(
-                    f"{type(pipe).__name__} cannot take the adapter: its option {option} makes it"
-                    " call the UNet with batches other than [uncond, cond]"
-                )
-        unet_type = type(getattr(unet, "_orig_mod", unet))  # torch.compile wraps the module
-        if (
-            all(base.__name__ != "UNet2DConditionModel" for base in unet_type.__mro__)
-            or unet.mid_block is None
-            or not hasattr(type(pipe), "guidance_scale")
-            or not hasattr(pipe, "vae_scale_factor")
-        ):
+    def _check_fits(self, pipe: Any, unet: Any) -> None:
+        _check_calls(pipe)
+        trained = self.config["backbone"]
+        bases = [base.__name__ for base in type(_inner(unet)).__mro__]
+        if "UNet2DConditionModel" not in bases or unet.mid_block is None:
             raise ValueError(
-                f"{type(pipe).__name__} cannot take the adapter: its unet is a"
-                f" {unet_type.__name__}; expected a Stable Diffusion or SDXL pipeline of diffusers"
-                " with a guidance_scale, whose unet is a UNet2DConditionModel with a mid_block"
+                f"{type(pipe).__name__} cannot take the adapter: its unet is a {bases[0]}; expected"
+                " a Stable Diffusion or SDXL pipeline, whose unet is a UNet2DConditionModel with a"
+                " mid_block"
             )
         shape, widths = self.config["module"]["mid_block_shape"], unet.config.block_out_channels
         ours = (shape["channels"], Fraction(trained["resolution"], shape["height"]))
@@ -446,53 +423,240 @@ class RespoDiffAdapter:
             )
 
 
-class _MidBlockHook:
-    """The forward hook of a UNet's mid-block, which all adapters attached to the UNet share.
-
-    The hook reads only plain attributes, so Dynamo can trace it.
-    """
+class _Hook:
+    """A hook whose copies do nothing: the copy of a UNet is not steered, and holds no adapter."""
 
     is_respodiff_hook = True  # other copies of this file recognise the hook by this attribute
 
-    def __init__(self, pipe: Any):
+    def __reduce__(self):
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, needs no import
+
+
+class _UNetHook(_Hook):
+    """What all adapters attached to a UNet share. It finds out which samples a call steers.
+
+    A call's batch consists of *chunks*, copies of the latents with different text states. The
+    pipeline that calls, found on the stack, says which chunks are conditional: `[uncond, cond]`
+    under guidance, with PAG a perturbed copy of `cond`, and a modular pipeline makes a call for each
+    chunk. Copies are compared when pipeline, guidance or batch size change. In a loop of one's own
+    there is only the call: two equal halves of latents with different text states are
+    `[uncond, cond]`, anything else is conditional.
+
+    PyTorch runs the hooks of a compiled UNet outside of the compiled code.
+    """
+
+    def __init__(self, unet: torch.nn.Module):
         self.adapters: list[RespoDiffAdapter] = []
-        self.pipe = pipe
-        # A distilled UNet takes the guidance scale as input; its batch has no unconditional half.
-        self._distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
-        self.handle = pipe.unet.mid_block.register_forward_hook(self, with_kwargs=True)
+        self.unet = _inner(unet)
+        # Whether each chunk of the call that runs is steered; None before and after.
+        self.steered: tuple[bool, ...] | None = None
+        self._checked: Any = None
+        self._last: Any = None
+        middle = _inner(unet.mid_block)
+        self._handles = [
+            self.unet.register_forward_pre_hook(self, with_kwargs=True),
+            self.unet.register_forward_hook(self, with_kwargs=True),
+            middle.register_forward_hook(_MidBlockHook(self), with_kwargs=True),
+        ]
+
+    def remove(self, adapter: RespoDiffAdapter) -> None:
+        self.adapters.remove(adapter)
+        if not self.adapters:
+            for handle in self._handles:
+                handle.remove()
+
+    @torch.compiler.disable
+    def __call__(self, unet, args, kwargs, *output) -> None:
+        if not any(adapter.active for adapter in self.adapters):
+            self.steered = None
+        elif output and self.steered is not None:
+            raise ValueError(
+                "the UNet ran without its steered mid-block, which was compiled or replaced after"
+                " attach(): detach() the adapter, call torch.compiler.reset(), then attach() again"
+            )
+        elif not output:
+            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+                raise ValueError(
+                    "an exported UNet cannot be steered: the choice of concepts and of samples"
+                    " would be baked in; detach() the adapter first"
+                )
+            call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+            call |= kwargs
+            self.steered = self._find(call["sample"], call["encoder_hidden_states"])
+
+    def _find(self, sample: torch.Tensor, states: torch.Tensor) -> tuple[bool, ...]:
+        pipe = _calling_pipeline(self.unet)
+        steered = None if pipe is None else _conditional_chunks(pipe)
+        if self._checked != (checked := (pipe, len(sample), steered)):
+            if pipe is not None:
+                _check_calls(pipe)
+            if steered is not None and not _are_copies(sample, len(steered)):
+                raise ValueError(
+                    f"{type(pipe).__name__} calls the UNet with {len(sample)} samples, which are"
+                    f" not {len(steered)} copies of the same latents: the adapter cannot tell which"
+                    " are conditional; detach() it, or use another pipeline"
+                )
+            self._checked = checked
+        if steered is None:
+            return self._find_without_pipeline(sample, states)
+        self._last = None
+        return steered
+
+    def _find_without_pipeline(
+        self, sample: torch.Tensor, states: torch.Tensor
+    ) -> tuple[bool, ...]:
+        doubled = _are_copies(sample, 2)
+        steered = (False, True) if doubled else (True,)
+        last, self._last = self._last, (sample, states, steered)
+        unclear = None
+        if (doubled and _are_copies(states, 2)) or _are_copies(sample, 3):
+            unclear = "its latents repeat, and its text states are not [uncond, cond]"
+        elif last is not None and last[0].shape == sample.shape:
+            if last[2] != steered:
+                unclear = "only some calls have latents that repeat"
+            elif not doubled and torch.equal(last[0], sample) and not torch.equal(last[1], states):
+                unclear = "it repeats the latents of the last call with other text states"
+        if unclear:
+            self._last = None
+            raise ValueError(
+                "a call of the UNet outside of a diffusers pipeline does not show which samples are"
+                f" conditional: {unclear}. Give it cat([uncond, cond]), or make the unconditional"
+                " call inside `with adapter.disabled():`"
+            )
+        return steered
+
+
+class _MidBlockHook(_Hook):
+    """Adds the deltas of all adapters. Dynamo can trace it."""
+
+    def __init__(self, unet_hook: _UNetHook):
+        self.unet_hook = unet_hook
 
     def __call__(self, module, args, kwargs, h: torch.Tensor) -> torch.Tensor | None:
-        adapters = [adapter for adapter in self.adapters if adapter.active]
+        adapters = [adapter for adapter in self.unet_hook.adapters if adapter.active]
         if not adapters:
             return None
-        # Read at each call, because a callback may end guidance half-way.
-        guidance_scale = getattr(self.pipe, "guidance_scale", None)
-        if guidance_scale is None:
+        steered, self.unet_hook.steered = self.unet_hook.steered, None
+        if steered is None:
             raise ValueError(
-                f"the adapter is attached to a {type(self.pipe).__name__} that was never called,"
-                " but another pipeline calls its UNet: attach to the pipeline that you call"
+                "the UNet's forward() is called directly, which runs no hooks: call it"
             )
-        guided = guidance_scale > 1 and not self._distilled
-        h_uncond, h_cond = h.chunk(2) if guided else (h[:0], h)
         states = kwargs.get("encoder_hidden_states")
-        if states is not None and guided:
-            states = states.chunk(2)[1]
-        steered = h_cond.float() + sum(adapter.delta(h_cond, states) for adapter in adapters)
-        return torch.cat([h_uncond, steered.to(h.dtype)])
+        states = states[0] if isinstance(states, tuple) else states  # with an IP-Adapter
+        size = len(h) // len(steered)
+        chunks = []
+        for i, is_steered in enumerate(steered):
+            chunk, text = (x if x is None else x[i * size :][:size] for x in (h, states))
+            if is_steered:
+                delta = sum(adapter.delta(chunk, text) for adapter in adapters)
+                chunk = (chunk.float() + delta).to(h.dtype)
+            chunks.append(chunk)
+        return torch.cat(chunks)
 
 
-def _hook_of(unet: torch.nn.Module) -> "_MidBlockHook | None":
-    """The hook of the adapters attached to this UNet, if there is one."""
-    hooks = unet.mid_block._forward_hooks.values()
-    return next((hook for hook in hooks if hasattr(hook, "is_respodiff_hook")), None)
+def _hook_of(unet: torch.nn.Module) -> _UNetHook | None:
+    """What the adapters attached to this UNet share, if there are any."""
+    hooks = _inner(unet.mid_block)._forward_hooks.values()
+    hook = next((hook for hook in hooks if hasattr(hook, "is_respodiff_hook")), None)
+    if hook is not None and not hasattr(hook, "unet_hook"):
+        raise ValueError("an adapter of an older torch_adapter.py is attached: detach() it first")
+    return None if hook is None else hook.unet_hook
+
+
+def _inner(module: Any) -> Any:
+    """The module itself, where `torch.compile` wraps it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_modular(pipe: Any) -> bool:
+    return any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__)
+
+
+def _calling_pipeline(unet: torch.nn.Module) -> Any:
+    """The pipeline of this UNet that runs, None in a loop of one's own."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        bases = {base.__name__ for base in type(caller).__mro__}
+        if bases & {"DiffusionPipeline", "ModularPipeline"} and _inner(caller.unet) is unet:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _conditional_chunks(pipe: Any) -> tuple[bool, ...] | None:
+    """Whether each chunk of the pipeline's next batch is conditional; None if it does not say."""
+    if _is_modular(pipe):
+        return (pipe.guider.is_conditional,)
+    guidance_scale = getattr(pipe, "guidance_scale", None)  # a callback may change it half-way
+    if guidance_scale is None:
+        return None
+    # A distilled UNet takes the guidance scale as input; its batch has no unconditional half.
+    distilled = getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
+    uncond = (False,) if guidance_scale > 1 and not distilled else ()
+    return (*uncond, True) + (True,) * getattr(pipe, "do_perturbed_attention_guidance", False)
+
+
+def _are_copies(x: torch.Tensor, count: int) -> bool:
+    """Whether a batch consists of equal chunks, bit for bit."""
+    if len(x) % count:
+        return False
+    first, *others = x.chunk(count)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _check_calls(pipe: Any) -> None:
+    """Refuses pipelines whose calls of the UNet the adapter cannot tell apart."""
+    options = inspect.signature(type(pipe).__call__).parameters
+    reason = next((f"its option {o} means" for o in _REFUSED_OPTIONS if o in options), None)
+    if reason is None and not _is_modular(pipe) and not hasattr(type(pipe), "guidance_scale"):
+        reason = "without the attribute guidance_scale it may make"
+    if reason is not None:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot take the adapter: {reason} batches of the UNet other"
+            " than [uncond, cond]; detach() the adapter, or use a Stable Diffusion or SDXL pipeline"
+        )
+
+
+def _watch(pipe: Any) -> "list[RespoDiffAdapter]":
+    """The adapters attached to a pipeline, which from now on follow `pipe.unet = ...`."""
+    kind = type(pipe)
+    if getattr(kind, "respodiff_pipe", None) is not pipe:
+        plain = getattr(kind, "respodiff_plain", kind)
+
+        def set_attribute(self, name: str, value: Any) -> None:
+            moved = (
+                self.respodiff_adapters if self is self.respodiff_pipe and name == "unet" else ()
+            )
+            moved = [a for a in moved if value is not None and a._hook.unet is not _inner(value)]
+            for adapter in moved:
+                adapter._check_fits(self, value)
+            plain.__setattr__(self, name, value)
+            for adapter in moved:
+                adapter.attach(self)
+
+        members = {"__module__": plain.__module__, "__setattr__": set_attribute}
+        members |= {"respodiff_pipe": pipe, "respodiff_plain": plain, "respodiff_adapters": []}
+        pipe.__class__ = type(plain.__name__, (plain,), members)
+    return pipe.respodiff_adapters
+
+
+def _unwatch(pipe: Any, adapter: RespoDiffAdapter) -> None:
+    pipe.respodiff_adapters.remove(adapter)
+    if not pipe.respodiff_adapters:
+        pipe.__class__ = pipe.respodiff_plain
 
 
 def _forget_compiled(unet: torch.nn.Module | None) -> None:
     """Drops the compiled code if this UNet has any; the next call compiles it again."""
     if (
         unet is None  # the user took it out of the pipeline, and may have compiled it
-        or hasattr(unet, "_orig_mod")
-        or any(module._compiled_call_impl is not None for module in unet.modules())
+        or any(
+            hasattr(module, "_orig_mod")
+            or module._compiled_call_impl is not None
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+            for module in unet.modules()
+        )
     ):
         torch.compiler.reset()
 
@@ -628,50 +792,157 @@ def _download(name: str, revision: str | None, cache_dir: Any) -> pathlib.Path:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8-sig")
+        config = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f'{path.name} does not say "format": "{FORMAT}"')
-    version = _field(config, "format_version", _SIZE)
-    if version > FORMAT_VERSION:
+    version = config.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
             f"{path.name}: format_version is {version}, torch_adapter.py reads up to"
             f" {FORMAT_VERSION}; get a newer respodiff_jax"
         )
-    half = _field(_field(config, "guidance", _MAPPING), "steered_half", _TEXT, "guidance.")
-    if half != "conditional":
-        raise ValueError(f"{path.name}: steered_half is {half!r}, expected 'conditional'")
-    for i, concept in enumerate(_field(config, "concepts", _LIST)):
-        label = f"concepts[{i}]"
-        if not isinstance(concept, dict):
-            raise ValueError(f"{path.name}: {label} is {concept!r:.100}, expected {_MAPPING}")
-        for key in ("name", "group"):
-            _field(concept, key, _TEXT, f"{label}.")
-        if concept.get("unsafe_prompt") is not None:
-            _field(concept, "unsafe_prompt", _TEXT, f"{label}.")
-        _finite(f"{path.name}: {label}.default_scale", concept.get("default_scale", 1.0))
-    names = [concept["name"] for concept in config["concepts"]]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{path.name}: concepts are {names}, expected one or more, all different")
-    backbone = _field(config, "backbone", _MAPPING)
-    for key, expected in (("name", _TEXT), ("resolution", _SIZE), ("prediction_type", _TEXT)):
-        _field(backbone, key, expected, "backbone.")
-    _field(config, "module", _MAPPING)
-    if config.get("reading") is not None:
-        _field(_field(config, "reading", _MAPPING), "text_features", _SIZE, "reading.")
+    try:
+        _check(config, _CONFIG, "")
+        for i, concept in enumerate(config["concepts"]):
+            if not _fits_together(concept):
+                raise ValueError(
+                    f"concepts[{i}] has no target_prompt and no unsafe_prompt, or their number is"
+                    " not that of its neutral_prompts"
+                )
+        names = [concept["name"] for concept in config["concepts"]]
+        # JAX seeds a concept's random stream with this checksum.
+        if not names or len({zlib.crc32(name.encode()) for name in names}) < len(names):
+            raise ValueError(f"concepts are {names}, expected one or more, all different")
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # NaN, broken Unicode
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     return config
 
 
-def _field(section: Mapping[str, Any], key: str, expected: str, where: str = "") -> Any:
-    """The value of the config's field `{where}{key}`, if it is as expected."""
-    if key not in section:
-        raise ValueError(f"{CONFIG_FILE}: {where}{key} is missing, expected {expected}")
-    if not _IS[expected](section[key]):
-        raise ValueError(
-            f"{CONFIG_FILE}: {where}{key} is {section[key]!r:.100}, expected {expected}"
-        )
-    return section[key]
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"an object repeats a key: {[key for key, _ in pairs]}")
+    return found
+
+
+def _check(value: Any, expected: Any, where: str) -> None:
+    """Raises a ValueError if a value of the config is not as `_CONFIG` says."""
+    if isinstance(expected, tuple):
+        description, is_right = expected
+        if not is_right(value):
+            raise ValueError(f"{where} is {value!r:.100}, expected {description}")
+    elif isinstance(expected, list):
+        _check(value, _LIST, where)
+        for i, item in enumerate(value):
+            _check(item, expected[0], f"{where}[{i}]")
+    else:
+        _check(value, _MAPPING, where)
+        keys = {key.rstrip("?~"): key for key in expected}
+        required = {name for name, key in keys.items() if "?" not in key}
+        for what, wrong in (("missing", required - value.keys()), ("unknown", value.keys() - keys)):
+            if wrong:
+                names = ", ".join(f"{where}.{name:.50}".lstrip(".") for name in sorted(wrong))
+                raise ValueError(f"{names} is {what}")
+        for name, item in value.items():
+            if item is not None or "~" not in keys[name]:
+                _check(item, expected[keys[name]], f"{where}.{name}".lstrip("."))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: Any, limit: float = torch.finfo(torch.float32).max) -> bool:
+    return type(value) in (int, float) and abs(value) <= limit
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value, sys.float_info.max) and value >= 0
+
+
+def _all(is_right: Any, value: Any) -> bool:
+    """Whether a value is right, or each of a list of them."""
+    return all(map(is_right, value if isinstance(value, list) else [value]))
+
+
+def _are_accuracies(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(heads, dict) and all(map(_is_number, heads.values())) for heads in value.values()
+    )
+
+
+def _fits_together(concept: dict[str, Any]) -> bool:
+    """Whether a concept has a target or something unsafe, for each of its neutral prompts."""
+    neutral, target = concept["neutral_prompts"], concept.get("target_prompt")
+    count = len(neutral) if isinstance(neutral, list) else 1
+    for value in (target, concept.get("guidance_scale")):
+        if isinstance(value, list) and len(value) != count:
+            return False
+    if concept.get("unsafe_prompt") is None:
+        return target is not None
+    return count == 1 or not isinstance(target, str)
+
+
+# What the config has to be: mappings with these keys and no others, lists of one kind, and what a
+# text says and a function decides. A key with "?" may be missing, one with "~" may be null.
+_TEXT = ("a text that is not empty", _is_text)
+_STRING = ("a text", lambda value: isinstance(value, str))
+_SIZE = ("a whole number of 1 or more", lambda value: type(value) is int and 1 <= value < 2**31)
+_NUMBER = ("a finite number", _is_number)
+_RATE = ("a number of 0 or more", _is_rate)
+_LIST = ("a list", lambda value: isinstance(value, list))
+_MAPPING = ("a mapping", lambda value: isinstance(value, dict))
+_TEXTS = ("a text, or a list of them", lambda value: _all(_is_text, value))
+_ANY = ("anything", lambda value: True)
+_CONFIG = {
+    "format": _STRING,
+    "format_version": _SIZE,
+    "module": {
+        "kind": ("constant, mlp or conv", lambda value: value in ("constant", "mlp", "conv")),
+        "mid_block_shape": {"channels": _SIZE, "height": _SIZE, "width": _SIZE},
+        "hidden_channels~": _SIZE,
+    },
+    "backbone": {
+        **{"name": _TEXT, "revision~": _STRING, "variant~": _STRING, "unet_sha256": _STRING},
+        **{"resolution": _SIZE, "prediction_type": _TEXT},
+    },
+    "guidance": (
+        "steered_half 'conditional'",
+        lambda value: isinstance(value, dict) and value.get("steered_half") == "conditional",
+    ),
+    "concepts": [
+        {
+            **{"name": _TEXT, "group": _TEXT, "slug?": _ANY, "default_scale?": _NUMBER},
+            **{"lambda_sem?": _RATE, "lr_ram?": _RATE, "lr_sam?": _RATE},
+            "neutral_prompts": ("one text or more", lambda v: v != [] and _all(_is_text, v)),
+            "target_prompt?~": _TEXTS,
+            "unsafe_prompt?~": _TEXT,
+            "guidance_scale?": (
+                "positive numbers",
+                lambda value: _all(lambda number: _is_rate(number) and number > 0, value),
+            ),
+            "words?": _TEXTS,
+        }
+    ],
+    "training~": _MAPPING,
+    "metrics?~": [
+        {
+            **{"metric": _STRING, "attribute~": _STRING, "images": _STRING, "value": _NUMBER},
+            "interval~": (
+                "two numbers",
+                lambda v: isinstance(v, list) and len(v) == 2 == sum(map(_is_number, v)),
+            ),
+            "n": ("a whole number", lambda value: type(value) is int),
+        }
+    ],
+    "reading?~": {
+        "text_features": _SIZE,
+        "accuracy": ("numbers by group and head", _are_accuracies),
+    },
+}
 
 
 def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -714,17 +985,11 @@ def _read_tensors(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, to
 
 def _shapes(module: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of one RAM or SAM."""
-    kind = _field(module, "kind", _TEXT, "module.")
-    shape = _field(module, "mid_block_shape", _MAPPING, "module.")
-    channels, height, width = (
-        _field(shape, axis, _SIZE, "module.mid_block_shape.")
-        for axis in ("channels", "height", "width")
-    )
+    kind, shape = module["kind"], module["mid_block_shape"]
+    channels = shape["channels"]
     if kind == "constant":
-        return {"constant": (channels, height, width)}
-    if kind not in ("mlp", "conv"):
-        raise ValueError(f"{CONFIG_FILE}: module.kind is {kind!r}, expected constant, mlp or conv")
-    hidden = _field(module, "hidden_channels", _SIZE, "module.")
+        return {"constant": (channels, shape["height"], shape["width"])}
+    hidden = module["hidden_channels"] or max(channels // 4, 1)
     kernel = (3, 3) if kind == "conv" else ()
     return {
         "hidden.weight": (hidden, channels, *kernel),

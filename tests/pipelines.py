@@ -24,8 +24,6 @@ from transformers import (
 )
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from respodiff_jax.backbone import byte_tokenizer
-
 MERGES = ("p e", "r s", "rs o", "pe rso", "perso n</w>", "a n</w>", "m an</w>", "w o", "wo man</w>")
 LIMIT = 16
 
@@ -189,6 +187,8 @@ def torch_latents(pipeline, prompts, noise, num_steps, guidance_scale):
 
 def clip(folder):
     """Saves a CLIP of 32 × 32 pixels and 16 dimensions in a folder, and returns the folder."""
+    from respodiff_jax.backbone import byte_tokenizer  # needs JAX, unlike the rest
+
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     tower |= {"num_attention_heads": 2, "projection_dim": 16}
