@@ -14,6 +14,7 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from respodiff_jax.torch_adapter import RespoDiffAdapter
 
@@ -175,7 +176,7 @@ def test_schedulers(models, scheduler):
     pipe = fresh(models["sd"])
     kind = getattr(diffusers, f"{scheduler}Scheduler")
     pipe.scheduler = kind.from_config(pipe.scheduler.config, clip_sample=False)
-    check(pipe, lambda: draw(pipe, steps=3), [GUIDED])
+    check(pipe, lambda: draw(pipe, steps=4 if scheduler == "PNDM" else 3), [GUIDED])
 
 
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
@@ -231,12 +232,8 @@ def test_guidance_that_a_callback_ends(models):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(models, dtype):
-    pipe = fresh(models["sd"])
-    pipe.unet.to(dtype)
-    embeds = torch.randn(2, 16, 32, generator=generator()).to(dtype)
-    options = {"prompts": None, "prompt_embeds": embeds, "negative_prompt_embeds": embeds * 0}
-    options |= {"latents": noise().to(dtype)}
-    check(pipe, lambda: draw(pipe, **options), [GUIDED])
+    pipe = quiet(copy.deepcopy(models["sd"]).to(dtype))
+    check(pipe, lambda: draw(pipe, latents=noise().to(dtype)), [GUIDED])
 
 
 def test_accelerate_offload(models):
@@ -254,7 +251,7 @@ def test_accelerate_offload(models):
         lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
         lambda pipe: pipe.fuse_qkv_projections(),
         lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
-        lambda pipe: pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor()),
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
     ],
 )
 def test_changed_unets(models, prepare):
@@ -394,7 +391,7 @@ def test_pipelines_that_do_not_say_which_half_are_refused(models):
         if "Edit" in name:
             parts["inverse_scheduler"] = diffusers.DDIMInverseScheduler()
         other = kind(**parts, requires_safety_checker=False)
-        with pytest.raises(ValueError, match=f"{name} cannot take the adapter: without .* guidance_sc"):
+        with pytest.raises(ValueError, match=f"{name} cannot .*: without .* guidance_sc"):
             make_adapter().attach(other)
 
 
@@ -518,7 +515,8 @@ def test_copies_of_the_unet_are_not_steered(models):
     assert size_attached < size + 1000
     whole = copy.deepcopy(pipe)
     for unet in (copy.deepcopy(pipe.unet), loaded, whole.unet):
-        other = quiet(diffusers.StableDiffusionPipeline(**pipe.components | {"unet": unet}, requires_safety_checker=False))
+        parts = pipe.components | {"unet": unet, "requires_safety_checker": False}
+        other = quiet(diffusers.StableDiffusionPipeline(**parts))
         assert torch.equal(draw(other), plain)
     assert torch.equal(draw(whole), plain)
     again = copy.deepcopy(adapter).attach(whole)  # the copy of an adapter is not attached

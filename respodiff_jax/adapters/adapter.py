@@ -216,6 +216,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
     config = read_json(directory / CONFIG_FILE, "adapter config")
     try:
         check_config(config)
+        _check_json("config", config)
         shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
         if kind not in KINDS:
             raise UserError(f"module kind is {kind!r}, expected one of {', '.join(KINDS)}")

@@ -21,6 +21,7 @@
 Both files may come from strangers: nothing here unpickles, and a wrong file is a `UserError`.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,6 +67,7 @@ CFG_RULE = {
 }
 
 
+@functools.cache
 def param_shapes(module: MidBlockModule) -> dict[str, tuple[int, ...]]:
     """Shapes of one concept's Flax parameters, by dotted name."""
     params = jax.eval_shape(module.init_params, jax.random.key(0))
@@ -88,7 +90,7 @@ def check_config(config: Any) -> None:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f'{CONFIG_FILE} does not say "format": "{FORMAT}"')
     version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise UserError(f"{CONFIG_FILE}: format_version is {version!r}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise UserError(
@@ -102,6 +104,11 @@ def check_config(config: Any) -> None:
     _check_type(f"{CONFIG_FILE}: concepts", config["concepts"], list)
     for concept in config["concepts"]:
         _check_type(f"{CONFIG_FILE}: a concept", concept, dict)
+        if not is_finite(scale := concept.get("default_scale", 1.0)):
+            raise UserError(
+                f"{CONFIG_FILE}: concept {concept.get('name')!r}: default_scale is {scale!r},"
+                " expected a finite number of float32"
+            )
     module = config["module"]
     check_keys(f"{CONFIG_FILE}: module", module, _MODULE_KEYS)
     _check_type(f"{CONFIG_FILE}: mid_block_shape", module["mid_block_shape"], dict)
@@ -111,13 +118,13 @@ def check_config(config: Any) -> None:
         ("channels", "height", "width"),
     )
     for axis, size in module["mid_block_shape"].items():
-        _check_size(f"mid_block_shape {axis}", size)
+        _check_size(f"{CONFIG_FILE}: mid_block_shape {axis}", size)
     if module["hidden_channels"] is not None:
-        _check_size("hidden_channels", module["hidden_channels"])
+        _check_size(f"{CONFIG_FILE}: hidden_channels", module["hidden_channels"])
     if (reading := config.get("reading")) is not None:
         _check_type(f"{CONFIG_FILE}: reading", reading, dict)
         check_keys(f"{CONFIG_FILE}: reading", reading, ("text_features", "accuracy"))
-        _check_size("reading text_features", reading["text_features"])
+        _check_size(f"{CONFIG_FILE}: reading text_features", reading["text_features"])
     half = config["guidance"].get("steered_half")
     if half != CFG_RULE["steered_half"]:
         raise UserError(
@@ -136,6 +143,10 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
     for key, kind in _BACKBONE_TYPES.items():
         if not (backbone[key] is None and key in _MAY_BE_NULL):
             _check_type(f"adapter backbone {key}", backbone[key], kind)
+    for key in ("name", "prediction_type"):
+        if not backbone[key].strip():
+            raise UserError(f"adapter backbone {key} is empty, expected a text")
+    _check_size("adapter backbone resolution", backbone["resolution"])
 
 
 def check_metrics(metrics: Any) -> None:
@@ -235,7 +246,8 @@ def read_weights(
 
 def is_finite(value: Any) -> bool:
     """Whether the value is a number in float32's range."""
-    return isinstance(value, int | float) and abs(value) <= float(np.finfo(np.float32).max)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def check_keys(what: str, actual: Iterable[str], expected: Iterable[str]) -> None:
@@ -257,4 +269,4 @@ def _check_type(what: str, value: Any, kind: type) -> None:
 
 def _check_size(what: str, size: Any) -> None:
     if type(size) is not int or not 1 <= size <= _MAX_SIZE:
-        raise UserError(f"{CONFIG_FILE}: {what} is {size!r}, expected 1 .. {_MAX_SIZE}")
+        raise UserError(f"{what} is {size!r}, expected 1 .. {_MAX_SIZE}")

@@ -94,7 +94,7 @@ class Concept:
                 object.__setattr__(self, field, tuple(value))
                 whole = len(value) == len(self.neutral_prompts) and all(map(is_right, value))
                 check(whole, field, f"{each}, or one for each of the neutral_prompts")
-            elif value is not None:
+            elif value is not None or field == "guidance_scale":
                 check(is_right(value), field, each)
         if self.is_safety and isinstance(self.target_prompt, str) and len(prompts) == 1:
             object.__setattr__(self, "target_prompt", (self.target_prompt,))
