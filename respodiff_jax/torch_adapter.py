@@ -437,7 +437,7 @@ class _UNetHook(_Hook):
 
     A call's batch consists of *chunks*, copies of the latents with different text states. The
     pipeline that calls, found on the stack, says which chunks are conditional: `[uncond, cond]`
-    under guidance, with PAG a perturbed copy of `cond`, and a modular pipeline makes a call for each
+    under guidance, with PAG a perturbed copy of `cond`; a modular pipeline makes a call for each
     chunk. Copies are compared when pipeline, guidance or batch size change. In a loop of one's own
     there is only the call: two equal halves of latents with different text states are
     `[uncond, cond]`, anything else is conditional.

@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,7 +23,6 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 MERGES = ("p e", "r s", "rs o", "pe rso", "perso n</w>", "a n</w>", "m an</w>", "w o", "wo man</w>")
 LIMIT = 16
@@ -31,7 +31,7 @@ LIMIT = 16
 def tokenizer(folder: pathlib.Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """A CLIP tokenizer with tokens for "person", "man" and "woman", and for single letters."""
     folder.mkdir(parents=True)
-    letters = list(bytes_to_unicode().values())
+    letters = sorted(ByteLevel.alphabet())
     merged = [merge.replace(" ", "") for merge in MERGES]
     vocabulary = [
         *letters,

@@ -6,7 +6,6 @@ expected calls "+" is a steered sample and "-" another one: "--++" is a guided c
 
 import contextlib
 import copy
-import functools
 import inspect
 import io
 
@@ -14,9 +13,8 @@ import diffusers
 import pipelines
 import pytest
 import torch
+import torch_adapters
 from diffusers.models.attention_processor import AttnProcessor
-
-from respodiff_jax.torch_adapter import RespoDiffAdapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -26,27 +24,9 @@ PROMPTS = ["a person", "a man"]
 GUIDED, UNGUIDED, UNCOND = "--++", "++", "--"
 
 
-def make_adapter(channels=64, kind="mlp"):
+def make_adapter(height=4):
     """An adapter of one concept for the tiny pipelines, chosen for every image."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "hidden.weight": (16, channels),
-        "hidden.bias": (16,),
-        "out.weight": (channels, 16),
-        "out.bias": (channels,),
-    }
-    tensors = {
-        f"concepts.0.{role}.{key}": torch.randn(shape, generator=generator)
-        for role in ("ram", "sam")
-        for key, shape in shapes.items()
-    }
-    shape = {"channels": channels, "height": 4, "width": 4}
-    config = {
-        "module": {"kind": kind, "mid_block_shape": shape, "hidden_channels": 16},
-        "backbone": {"name": "tiny", "resolution": 16, "prediction_type": "epsilon"},
-        "concepts": [{"name": "a woman", "group": "gender"}],
-    }
-    adapter = RespoDiffAdapter(config, tensors)
+    adapter = torch_adapters.make_adapter(shape=(64, height, height))
     adapter.set_concepts({"a woman": 1.0})
     return adapter
 
@@ -151,12 +131,14 @@ OPTIONS = {
         {"latents": noise(1).repeat(2, 1, 1, 1), "guidance_scale": 1.0},
         [UNGUIDED],
     ),
-    "clip skip": ({"clip_skip": 1}, [GUIDED]),
     "guidance rescale": ({"guidance_rescale": 0.7}, [GUIDED]),
 }
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("model", ["sd", pytest.param("sdxl", marks=SLOW)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_of_text_to_image(models, model, name):
     options, expected = OPTIONS[name]
@@ -171,6 +153,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers(models, scheduler):
     pipe = fresh(models["sd"])
@@ -179,6 +162,7 @@ def test_schedulers(models, scheduler):
     check(pipe, lambda: draw(pipe, steps=4 if scheduler == "PNDM" else 3), [GUIDED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 @pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
 @pytest.mark.parametrize("model", ["StableDiffusion", "StableDiffusionXL"])
@@ -200,6 +184,7 @@ def controlnet(unet):
     return net.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_controlnet(models, guess_mode):
     base = fresh(models["sd"])
@@ -230,12 +215,14 @@ def test_guidance_that_a_callback_ends(models):
     check(pipe, lambda: draw(pipe, **options), [GUIDED, UNGUIDED, UNGUIDED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(models, dtype):
     pipe = quiet(copy.deepcopy(models["sd"]).to(dtype))
     check(pipe, lambda: draw(pipe, latents=noise().to(dtype)), [GUIDED])
 
 
+@pytest.mark.slow
 def test_accelerate_offload(models):
     import accelerate
 
@@ -244,6 +231,7 @@ def test_accelerate_offload(models):
     check(pipe, lambda: draw(pipe), [GUIDED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prepare",
     [
@@ -332,7 +320,7 @@ class TestAfterAnEarlierCall:
         other = diffusers.StableDiffusionSAGPipeline(
             **pipe.components, requires_safety_checker=False
         )
-        with pytest.raises(ValueError, match="SAGPipeline cannot take the adapter.*sag_scale"):
+        with pytest.raises(ValueError, match=r"SAGPipeline cannot take the adapter.*sag_scale"):
             draw(quiet(other), sag_scale=0.5)
 
     def test_own_loop_of_joint_calls(self, pipe):
@@ -367,7 +355,7 @@ class TestAfterAnEarlierCall:
         assert calls == ["+"] * 2
 
     def test_unclear_calls_are_refused(self, pipe):
-        uncond, cond = states(pipe)
+        _, cond = states(pipe)
         same = noise(1).repeat(2, 1, 1, 1)
         for x, text in [(same, cond[:1].repeat(2, 1, 1)), (same[[0, 0, 0]], cond[[0, 1, 1]])]:
             with pytest.raises(ValueError, match="its latents repeat"):
@@ -437,7 +425,17 @@ def small(pipe):
 
 
 def test_unet_compiled_and_run_before_attaching(models):
-    check_compiled(models, compile_forward, attach_first=False)
+    pipe = small(fresh(models["sd"]))
+    adapter = make_adapter(8).attach(pipe)
+    eager = draw(pipe, steps=1)
+    adapter.detach()
+    compile_forward(pipe, backend="eager")
+    plain = draw(pipe, steps=1)
+    adapter.attach(pipe)
+    assert torch.allclose(draw(pipe, steps=1), eager, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(plain, eager, rtol=1e-3)
+    adapter.detach()
+    torch.compiler.reset()
 
 
 def test_mid_block_compiled_between_two_adapters(models):
@@ -445,7 +443,7 @@ def test_mid_block_compiled_between_two_adapters(models):
     found = []
     for compiled in (False, True):
         pipe = small(fresh(models["sd"]))
-        first, second = adapter_of_small(), adapter_of_small()
+        first, second = make_adapter(8), make_adapter(8)
         first.attach(pipe)
         draw(pipe)
         if compiled:
@@ -458,16 +456,10 @@ def test_mid_block_compiled_between_two_adapters(models):
     assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
 
 
-def adapter_of_small():
-    adapter = make_adapter()
-    adapter.config["module"]["mid_block_shape"] |= {"height": 8, "width": 8}
-    return adapter
-
-
 def check_compiled(models, compiling, attach_first):
     pipe = small(fresh(models["sd"]))
     plain = draw(pipe)
-    adapter = adapter_of_small().attach(pipe)
+    adapter = make_adapter(8).attach(pipe)
     eager = [draw(pipe), draw(pipe, guidance_scale=1.0)]
     adapter.detach()
     if attach_first:
@@ -546,13 +538,14 @@ def test_adapter_follows_another_unet(models):
     assert calls == [GUIDED] * 2 and torch.equal(draw(other), plain)
     torch.manual_seed(0)
     wide = diffusers.UNet2DConditionModel.from_config(first.config, block_out_channels=(32, 96))
-    with pytest.raises(ValueError, match="has 64 channels .* this pipeline's has 96"):
+    with pytest.raises(ValueError, match=r"has 64 channels .* has 96"):
         pipe.unet = wide
     assert pipe.unet is first and isinstance(pipe, kind)
     adapter.detach()
     assert type(pipe) is kind
 
 
+@pytest.mark.slow
 def test_export_is_refused(models):
     pipe = fresh(models["sd"])
     adapter = make_adapter().attach(pipe)
