@@ -6,6 +6,7 @@ expected calls "+" is a steered sample and "-" another one: "--++" is a guided c
 
 import contextlib
 import copy
+import importlib
 import inspect
 import io
 
@@ -554,3 +555,52 @@ def test_export_is_refused(models):
         torch.export.export(pipe.unet, call)
     adapter.detach()
     torch.export.export(pipe.unet, call)
+
+
+def modular(pipe, guider):
+    blocks = importlib.import_module("diffusers.modular_pipelines.stable_diffusion_xl")
+    pipeline = blocks.StableDiffusionXLAutoBlocks().init_pipeline()
+    pipeline.update_components(**pipe.components, guider=guider)
+    return quiet(pipeline)
+
+
+def draw_modular(pipe):
+    options = {"prompt": PROMPTS, "num_inference_steps": 2, "height": 16, "width": 16}
+    return pipe(**options, generator=generator(), output="latents")
+
+
+PAG = {"perturbed_guidance_layers": "mid_block.attentions.0.transformer_blocks.0"}
+GUIDERS = {
+    "CFG": ("ClassifierFreeGuidance", {"guidance_scale": 5.0}, [UNGUIDED, UNCOND]),
+    "no guidance": ("ClassifierFreeGuidance", {"guidance_scale": 1.0}, [UNGUIDED]),
+    "APG": ("AdaptiveProjectedGuidance", {"guidance_scale": 5.0}, [UNGUIDED, UNCOND]),
+    "PAG": ("PerturbedAttentionGuidance", PAG, [UNGUIDED, UNCOND, UNGUIDED]),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_modular_pipelines(models, name):
+    kind, options, expected = GUIDERS[name]
+    pipe = modular(fresh(models["sdxl"]), getattr(diffusers, kind)(**options))
+    check(pipe, lambda: draw_modular(pipe), expected)
+
+
+def test_modular_pipeline_that_shares_the_unet(models):
+    base = fresh(models["sdxl"])
+    adapter = make_adapter().attach(base)
+    draw(base)
+    pipe = modular(base, diffusers.ClassifierFreeGuidance(guidance_scale=5.0))
+    with recorded(base.unet) as calls:
+        draw_modular(pipe)
+    assert calls == [UNGUIDED, UNCOND] * 2
+    adapter.detach()
+
+
+def test_modular_pipelines_read_prompts(models):
+    base = fresh(models["sdxl"])
+    adapter = make_adapter()
+    width = base.unet.config.cross_attention_dim
+    adapter._reading = torch.randn(1, 3, width, generator=generator()), torch.zeros(1, 3)
+    expected = adapter.attach(base).read(PROMPTS)
+    pipe = modular(base, diffusers.ClassifierFreeGuidance())
+    assert torch.equal(adapter.attach(pipe).read(PROMPTS), expected)

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from respodiff_jax.adapters.adapter import CONFIG_FILE, Adapter, save_adapter
 from respodiff_jax.adapters.combined import CombinedAdapter, as_adapters
+from respodiff_jax.adapters.node_pack import check_node_pack, write_node_pack
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
@@ -77,6 +78,7 @@ def export(
     metrics: Sequence[Mapping[str, Any]] | None = None,
     grid: bytes | None = None,
     overwrite: bool = False,
+    comfyui: str | os.PathLike | None = None,
 ) -> Adapter:
     """Writes an adapter directory with its card, for JAX and PyTorch users.
 
@@ -90,6 +92,7 @@ def export(
       metrics: of an evaluation of this very adapter, see `evaluation.results.overall_metrics`.
       grid: a PNG of sample pictures, or None.
       overwrite: allow a folder that has files but no adapter, and replace files of the same names.
+      comfyui: a folder of ComfyUI's custom_nodes that gets the nodes and the adapter, or None.
 
     Returns:
       The adapter as written.
@@ -127,8 +130,12 @@ def export(
             f"`out` {out} has other files and no adapter; choose a new folder, or set `overwrite`"
             " to write among them"
         )
+    if comfyui is not None:
+        check_node_pack(comfyui)
     try:
         export_adapter(changed, out, grid)
+        if comfyui is not None:
+            write_node_pack(comfyui, out)
     except OSError as error:
         raise UserError(f"`out` {out} cannot be written: {error}") from error
     return changed

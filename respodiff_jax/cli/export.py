@@ -20,6 +20,7 @@ EPILOG = """\
   respodiff export runs/gender --out adapters/gender-1000 --step 1000 --dtype float16
   respodiff export runs/many --only "a nurse" --only "a judge" --out adapters/two
   respodiff export adapters/gender --out adapters/gender-soft --scale "a woman=0.8"
+  respodiff export runs/gender --out adapters/gender --comfyui ComfyUI/custom_nodes/respodiff
   respodiff export adapters/gender --out adapters/measured --evaluation evaluations/gender
 """
 
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " metrics",
     )
     add(
+        "--comfyui",
+        metavar="DIR",
+        help="also write ComfyUI's nodes with this adapter into a folder of its custom_nodes, such"
+        " as ComfyUI/custom_nodes/respodiff",
+    )
+    add(
         "--overwrite",
         action="store_true",
         help="write into a folder that has other files, and replace those of the same names",
@@ -82,5 +89,6 @@ def run(args: argparse.Namespace) -> None:
         metrics=metrics,
         grid=grid,
         overwrite=args.overwrite,
+        comfyui=args.comfyui,
     )
     print(f"{args.out}: {exported.module.kind} adapter of {', '.join(exported.names)}")
