@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import parse_json
+from respodiff_jax.storage import parse_json, write_whole
 
 METADATA_KEY = "parameters"
 
@@ -27,24 +28,23 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.round(np.clip(image.astype(np.float32), 0.0, 1.0) * 255).astype(np.uint8)
 
 
-def to_png(picture: Image.Image) -> bytes:
-    """The content of a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
+def to_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a PNG file, with JSON-able metadata in a text chunk named `parameters`."""
+    content, info = io.BytesIO(), PngInfo()
+    if metadata is not None:
+        info.add_text(METADATA_KEY, json.dumps(metadata))
+    picture.save(content, format="PNG", pnginfo=info)
     return content.getvalue()
 
 
 def save_png(
     image: np.ndarray, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an image as PNG, with JSON-able metadata in a text chunk named `parameters`.
+    """Writes an image as PNG, whole or not at all, with the metadata that `read_metadata` reads.
 
     The image is `(height, width, 3)`, uint8 or float in [0, 1].
     """
-    info = PngInfo()
-    if metadata is not None:
-        info.add_text(METADATA_KEY, json.dumps(metadata))
-    Image.fromarray(to_uint8(image)).save(path, format="PNG", pnginfo=info)
+    write_whole(pathlib.Path(path), to_png(Image.fromarray(to_uint8(image)), metadata))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

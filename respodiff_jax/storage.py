@@ -57,25 +57,19 @@ def local_path(path: PathLike, what: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def check_output(out: PathLike, overwrite: bool = False) -> pathlib.Path:
-    """Makes an output folder on this machine if it does not exist, and checks that it can be used.
+def check_output(out: PathLike) -> pathlib.Path:
+    """Checks that an output folder on this machine can be written, or made; makes nothing.
 
     Raises:
-      UserError: if the folder cannot be written, or is not empty and `overwrite` is False.
+      UserError: if it cannot.
     """
+    open_path(out)  # refuses an empty path
     out = local_path(out, "output folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        empty = not any(out.iterdir())
-    except OSError as error:
-        raise UserError(f"output folder {out} cannot be made or read: {error}") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"output folder {out} cannot be written: no permission")
-    if not empty and not overwrite:
-        raise UserError(
-            f"output folder {out} is not empty; choose another, or set `overwrite` to replace its"
-            " images"
-        )
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output folder {out} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output folder {out} cannot be written: no permission for {existing}")
     return out
 
 

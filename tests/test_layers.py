@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "respodiff_jax"
 LAYERS = (
     ("errors",),
     ("storage",),
+    ("progress",),
     ("images",),
     ("backbone",),
     ("method",),

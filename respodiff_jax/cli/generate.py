@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
-    add("--out", required=True, metavar="DIR", help="output folder, new or empty")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="output folder; an interrupted run in it is continued",
+    )
     add("--overwrite", action="store_true", help="replace the images in the output folder")
     add("--base", action="store_true", help="also write each image without the adapter, in base/")
 
@@ -151,4 +156,7 @@ def run(args: argparse.Namespace) -> None:
         adapter_sources=args.adapter,
     )
     count = len(prompts) * args.images_per_prompt * (1 + args.base)
-    print(f"{args.out}: {count} images, {images_per_second:.2f} a second, compiling included")
+    if images_per_second is None:
+        print(f"{args.out}: all {count} images are there already: nothing left to draw")
+    else:
+        print(f"{args.out}: {count} images, {images_per_second:.2f} a second, compiling included")

@@ -113,7 +113,8 @@ def compile_steps(
     ]
     for topology in topologies:
         parse_topology(topology)
-    file = check_output(out, overwrite=True) / RESULTS_FILE
+    file = check_output(out) / RESULTS_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     if cache is not None:
         keep_compiled(os.fspath(cache))
     entries = []

@@ -6,14 +6,11 @@ and adapted pictures of one number share prompt and noise.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
 from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter
@@ -21,7 +18,8 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt
-from respodiff_jax.generation.sampling import SamplerOptions, default_batch_size, sample_images
+from respodiff_jax.generation.sampling import SamplerOptions, sample_images
+from respodiff_jax.progress import Progress
 from respodiff_jax.storage import read_json, write_whole
 
 REQUESTS_FILE = "plan.json"
@@ -113,30 +111,22 @@ def draw_pictures(
         if not all((place / f"{i:05d}.png").exists() for place in sets.values())
     ]
     if missing:
-        # The batch size is that of all requests, so a continued evaluation compiles nothing new.
-        batch_size = options.batch_size or default_batch_size(
-            len(requests), jax.local_device_count(), options.resolution or model.default_resolution
-        )
         pairs = sample_images(
             model,
-            [requests[i].prompt for i in missing],
-            [requests[i].seed for i in missing],
-            dataclasses.replace(options, batch_size=batch_size),
+            [request.prompt for request in requests],
+            [request.seed for request in requests],
+            options,
             adapter,
-            None if steering is None else steering[missing],
+            steering,
             base_twins=adapter is not None,
+            only=missing,
         )
         done = len(requests) - len(missing)
-        progress = tqdm(
-            pairs, folder.name, len(requests), initial=done, unit="picture", disable=None
-        )
+        progress = Progress(pairs, folder.name, len(requests), initial=done, unit="picture")
         for i, pair in zip(missing, progress, strict=True):
             drawn = (pair.image,) if adapter is None else (pair.base, pair.image)
             for image, place in zip(drawn, sets.values(), strict=True):
-                # A picture gets its name once it is whole.
-                partial = place / f"{i:05d}.part"
-                images_lib.save_png(image, partial, dataclasses.asdict(requests[i]))
-                os.replace(partial, place / f"{i:05d}.png")
+                images_lib.save_png(image, place / f"{i:05d}.png", dataclasses.asdict(requests[i]))
     return [
         Picture(
             path=place / f"{i:05d}.png",

@@ -1,32 +1,112 @@
-"""Writes a folder of pictures: images, their base twins, a grid and a manifest."""
+"""Writes a folder of pictures: images, their base twins, a grid and a manifest; resumable."""
 
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
 
 from respodiff_jax import images as images_lib
-from respodiff_jax.adapters import Adapter, CombinedAdapter
+from respodiff_jax.adapters import Adapter, CombinedAdapter, adapter_sha256
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.generation.sampling import ImagePair, SamplerOptions, sample_images
+from respodiff_jax.errors import UserError
+from respodiff_jax.generation.sampling import SamplerOptions, sample_images
 from respodiff_jax.method.reading import Decision
-from respodiff_jax.storage import check_output
+from respodiff_jax.progress import Progress
+from respodiff_jax.storage import check_output, read_json_lines, write_whole
 
+MANIFEST = "manifest.jsonl"
+# What a record has only after the model has read the prompts.
+_READ = ("concepts", "prompt_reading")
 # The grid shows the first images of the first prompts.
 _GRID_PROMPTS, _GRID_COLUMNS = 8, 8
 
 
-def _prepare_output(out: pathlib.Path, folders: Sequence[str]) -> None:
-    """Removes only the files of an earlier call."""
-    for pattern in ("images/[0-9]*.png", "base/[0-9]*.png", "grid.png", "manifest.jsonl"):
-        for file in out.glob(pattern):
-            file.unlink()
-    for folder in folders:
-        (out / folder).mkdir(exist_ok=True)
+def picture_records(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    seed: int,
+    options: SamplerOptions,
+    adapter: Adapter | CombinedAdapter | None,
+    adapter_sources: Sequence[str],
+    base_twins: bool,
+    weights: np.ndarray | None = None,
+    decisions: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """The lines of the manifest: for each image its file and everything that it depends on.
+
+    A base twin follows its image. Arguments are as in `write_folder`.
+    """
+    common = {
+        "negative_prompt": options.negative_prompt,
+        "sampler": options.sampler,
+        "num_steps": options.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution or backbone.default_resolution,
+        "model": dict(backbone.identity),
+        "dtype": str(np.dtype(backbone.dtype)),
+        "adapter": [str(source) for source in adapter_sources],
+        "adapter_sha256": None if adapter is None else adapter_sha256(adapter),
+    }
+    records = []
+    for i, prompt in enumerate(p for p in prompts for _ in range(images_per_prompt)):
+        scales = {} if weights is None else _scales(adapter, weights[i])
+        versions = [("images", scales, _reading(adapter, decisions, i // images_per_prompt))]
+        versions += [("base", {}, {})] if base_twins else []
+        records += [
+            {
+                "file": f"{folder}/{i:05d}.png",
+                "prompt": prompt,
+                "seed": int(seed) + i,
+                "concepts": concepts,
+                "prompt_reading": reading,
+            }
+            | common
+            for folder, concepts, reading in versions
+        ]
+    return records
+
+
+def check_folder(
+    out: str | os.PathLike,
+    records: Sequence[Mapping[str, Any]],
+    overwrite: bool = False,
+    unknown: Collection[str] = _READ,
+) -> pathlib.Path:
+    """Checks that a folder can be written, and is empty or holds the same pictures.
+
+    Makes nothing. `records` are the wanted lines of its manifest; the fields `unknown` are not
+    compared.
+
+    Raises:
+      UserError: if the folder cannot be written or, unless `overwrite`, has other files.
+    """
+    out = check_output(out)
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if overwrite or names <= {f"{MANIFEST}.partial"}:
+        return out
+    advice = "choose another, or set `overwrite` to replace its images"
+    if not (out / MANIFEST).exists():
+        raise UserError(f"output folder {out} is not empty, and has no {MANIFEST}; {advice}")
+    found = read_json_lines(out / MANIFEST, "manifest")
+    wanted = json.loads(json.dumps(records))
+    differing = set()
+    for old, new in zip(found, wanted, strict=False):
+        old = old if isinstance(old, dict) else {}
+        differing |= {key for key in {*old, *new} - {*unknown} if old.get(key) != new.get(key)}
+    if len(found) != len(wanted):
+        differing = {"number of images"}
+    if differing:
+        raise UserError(
+            f"output folder {out} has images of another command, which differs in"
+            f" {', '.join(sorted(differing))}; {advice}"
+        )
+    return out
 
 
 def write_folder(
@@ -43,13 +123,14 @@ def write_folder(
     adapter_sources: Sequence[str] = (),
     base_twins: bool = False,
     overwrite: bool = False,
-) -> float:
+) -> float | None:
     """Samples images and writes the files that `generate_folder` describes.
 
     Args:
       backbone: the model.
       prompts: texts.
-      out: folder; new or empty unless `overwrite`.
+      out: folder; new, empty, or of an interrupted call with the same arguments, unless
+        `overwrite`.
       images_per_prompt: number of images of each prompt.
       seed: seed of the first image.
       options: how to sample.
@@ -58,55 +139,67 @@ def write_folder(
       decisions: from `read_prompts`, `(len(prompts), N)`, for the manifest; None reads no prompts.
       adapter_sources: origins of the adapter, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
-      overwrite: allow a folder that is not empty.
+      overwrite: replace the images of a folder that is not empty.
 
     Returns:
-      Images per second, with base twins and compile time.
+      Images per second, with base twins and compile time; None if all were there already.
 
     Raises:
-      UserError: if the output folder is not empty or cannot be written.
+      UserError: if the output folder has other files or cannot be written.
     """
-    out = check_output(out, overwrite)
-    _prepare_output(out, ("images", "base") if base_twins else ("images",))
-    count = len(prompts) * images_per_prompt
-    all_prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    seeds = [int(seed) + i for i in range(count)]
-    common = {
-        "negative_prompt": options.negative_prompt,
-        "sampler": options.sampler,
-        "num_steps": options.num_steps,
-        "guidance_scale": options.guidance_scale,
-        "resolution": options.resolution or backbone.default_resolution,
-        "model": dict(backbone.identity),
-        "dtype": str(np.dtype(backbone.dtype)),
-        "adapter": [str(source) for source in adapter_sources],
-    }
-    shown: list[tuple[int, ImagePair, dict[str, float]]] = []
-    pairs = sample_images(backbone, all_prompts, seeds, options, adapter, weights, base_twins)
+    records = picture_records(
+        backbone,
+        prompts,
+        images_per_prompt,
+        seed,
+        options,
+        adapter,
+        adapter_sources,
+        base_twins,
+        weights,
+        decisions,
+    )
+    out = check_folder(out, records, overwrite, unknown=())
+    if overwrite:
+        _remove_images(out)
+    # The manifest comes first: it says what an interrupted call was going to draw.
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / MANIFEST, "".join(json.dumps(record) + "\n" for record in records))
+    for folder in ("images", "base") if base_twins else ("images",):
+        (out / folder).mkdir(exist_ok=True)
+    versions = 1 + base_twins
+    pairs = [records[i : i + versions] for i in range(0, len(records), versions)]
+    missing = [
+        i for i, pair in enumerate(pairs) if not all((out / r["file"]).exists() for r in pair)
+    ]
     start = time.perf_counter()
-    with open(out / "manifest.jsonl", "w", encoding="utf-8") as manifest:
-        for i, pair in enumerate(tqdm(pairs, "generate", count, unit="image", disable=None)):
-            scales = {} if adapter is None else _scales(adapter, weights[i])
-            reading = _reading(adapter, decisions, i // images_per_prompt)
-            versions = [("images", pair.image, scales, reading)]
-            if base_twins:
-                versions.append(("base", pair.base, {}, {}))
-            for folder, image, concepts, reading in versions:
-                record = {
-                    "file": f"{folder}/{i:05d}.png",
-                    "prompt": all_prompts[i],
-                    "seed": seeds[i],
-                    "concepts": concepts,
-                    "prompt_reading": reading,
-                } | common
+    if missing:
+        drawn = sample_images(
+            backbone,
+            [pair[0]["prompt"] for pair in pairs],
+            [pair[0]["seed"] for pair in pairs],
+            options,
+            adapter,
+            weights,
+            base_twins,
+            only=missing,
+        )
+        done = len(pairs) - len(missing)
+        progress = Progress(drawn, "generate", len(pairs), initial=done, unit="image")
+        for i, images in zip(missing, progress, strict=True):
+            for image, record in zip(images, pairs[i], strict=False):
                 images_lib.save_png(image, out / record["file"], record)
-                manifest.write(json.dumps(record) + "\n")
-            row, column = divmod(i, images_per_prompt)
-            if row < _GRID_PROMPTS and column < _GRID_COLUMNS:
-                shown.append((i, pair, scales))
     seconds = time.perf_counter() - start
-    _grid(shown, prompts, min(images_per_prompt, _GRID_COLUMNS), seeds).save(out / "grid.png")
-    return count * (1 + base_twins) / seconds
+    grid = _grid(out, pairs, prompts, images_per_prompt)
+    write_whole(out / "grid.png", images_lib.to_png(grid))
+    return len(missing) * versions / seconds if missing else None
+
+
+def _remove_images(out: pathlib.Path) -> None:
+    """Removes only the files of an earlier call."""
+    for pattern in ("images/[0-9]*.png*", "base/[0-9]*.png*", "grid.png", MANIFEST):
+        for file in out.glob(pattern):
+            file.unlink()
 
 
 def _scales(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
@@ -128,25 +221,26 @@ def _reading(
     }
 
 
-def _grid(shown, prompts, columns, seeds):
+def _grid(
+    out: pathlib.Path,
+    pairs: Sequence[Sequence[Mapping[str, Any]]],
+    prompts: Sequence[str],
+    images_per_prompt: int,
+) -> Image.Image:
     """A grid with one row for each prompt, below the row of its base twins if there are any.
 
     A caption names the concepts or, without concepts, the seed.
     """
     rows, labels, captions = [], [], []
-    for prompt, start in zip(prompts, range(0, len(shown), columns), strict=False):
-        entries = shown[start : start + columns]
-        adapted_label = prompt
-        if entries[0][1].base is not None:
-            rows.append([pair.base for _, pair, _ in entries])
-            labels.append(f"{prompt}\nbase")
-            captions.append([f"seed {seeds[i]}" for i, _, _ in entries])
-            adapted_label = "adapted"
-        rows.append([pair.image for _, pair, _ in entries])
-        labels.append(adapted_label)
-        captions.append([_caption(seeds[i], scales) for i, _, scales in entries])
-    per_prompt = len(rows) * columns // len(shown)
-    return images_lib.grid(rows, labels, captions=captions, rows_per_group=per_prompt)
+    columns = min(images_per_prompt, _GRID_COLUMNS)
+    for number, prompt in enumerate(prompts[:_GRID_PROMPTS]):
+        first = number * images_per_prompt
+        versions = list(zip(*pairs[first : first + columns], strict=True))
+        for records in reversed(versions):  # the base twins first
+            rows.append([np.asarray(Image.open(out / record["file"])) for record in records])
+            captions.append([_caption(record["seed"], record["concepts"]) for record in records])
+        labels += [prompt] if len(versions) == 1 else [f"{prompt}\nbase", "adapted"]
+    return images_lib.grid(rows, labels, captions=captions, rows_per_group=len(pairs[0]))
 
 
 def _caption(seed: int, scales: Mapping[str, float]) -> str:

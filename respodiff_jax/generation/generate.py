@@ -15,7 +15,7 @@ from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.backbone.memory import is_small, nbytes, report_memory
 from respodiff_jax.errors import UserError
-from respodiff_jax.generation.folder import write_folder
+from respodiff_jax.generation.folder import check_folder, picture_records, write_folder
 from respodiff_jax.generation.sampling import (
     SamplerOptions,
     default_batch_size,
@@ -126,34 +126,33 @@ def generate_folder(
     base: bool = False,
     overwrite: bool = False,
     adapter_sources: Sequence[str] = (),
-) -> float:
+) -> float | None:
     """Writes the pictures of `generate` to a folder, with a progress bar.
+
+    The same call again continues an interrupted one: existing images are not drawn again.
 
     `out` gets `images/00000.png`, ..., `grid.png` with the first images, and `manifest.jsonl` with
     one line for each image file. Each PNG also contains its own line.
 
     Args:
       model, prompts, ..., batch_size: as in `generate`.
-      out: folder; new or empty unless `overwrite`.
+      out: folder; new, empty, or of an interrupted call with the same arguments, unless
+        `overwrite`.
       base: also write each image without the adapter, from the same noise, to `base/`.
-      overwrite: replace the images of an earlier call in the folder.
+      overwrite: replace the images of an earlier call, and allow other files in the folder.
       adapter_sources: origins of the adapters, for the manifest.
 
     Returns:
-      Images per second, with compile time.
+      Images per second, with compile time; None if all were there already.
 
     Raises:
-      UserError: as in `generate`, or if the folder is not empty or cannot be written.
+      UserError: as in `generate`, or if the folder has other files or cannot be written.
     """
     if base and not adapter:
         raise UserError("`base` compares with an adapter, but `adapter` is not given")
-
-    def open_model():
-        check_output(out, overwrite)
-        return opened(model)
-
+    check_output(out)
     request = _check(
-        None if model is None else open_model,
+        model,
         [prompts] if isinstance(prompts, str) else list(prompts),
         adapter,
         images_per_prompt,
@@ -161,6 +160,17 @@ def generate_folder(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
+    records = picture_records(
+        request.model,
+        request.prompts,
+        images_per_prompt,
+        seed,
+        request.options,
+        request.adapter,
+        adapter_sources,
+        base,
+    )
+    check_folder(out, records, overwrite)  # before the weights are read
     model = request.model.loaded()
     decisions, weights = _steering(model, request, steer_always)
     return write_folder(

@@ -283,6 +283,7 @@ def sample_images(
     adapter: Adapter | CombinedAdapter | None = None,
     weights: Real[np.ndarray, "images N"] | None = None,
     base_twins: bool = False,
+    only: Sequence[int] | None = None,
 ) -> Iterator[ImagePair]:
     """Samples images on all local devices, with one compilation.
 
@@ -294,6 +295,8 @@ def sample_images(
       adapter: the concepts, or None for the base model.
       weights: the weight of each concept of the adapter in each image.
       base_twins: also sample each image from the same noise with all weights zero.
+      only: numbers of the images to sample, from 0; None samples all. Batch size and concepts of
+        the program are those for all images, so an image is the same in either case.
 
     Yields:
       The images in order, while the next batch is sampled.
@@ -330,7 +333,9 @@ def sample_images(
             yield ImagePair(adapted[0][i], None if base is None else base[0][i])
 
     pending = None
-    for rows, count in equal_batches(len(prompts), batch_size):
+    wanted = np.arange(len(prompts)) if only is None else np.asarray(only)
+    for items, count in equal_batches(len(wanted), batch_size):
+        rows = wanted[items]
         batch = (rows, count, *dispatch(rows))
         if pending is not None:
             yield from collect(*pending)

@@ -200,8 +200,10 @@ def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_
     for file in ("images/00005.png", "base/00005.png", "grid.png"):
         assert (tmp_path / "out" / file).stat().st_size > 0
 
-    message = fails(capsys, *argv)
-    assert "is not empty" in message and "overwrite" in message
+    assert cli.main(argv) == 0
+    assert "all 12 images are there already: nothing left to draw" in capsys.readouterr().out
+    message = fails(capsys, *argv, "--seed", 10)
+    assert "another command, which differs in seed;" in message and "--overwrite" in message
 
 
 @pytest.mark.parametrize(

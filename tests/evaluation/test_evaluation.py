@@ -168,9 +168,9 @@ def test_interrupted_evaluation_draws_only_missing_pictures(evaluated, monkeypat
     asked = []
     sample = drawing.sample_images
 
-    def counted(model, prompts, *args, **kwargs):
-        asked.append(len(prompts))
-        return sample(model, prompts, *args, **kwargs)
+    def counted(*args, only, **kwargs):
+        asked.append(len(only))
+        return sample(*args, only=only, **kwargs)
 
     monkeypatch.setattr(drawing, "sample_images", counted)
     # Weights that are read late are the same weights.

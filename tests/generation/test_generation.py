@@ -1,8 +1,11 @@
 """`generate` and `generate_folder`: pictures as a list, and as a folder."""
 
 import dataclasses
+import errno
 import json
+import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,8 +13,20 @@ from test_adapters import MAN, WOMAN
 from test_sampling import PROMPTS, tiny_adapter
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.generation import folder
 from respodiff_jax.generation.generate import generate, generate_folder
 from respodiff_jax.images import read_metadata
+
+OF_RUN = {
+    "fair": "gender",
+    "ratio": {WOMAN.name: 0.5, MAN.name: 0.5},
+    "images_per_prompt": 6,
+    "seed": 40,
+    "num_steps": 2,
+    "batch_size": 8,
+    "base": True,
+    "adapter_sources": ["adapters/gender"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +34,7 @@ def run(tiny_backbone, tmp_path_factory):
     """A fair run of 2 prompts x 6 images with base twins: a full and a partial batch of 8."""
     out = tmp_path_factory.mktemp("run") / "deep" / "out"
     adapter = tiny_adapter(tiny_backbone)
-    generate_folder(
-        tiny_backbone,
-        PROMPTS,
-        out,
-        adapter=adapter,
-        fair="gender",
-        ratio={WOMAN.name: 0.5, MAN.name: 0.5},
-        images_per_prompt=6,
-        seed=40,
-        num_steps=2,
-        batch_size=8,
-        base=True,
-        adapter_sources=["adapters/gender"],
-    )
+    generate_folder(tiny_backbone, PROMPTS, out, adapter=adapter, **OF_RUN)
     return out
 
 
@@ -117,7 +119,7 @@ def test_output_folder_is_overwritten_only_on_request(tiny_backbone, tmp_path):
     old.parent.mkdir()
     kept.write_text("mine")
     old.write_text("old")
-    with pytest.raises(UserError, match=r"is not empty; .* `overwrite`"):
+    with pytest.raises(UserError, match=r"is not empty, .* `overwrite`"):
         generate_folder(tiny_backbone, ["a person"], tmp_path, num_steps=1)
     assert old.exists()
     generate_folder(tiny_backbone, ["a person"], tmp_path, num_steps=1, overwrite=True)
@@ -125,5 +127,89 @@ def test_output_folder_is_overwritten_only_on_request(tiny_backbone, tmp_path):
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
     with pytest.raises(UserError, match=r"gs://b/run is on Google .* on this machine"):
         generate_folder(tiny_backbone, ["a person"], "gs://b/run", num_steps=1)
-    with pytest.raises(UserError, match="cannot be made or read"):
-        generate_folder(tiny_backbone, ["a person"], kept, num_steps=1)
+    with pytest.raises(UserError, match=r"cannot be made: .*notes\.txt is a file"):
+        generate_folder(tiny_backbone, ["a person"], kept / "out", num_steps=1)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", [1, 2, 7, 24, 26])
+def test_interrupted_folder_is_continued_and_equals_a_whole_one(
+    run, tiny_backbone, tmp_path, monkeypatch, at
+):
+    """The disk is full at a file: the manifest, one of 24 images, the grid."""
+    out, drawn = tmp_path / "out", []
+    arguments = OF_RUN | {"adapter": tiny_adapter(tiny_backbone)}
+    with monkeypatch.context() as patch:
+        replace = pathlib.Path.replace
+
+        def fail(path, target):
+            drawn.append(target)
+            if len(drawn) == at:
+                raise FULL
+            return replace(path, target)
+
+        patch.setattr(pathlib.Path, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            generate_folder(tiny_backbone, PROMPTS, out, **arguments)
+    for path in out.rglob("*.png"):
+        Image.open(path).load()  # whole
+    sample, asked = folder.sample_images, []
+
+    def counted(*args, only, **options):
+        asked.append(len(only))
+        return sample(*args, only=only, **options)
+
+    monkeypatch.setattr(folder, "sample_images", counted)
+    rate = generate_folder(tiny_backbone, PROMPTS, out, **arguments)
+    pairs = max(at - 2, 0) // 2  # what was whole before
+    assert asked == ([12 - pairs] if pairs < 12 else [])
+    assert (rate is None) == (not asked)
+    assert contents(out) == contents(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 41}, "another command, which differs in seed;"),
+        ({"images_per_prompt": 5}, "differs in number of images"),
+        ({"num_steps": 3, "negative_prompt": "x"}, "differs in negative_prompt, num_steps;"),
+        ({"base": False}, "differs in number of images"),
+        ({"ratio": {WOMAN.name: 1.0}}, "differs in concepts;"),
+        ({"adapter_sources": ["b"]}, "differs in adapter;"),
+        ({"adapter": "other"}, "differs in adapter_sha256;"),
+    ],
+)
+def test_folder_of_another_command_is_refused_and_kept(run, tiny_backbone, changes, message):
+    before = contents(run)
+    arguments = OF_RUN | {"adapter": tiny_adapter(tiny_backbone)} | changes
+    if arguments["adapter"] == "other":
+        adapter = tiny_adapter(tiny_backbone)
+        ram = jax.tree.map(lambda x: 2 * x, adapter.ram)
+        arguments["adapter"] = dataclasses.replace(adapter, ram=ram)
+    # All but the concepts are known before the weights are read.
+    unread = dataclasses.replace(tiny_backbone, load=pytest.fail)
+    model = tiny_backbone if "ratio" in changes else unread
+    with pytest.raises(UserError, match=message):
+        generate_folder(model, PROMPTS, run, **arguments)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("wrong", [{"num_steps": 5000}, {"resolution": 17}, {"fair": "race"}])
+def test_refused_call_leaves_no_folder(tiny_backbone, tmp_path, wrong):
+    unread = dataclasses.replace(tiny_backbone, load=pytest.fail)
+    adapter = tiny_adapter(tiny_backbone)
+    with pytest.raises(UserError):
+        generate_folder(
+            unread, PROMPTS, tmp_path / "a" / "b", adapter=adapter, **{"fair": "gender"} | wrong
+        )
+    assert not list(tmp_path.iterdir())
