@@ -1,14 +1,17 @@
 """Orbax checkpoints of a run.
 
 Checkpoints hold the training state: modules, optimisers, trajectories in flight, step and random
-key; never a base weight.
+key; never a base weight. A checksum of each array is saved beside them and compared when they are
+restored, because the files themselves notice only some kinds of damage.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -52,7 +55,12 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Saves a state, unless that step is already saved."""
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                custom_metadata={"checksums": _checksums(state)},
+                force=True,
+            )
 
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
         """The newest undamaged state, or None if none was saved.
@@ -74,8 +82,10 @@ class Checkpoints:
                     raise
                 error = e
             if _all_processes(error is None):
-                self._set_aside(damaged)
-                return state
+                error = self._changed(step, state)
+                if _all_processes(error is None):
+                    self._set_aside(damaged)
+                    return state
             reason = _first_line(error) if error else "on another process"
             print(f"checkpoint {step} is damaged ({reason}); trying an older one", flush=True)
             damaged.append(step)
@@ -97,6 +107,20 @@ class Checkpoints:
             path = self.directory / str(step) / "default"
             return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
+    def _changed(self, step: int, state: Any) -> ValueError | None:
+        """An error, if the values are not those that were saved; every process takes part."""
+        metadata = self._manager.metadata(step)
+        if metadata.init_timestamp_nsecs is None:
+            return ValueError("DATA_LOSS: its metadata cannot be read")
+        if not metadata.custom_metadata:
+            return None  # saved by a version without checksums
+        saved, found = metadata.custom_metadata.get("checksums"), _checksums(state)
+        if saved == found:
+            return None
+        saved = saved if isinstance(saved, dict) else {}
+        changed = [name for name in found if saved.get(name) != found[name]]
+        return ValueError(f"DATA_LOSS: values of {', '.join(changed)[:200]} have changed")
+
     def restore_host(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
         """A saved step, by default the newest undamaged one, and its state on the host, as dicts.
 
@@ -109,11 +133,15 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no step {step}, only {self.steps}")
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
-                return candidate, self._restore_host(candidate)
-            except Exception as error:
-                if not _is_damage(error):
+                state = self._restore_host(candidate)
+                error = self._changed(candidate, state)
+            except Exception as e:
+                if not _is_damage(e):
                     raise
-                print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
+                error = e
+            if error is None:
+                return candidate, jax.tree.map(np.asarray, state)
+            print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
         raise UserError(
             f"all tried checkpoints in {self.directory} are damaged: {step or self.steps}"
         )
@@ -124,8 +152,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
         )
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return jax.tree.map(np.asarray, state)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Moves damaged checkpoints away, so that later steps can be saved in their place."""
@@ -138,6 +165,39 @@ class Checkpoints:
                 (self.directory / str(step)).replace(damaged / str(step))
         _all_processes(True)  # a barrier: no process continues before they are moved
         self._manager.reload()
+
+
+def _checksums(state: Any) -> dict[str, int]:
+    """A checksum of each array of a state, by its name; the same on any devices.
+
+    The devices compute it, so only a number for each array leaves them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    arrays = [leaf for _, leaf in leaves]
+    mesh = getattr(arrays[0].sharding, "mesh", None)
+    everywhere = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    values = jax.device_get(_sums_on(everywhere)(arrays))
+    return dict(zip(names, map(int, values), strict=True))
+
+
+@functools.cache
+def _sums_on(sharding: jax.sharding.Sharding | None) -> Any:
+    return jax.jit(lambda arrays: [_weighted_sum(x) for x in arrays], out_shardings=sharding)
+
+
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    """The sum of an array's bits, element i times 2i + 1, modulo 2^32.
+
+    The factors are odd, so a flipped bit always changes the sum. Integers have the same sum in any
+    order.
+    """
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
 def _is_damage(error: BaseException | None) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from respodiff_jax.errors import Interrupted, UserError
 
+INTERRUPTED_STATUS = 130  # of a command that Ctrl-C ended
 # How long a process that failed waits for the others, which may have failed as well.
 LEAVE_SECONDS = 30
 
@@ -74,8 +76,9 @@ def leaving_on_error() -> Iterator[None]:
 class Preemption:
     """Tells the training loop when to save and stop; all processes agree on the step.
 
-    One process: SIGTERM. Several: JAX's preemption service, which SIGTERM to any of them triggers.
-    `stopped` is what `reached` said last.
+    One process: SIGTERM or Ctrl-C. Several: JAX's preemption service, which SIGTERM or Ctrl-C to
+    any of them triggers. A second Ctrl-C ends the process at once. `stopped` is what `reached` said
+    last. Signals reach only the main thread; in any other, nothing is handled.
     """
 
     # Counts over the life of the process, as JAX's service does: a run may begin at any step.
@@ -83,16 +86,28 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         self.stopped = self._signalled = False
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._undo = contextlib.ExitStack()
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        handled = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        for number in handled:
+            self._undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        # Python runs handlers between its own instructions, which may be minutes later while XLA
+        # compiles. The interpreter writes each signal to this pipe at once.
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        self._undo.callback(os.close, writes)  # ends the thread
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writes))
+        threading.Thread(target=_watch_interrupts, args=(reads,), daemon=True).start()
         return self
 
     def __exit__(self, *exc) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._undo.close()
 
     def _on_signal(self, signum, frame) -> None:
         self._signalled = True
+        if signum == signal.SIGINT and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
         """Whether to stop after this step; every process calls it at every step."""
@@ -100,6 +115,20 @@ class Preemption:
         if jax.process_count() > 1:
             self.stopped = multihost_utils.reached_preemption_sync_point(next(self._asked))
         return self.stopped
+
+
+def _watch_interrupts(pipe: int) -> None:
+    """Answers each Ctrl-C as its number comes out of a pipe; ends when the pipe is closed."""
+    pressed = 0
+    while number := os.read(pipe, 1):
+        pressed += number[0] == signal.SIGINT
+        if number[0] == signal.SIGINT and pressed == 1:
+            text = "\nstopping: saves after this step; Ctrl-C again ends at once, without saving\n"
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        elif pressed > 1:
+            os._exit(INTERRUPTED_STATUS)
+    os.close(pipe)
 
 
 def enable_compilation_cache(folder: str | None = None) -> None:

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.errors import Interrupted, UserError
-from respodiff_jax.storage import is_remote, open_path
+from respodiff_jax.storage import open_path
 from respodiff_jax.training.config import concepts_from, validate, with_concepts
 from respodiff_jax.training.distributed import Preemption
+from respodiff_jax.training.lock import locked
 from respodiff_jax.training.outcomes import (
     has_waves,
     outcomes_of,
@@ -50,8 +51,9 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
     """Trains a config's concepts, continuing from where the working directory stands.
 
     More concepts than `train.concepts_per_device` allows at a time are trained in waves. SIGTERM
-    saves and raises `Interrupted`; calling again continues bit for bit. A concept whose loss,
-    modules or optimiser states are no longer finite is reported and dropped; the others continue.
+    and Ctrl-C save and raise `Interrupted`; calling again continues bit for bit. A concept whose
+    loss, modules or optimiser states are no longer finite is reported and dropped; the others
+    continue.
 
     Args:
       config: as from `load_config`.
@@ -60,12 +62,18 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
         waves, in the folder of the first wave that is trained.
 
     Raises:
-      UserError: for mistakes in config, devices, directory or model, before weights are read; and
-        if every concept has diverged, naming steps and concepts. What was saved stays.
-      Interrupted: if SIGTERM or a preemption ended it early; the state is saved.
+      UserError: for mistakes in config, devices, directory or model, before weights are read; if
+        another training is at work in the directory; and if every concept has diverged, naming
+        steps and concepts. What was saved stays.
+      Interrupted: if SIGTERM, Ctrl-C or a preemption ended it early; the state is saved.
     """
     validate(config)
-    workdir, concepts = _writable(workdir), concepts_from(config)
+    with locked(workdir) as folder:
+        _train_all(config, folder, profile)
+
+
+def _train_all(config: ConfigDict, workdir: epath.Path, profile: bool) -> None:
+    concepts = concepts_from(config)
     runs = plan_runs(workdir, config, jax.device_count())
     placement = Placement(config.parallel.strategy, runs[0].size, config.train.batch_size)
     for run in runs:
@@ -185,20 +193,3 @@ def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
         say(f"{len(outcomes) - len(diverged)} of {len(outcomes)} concepts trained")
     if diverged:
         say(f"dropped, loss or module no longer finite: {named}. {advice}")
-
-
-def _writable(workdir: epath.PathLike) -> epath.Path:
-    """Makes the directory and checks that it can be written to."""
-    path = open_path(workdir)
-    probe = path / f".write_probe_{jax.process_index()}"
-    try:
-        if not is_remote(workdir):  # on gs:// it would make the bucket
-            path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except Exception as e:  # gcsfs and Google's authentication raise kinds of their own
-        raise UserError(
-            f"`workdir` {workdir} cannot be written to ({getattr(e, 'strerror', None) or e}); give"
-            " a directory that can"
-        ) from e
-    return path

@@ -22,7 +22,7 @@ from respodiff_jax.adapters import load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.training import checkpoint, monitoring, spec, trained, waves
+from respodiff_jax.training import checkpoint, monitoring, parallel, spec, trained, waves
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.config import add_concepts, default, load_config
 from respodiff_jax.training.outcomes import read_outcomes
@@ -70,14 +70,14 @@ def assert_same_state(workdir, other):
 
 
 @contextlib.contextmanager
-def sigterm_at(step):
-    """Sends SIGTERM to this process when it writes the log of a step."""
+def sigterm_at(step, number=signal.SIGTERM):
+    """Sends SIGTERM, or another signal, to this process when it writes the log of a step."""
     write = monitoring.RunLog.write
 
     def write_and_kill(self, at):
         remaining = write(self, at)
         if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return remaining
 
     with pytest.MonkeyPatch.context() as patch:
@@ -174,9 +174,14 @@ def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
     assert kept == [2, 4, 6]
 
 
-def test_interrupted_run_continues_bit_for_bit(finished, tmp_path):
-    with sigterm_at(3), pytest.raises(Interrupted, match=r"stopped at step [34] of 6") as stop:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_run_continues_bit_for_bit(finished, tmp_path, number, capfd):
+    stopped = pytest.raises(Interrupted, match=r"stopped at step [34] of 6")
+    with sigterm_at(3, number), stopped as stop:
         train(make_config(), str(tmp_path))
+    told = "stopping: saves after this step; Ctrl-C again ends at once, without saving"
+    assert (told in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert stop.value.step in (3, 4)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps[-1] in (3, 4)
@@ -286,6 +291,60 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(finished, tmp_
     assert f"checkpoint {STEPS} is damaged" in capfd.readouterr().out
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
     assert_same_state(workdir, finished)
+
+
+def flip_a_bit(folder, rng):
+    """Flips a random bit of the files in a folder, and returns the file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    file = rng.choice(files, p=(sizes := np.array([f.stat().st_size for f in files])) / sizes.sum())
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 306), marks=pytest.mark.slow)])
+def test_flipped_bit_in_a_checkpoint_never_restores_other_values(finished, tmp_path, seeds, capfd):
+    """The damage is reported, and the checkpoint before it is used; or it does not matter."""
+    kept = {step: Checkpoints(finished).restore_host(step)[1] for step in (4, 6)}
+    used = []
+    for seed in seeds:
+        workdir = tmp_path / str(seed)
+        shutil.copytree(finished / "checkpoints", workdir / "checkpoints")
+        flip_a_bit(workdir / "checkpoints" / "6", np.random.default_rng(seed))
+        step, state = final_state(workdir)
+        jax.tree.map(np.testing.assert_array_equal, state, kept[step])
+        assert (step == 6) != ("checkpoint 6 is damaged" in capfd.readouterr().out)
+        used.append(step)
+        shutil.rmtree(workdir)
+    assert 4 in used
+    if len(used) > 100:
+        print(f"{used.count(4)} of {len(used)} flipped bits were reported as damage")
+
+
+def test_changed_values_in_a_checkpoint_are_noticed_on_all_devices(finished, tmp_path, capfd):
+    """Another value in a whole, readable file, which only the checksums can notice."""
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    _, held = final_state(finished)
+    placement = parallel.Placement("mesh", 2, 8)
+    everywhere = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
+    abstract = jax.tree.map(lambda x: x.update(sharding=everywhere), abstract)
+    restore = Checkpoints._restore
+
+    def changed(self, step, abstract):
+        state = restore(self, step, abstract)
+        ram = state["concepts"]["ram"]
+        if step == STEPS:
+            ram["constant"] = ram["constant"].at[1, 3, 3, 63].multiply(1 + 2e-7)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
+        patch.setattr(Checkpoints, "_restore", changed)
+        assert int(checkpoints.restore_latest(abstract)["step"]) == 4
+    told = "checkpoint 6 is damaged (DATA_LOSS: values of concepts.ram.constant have changed)"
+    assert told in capfd.readouterr().out
+    assert (tmp_path / "damaged_checkpoints" / "6").is_dir()
 
 
 @pytest.mark.parametrize(
