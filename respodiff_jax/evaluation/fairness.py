@@ -288,11 +288,13 @@ def _deviation_ratios(
         "target": target,
     }
     counted = np.flatnonzero(subjects != "")
+    own = [metrics.deviation_interval([*c.values()], target) for c in counts.values()]
     # The mean's interval resamples subjects. Resampled pictures of a subject deviate more than the
-    # pictures themselves, so their interval would lie above the mean.
+    # pictures themselves, so their interval would lie above the mean. Where all subjects agree, for
+    # example because quotas force their shares, the subjects' own intervals are combined.
     overall = Measurement(
         value=float(ratios.mean()),
-        interval=metrics.mean_interval(ratios),
+        interval=metrics.mean_interval(ratios) or metrics.combined_interval(ratios, own),
         n=len(counted),
         counts=prediction.counts(counted),
         **common,
@@ -300,13 +302,13 @@ def _deviation_ratios(
     of_subjects = (
         Measurement(
             value=value,
-            interval=metrics.deviation_interval([*counts[name].values()], target),
+            interval=interval,
             n=len(members[name]),
             counts=counts[name],
             subject=name,
             **common,
         )
-        for name, value in zip(names, ratios.tolist(), strict=True)
+        for name, value, interval in zip(names, ratios.tolist(), own, strict=True)
     )
     return [(overall, ratios), *((m, None) for m in of_subjects)]
 

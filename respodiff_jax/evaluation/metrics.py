@@ -164,6 +164,18 @@ def mean_interval(values: np.ndarray, strata: Sequence[int] | None = None) -> In
     return bootstrap(lambda rows: values[rows].mean(), strata)
 
 
+def combined_interval(values: np.ndarray, intervals: Sequence[Interval]) -> Interval:
+    """The 95 % confidence interval of the mean of independent numbers with intervals of their own.
+
+    The distances of the bounds from the numbers add up like errors, in squares (MOVER; Zou and
+    Donner, 2008). It needs no variation between the numbers, unlike `mean_interval`.
+    """
+    low, high = np.array(intervals, np.float64).T
+    mean, count = np.mean(values), len(values)
+    below, above = (np.sqrt((gap**2).sum()) / count for gap in (values - low, high - values))
+    return float(mean - below), float(mean + above)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float], strata: Sequence[int], seed: int = 0
 ) -> Interval | None:

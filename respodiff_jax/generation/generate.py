@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -195,6 +196,7 @@ class _Request:
     prompts: list[str]
     adapter: Adapter | CombinedAdapter | None
     choose: Callable[..., np.ndarray | None]
+    fair: str | None
     options: SamplerOptions
 
 
@@ -205,7 +207,30 @@ def _steering(
     decisions = None
     if request.adapter is not None and reads_prompts(request.adapter) and not steer_always:
         decisions = read_prompts(request.adapter, model, request.prompts)
-    return decisions, request.choose(decisions=decisions)
+    weights = request.choose(decisions=decisions)
+    if request.fair is not None:
+        _note_concepts_without_images(request.adapter, request.fair, weights)
+    return decisions, weights
+
+
+def _note_concepts_without_images(
+    adapter: Adapter | CombinedAdapter, group: str, weights: np.ndarray
+) -> None:
+    """Warns if a group is to be fair and one of its concepts steers no image."""
+    members = [n for n, concept in enumerate(adapter.concepts) if concept.group == group]
+    steers = weights[:, members].any(0)
+    without = [adapter.names[n] for n, some in zip(members, steers, strict=True) if not some]
+    if without and not steers.any():
+        warnings.warn(
+            f"no image is steered for {group}: each prompt names one of its values, or nobody",
+            stacklevel=3,
+        )
+    elif without:
+        warnings.warn(
+            f"no image is steered towards {', '.join(without)}: of {len(weights)} image(s), the"
+            f" shares of {group} leave none for it",
+            stacklevel=3,
+        )
 
 
 def _check(
@@ -244,7 +269,7 @@ def _check(
     Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
     model.tokenise([*prompts, options.negative_prompt])
     _check_memory(model, options, count)
-    return _Request(model, prompts, combined, choose, options)
+    return _Request(model, prompts, combined, choose, selection["fair"], options)
 
 
 def _check_memory(model: Backbone, options: SamplerOptions, count: int) -> None:

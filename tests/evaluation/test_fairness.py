@@ -29,6 +29,21 @@ def test_intersection_counts_combinations():
     np.testing.assert_allclose(joint.probabilities, 0.5)
 
 
+@pytest.mark.parametrize(("seen", "value"), [(0, 0.0), (1, 1.0)])
+def test_mean_deviation_has_an_interval_where_all_subjects_agree(seen, value):
+    """Ten pictures of twenty professions, five of each gender (or all of one)."""
+    labels = np.tile([0, 1], 100) if seen == 0 else np.zeros(200, int)
+    prediction = Prediction(("woman", "man"), labels, np.ones(200))
+    subjects = np.repeat([f"profession {i}" for i in range(20)], 10)
+    (overall, _), *own = fairness._deviation_ratios(
+        "adapted", "gender", prediction, subjects, (0.5, 0.5)
+    )
+    assert overall.value == value and len(own) == 20
+    low, high = own[0][0].interval
+    expected = (0, high / 20**0.5) if seen == 0 else (1 - (1 - low) / 20**0.5, 1)
+    assert overall.interval == pytest.approx(expected) and 0 < expected[1] - expected[0] < 0.13
+
+
 def test_subjects_take_their_templates_in_turn(suite):
     requests = drawing.requests_per_subject(suite.prompts_for("fairness"), 3, seed=7)
     assert [(r.prompt, r.seed, r.subject) for r in requests] == [
@@ -113,4 +128,6 @@ def test_targets_and_intersections_by_hand(suite, monkeypatch):
     # m x d has a share of 0 for a target of 0.15.
     assert joint.value == pytest.approx(0.15 / 0.9)
     (overall,) = [m for m, _ in measured if m.attribute == "tone" and m.subject is None]
-    assert overall.value == found["tone"].value and overall.interval is None  # one profession
+    # One profession: the mean is its own.
+    assert overall.value == found["tone"].value
+    assert overall.interval == pytest.approx(found["tone"].interval)

@@ -138,6 +138,19 @@ def test_deviation_interval_contains_the_ratio(counts, target):
     assert 0 <= low <= metrics.deviation_ratio(counts, target) <= high <= 1 and low < high
 
 
+def test_combined_interval_equals_hand_computation_and_covers():
+    found = metrics.combined_interval([0.0, 0.0], [(0.0, 0.3), (0.0, 0.4)])
+    assert found == pytest.approx((0, 0.25))  # sqrt(0.3^2 + 0.4^2) / 2
+    assert metrics.combined_interval([0.2], [(0.1, 0.4)]) == pytest.approx((0.1, 0.4))
+    rng, covered = np.random.default_rng(5), 0
+    shares = np.linspace(0.2, 0.8, 20)
+    for counts in rng.binomial(30, shares, (200, 20)):
+        intervals = [metrics.wilson_interval(int(count), 30) for count in counts]
+        low, high = metrics.combined_interval(counts / 30, intervals)
+        covered += low <= shares.mean() <= high
+    assert 180 <= covered <= 198
+
+
 def test_deviation_interval_equals_hand_computation_and_covers():
     # For 10 of 10 the share p is within 0.7225 .. 1, so |p - 1/2| / (1/2) is within 0.445 .. 1.
     assert metrics.deviation_interval((10, 0)) == pytest.approx((0.445, 1), abs=1e-3)

@@ -355,6 +355,27 @@ def test_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_p
             assert glossary.value_text(m) in page.text
 
 
+def test_comparison_shows_no_pictures_outside_its_folders(evaluation, weaker, tmp_path):
+    """A table from somebody else may name any file of the reader's."""
+    secret, stranger = tmp_path / "secret.png", tmp_path / "stranger"
+    save_png(np.full((8, 8, 3), 200, np.uint8), secret)
+    shutil.copytree(weaker, stranger)
+    table = (stranger / "per_image.csv").read_text()
+    name = re.search(r"fairness/base/\d+\.png", table)[0]
+    link = re.search(r"fairness/adapted/\d+\.png", table)[0]
+    (stranger / link).unlink()
+    (stranger / link).symlink_to(secret)
+    (stranger / "per_image.csv").write_text(table.replace(name, "../secret.png", 1))
+    folder = evaluation[0]
+    with pytest.warns(UserWarning, match=r"2 pictures of .*stranger are outside that folder"):
+        page = compare([folder, stranger], tmp_path / "page.html").read_text("utf-8")
+    shown = re.findall(r"data:image/webp;base64,([^\"]+)", page)
+    assert shown and thumbnails.thumbnail(secret).split(",")[1] not in shown
+    (stranger / "per_image.csv").write_text("file,prompt\na.png,b\n")
+    with pytest.raises(UserError, match=r"per_image\.csv lacks the column\(s\) images, protocol"):
+        compare([folder, stranger], tmp_path / "page.html")
+
+
 def test_compare_on_the_command_line(evaluation, weaker, tmp_path, capsys):
     out = str(tmp_path / "comparison.html")
     assert cli.main(["compare", str(evaluation[0]), str(weaker), "--out", out]) == 0

@@ -204,6 +204,22 @@ def test_folder_of_another_command_is_refused_and_kept(run, tiny_backbone, chang
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"towards a (wo)?man: of 1 image\(s\), the shares of gender leave none for it"),
+        (
+            {"images_per_prompt": 2, "ratio": {WOMAN.name: 1.0}},
+            r"towards a man: of 2 image\(s\), the shares of gender",
+        ),
+    ],
+)
+def test_concept_without_an_image_is_noted(tiny_backbone, options, message):
+    adapter = tiny_adapter(tiny_backbone)
+    with pytest.warns(UserWarning, match=message):
+        generate(tiny_backbone, "a person", adapter=adapter, fair="gender", num_steps=1, **options)
+
+
 @pytest.mark.parametrize("wrong", [{"num_steps": 5000}, {"resolution": 17}, {"fair": "race"}])
 def test_refused_call_leaves_no_folder(tiny_backbone, tmp_path, wrong):
     unread = dataclasses.replace(tiny_backbone, load=pytest.fail)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from respodiff_jax.errors import UserError
@@ -130,7 +131,7 @@ def _table(runs: Runs) -> Markup:
 
 
 def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
-    rows = {name: evaluation.read_rows(paths[name]) for name in runs}
+    rows = {name: _own_rows(paths[name]) for name in runs}
     found = {name: thumbnails.by_subject(rows[name]) for name in runs}
     if not all(found.values()):
         return None
@@ -157,6 +158,24 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
         f"The base pictures are those of {first}. Pictures one above the other started from"
         f" {noise}.",
     )
+
+
+def _own_rows(folder: pathlib.Path) -> list[dict[str, str]]:
+    """The lines of `per_image.csv` whose pictures are in the folder.
+
+    The page is for others, and a table may come from others: it must not show their readers any
+    file that it names. A warning tells what is left out.
+    """
+    rows = evaluation.read_rows(folder)
+    own = [row for row in rows if (folder / row["file"]).resolve().is_relative_to(folder.resolve())]
+    if outside := len(rows) - len(own):
+        first = next(row["file"] for row in rows if row not in own)
+        warnings.warn(
+            f"{outside} pictures of {folder} are outside that folder and are not shown, the first"
+            f" is {first:.100}; copy them into it to show them",
+            stacklevel=2,
+        )
+    return own
 
 
 def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:

@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import glossary, sections, thumbnails
 from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
@@ -29,6 +30,7 @@ from respodiff_jax.storage import write_whole
 
 REPORT_FILE = "report.html"
 OPEN_SUBJECTS = 4
+_COLUMNS = {"file", "protocol", "images", "prompt", "subject"}
 
 
 def write_report(
@@ -71,8 +73,18 @@ def write_report(
 
 
 def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
-    """The lines of `per_image.csv`; [] if there is none."""
-    return load_per_image(folder) if (folder / PER_IMAGE_FILE).is_file() else []
+    """The lines of `per_image.csv`; [] if there is none.
+
+    Raises:
+      UserError: if the file is damaged, or lacks a column that pages need.
+    """
+    rows = load_per_image(folder) if (folder / PER_IMAGE_FILE).is_file() else []
+    if lacks := sorted(_COLUMNS - set(rows[0])) if rows else []:
+        raise UserError(
+            f"{folder / PER_IMAGE_FILE} lacks the column(s) {', '.join(lacks)}; expected a table"
+            " of `respodiff evaluate`"
+        )
+    return rows
 
 
 def attributes(results: Results) -> dict[str, tuple[str, ...]]:
@@ -115,11 +127,25 @@ def _header(results: Results) -> Markup:
         facts = {"folder": model_name(results)}
     facts |= {"pictures": f"{_count(results):,}", "date": _day(results)}
     dek = " ".join(
-        [glossary.explained(p) for p in pairs[:1]]
+        [part for p in pairs[:1] for part in (glossary.explained(p), glossary.certainty(p))]
+        + [quotas for p in pairs[:1] if (quotas := forced(results, p))]
         + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
     )
     title = glossary.sentence(pairs[0]) if pairs else "Nothing was measured"
     return header(title, dek, facts, [text[:1].upper() + text[1:] for text in results.warnings])
+
+
+def forced(results: Results, pair: Mapping[str, Measurement]) -> str:
+    """A sentence, if quotas force the shares that a deviation ratio compares."""
+    m = pair.get("adapted")
+    if m is None or m.metric != "deviation_ratio":
+        return ""
+    if not set(str(m.attribute).split(" x ")) <= set(_adapter(results).get("groups", ())):
+        return ""
+    return (
+        "Quotas give each concept its exact share of the pictures of a profession, so the number"
+        " after says how well pictures show their concepts."
+    )
 
 
 def _count(results: Results) -> int:
@@ -238,7 +264,8 @@ def _making(results: Results) -> Markup:
         tag(
             "p",
             "Intervals have 95 % confidence. Shares, and the deviation ratios that follow from"
-            " them, have Wilson's intervals; means and distances have bootstrap intervals. A number"
+            " them, have Wilson's intervals; means and distances have bootstrap intervals. Where"
+            " all professions have one deviation ratio, their own intervals are combined. A number"
             " has no interval if the pictures do not show how certain it is. The interval of a"
             " change is that of the mean difference between pictures that share their noise. The"
             " numbers are in ",

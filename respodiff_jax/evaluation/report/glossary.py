@@ -319,6 +319,13 @@ def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
     return f"{what} {verb} from {texts[0]} to {texts[1]}{doubt}"
 
 
+def certainty(pair: Mapping[str, Measurement]) -> str:
+    """A sentence with the intervals of a quantity; "" if it has none."""
+    whose = {"base": " before", "adapted": " after", "given": ""}
+    found = [f"{text}{whose[s]}" for s, m in pair.items() if (text := interval_text(m))]
+    return f"With 95 % confidence it is {' and '.join(found)}." if found else ""
+
+
 def explained(pair: Mapping[str, Measurement]) -> str:
     """What a quantity means, and whether lower or higher is better."""
     info = metric(next(iter(pair.values())).metric)
