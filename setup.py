@@ -67,6 +67,7 @@ setup(
         "etils[epath]>=1.10",
         "importlib_resources>=6",  # tensorflow-datasets imports it but does not require it
         "absl-py>=2",
+        "msgspec>=0.20,<1",
         "ml_dtypes>=0.5",
     ],
     extras_require={

@@ -7,15 +7,19 @@ In messages, `what` is the role of a path. A path may be on gs:// unless a docst
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from etils import epath
 
 from respodiff_jax.errors import UserError
@@ -23,6 +27,8 @@ from respodiff_jax.errors import UserError
 PathLike = str | os.PathLike
 
 MAX_TEXT_BYTES = 2**28
+
+T = TypeVar("T")
 
 
 def is_remote(path: PathLike) -> bool:
@@ -110,21 +116,103 @@ def read_text(path: PathLike, what: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. An object that repeats a key is an error.
+    """The value of a JSON text that any reader of JSON would read alike, and that can be saved.
+
+    Repeated keys, numbers beyond 64 bits, NaN and infinity, halves of surrogate pairs and very deep
+    nesting are errors.
 
     Raises:
-      UserError: if the text is not JSON; the message gives `where`, its file, and the position.
+      UserError: if the text is not such JSON; the message gives `where`, its file, and the position
+        or the reason.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_repeated_keys,
+            parse_int=_whole_number,
+            parse_float=_number,
+            parse_constant=_number,
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise UserError(
             f"{where} is not JSON: {line}column {error.colno}: {error.msg}; fix the file or move it"
             " away"
         ) from error
-    except (ValueError, RecursionError) as error:  # a repeated key, a huge number, deep nesting
+    except RecursionError as error:
+        raise UserError(f"{where} is not JSON that can be read: it is nested too deep") from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} is not JSON that can be read: it has half of a surrogate pair, \\ud8.. or"
+            " \\udc.., which is no text"
+        ) from error
+    except ValueError as error:
         raise UserError(f"{where} is not JSON that can be read: {error}") from error
+
+
+def checked(kind: type[T], value: Any, where: str) -> T:
+    """A JSON value as a dataclass or another annotated type; types are not converted.
+
+    Fields that a dataclass does not have are errors; those of a `TypedDict` are not, and are left
+    out of the result.
+
+    Raises:
+      UserError: naming `where`, the field, what came and what its annotation expects, or as the
+        dataclass itself raises.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        known = [field.name for field in dataclasses.fields(kind)]
+        if unknown := sorted(set(value) - set(known)):
+            names = ", ".join(unknown)
+            raise UserError(
+                f"{where} has the unknown fields {names:.100}; expected {', '.join(known)}"
+            )
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise UserError(f"{where}: {error.__cause__}") from error
+        reason, _, place = str(error).partition(" - at ")
+        steps = re.findall(r"\.(\w+)|\[(\d+)\]|(\[\.\.\.\])", place)
+        for key, index, unknown in steps:
+            value = ... if value is ... or unknown else value[key] if key else value[int(index)]
+        field = place.strip("`").removeprefix("$").removeprefix(".") or "content"
+        came = "" if value is ... else f" is {_excerpt(value)}:"
+        reason = reason.replace(r" matching regex '\\S'", " that is not blank")
+        reason = reason.replace("Object missing required field", "it lacks the field")
+        for name, words in _JSON_WORDS.items():
+            reason = re.sub(rf"\b{name}\b", words, reason)
+        reason = reason[:1].lower() + reason[1:].replace("`", "")
+        raise UserError(f"{where}: {field}{came} {reason}; fix the file or move it away") from error
+
+
+_JSON_WORDS = {
+    "array": "a list",
+    "object": "a mapping",
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+}
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 2**63:
+        raise ValueError(f"the number {text[:20]} has {len(text)} digits, expected 18 at most")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
 
 
 def read_json(path: PathLike, what: str) -> Any:

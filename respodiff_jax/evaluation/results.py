@@ -12,12 +12,12 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import read_json, read_text, write_whole
+from respodiff_jax.storage import checked, read_json, read_text, write_whole
 
 SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
@@ -25,12 +25,9 @@ PER_IMAGE_FILE = "per_image.csv"
 
 _KEYS = {"picture_set": "images", "part": "protocol"}  # field -> its key in the files
 _FIELDS = {key: field for field, key in _KEYS.items()}
-_PAIRS = ("interval", "change", "target")
 
 if TYPE_CHECKING:
     from respodiff_jax.adapters import Adapter
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,49 +146,35 @@ def load_results(folder: str | os.PathLike) -> Results:
             f"{path} has schema_version {version}, this respodiff_jax reads up to"
             f" {SCHEMA_VERSION}; update respodiff_jax"
         )
-    results = from_fields(Results, content, str(path))
-    for field in ("measurements", "warnings"):
-        if not isinstance(getattr(results, field), list | tuple):
-            raise UserError(f"{path}: {field} is {getattr(results, field)!r}, expected a list")
-    measurements = [
-        from_fields(Measurement, _measurement_fields(m), f"{path}, measurement {number},")
-        for number, m in enumerate(results.measurements, 1)
-    ]
-    return dataclasses.replace(
-        results, measurements=tuple(measurements), warnings=tuple(results.warnings)
-    )
+    checked(_Made, content.get("made", {}), f"{path}: made")
+    measurements = ()
+    if isinstance(content.get("measurements"), list):
+        measurements = tuple(
+            checked(Measurement, _renamed(m), f"{path}, measurement {number}")
+            for number, m in enumerate(content["measurements"], 1)
+        )
+        content = content | {"measurements": []}
+    return dataclasses.replace(checked(Results, content, str(path)), measurements=measurements)
 
 
-def _measurement_fields(content: Any) -> Any:
-    """A measurement of `results.json` with the names of `Measurement`, pairs as tuples."""
+class _MadeAdapter(TypedDict, total=False):
+    sha256: str | None
+    concepts: list[str]
+    groups: list[str]
+
+
+class _Made(TypedDict, total=False):
+    """What pages and cards read of `Results.made`."""
+
+    adapter: _MadeAdapter | None
+    model: dict[str, Any] | None
+
+
+def _renamed(content: Any) -> Any:
+    """A measurement of `results.json` with the names of `Measurement`."""
     if not isinstance(content, dict):
         return content
-    return {
-        _FIELDS.get(key, key): tuple(value) if value and key in _PAIRS else value
-        for key, value in content.items()
-    }
-
-
-def from_fields(kind: type[T], content: Any, where: str) -> T:
-    """A dataclass from the JSON object of its fields.
-
-    Args:
-      kind: the dataclass.
-      content: the object; fields with a default may be absent.
-      where: the object's place, for messages.
-
-    Raises:
-      UserError: if it is not an object, or fields are missing or unknown.
-    """
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is not a JSON object of fields")
-    fields = dataclasses.fields(kind)
-    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(needed - set(content)):
-        raise UserError(f"{where} lacks the fields {missing}")
-    if unknown := sorted(set(content) - {f.name for f in fields}):
-        raise UserError(f"{where} has the unknown fields {unknown}")
-    return kind(**content)
+    return {_FIELDS.get(key, key): value for key, value in content.items()}
 
 
 def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) -> None:

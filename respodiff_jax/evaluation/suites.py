@@ -6,21 +6,24 @@ own as `suite.json`, as the bundled Emoji World has, and users can write their o
 
 import dataclasses
 import importlib.resources
-import json
 import os
 import pathlib
 import string
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.data import prompt_files
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation.results import from_fields
-from respodiff_jax.storage import MAX_TEXT_BYTES, PathLike, check_regular
+from respodiff_jax.storage import PathLike, checked, read_json
 
-Prompts = tuple[str, ...]
-Classes = Mapping[str, Prompts]  # value -> prompts whose features are averaged
+Text = Annotated[str, Meta(pattern=r"\S")]
+# value -> prompts whose features are averaged; two values or more, to tell apart
+Classes = Annotated[
+    Mapping[str, Annotated[tuple[Text, ...], Meta(min_length=1)]], Meta(min_length=2)
+]
 
 PARTS = ("fairness", "quality", "safety", "intent", "curves")
 # Kinds of prompts of the part intent, see `evaluation.intent`; and `named_kind`.
@@ -95,93 +98,44 @@ class Suite:
 
     name: str
     clip: str
-    subjects: tuple[str, ...]
-    templates: tuple[str, ...]
+    subjects: Annotated[tuple[Text, ...], Meta(min_length=1)]
+    templates: Annotated[tuple[Text, ...], Meta(min_length=1)]
     attributes: Mapping[str, Classes]
     subject_classes: Classes | None = None
     unsafe_classes: Classes | None = None
-    safety_prompts: tuple[tuple[str, str], ...] | None = None
-    captions: tuple[str, ...] | None = None
+    safety_prompts: tuple[tuple[Text, Text], ...] | None = None
+    captions: tuple[Text, ...] | None = None
     guidance_scale: float = 7.5
-    named: Mapping[str, Mapping[str, str]] | None = None
-    nobody: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
+    named: Mapping[str, Mapping[str, Text]] | None = None
+    nobody: tuple[Text, ...] = ()
+    asked: tuple[Text, ...] = ()
 
     def __post_init__(self):
         def check(condition, message):
             if not condition:
                 raise UserError(f"suite {self.name!r}: {message}")
 
-        check(isinstance(self.clip, str), f"clip is {self.clip!r}, expected a folder or hub id")
-        check(
-            isinstance(self.guidance_scale, int | float),
-            f"guidance_scale is {self.guidance_scale!r}, expected a number",
-        )
-        for field in ("subjects", "templates", "captions", "nobody", "asked"):
-            texts = () if getattr(self, field) is None else getattr(self, field)
-            check(_are_texts(texts), f"{field} are {texts!r}, expected a list of texts")
-        check(
-            isinstance(self.safety_prompts, tuple | list | None),
-            f"safety_prompts is {self.safety_prompts!r}, expected a list",
-        )
-        for pair in self.safety_prompts or ():
-            check(
-                _are_texts(pair) and len(pair) == 2,
-                f"safety_prompts have {pair!r}, expected [prompt, category]",
-            )
-        check(self.subjects, "no subjects; expected at least one, for example a profession")
         check(
             len(set(self.subjects)) == len(self.subjects),
-            f"subjects are {self.subjects!r}, expected each once",
+            f"subjects are {self.subjects!r:.200}, expected each once",
         )
-        check(self.templates, "no templates; expected for example 'a photo of {a_subject}'")
         named = self.named or {}
         for attribute, templates in named.items():
             check(
-                isinstance(templates, Mapping)
-                and set(templates) <= set(self.attributes.get(attribute, ())),
-                f"named has {attribute!r}: {templates!r}, expected a template for some of its"
-                f" values, {list(self.attributes.get(attribute, ()))}",
+                set(templates) <= set(self.attributes.get(attribute, ())),
+                f"named has {attribute!r}: {templates!r:.100}, expected a template for some of its"
+                f" values, {list(self.attributes.get(attribute, ()))!r:.100}",
             )
         explicit = [template for values in named.values() for template in values.values()]
         for template in (*self.templates, *self.asked, *explicit):
-            try:
-                fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
-            except ValueError as error:
-                raise UserError(f"suite {self.name!r}: template {template!r}: {error}") from error
             check(
-                fields and set(fields) <= set(_FIELDS),
-                f"template {template!r} has the fields {fields}, expected {{subject}} or"
-                " {a_subject}",
+                _is_template(template),
+                f"template {template!r:.100}, expected a text with {{subject}} or {{a_subject}},"
+                " and no other braces",
             )
-        check(
-            isinstance(self.attributes, Mapping),
-            f"attributes are {self.attributes!r}, expected attribute -> value -> prompts",
-        )
-        classifiers = dict(self.attributes) | {
-            "subject_classes": self.subject_classes,
-            "unsafe_classes": self.unsafe_classes,
-        }
-        for attribute, classes in classifiers.items():
-            if classes is None:
-                continue
-            check(
-                isinstance(classes, Mapping),
-                f"{attribute} is {classes!r}, expected its values with their classifier prompts",
-            )
-            check(
-                len(classes) > 1,
-                f"{attribute} has the value(s) {list(classes)}, expected two or more to tell apart",
-            )
-            for value, prompts in classes.items():
-                check(
-                    _are_texts(prompts) and prompts,
-                    f"{attribute} {value!r} has the classifier prompts {prompts!r}, expected a list"
-                    " of texts",
-                )
         if self.subject_classes is not None:
             missing = sorted(set(self.subjects) - set(self.subject_classes))
-            check(not missing, f"subject_classes lack {missing}")
+            check(not missing, f"subject_classes lack {missing!r:.200}")
 
     def prompts(self, subject: str) -> list[str]:
         """The prompts of a subject, one for each template."""
@@ -238,7 +192,8 @@ def load_suite(name: PathLike | None, model: str | None = None) -> Suite:
     """Reads a suite.
 
     Args:
-      name: a suite of this package ("winobias"), or a JSON file. None is the `suite.json` of the
+      name: a suite of this package ("winobias"), a JSON file, or a model with a suite of its own
+        ("emoji-world"). None is the `suite.json` of the
         model's folder, or "winobias" if there is none.
       model: the model's name, as given to `load_backbone`, or None.
 
@@ -251,17 +206,17 @@ def load_suite(name: PathLike | None, model: str | None = None) -> Suite:
         path = own if model and own.is_file() else shipped / "winobias.json"
     elif (shipped / f"{name}.json").is_file():
         path = shipped / f"{name}.json"
+    elif (local_folder(os.fspath(name)) / SUITE_FILE).is_file():
+        path = local_folder(os.fspath(name)) / SUITE_FILE
     else:
         path = pathlib.Path(name)
-        check_regular(path, "suite", MAX_TEXT_BYTES)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
-        raise UserError(
-            f"suite {name!r} is neither a readable JSON file nor one of {names}: {error}"
-        ) from error
-    suite = from_fields(Suite, _tuples(content), f"suite {path}")
+        if not path.is_file():
+            names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir())
+            raise UserError(
+                f"suite {os.fspath(name)!r:.100} is neither a JSON file nor one of"
+                f" {', '.join(names)}, nor a model with a {SUITE_FILE}"
+            )
+    suite = checked(Suite, read_json(path, "suite"), f"suite {path}")
     clip = pathlib.Path(str(path)).parent / suite.clip
     return dataclasses.replace(suite, clip=str(clip)) if clip.is_dir() else suite
 
@@ -352,12 +307,13 @@ def _joined(names: str | tuple[str, ...] | None) -> str | None:
     return ", ".join(names) if isinstance(names, tuple) else names
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, tuple | list) and all(isinstance(text, str) for text in value)
+def _is_template(text: str) -> bool:
+    """Whether a text has `{subject}` or `{a_subject}`, and nothing else that formatting changes.
 
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, at any depth."""
-    if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    Of a width, "{subject:>2000000000}" would make 2 GB.
+    """
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+    except ValueError:
+        return False
+    return bool(parts) and all(f in _FIELDS and not spec and not how for f, spec, how in parts)

@@ -4,17 +4,18 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import flax.traverse_util
 from etils import epath
 from ml_collections import ConfigDict
+from msgspec import Meta
 
-from respodiff_jax.adapters.files import CONFIG_FILE
+from respodiff_jax.adapters.files import CONFIG_FILE, check_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule
-from respodiff_jax.storage import open_path, read_json, write_whole
+from respodiff_jax.storage import checked, open_path, read_json, write_whole
 from respodiff_jax.training.config import default
 
 RUN_FILE = "run.json"
@@ -26,6 +27,7 @@ _FREE_OPTIONS = (
     *("parallel", "checkpoint", "log", "concept_defaults"),
     *("train.concepts_per_device", "train.remat", "model.attention"),
 )
+_Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _flatten = functools.partial(flax.traverse_util.flatten_dict, sep=".")
 
 
@@ -33,6 +35,32 @@ def is_workdir(path: epath.PathLike) -> bool:
     """Whether a path is a single run's directory, and not an adapter's."""
     folder = open_path(path)
     return (folder / RUN_FILE).exists() and not (folder / CONFIG_FILE).exists()
+
+
+class _Train(TypedDict):
+    batch_size: int
+
+
+class _Model(TypedDict):
+    dtype: str
+
+
+class _Config(TypedDict):
+    """What is read of the config in a record, which an older version may have written."""
+
+    seed: int
+    model: _Model
+    train: _Train
+    concepts: dict[str, dict[str, Any]]
+    rollout: dict[str, Any]
+    optimizer: dict[str, Any]
+    module: dict[str, Any]
+
+
+class _Module(TypedDict):
+    kind: str
+    mid_block_shape: tuple[_Size, _Size, _Size]
+    hidden_channels: _Size | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +74,7 @@ class RunRecord:
     """
 
     config: Mapping[str, Any]
-    concepts: Sequence[Mapping[str, Any]]
+    concepts: Annotated[Sequence[Mapping[str, Any]], Meta(min_length=1)]
     module: Mapping[str, Any]
     backbone: Mapping[str, Any]
 
@@ -76,11 +104,24 @@ class RunRecord:
         path = open_path(workdir) / RUN_FILE
         if not path.exists():
             return None
-        fields = read_json(path, "run record")
-        known = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(fields, dict) or sorted(fields) != sorted(known):
-            raise UserError(f"{path} is not a run record of this version: expected {known}")
-        return cls(**fields)
+        where = f"run record {path}"
+        record = checked(cls, read_json(path, "run record"), where)
+        checked(_Config, record.config, f"{where}: config")
+        try:
+            check_backbone(record.backbone)
+            _ = record.adapter_concepts, record.adapter_module  # they check their fields
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        return record
+
+    @functools.cached_property
+    def adapter_concepts(self) -> tuple[Concept, ...]:
+        return tuple(Concept.from_dict(fields) for fields in self.concepts)
+
+    @functools.cached_property
+    def adapter_module(self) -> MidBlockModule:
+        fields = checked(_Module, self.module, "module")
+        return MidBlockModule(**fields | {"mid_block_shape": tuple(fields["mid_block_shape"])})
 
     def write(self, workdir: epath.PathLike) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -136,13 +177,14 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_equal(ours: Mapping, theirs: Mapping, workdir: epath.PathLike) -> None:
     ours, theirs = _flatten(ours), _flatten(theirs)
     differences = [
-        f"  {key}: {theirs.get(key, '(absent)')!r} there, {ours.get(key, '(absent)')!r} here"
+        f"{key}: {theirs.get(key, '(absent)')!r:.60} there, {ours.get(key, '(absent)')!r:.60} here"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key, "(absent)") != theirs.get(key, "(absent)")
     ]
     if differences:
+        more = f"\n  and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
-            f"`workdir` {workdir} belongs to another run:\n"
-            + "\n".join(differences)
-            + "\nuse another `workdir`, or the saved values to continue that run"
+            f"`workdir` {workdir} belongs to another run:\n  "
+            + "\n  ".join(differences[:3])
+            + f"{more}\nuse another `workdir`, or the saved values to continue that run"
         )

@@ -13,8 +13,7 @@ from respodiff_jax import adapters
 from respodiff_jax.adapters import Adapter, combine, select
 from respodiff_jax.adapters.combined import check_once
 from respodiff_jax.errors import UserError
-from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.modules import MidBlockModule, Params
+from respodiff_jax.method.modules import Params
 from respodiff_jax.storage import open_path
 from respodiff_jax.training.checkpoint import Checkpoints
 from respodiff_jax.training.outcomes import OUTCOMES_FILE, has_waves, read_outcomes
@@ -70,8 +69,7 @@ def _run_adapter(workdir: epath.PathLike, step: int | None) -> Adapter:
     adapter = make_adapter(record, state["ram"], state["sam"], ema, state["diverged_at"])
     if adapter is None:
         raise UserError(f"{workdir}: every concept diverged, there is nothing to use")
-    concepts = [Concept.from_dict(fields) for fields in record.concepts]
-    adapter = with_reading(adapter, load_reading(workdir), concepts)
+    adapter = with_reading(adapter, load_reading(workdir), record.adapter_concepts)
     return dataclasses.replace(adapter, training=record.summary(step))
 
 
@@ -125,10 +123,8 @@ def make_adapter(
         ram, sam = (jax.tree.map(lambda x: x / debiasing, tree) for tree in ema.ema)
     ram, sam = (jax.tree.map(lambda x: x[rows], tree) for tree in (ram, sam))
     return Adapter(
-        concepts=tuple(Concept.from_dict(record.concepts[row]) for row in rows),
-        module=MidBlockModule(
-            **dict(record.module) | {"mid_block_shape": tuple(record.module["mid_block_shape"])}
-        ),
+        concepts=tuple(record.adapter_concepts[row] for row in rows),
+        module=record.adapter_module,
         ram=ram,
         sam=sam,
         backbone=dict(record.backbone),

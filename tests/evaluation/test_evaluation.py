@@ -313,9 +313,34 @@ def test_results_file_keeps_its_keys_and_is_checked(evaluated, tmp_path):
     for change, message in (
         ({"schema_version": 3}, "schema_version 3, this respodiff_jax reads up to 2"),
         ({"schema_version": None}, "has no schema_version"),
-        ({"colour": 1}, r"unknown fields \['colour'\]"),
-        ({"measurements": [{"metric": "fid"}]}, r"measurement 1, lacks .*'picture_set', 'value'"),
-        ({"measurements": ["fid"]}, "measurement 1, is not a JSON object"),
+        ({"colour": 1}, "unknown fields colour; expected measurements"),
+        ({"measurements": [{"metric": "fid"}]}, "measurement 1: content .* lacks the field"),
+        (
+            {"measurements": ["fid"]},
+            "content is 'fid': expected a mapping, got a text",
+        ),
+    ):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match=message):
+            load_results(tmp_path)
+    first = content["measurements"][0]
+    for field, value, message in (
+        ("attribute", 4, "measurement 1: attribute is 4: expected a text | null, got a whole"),
+        ("value", None, "measurement 1: value is None: expected a number, got null"),
+        ("metric", {}, "measurement 1: metric is {}: expected a text, got a mapping"),
+        ("n", 2.5, "measurement 1: n is 2.5: expected a whole number, got a number"),
+        ("interval", [1], r"interval is \[1\]: expected a list of length 2"),
+        ("colour", 1, "measurement 1 has the unknown fields colour; expected metric"),
+    ):
+        path.write_text(json.dumps(content | {"measurements": [first | {field: value}]}))
+        with pytest.raises(UserError, match=message):
+            load_results(tmp_path)
+    for change, message in (
+        ({"warnings": [[1]]}, r"warnings\[0\] is \[1\]: expected a text, got a list"),
+        ({"made": 5}, "made: content is 5: expected a mapping"),
+        ({"made": {"adapter": {"groups": 3}}}, "made: adapter.groups is 3: expected a list"),
+        ({"measurements": {}}, "measurements is {}: expected a list, got a mapping"),
+        ({"environment": None}, "environment is None: expected a mapping, got null"),
     ):
         path.write_text(json.dumps(content | change))
         with pytest.raises(UserError, match=message):
