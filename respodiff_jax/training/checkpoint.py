@@ -7,7 +7,7 @@ restored, because the files themselves notice only some kinds of damage.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from jax.experimental import multihost_utils
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.state import TrainState
-from respodiff_jax.storage import is_remote, open_path
+from respodiff_jax.storage import checked, is_remote, open_path, parse_json
 
 # What damaged files look like: missing, not UTF-8, not JSON, or one of these TensorStore statuses.
 _DAMAGE = (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError)
 _DAMAGE_STATUSES = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE")
+_MACHINE_STATUSES = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE")
 
 
 class Checkpoints:
@@ -66,33 +67,33 @@ class Checkpoints:
         """The newest undamaged state, or None if none was saved.
 
         Newer, damaged ones are reported and moved to `damaged_checkpoints/` of the working
-        directory. Every other error is raised: it is the machine's or this package's. `abstract`
-        has shapes, dtypes and shardings of the state.
+        directory. Errors of the machine are raised, and those of this package: what fails for
+        every checkpoint. `abstract` has shapes, dtypes and shardings of the state.
 
         Raises:
           UserError: if every checkpoint is damaged. They stay where they are.
         """
-        damaged = []
+        damaged: dict[int, Exception | None] = {}
         for step in reversed(self.steps):
             state, error = None, None
             try:
                 state = self._restore(step, abstract)
             except Exception as e:
-                if not _is_damage(e):
-                    raise
+                _raise_if_of_machine(e)
                 error = e
             if _all_processes(error is None):
                 error = self._changed(step, state)
                 if _all_processes(error is None):
-                    self._set_aside(damaged)
+                    _report(damaged)
+                    self._set_aside(list(damaged))
                     return state
-            reason = _first_line(error) if error else "on another process"
-            print(f"checkpoint {step} is damaged ({reason}); trying an older one", flush=True)
-            damaged.append(step)
+            damaged[step] = error
         if damaged:
+            _raise_unless_damage(damaged)
+            _report(damaged)
             raise UserError(
-                f"all checkpoints {damaged} in {self.directory} are damaged; they stay where they"
-                " are: use another `workdir`"
+                f"all checkpoints {list(damaged)} in {self.directory} are damaged; they stay where"
+                " they are: use another `workdir`"
             )
         return None
 
@@ -109,15 +110,16 @@ class Checkpoints:
 
     def _changed(self, step: int, state: Any) -> ValueError | None:
         """An error, if the values are not those that were saved; every process takes part."""
-        metadata = self._manager.metadata(step)
-        if metadata.init_timestamp_nsecs is None:
-            return ValueError("DATA_LOSS: its metadata cannot be read")
-        if not metadata.custom_metadata:
-            return None  # saved by a version without checksums
-        saved, found = metadata.custom_metadata.get("checksums"), _checksums(state)
+        found, file = _checksums(state), self.directory / str(step) / "_CHECKPOINT_METADATA"
+        try:
+            kept = parse_json(file.read_bytes().decode(), str(file))["custom_metadata"]
+            if not kept:
+                return None  # saved by a version without checksums
+            saved = checked(dict[str, int], kept["checksums"], str(file))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            return ValueError(f"DATA_LOSS: its checksums cannot be read: {_first_line(error)}")
         if saved == found:
             return None
-        saved = saved if isinstance(saved, dict) else {}
         changed = [name for name in found if saved.get(name) != found[name]]
         return ValueError(f"DATA_LOSS: values of {', '.join(changed)[:200]} have changed")
 
@@ -131,17 +133,20 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no checkpoint; has the run saved one yet?")
         if step is not None and step not in self.steps:
             raise UserError(f"{self.directory} holds no step {step}, only {self.steps}")
+        damaged: dict[int, Exception | None] = {}
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 state = self._restore_host(candidate)
                 error = self._changed(candidate, state)
             except Exception as e:
-                if not _is_damage(e):
-                    raise
+                _raise_if_of_machine(e)
                 error = e
             if error is None:
+                _report(damaged)
                 return candidate, jax.tree.map(np.asarray, state)
-            print(f"checkpoint {candidate} is damaged ({_first_line(error)})", flush=True)
+            damaged[candidate] = error
+        _raise_unless_damage(damaged)
+        _report(damaged)
         raise UserError(
             f"all tried checkpoints in {self.directory} are damaged: {step or self.steps}"
         )
@@ -198,6 +203,33 @@ def _weighted_sum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _raise_if_of_machine(error: Exception) -> None:
+    """Raises an error that says nothing about the files: memory, permission, network."""
+    of_machine = isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    )
+    if of_machine or str(error).startswith(_MACHINE_STATUSES):
+        raise error
+
+
+def _raise_unless_damage(errors: Mapping[int, Exception | None]) -> None:
+    """Raises the first error that is not known to come from damage.
+
+    A changed byte in a checkpoint's own JSON may raise any error in Orbax. Where another
+    checkpoint can be read, such an error is damage as well; where none can, it may be a fault of
+    this package.
+    """
+    for error in errors.values():
+        if error is not None and not _is_damage(error):
+            raise error
+
+
+def _report(damaged: Mapping[int, Exception | None]) -> None:
+    for step, error in damaged.items():
+        reason = _first_line(error) if error else "on another process"
+        print(f"checkpoint {step} is damaged ({reason}); trying an older one", flush=True)
 
 
 def _is_damage(error: BaseException | None) -> bool:
