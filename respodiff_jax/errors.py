@@ -1,5 +1,17 @@
 """What a caller may want to tell apart: a user's mistake, and a training that was stopped."""
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question "; did you mean 'a woman'?", or "" if nothing known is like the name."""
+    known = {text.lower(): text for text in known}
+    close = difflib.get_close_matches(name.lower(), known, 1) or [
+        text for text in known if name.lower() in text.split()
+    ]
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
+
 
 class UserError(ValueError):
     """Something the user can fix: an option, a file, a model, a device, a diverged training.
@@ -8,6 +20,12 @@ class UserError(ValueError):
     public API stand in backticks; the command line shows them as its own options. Every other
     exception is a fault of this package or of the machine, and keeps its traceback.
     """
+
+
+def shortened(text: object, length: int = 100) -> str:
+    """A text for a message: one line, cut off after so many characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 class Interrupted(Exception):

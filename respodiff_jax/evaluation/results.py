@@ -66,6 +66,12 @@ class Measurement:
     judge: str | None = None
     version: int = 1
 
+    def __post_init__(self):
+        if self.counts and self.target and len(self.counts) != len(self.target):
+            raise UserError(
+                f"target has {len(self.target)} shares for counts of {len(self.counts)} values"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The measurement with the keys of `results.json`; `judge` only if there is one."""
         fields = dataclasses.asdict(self)

@@ -48,9 +48,9 @@ from respodiff_jax.evaluation.suites import (
     load_suite,
     prompts_to_draw,
 )
-from respodiff_jax.generation.sampling import SamplerOptions
+from respodiff_jax.generation.sampling import SamplerOptions, check_batch
 from respodiff_jax.method.schedule import Schedule
-from respodiff_jax.storage import PathLike, local_path
+from respodiff_jax.storage import PathLike, check_output
 
 _CHECK = "check"  # folder of the pictures that check the classifier
 # Parameters of `evaluate` that do nothing for existing pictures.
@@ -148,7 +148,7 @@ def evaluate(
         or results of another evaluation.
     """
     arguments = locals()
-    out = local_path(out, "output folder")
+    out = check_output(out)
     adapters = as_adapters(adapter)
     seed = int(seed)
     groups = [groups] if isinstance(groups, str) else groups
@@ -235,6 +235,7 @@ def evaluate(
         if options.resolution is None:
             options = dataclasses.replace(options, resolution=model.default_resolution)
         model.latent_shape(options.resolution)
+        check_batch(options, options.resolution)
         Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
         for one in adapters:
             check_fits(one, model, options.resolution)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from respodiff_jax.adapters import Adapter
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, nearest, shortened
 from respodiff_jax.evaluation import fairness, quality
 from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, requests_per_subject
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import PARTS, Prompt, PromptSet, Suite
 from respodiff_jax.generation import selection
+from respodiff_jax.generation.limits import MAX_IMAGES, check_count
 from respodiff_jax.method.reading import Decision
 
 PRESETS: Mapping[str, Mapping[str, int | None]] = {
@@ -31,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, int | None]] = {
     },
 }
 # Each part, and the pictures that check the classifier, have their own range of seeds.
-_SEED_RANGE, _CHECK_SEED = 1_000_000, 9_000_000
+_SEED_RANGE, _CHECK_SEED = MAX_IMAGES, 9_000_000
 _MAX_SEED = 2**32 - 10 * _SEED_RANGE
 CHECKED_PER_VALUE = 8
 _SCALES, _ADJECTIVES = (1.5, 3.0, 5.0, 7.5), ("successful", "poor", "beautiful")
@@ -100,6 +101,9 @@ class EvaluationSpec:
         for name in ("images_per_subject", "images_per_caption", "images_per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` is {getattr(self, name)}, expected at least 1")
+        for part, given in self.prompts.items():
+            own = {prompt.subject for prompt in given.prompts}
+            check_count(self.images_each(part) * len(own if part == "fairness" else given.prompts))
         if not 0 <= self.seed <= _MAX_SEED:
             raise UserError(f"`seed` is {self.seed}, expected within 0 .. {_MAX_SEED}")
         for attribute, shares in self.targets.items():
@@ -256,9 +260,16 @@ def choose_concepts(
     None for `safe` is whether the adapter has safety concepts, unless `groups` names some.
 
     Raises:
-      UserError: if `groups` is None and the adapter has several.
+      UserError: if `groups` is None and the adapter has several, or it lacks one of them.
     """
     concepts = () if adapter is None else adapter.concepts
+    known = dict.fromkeys(concept.group for concept in concepts)
+    for group in groups or ():
+        if concepts and group not in known:
+            raise UserError(
+                f"`groups`: the adapter has no group {shortened(group)!r}"
+                f"{nearest(group, known) or '.'} It has {shortened(', '.join(known), 150)}"
+            )
     chosen = tuple(groups or ())
     if groups is None and not safe:
         own = dict.fromkeys(c.group for c in concepts if not c.is_safety)

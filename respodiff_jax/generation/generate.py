@@ -17,8 +17,10 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.backbone.memory import is_small, nbytes, report_memory
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.folder import check_folder, picture_records, write_folder
+from respodiff_jax.generation.limits import check_count, check_memory, host_memory
 from respodiff_jax.generation.sampling import (
     SamplerOptions,
+    check_batch,
     default_batch_size,
     sample_images,
     sampling_bytes,
@@ -92,12 +94,15 @@ def generate(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
+    count = len(request.prompts) * images_per_prompt
+    pixels = count * request.options.resolution**2
+    check_memory(f"a list of {count:,} images", 3 * pixels, host_memory())
     model = request.model.loaded()
     _, weights = _steering(model, request, steer_always)
     images = sample_images(
         model,
         [prompt for prompt in request.prompts for _ in range(images_per_prompt)],
-        range(seed, seed + len(request.prompts) * images_per_prompt),
+        range(seed, seed + count),
         request.options,
         request.adapter,
         weights,
@@ -248,6 +253,7 @@ def _check(
     if images_per_prompt < 1:
         raise UserError(f"`images_per_prompt` is {images_per_prompt}, expected at least 1")
     count = len(prompts) * images_per_prompt
+    check_count(count)
     last = _MAX_SEED - count + 1
     if not 0 <= seed <= last:
         raise UserError(f"`seed` is {seed}, expected 0 .. {last} for {count} image(s)")
@@ -266,6 +272,7 @@ def _check(
     for one in adapters:
         check_fits(one, model, options.resolution)
     model.latent_shape(options.resolution)
+    check_batch(options, options.resolution)
     Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
     model.tokenise([*prompts, options.negative_prompt])
     _check_memory(model, options, count)

@@ -23,6 +23,7 @@ from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.backbone.memory import estimate_bytes
 from respodiff_jax.errors import UserError
+from respodiff_jax.generation.limits import check_memory
 from respodiff_jax.method.diffusion import (
     Latent,
     ddim_step,
@@ -77,6 +78,13 @@ class SamplerOptions:
                 f"batch size is {self.batch_size}, expected a multiple of the {devices} devices"
                 f" that share it, for example {devices * max(round(self.batch_size / devices), 1)}"
             )
+
+
+def check_batch(options: SamplerOptions, resolution: int) -> None:
+    """Raises `UserError` for a batch size whose images alone do not fit into memory."""
+    if options.batch_size is not None:
+        image = 4 * 3 * resolution**2
+        check_memory(f"`batch_size` {options.batch_size}", image * options.batch_size)
 
 
 def initial_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Latent:

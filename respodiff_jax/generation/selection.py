@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, nearest, shortened
 from respodiff_jax.method.reading import Decision
 
 
@@ -116,7 +116,16 @@ def concept_weights(
     weights = np.zeros((num_prompts * images_per_prompt, len(adapter.concepts)), np.float32)
     for name, scale in (concepts or {}).items():
         if name not in adapter.names:
-            raise UserError(f"concept {name!r} is not in the adapter. {_inventory(adapter)}")
+            own, _, scale = name.rpartition("=")
+            if own.strip() in adapter.names:
+                raise UserError(
+                    f"concept {own.strip()!r}: scale is {shortened(scale)!r}, expected a number"
+                )
+            raise UserError(
+                f"concept {shortened(name)!r} is not in the adapter"
+                f"{nearest(name, adapter.names) or '.'}"
+                f" {_inventory(adapter)}"
+            )
         index = adapter.names.index(name)
         scale = adapter.default_scales[index] if scale is None else scale
         if not math.isfinite(scale):
@@ -152,7 +161,11 @@ def _fair_shares(
     members = [i for i, concept in enumerate(adapter.concepts) if concept.group == group]
     names = [adapter.names[i] for i in members]
     if not members:
-        raise UserError(f"`fair`: the adapter has no group {group!r}. {_inventory(adapter)}")
+        groups = {concept.group for concept in adapter.concepts}
+        raise UserError(
+            f"`fair`: the adapter has no group {shortened(group)!r}"
+            f"{nearest(group, groups) or '.'} {_inventory(adapter)}"
+        )
     if any(adapter.concepts[i].is_safety for i in members):
         raise UserError(f"`fair`: {group!r} holds safety concepts, which are summed; use `safe`")
     if len(members) == 1:
@@ -176,4 +189,5 @@ def _inventory(adapter: Adapter | CombinedAdapter) -> str:
     groups: dict[str, list[str]] = {}
     for concept in adapter.concepts:
         groups.setdefault(concept.group, []).append(concept.name)
-    return "It has " + "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+    listed = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+    return shortened(f"The adapter has {listed}", 200)

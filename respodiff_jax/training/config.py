@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
@@ -247,6 +248,11 @@ def _check_known(config: ConfigDict, changes: Mapping[str, Any], path: str = "co
             _check_known(config[key], value, f"{path}.{key}")
 
 
+def _short(value: Any) -> str:
+    """A value for messages; numbers of thousands of digits cannot even be printed."""
+    return f"a number of {value.bit_length()} bits" if abs(value) >= 2**64 else str(value)
+
+
 def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
     """The validated concepts of a config, sorted by key."""
     concepts = tuple(
@@ -276,10 +282,17 @@ def validate(config: ConfigDict) -> None:
         check(key, choices.__contains__, f"one of {', '.join(choices)}")
     for key, least in _LEAST.items():
         check(key, lambda n, least=least: n >= least, f"at least {least}")
+    for key, value in flatten_dict(config.to_dict(), sep=".").items():
+        if isinstance(value, int) and not -(2**31) <= value < 2**32:
+            raise UserError(f"config.{key} is {_short(value)}, expected at most 32 bits")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
         check(key, math.isfinite, "a finite number")
     steps = config.train.steps
-    check("optimizer.warmup_steps", lambda n: n < steps, f"fewer than train.steps={steps}")
+    check(
+        "optimizer.warmup_steps",
+        lambda n: n < steps,
+        f"fewer than train.steps={steps}; for a short trial add --config.optimizer.warmup_steps=0",
+    )
     for beta in ("optimizer.b1", "optimizer.b2"):
         check(beta, lambda x: 0 <= x < 1, "within 0..1")
     check("optimizer.eps", lambda x: x > 0, "a positive number")

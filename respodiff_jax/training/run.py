@@ -1,6 +1,7 @@
 """One run: a set of concepts, trained in a folder of its own from where it stands to the end."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.backbone.memory import is_small, report_memory
 from respodiff_jax.errors import Interrupted, UserError
+from respodiff_jax.generation.limits import check_memory
 from respodiff_jax.generation.sampling import make_sampler
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.embedding import EmbeddedConcepts, embed_concepts
@@ -113,6 +115,10 @@ def open_session(
     model = open_model(config, revision=begun or config.model.revision, abstract=True)
     resolution = config.model.resolution or model.default_resolution
     spec = step_spec(config, model, resolution)
+    # Each sample has a latent and its noise in float32.
+    samples = max(run.size for run in runs) * config.train.batch_size
+    what = f"train.batch_size={config.train.batch_size}"
+    check_memory(what, 8 * samples * math.prod(spec.latent_shape))
     sample = None
     if config.log.grid_every:
         sample = make_sampler(model, (spec.module,), config.log.grid_steps, placement.mesh)
@@ -241,7 +247,8 @@ def _say_start(log: RunLog, session: Session, run: Run, step: int) -> None:
     if step >= steps:
         log.say(f"step {step} of {steps} is done: nothing left to train")
     else:
-        log.say(f"continuing at step {step}" if step else "compiling the step")
+        begin = f"continuing at step {step}" if step else "starting"
+        log.say(f"{begin}; the first step compiles, which may take minutes")
 
 
 def _newest_state(

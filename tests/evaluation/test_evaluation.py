@@ -231,7 +231,7 @@ def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_
     for changes, suite_changes, message in (
         ({"safe": False, "groups": ()}, {}, "none of its concepts is chosen"),
         ({"safe": None, "groups": None}, {}, "has the groups .'gender', 'age'.; choose with"),
-        ({"groups": ["race"]}, {}, "no attribute 'race'"),
+        ({"groups": ["race"]}, {}, "the adapter has no group 'race'. It has gender, age, safety"),
         ({"groups": ["age", "age"]}, {}, "expected each once"),
         ({}, {"captions": None}, "has no prompts for quality"),
         ({}, {"unsafe_classes": None}, "no unsafe_classes and no detector"),
@@ -250,6 +250,9 @@ def test_mistakes_are_found_before_weights_are_loaded(tiny_backbone, suite, tmp_
         ({"part": "race"}, {}, "`part` is 'race', expected all, or some of fairness"),
         ({"preset": "slow"}, {}, "`preset` is 'slow', expected one of quick, paper"),
         ({"max_prompts": 0}, {}, "`max_prompts` is 0, expected at least 1"),
+        ({"images_per_subject": 10**8}, {}, "200,000,000 images in one call, expected at most"),
+        ({"images_per_prompt": 10**8}, {}, "200,000,000 images in one call, expected at most"),
+        ({"batch_size": 8 * 10**10}, {}, "`batch_size` 80000000000 needs .* of memory at least"),
         ({"resolution": 18}, {}, "the nearest is"),
         ({"adapter": None}, {}, "no `adapter` is given"),
         ({"model": None}, {}, "nothing to evaluate; give `model` or `adapter`, or `images`"),

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from test_adapters import MAN, WOMAN
 from test_sampling import PROMPTS, tiny_adapter
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.generation import folder
+from respodiff_jax.generation import folder, limits
+from respodiff_jax.generation import generate as generate_lib
 from respodiff_jax.generation.generate import generate, generate_folder
 from respodiff_jax.images import read_metadata
 
@@ -220,12 +222,37 @@ def test_concept_without_an_image_is_noted(tiny_backbone, options, message):
         generate(tiny_backbone, "a person", adapter=adapter, fair="gender", num_steps=1, **options)
 
 
-@pytest.mark.parametrize("wrong", [{"num_steps": 5000}, {"resolution": 17}, {"fair": "race"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_steps": 5000},
+        {"resolution": 17},
+        {"fair": "race"},
+        {"images_per_prompt": 10**8},
+        {"batch_size": 8 * 10**10},
+    ],
+)
 def test_refused_call_leaves_no_folder(tiny_backbone, tmp_path, wrong):
     unread = dataclasses.replace(tiny_backbone, load=pytest.fail)
     adapter = tiny_adapter(tiny_backbone)
+    start = time.monotonic()
     with pytest.raises(UserError):
         generate_folder(
             unread, PROMPTS, tmp_path / "a" / "b", adapter=adapter, **{"fair": "gender"} | wrong
         )
     assert not list(tmp_path.iterdir())
+    assert time.monotonic() - start < 20
+
+
+def test_what_no_machine_can_serve_is_refused_with_an_estimate(tiny_backbone, monkeypatch):
+    unread = dataclasses.replace(tiny_backbone, load=pytest.fail)
+    monkeypatch.setattr(limits, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(generate_lib, "host_memory", lambda: 2**30)
+    with pytest.raises(UserError, match=r"^200,000,000 images in one call, expected at most 1"):
+        generate(unread, PROMPTS, images_per_prompt=10**8)
+    # 16 x 16 pixels of three float32: 3 KiB an image.
+    with pytest.raises(UserError, match=r"`batch_size` 800000 needs 2 GiB of .* there are 1 GiB"):
+        generate(unread, PROMPTS, batch_size=800_000)
+    monkeypatch.setattr(generate_lib, "host_memory", lambda: 2**20)
+    with pytest.raises(UserError, match=r"^a list of 20,000 images needs 0 GiB of memory at"):
+        generate(unread, PROMPTS, images_per_prompt=10_000)

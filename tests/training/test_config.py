@@ -91,7 +91,13 @@ def test_overrides_reach_every_level_and_type():
         ("log.grid_guidance_scale=inf", "config.log.grid_guidance_scale is inf"),
         ("rollout.trajectory_steps=0", "config.rollout.trajectory_steps is 0"),
         ("optimizer.lr_schedule=step", "config.optimizer.lr_schedule is 'step'"),
-        ("optimizer.warmup_steps=5000", "config.optimizer.warmup_steps is 5000"),
+        (
+            "optimizer.warmup_steps=5000",
+            "config.optimizer.warmup_steps is 5000, expected fewer than train.steps=5000; for a"
+            " short trial add --config.optimizer.warmup_steps=0",
+        ),
+        ("train.steps=99999999999", "config.train.steps is 99999999999, expected at most 32 bits"),
+        ("seed=" + "9" * 400, "config.seed is a number of 1329 bits, expected at most 32 bits"),
         ("optimizer.clip_norm=0.0", "config.optimizer.clip_norm is 0.0"),
         ("optimizer.ema_decay=1.0", "config.optimizer.ema_decay is 1.0"),
         ("checkpoint.every=0", "config.checkpoint.every is 0"),

@@ -66,6 +66,8 @@ def test_refused_training_leaves_no_directory(tmp_path):
         train(make_config(**{"model.name": str(tmp_path / "nowhere")}), str(tmp_path / "run"))
     with pytest.raises(UserError, match="expected a multiple of"):
         train(make_config(**{"train.batch_size": 7}), str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"train\.batch_size=1000000000 needs 3,8\d\d GiB"):
+        train(make_config(**{"train.batch_size": 10**9}), str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
 
 
