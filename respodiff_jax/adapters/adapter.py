@@ -78,10 +78,10 @@ class Adapter:
     def __post_init__(self):
         validate_concepts(self.concepts)
         if self.dtype not in DTYPES:
-            raise UserError(f"adapter dtype is {self.dtype!r}, expected one of {DTYPES}")
+            raise UserError(f"adapter dtype is {self.dtype!r:.80}, expected one of {DTYPES}")
         check_backbone(self.backbone)
         if not isinstance(self.training, Mapping | None):
-            raise UserError(f"adapter training is {self.training!r}, expected a mapping or null")
+            raise UserError(f"adapter training is {self.training!r:.80}, not a mapping or null")
         if self.metrics is not None:
             check_metrics(self.metrics)
         _check_json("backbone", dict(self.backbone))
@@ -111,8 +111,8 @@ class Adapter:
     def _check_reading(self):
         if not _are_accuracies(self.reading_accuracy):
             raise UserError(
-                f"adapter reading accuracy is {self.reading_accuracy!r}, expected group -> head ->"
-                " a number"
+                f"adapter reading accuracy is {self.reading_accuracy!r:.80}, expected group -> head"
+                " -> a number"
             )
         if self.reading is None:
             return
@@ -211,7 +211,8 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
         if not (directory / file).is_file():
             raise UserError(
                 f"{directory} is not an adapter directory: it has no {file}; expected what"
-                " `respodiff train` or `respodiff export` wrote"
+                " `respodiff train` or `respodiff export` wrote. A training writes its adapter when"
+                " it ends, and its checkpoints before"
             )
     config = read_json(directory / CONFIG_FILE, "adapter config")
     try:
@@ -219,7 +220,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
         _check_json("config", config)
         shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
         if kind not in KINDS:
-            raise UserError(f"module kind is {kind!r}, expected one of {', '.join(KINDS)}")
+            raise UserError(f"module kind is {kind!r:.80}, expected one of {', '.join(KINDS)}")
         module = MidBlockModule(
             kind=kind,
             mid_block_shape=(shape["height"], shape["width"], shape["channels"]),

@@ -31,7 +31,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.method.reading import HEADS, Reading
 from respodiff_jax.storage import local_copy
@@ -91,7 +91,9 @@ def check_config(config: Any) -> None:
         raise UserError(f'{CONFIG_FILE} does not say "format": "{FORMAT}"')
     version = config.get("format_version")
     if type(version) is not int or version < 1:
-        raise UserError(f"{CONFIG_FILE}: format_version is {version!r}, expected {FORMAT_VERSION}")
+        raise UserError(
+            f"{CONFIG_FILE}: format_version is {version!r:.80}, expected {FORMAT_VERSION}"
+        )
     if version > FORMAT_VERSION:
         raise UserError(
             f"{CONFIG_FILE}: format_version is {version}, but this version of respodiff_jax reads"
@@ -128,7 +130,7 @@ def check_config(config: Any) -> None:
     half = config["guidance"].get("steered_half")
     if half != CFG_RULE["steered_half"]:
         raise UserError(
-            f"{CONFIG_FILE}: guidance steered_half is {half!r}, expected"
+            f"{CONFIG_FILE}: guidance steered_half is {half!r:.80}, expected"
             f" {CFG_RULE['steered_half']!r}"
         )
 
@@ -156,7 +158,7 @@ def check_metrics(metrics: Any) -> None:
       UserError: naming what is missing, extra or wrong.
     """
     if not isinstance(metrics, list | tuple):
-        raise UserError(f"adapter metrics is {metrics!r}, expected a list or null")
+        raise UserError(f"adapter metrics is {metrics!r:.80}, expected a list or null")
     for entry in metrics:
         _check_type("adapter metrics: an entry", entry, dict)
         check_keys("adapter metrics", entry, METRIC_KEYS)
@@ -167,7 +169,7 @@ def check_metrics(metrics: Any) -> None:
             and all(map(is_finite, interval))
         )
         if not is_finite(entry["value"]) or not is_interval:
-            raise UserError(f"adapter metrics: value or interval is not finite: {entry}")
+            raise UserError(f"adapter metrics: value or interval is not finite: {entry!s:.200}")
         for key in ("metric", "images"):
             _check_type(f"adapter metrics: {key}", entry[key], str)
         if entry["attribute"] is not None:
@@ -217,7 +219,8 @@ def read_weights(
         raise UserError(f"{path.name} cannot be read: {error}") from error
     except SafetensorError as error:
         raise UserError(
-            f"{path.name} is not a whole safetensors file ({error}); it is damaged or truncated:"
+            f"{path.name} is not a whole safetensors file ({shortened(error)}); it is damaged or"
+            " truncated:"
             " copy or export it again"
         ) from error
 
@@ -255,7 +258,8 @@ def check_keys(what: str, actual: Iterable[str], expected: Iterable[str]) -> Non
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing or extra:
         raise UserError(
-            f"{what} does not have the expected keys; missing: {missing}, extra: {extra}"
+            f"{what} does not have the expected keys; missing: {missing!s:.120}, extra:"
+            f" {extra!s:.120}"
         )
 
 
@@ -264,9 +268,9 @@ _TYPE_NAMES = {dict: "a mapping", list: "a list", int: "an integer", str: "a tex
 
 def _check_type(what: str, value: Any, kind: type) -> None:
     if type(value) is not kind:
-        raise UserError(f"{what} is {value!r}, expected {_TYPE_NAMES[kind]}")
+        raise UserError(f"{what} is {value!r:.80}, expected {_TYPE_NAMES[kind]}")
 
 
 def _check_size(what: str, size: Any) -> None:
     if type(size) is not int or not 1 <= size <= _MAX_SIZE:
-        raise UserError(f"{what} is {size!r}, expected 1 .. {_MAX_SIZE}")
+        raise UserError(f"{what} is {size!r:.80}, expected 1 .. {_MAX_SIZE}")

@@ -8,7 +8,7 @@ import huggingface_hub
 from respodiff_jax.adapters.adapter import load_adapter
 from respodiff_jax.adapters.card import CARD_FILE, GRID_FILE, TORCH_FILE, torch_module
 from respodiff_jax.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 from respodiff_jax.storage import local_path
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, TORCH_FILE)
@@ -53,7 +53,9 @@ def push(
             commit_message="RespoDiff adapter",
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} cannot be pushed to {repo_id}: {error}") from error
+        raise UserError(
+            f"{directory} cannot be pushed to {repo_id}: {shortened(error, 200)}"
+        ) from error
     return commit.commit_url
 
 
@@ -74,7 +76,8 @@ def fetch(repo_id: str, revision: str | None = None) -> pathlib.Path:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"adapter {repo_id}: no such folder, and it cannot be fetched from the hub: {error}"
+            f"adapter {repo_id}: no such folder, and it cannot be fetched from the hub:"
+            f" {shortened(error, 160)} Check the name, or give a folder"
         ) from error
 
 

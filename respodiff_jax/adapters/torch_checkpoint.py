@@ -6,6 +6,7 @@ first. Other tensors, such as the frozen UNet's, are ignored. This file needs Py
 """
 
 import os
+import pickletools
 import re
 
 import numpy as np
@@ -36,10 +37,15 @@ def read_checkpoint(
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are not PyTorch's
-        if forbidden := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        # Any function, or an instruction of pickle that PyTorch does not allow.
+        words = r"(?i)unsupported (?:global: GLOBAL|global|operand) (\S+)"
+        forbidden = re.search(words, str(error))
+        is_code = forbidden and forbidden[1].isdigit() and chr(int(forbidden[1]))
+        if forbidden and (not is_code or is_code in pickletools.code2op):
+            name = f"the pickle instruction {forbidden[1]}" if is_code else forbidden[1]
             raise UserError(
-                f"checkpoint {file} holds {forbidden[1]}, which is not a tensor and could run code"
-                " when loaded; nothing was run"
+                f"checkpoint {file} holds {name}, which is not a tensor and could run code"
+                " when loaded; nothing was run. Get the file as safetensors, or from another source"
             ) from error
         raise UserError(
             f"checkpoint {file} is damaged, or torch.save did not write it: get it again"

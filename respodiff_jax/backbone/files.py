@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from respodiff_jax.backbone.single_file import SINGLE_FILES, converted, models_cache
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 from respodiff_jax.storage import MAX_TEXT_BYTES, check_regular, is_remote, local_path, open_path
 
 _INDEX = "model_index.json"
@@ -189,10 +189,11 @@ def _download(name: str, revision: str | None, cache_dir: Any, choose: Choose) -
         )
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
+        why = shortened(reason if available is None else error, 120)
         raise UserError(
             f"model {name!r}{at} is neither a folder nor in the Hugging Face cache, and cannot be "
-            f"fetched: {reason if available is None else error}. Give a folder, check the name, or "
-            "download the model first where there is a network"
+            f"fetched: {why} Give a folder, check the name, or download the model first where "
+            "there is a network"
         ) from error
     return pathlib.Path(folder)
 

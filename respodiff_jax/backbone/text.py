@@ -13,7 +13,7 @@ import numpy as np
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
@@ -32,8 +32,8 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> n
         if len(row) > length:
             lost = tokenizer.decode(row[length - 1 : -1])
             warnings.warn(
-                f"prompt {prompt!r} has {len(row)} tokens, the text encoder reads {length}; "
-                f"not read: {lost!r}. Shorten the prompt",
+                f"prompt {shortened(prompt)!r} has {len(row)} tokens, the text encoder reads"
+                f" {length}; not read: {shortened(lost)!r}. Shorten the prompt",
                 stacklevel=3,
             )
             row = [*row[: length - 1], row[-1]]

@@ -5,10 +5,12 @@ JAX and the models are imported only when a verb runs, so `--help` answers at on
 
 import argparse
 import importlib.metadata
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from respodiff_jax.cli import (
     bench,
@@ -23,7 +25,7 @@ from respodiff_jax.cli import (
     push,
     train,
 )
-from respodiff_jax.errors import Interrupted, UserError
+from respodiff_jax.errors import Interrupted, UserError, nearest
 
 # The module of a verb has SUMMARY, DESCRIPTION, EPILOG, add_arguments(parser) and run(args). With
 # TAKES_OVERRIDES, it has run(args, overrides).
@@ -72,19 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status. 0: the command is finished. 2: a user's mistake, or all concepts of a
-      training diverged; another start would fail again. 75: a training was interrupted and has
+      training diverged; another start would fail again. 1: the machine failed, for example by a
+      full disk. 75: a training was interrupted and has
       saved; the same command continues it. 130: Ctrl-C.
 
     Raises:
       SystemExit: from argparse, for `--help` (status 0) and for wrong options (status 2).
       Exception: any other error keeps its traceback, and Python exits with status 1.
     """
+    # XLA would print "Very slow compile?" in the middle of the output.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     args, rest = _parser().parse_known_args(argv)
     verb = _VERBS[args.verb]
     takes_overrides = getattr(verb, "TAKES_OVERRIDES", False)
     overrides = [arg for arg in rest if arg.startswith(_OVERRIDE)]
     if unknown := [arg for arg in rest if arg not in overrides or not takes_overrides]:
         hint = "; write overrides as --config.SECTION.OPTION=VALUE" if overrides else ""
+        options = [name for a in args.parser._actions for name in a.option_strings]
+        hint = hint or nearest(unknown[0].partition("=")[0], options)
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if argv is None:
         warnings.formatwarning = _warning_line
@@ -96,6 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"respodiff: {stop}; run the same command to continue", file=sys.stderr)
         return 75  # EX_TEMPFAIL
+    except OSError as error:  # a full disk, a folder without permission
+        if error.errno is None:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"respodiff: error: {error.strerror}{place}; what was written stays. Free space or"
+            " choose another folder, then run the same command again",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("respodiff: interrupted", file=sys.stderr)
         return 130
@@ -118,9 +135,16 @@ def version() -> str:
     return importlib.metadata.version("respodiff-jax")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Prints a mistake alone, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("respodiff", description=_DESCRIPTION, epilog=_EPILOG, **style)
+    parser = _Parser("respodiff", description=_DESCRIPTION, epilog=_EPILOG, **style)
     parser.add_argument("--version", action="version", version=f"respodiff {version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in _VERBS.items():

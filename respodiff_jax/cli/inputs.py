@@ -46,6 +46,8 @@ def check_file(option: str, path: str) -> None:
 
 def check_sources(sources: Sequence[str]) -> None:
     """Checks that adapters, working directories or hub ids can be what they are given as."""
+    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+        raise UserError(f"--adapter {twice[0]} is given twice; give each adapter once")
     for source in sources:
         is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", source)
         if not source.startswith("gs://") and not pathlib.Path(source).is_dir() and not is_hub_id:

@@ -19,7 +19,10 @@ lambda_sem, lr_ram and lr_sam; otherwise the config's concept_defaults apply. If
 concepts than --config.train.concepts_per_device on each device, they are trained in waves. Each
 wave writes its adapter; outcomes.jsonl says where each concept is.
 
-Exit status: 0, finished; 2, a mistake, or all concepts diverged; 75, interrupted and saved.
+Ctrl-C and SIGTERM save and stop; a second Ctrl-C ends at once.
+
+Exit status: 0, finished; 1, the machine failed; 2, a mistake, or all concepts diverged; 75,
+interrupted and saved.
 """
 
 EPILOG = """\

@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 from respodiff_jax.storage import read_text
 
 MAX_SEED = 2**32 - 1
@@ -135,10 +135,12 @@ def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list
         if lost := sorted(set(needed) - set(names)):
             raise UserError(
                 f"{file} lacks the column(s) {lost}, expected {', '.join(needed)}; it has"
-                f" {list(names)}"
+                f" {shortened(list(names))}"
             )
         if only and (unknown := sorted(set(names) - set(layout))):
-            raise UserError(f"{file} has unknown columns {unknown}, expected {', '.join(layout)}")
+            raise UserError(
+                f"{file} has unknown columns {shortened(unknown)}, expected {', '.join(layout)}"
+            )
         rows = [_parsed(f"{file}, line {table.line_num}", row, layout) for row in table]
     except csv.Error as error:
         raise UserError(f"{file} cannot be read as CSV: {error}") from error
@@ -162,7 +164,9 @@ def _parsed(where: str, row: Mapping[str | None, Any], layout: Layout) -> dict[s
                 raise ValueError
             values[name] = column.parse(cell)
         except ValueError as error:
-            raise UserError(f"{where}: {name} is {cell!r}, expected {column.expected}") from error
+            raise UserError(
+                f"{where}: {name} is {cell!r:.80}, expected {column.expected}"
+            ) from error
     return values
 
 

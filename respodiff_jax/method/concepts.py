@@ -65,7 +65,7 @@ class Concept:
         def check(condition: bool, field: str, expected: str):
             if not condition:
                 raise UserError(
-                    f"concept {self.name!r}: {field} is {getattr(self, field)!r}, expected"
+                    f"concept {self.name!r:.80}: {field} is {getattr(self, field)!r:.80}, expected"
                     f" {expected}"
                 )
 
@@ -172,10 +172,11 @@ class Concept:
         Raises:
           UserError: if fields are unknown or missing, or have the wrong type or value.
         """
-        label = f"concept {fields['name']!r}" if "name" in fields else "concept without a name"
+        label = f"concept {fields['name']!r:.80}" if "name" in fields else "concept without a name"
         known = {f.name: f.default for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - set(known)):
-            raise UserError(f"{label}: unknown fields {unknown}, expected {', '.join(known)}")
+            known = ", ".join(known)
+            raise UserError(f"{label}: unknown fields {unknown!s:.100}, expected {known}")
         required = [name for name, default in known.items() if default is dataclasses.MISSING]
         if missing := [name for name in required if name not in fields]:
             raise UserError(f"{label}: missing fields {missing}")

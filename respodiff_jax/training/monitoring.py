@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.train_step import Metrics
+from respodiff_jax.progress import Progress
 from respodiff_jax.storage import LocalFolder, append_text, read_json_lines, write_whole
 
 # Seconds between copies of TensorBoard's events to a bucket.
@@ -50,7 +50,7 @@ class RunLog:
         self._diverged = np.zeros(len(concepts), bool)
         self._samples_per_step = len(concepts) * train.batch_size
         self._writes = jax.process_index() == 0
-        self._bar = tqdm(
+        self._bar = Progress(
             desc=label or None,
             total=train.steps,
             initial=first_step,
@@ -58,6 +58,7 @@ class RunLog:
             disable=not self._writes,
             smoothing=0.05,
         )
+        self._started: float | None = time.perf_counter()  # None once the step has compiled
         self._last_time: float | None = None  # unknown until the step has compiled
         if self._writes:
             self._jsonl = workdir / "metrics.jsonl"
@@ -84,6 +85,10 @@ class RunLog:
         """
         self._pending.append(metrics)
         jax.block_until_ready(self._pending[-3:-2])
+        if self._started is not None:
+            seconds, self._started = time.perf_counter() - self._started, None
+            if seconds > 1:
+                self.say(f"compiled in {seconds:.0f} s")
 
     def write(self, step: int) -> int:
         """Records the metrics added since the last call; `step` is the number of steps done.
@@ -109,7 +114,6 @@ class RunLog:
         if self._last_time is not None:
             rate = len(metrics) * self._samples_per_step / (now - self._last_time)
         self._last_time = now
-        self._bar.update(len(metrics))
         if not self._writes or not remaining:
             return remaining
         means = jax.tree.map(lambda *steps: np.mean(np.stack(steps), axis=0), *metrics)
@@ -122,8 +126,10 @@ class RunLog:
         }
         self._bar.set_postfix_str(
             f"L_resp {means.loss_resp[alive].mean():.4g}, L_sem {means.loss_sem[alive].mean():.4g}"
-            + (f", {rate:.3g} samples/s" if rate else "")
+            + (f", {rate:.3g} samples/s" if rate else ""),
+            refresh=False,
         )
+        self._bar.update(len(metrics))
         line = {"step": step, "samples_per_s": rate, "concepts": scalars}
         append_text(self._jsonl, json.dumps(line) + "\n")
         for name, fields in scalars.items():

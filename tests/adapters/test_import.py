@@ -1,6 +1,7 @@
 """Import of checkpoints of the authors' code and of SDisc, and of hostile files."""
 
 import json
+import os
 import pickle
 import zipfile
 
@@ -150,6 +151,19 @@ def empty(state, file):
     file.write_bytes(b"")
 
 
+class SystemCall:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def system_call(state, file, protocol=2):
+    torch.save({"controlnet.fc1.weight": SystemCall()}, file, pickle_protocol=protocol)
+
+
+def system_call_4(state, file):
+    system_call(state, file, protocol=4)
+
+
 def zipped(state, file):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("../../data.pkl", b"x")
@@ -163,6 +177,8 @@ def text(state, file):
     ("save", "message"),
     [
         (pickled, "which is not a tensor and could run code when loaded; nothing was run"),
+        (system_call, "holds posix.system, which is not a tensor and could run code when loaded"),
+        (system_call_4, "holds the pickle instruction 149, which is not a tensor and could run"),
         (pickled_by_torch, "unet.pth holds _pytest."),
         (truncated, "is damaged, or torch.save did not write it: get it again"),
         (empty, "is damaged"),

@@ -1,5 +1,6 @@
 """The command line: what it calls, what it writes, and how it reports mistakes."""
 
+import errno
 import json
 import os
 import pathlib
@@ -161,6 +162,33 @@ def test_each_verb_has_help_with_examples(verb, capsys):
     assert capsys.readouterr().out.count(f"respodiff {verb}") >= 2  # usage, and an example
 
 
+def test_unknown_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "--out", "o", "--pormpt", "a cook"])
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --pormpt a cook; did you mean '--prompt'?" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; what was"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "Read-only file system (/x); what"),
+    ],
+)
+def test_failure_of_the_machine_is_one_line(error, message, monkeypatch, capsys, tmp_path):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("respodiff_jax.evaluation.run.evaluate", fail)
+    monkeypatch.setattr("respodiff_jax.evaluation.evaluate", fail)
+    argv = ["evaluate", "fairness", "--model", "emoji-world", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"respodiff: error: {message}") and told.count("\n") == 1
+    assert "run the same command again" in told
+
+
 def test_python_m_runs_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "respodiff_jax", "fly"], capture_output=True, text=True
@@ -228,7 +256,23 @@ def test_generate_writes_a_folder_from_adapters_and_prompts(adapter_folder, tmp_
         ),
         (
             ["--prompt", "a", "--adapter", "ADAPTER", "--adapter", "ADAPTER", "--concept", "a man"],
-            "are duplicates",
+            "is given twice; give each adapter once",
+        ),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--concept", "a woman=strong"],
+            "concept 'a woman': scale is 'strong', expected a number",
+        ),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--concept", "woman"],
+            "concept 'woman' is not in the adapter; did you mean 'a woman'?",
+        ),
+        (
+            ["--prompt", "a", "--adapter", "ADAPTER", "--fair", "gendre"],
+            "no group 'gendre'; did you mean 'gender'? The adapter has gender: a woman, a man",
+        ),
+        (
+            ["--prompt", "a", "--model", "random/tiny", "--images-per-prompt", "100000000"],
+            "at most",
         ),
     ],
 )
@@ -248,6 +292,31 @@ def test_generate_refuses_a_resolution_that_does_not_fit_the_adapter(
     assert "resolution is 0" in fails(capsys, *argv, "--resolution", 0, "--out", tmp_path / "out")
     message = fails(capsys, *argv, "--resolution", 32, "--out", tmp_path / "out")
     assert "(4, 4, 64)" in message and "(8, 8, 64); generate at resolution 16" in message
+
+
+def test_long_prompts_are_shortened_in_warnings(tiny_backbone):
+    prompt = "a person and " * 200
+    with pytest.warns(UserWarning, match="tokens, the text encoder reads") as told:
+        tiny_backbone.tokenise([prompt])
+    assert len(str(told[0].message)) < 400
+
+
+def test_folder_of_a_training_that_has_not_ended_says_so(tmp_path, capsys):
+    message = fails(capsys, "inspect", tmp_path)
+    assert (
+        "it has no adapter_config.json" in message and "writes its adapter when it ends" in message
+    )
+
+
+def test_unreachable_hub_is_told_shortly(capsys, monkeypatch):
+    long = "(MaxRetryError('HTTPSConnectionPool(host=...): Max retries exceeded " + "x" * 900
+
+    def unreachable(*args, **options):
+        raise OSError(long)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    message = fails(capsys, "inspect", "owner/name")
+    assert "cannot be fetched from the hub: (MaxRetryError" in message and len(message) < 400
 
 
 def test_scales_of_concepts_are_parsed():
@@ -299,7 +368,8 @@ def test_unknown_and_missing_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     error = capsys.readouterr().err
-    assert error.startswith(f"usage: respodiff {arguments[0]}")
+    assert error.startswith(f"respodiff {arguments[0]}: error: ") and error.count("\n") == 1
+    assert f"see respodiff {arguments[0]} --help" in error
     assert "unrecognized arguments" in error or "required: --workdir" in error
 
 

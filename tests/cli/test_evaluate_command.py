@@ -55,6 +55,7 @@ def test_evaluate_reports_mistakes_before_loading_anything(
         (["--group", "gender", "--target", "gender:woman=0.5,man=0.4"], "sum to 1, none below 0"),
         (["--group", "gender", "--target", "gender:woman=1"], "its values are"),
         (["--group", "age"], "has no attribute 'age'"),
+        (["--group", "gendr"], "no group 'gendr'; did you mean 'gender'? It has gender, age"),
     ):
         argv = ["evaluate", "fairness", "--adapter", "a", "--out", str(tmp_path / "out"), *argv]
         assert cli.main(argv) == 2, argv

@@ -7,10 +7,12 @@ import shutil
 import pytest
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.training.config import load_config
 from respodiff_jax.training.outcomes import read_outcomes, read_waves
-from respodiff_jax.training.record import RunRecord
+from respodiff_jax.training.record import RunRecord, check_same_config
 
-RUN = pathlib.Path(__file__).parents[1] / "data" / "run_0_1_0"
+ROOT = pathlib.Path(__file__).parents[2]
+RUN = ROOT / "tests" / "data" / "run_0_1_0"
 OUTCOME = {"name": "a", "group": "g", "steps": 4, "diverged_at": None, "adapter": "adapter"}
 
 
@@ -40,6 +42,16 @@ def test_wrong_run_record_is_named_with_its_field(tmp_path, changes, message):
         RunRecord.read(tmp_path)
     assert str(error.value).startswith(f"run record {tmp_path}/run.json") or "colour" in changes
     assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_directory_of_another_run_is_refused_in_a_few_lines(tmp_path):
+    shutil.copy(RUN / "run.json", tmp_path)
+    config = load_config(ROOT / "configs" / "emoji_gender.py")
+    with pytest.raises(UserError, match=r"belongs to another run:\n  config\.") as error:
+        check_same_config(config, tmp_path)
+    message = str(error.value).replace(str(tmp_path), "")
+    assert len(message.splitlines()) == 6 and "more\nuse another `workdir`" in message
+    assert len(message) < 400
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""Progress in a log file: whole lines, no carriage returns."""
+
+import io
+
+from respodiff_jax import progress
+from respodiff_jax.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(progress.sys, "stderr", log)
+    with Progress(total=6, desc="wave 1", unit="step") as bar:
+        for step in range(6):
+            bar.set_postfix_str(f"L {step}", refresh=False)
+            bar.update()
+            bar.write(f"said {step}", file=log)
+    lines = log.getvalue().splitlines()
+    assert "\r" not in log.getvalue() and "" not in lines
+    assert [line for line in lines if line.startswith("said")] == [f"said {i}" for i in range(6)]
+    bars = [line for line in lines if line.startswith("wave 1: ")]
+    assert "0/6" in bars[0] and "100% 6/6" in bars[-1] and "L 5" in bars[-1]
+    assert len(bars) == 2  # the steps took less than LINE_SECONDS
+
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    assert list(Progress(range(3), "clip")) == [0, 1, 2]
+    assert "\r" in terminal.getvalue() and "100%|" in terminal.getvalue()
