@@ -27,6 +27,14 @@ class Progress(tqdm):
             return tqdm.status_printer(file)
         return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
 
+    @classmethod
+    def write(cls, text: str, file: Any = None, **options: Any) -> None:
+        """Prints a line above the bars, or in the log file; no line repeats a bar after it."""
+        if sys.stderr.isatty():
+            super().write(text, file, **options)
+        else:
+            print(text, file=file or sys.stdout, flush=True)
+
     def clear(self, *args: Any, **options: Any) -> None:
         if not self._lines:
             super().clear(*args, **options)

@@ -14,11 +14,12 @@ class Terminal(io.StringIO):
 def test_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(progress.sys, "stderr", log)
+    monkeypatch.setattr(progress.sys, "stdout", log)
     with Progress(total=6, desc="wave 1", unit="step") as bar:
         for step in range(6):
             bar.set_postfix_str(f"L {step}", refresh=False)
             bar.update()
-            bar.write(f"said {step}", file=log)
+            bar.write(f"said {step}")
     lines = log.getvalue().splitlines()
     assert "\r" not in log.getvalue() and "" not in lines
     assert [line for line in lines if line.startswith("said")] == [f"said {i}" for i in range(6)]
