@@ -103,20 +103,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"respodiff: {stop}; run the same command to continue", file=sys.stderr)
         return 75  # EX_TEMPFAIL
-    except OSError as error:  # a full disk, a folder without permission
-        if error.errno is None:
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        print(
-            f"respodiff: error: {error.strerror}{place}; what was written stays. Free space or"
-            " choose another folder, then run the same command again",
-            file=sys.stderr,
-        )
-        return 1
     except KeyboardInterrupt:
         print("respodiff: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (failure := _failure_of_machine(error)):
+            raise
+        print(
+            f"respodiff: error: {failure}; what was written stays. Free space or choose another"
+            " folder, then run the same command again",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _failure_of_machine(error: BaseException | None) -> str | None:
+    """What the machine said, such as a full disk, if that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        if "No space left on device" in str(error):  # TensorStore's
+            return "No space left on device"
+        error = error.__cause__
+    return None
 
 
 def _with_options(message: str, parser: argparse.ArgumentParser) -> str:

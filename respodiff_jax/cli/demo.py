@@ -24,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from absl import logging
+
     from respodiff_jax.emoji import demo
     from respodiff_jax.training import distributed
 
+    logging.set_verbosity(logging.FATAL)  # Orbax's threads log the errors that it then raises
     distributed.enable_compilation_cache()
     demo.run(args.out)

@@ -83,10 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     inputs.check_file("--config", args.config)  # before the seconds that imports take
 
+    from absl import logging
+
     import respodiff_jax as rd
     from respodiff_jax.training import distributed
     from respodiff_jax.training.waves import run_training
 
+    logging.set_verbosity(logging.FATAL)  # Orbax's threads log the errors that it then raises
     config = rd.load_config(args.config, overrides, concepts=args.concepts)
     distributed.initialize(
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"

@@ -48,7 +48,7 @@ from respodiff_jax.evaluation.suites import (
     load_suite,
     prompts_to_draw,
 )
-from respodiff_jax.generation.sampling import SamplerOptions, check_batch
+from respodiff_jax.generation.sampling import SamplerOptions, check_size
 from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import PathLike, check_output
 
@@ -234,8 +234,7 @@ def evaluate(
         model = opened(model)
         if options.resolution is None:
             options = dataclasses.replace(options, resolution=model.default_resolution)
-        model.latent_shape(options.resolution)
-        check_batch(options, options.resolution)
+        check_size(options, model)
         Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
         for one in adapters:
             check_fits(one, model, options.resolution)

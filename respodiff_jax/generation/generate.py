@@ -20,7 +20,7 @@ from respodiff_jax.generation.folder import check_folder, picture_records, write
 from respodiff_jax.generation.limits import check_count, check_memory, host_memory
 from respodiff_jax.generation.sampling import (
     SamplerOptions,
-    check_batch,
+    check_size,
     default_batch_size,
     sample_images,
     sampling_bytes,
@@ -271,8 +271,7 @@ def _check(
         options = dataclasses.replace(options, resolution=resolution)
     for one in adapters:
         check_fits(one, model, options.resolution)
-    model.latent_shape(options.resolution)
-    check_batch(options, options.resolution)
+    check_size(options, model)
     Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
     model.tokenise([*prompts, options.negative_prompt])
     _check_memory(model, options, count)

@@ -80,10 +80,15 @@ class SamplerOptions:
             )
 
 
-def check_batch(options: SamplerOptions, resolution: int) -> None:
-    """Raises `UserError` for a batch size whose images alone do not fit into memory."""
+def check_size(options: SamplerOptions, backbone: Backbone) -> None:
+    """Checks that a model has the options' resolution, and that a batch of images can fit.
+
+    Raises:
+      UserError: if not.
+    """
+    backbone.latent_shape(options.resolution)
     if options.batch_size is not None:
-        image = 4 * 3 * resolution**2
+        image = 4 * 3 * options.resolution**2
         check_memory(f"`batch_size` {options.batch_size}", image * options.batch_size)
 
 

@@ -174,14 +174,14 @@ def test_unknown_option_is_answered_with_the_nearest(capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; what was"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "Read-only file system (/x); what"),
+        (ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [28]"), "No space left on"),
     ],
 )
 def test_failure_of_the_machine_is_one_line(error, message, monkeypatch, capsys, tmp_path):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("respodiff_jax.evaluation.run.evaluate", fail)
-    monkeypatch.setattr("respodiff_jax.evaluation.evaluate", fail)
+    monkeypatch.setattr("respodiff_jax.evaluate", fail)
     argv = ["evaluate", "fairness", "--model", "emoji-world", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 1
     told = capsys.readouterr().err
