@@ -8,6 +8,7 @@ first. Other tensors, such as the frozen UNet's, are ignored. This file needs Py
 import os
 import pickletools
 import re
+import warnings
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ def read_checkpoint(
     if not os.path.isfile(file) or not os.access(file, os.R_OK):
         raise UserError(f"checkpoint {file} cannot be read: no such file, or no permission")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that are then refused
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are not PyTorch's
         # Any function, or an instruction of pickle that PyTorch does not allow.
         words = r"(?i)unsupported (?:global: GLOBAL|global|operand) (\S+)"

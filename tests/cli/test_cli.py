@@ -178,7 +178,7 @@ def test_unknown_option_is_answered_with_the_nearest(capsys):
     ],
 )
 def test_failure_of_the_machine_is_one_line(error, message, monkeypatch, capsys, tmp_path):
-    def fail(*args, **options):
+    def fail(model):
         raise error
 
     monkeypatch.setattr("respodiff_jax.evaluate", fail)

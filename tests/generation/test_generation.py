@@ -179,6 +179,7 @@ def test_interrupted_folder_is_continued_and_equals_a_whole_one(
     assert contents(out) == contents(run)
 
 
+@pytest.mark.filterwarnings("ignore:no image is steered towards a man")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
