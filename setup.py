@@ -10,7 +10,14 @@ from setuptools import find_packages, setup
 # gcsfs also installs google-cloud-storage, which Orbax needs.
 GCS = ["gcsfs>=2026.4"]
 
+# The page of `respodiff play`. Gradio 6 needs huggingface_hub 1, and Gradio 5 loads a script and
+# fonts from other hosts.
+PLAY = ["nicegui>=3.18,<4"]
+
 TEST = [
+    *PLAY,
+    # Drives the chromium of the machine, if there is one.
+    "playwright>=1.50",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
@@ -41,10 +48,11 @@ setup(
     packages=find_packages(include=["respodiff_jax", "respodiff_jax.*"]),
     package_data={
         "respodiff_jax": ["py.typed"],
-        "respodiff_jax.emoji": ["model/*", "model/*/*"],
+        "respodiff_jax.emoji": ["model/*", "model/*/*", "adapters/*/*"],
         "respodiff_jax.emoji.making": ["assets/*"],
         "respodiff_jax.data": ["suites/*"],
         "respodiff_jax.evaluation": ["report/*.css"],
+        "respodiff_jax.play": ["*.css"],
     },
     install_requires=[
         "jax>=0.10,<0.12",
@@ -74,6 +82,7 @@ setup(
         "test": TEST,
         "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
         "gcs": GCS,
+        "play": PLAY,
         "torch": ["torch>=2.4", "accelerate>=1.0"],  # accelerate: to convert single files
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

@@ -22,6 +22,7 @@ LAYERS = (
     ("emoji",),
     ("compiling",),
     ("bench",),
+    ("play",),
     ("cli",),
     ("__main__",),
 )

@@ -22,6 +22,7 @@ from respodiff_jax.cli import (
     generate,
     import_,
     inspect,
+    play,
     push,
     train,
 )
@@ -31,6 +32,7 @@ from respodiff_jax.errors import Interrupted, UserError, nearest
 # TAKES_OVERRIDES, it has run(args, overrides).
 _VERBS = {
     "demo": demo,
+    "play": play,
     "train": train,
     "generate": generate,
     "evaluate": evaluate,

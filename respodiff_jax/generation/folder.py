@@ -42,21 +42,11 @@ def picture_records(
 
     A base twin follows its image. Arguments are as in `write_folder`.
     """
-    common = {
-        "negative_prompt": options.negative_prompt,
-        "sampler": options.sampler,
-        "num_steps": options.num_steps,
-        "guidance_scale": options.guidance_scale,
-        "resolution": options.resolution or backbone.default_resolution,
-        "model": dict(backbone.identity),
-        "dtype": str(np.dtype(backbone.dtype)),
-        "adapter": [str(source) for source in adapter_sources],
-        "adapter_sha256": None if adapter is None else adapter_sha256(adapter),
-    }
+    common = common_record(backbone, options, adapter_sources, adapter)
     records = []
     for i, prompt in enumerate(p for p in prompts for _ in range(images_per_prompt)):
-        scales = {} if weights is None else _scales(adapter, weights[i])
-        versions = [("images", scales, _reading(adapter, decisions, i // images_per_prompt))]
+        scales = {} if weights is None else scales_of(adapter, weights[i])
+        versions = [("images", scales, reading_of(adapter, decisions, i // images_per_prompt))]
         versions += [("base", {}, {})] if base_twins else []
         records += [
             {
@@ -202,13 +192,33 @@ def _remove_images(out: pathlib.Path) -> None:
             file.unlink()
 
 
-def _scales(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
+def common_record(
+    backbone: Backbone,
+    options: SamplerOptions,
+    adapter_sources: Sequence[str],
+    adapter: Adapter | CombinedAdapter | None,
+) -> dict[str, Any]:
+    """What the records of all pictures of a call have in common, JSON-able."""
+    return {
+        "negative_prompt": options.negative_prompt,
+        "sampler": options.sampler,
+        "num_steps": options.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution or backbone.default_resolution,
+        "model": dict(backbone.identity),
+        "dtype": str(np.dtype(backbone.dtype)),
+        "adapter": [str(source) for source in adapter_sources],
+        "adapter_sha256": None if adapter is None else adapter_sha256(adapter),
+    }
+
+
+def scales_of(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
     """Concept name -> weight, for the concepts that steer an image."""
     named = zip(adapter.names, weights.tolist(), strict=True)
     return {name: round(weight, 6) for name, weight in named if weight}
 
 
-def _reading(
+def reading_of(
     adapter: Adapter | CombinedAdapter | None, decisions: np.ndarray | None, prompt: int
 ) -> dict[str, str]:
     """Group -> what the prompt says about it: "open", "named" or "nobody"."""

@@ -134,27 +134,64 @@ def denoise(
     uncond = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
 
     def body(carry, ddim_index):
-        z_t, previous_z_0 = carry
-        timesteps = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (len(z_t),))
-        output = guided_output(
-            backbone.encode,
-            backbone.decode,
+        return sampling_step(
+            backbone,
+            modules,
+            schedule,
             params,
-            z_t,
-            timesteps,
+            carry,
+            ddim_index,
             cond,
             uncond,
+            steerings,
             guidance_scale,
-            partial(steer, modules, steerings),
-        )
-        if schedule.sampler == "dpm++":
-            z_0 = predict_z_0(schedule, output, z_t, ddim_index)
-            return (dpm_solver_step(schedule, z_0, previous_z_0, z_t, ddim_index), z_0), None
-        return (ddim_step(schedule, output, z_t, ddim_index), previous_z_0), None
+        ), None
 
     start = schedule.initial_scale * noise
     (z_0, _), _ = lax.scan(body, (start, jnp.zeros_like(start)), jnp.arange(schedule.num_steps))
     return z_0
+
+
+def sampling_step(
+    backbone: Backbone,
+    modules: Sequence[MidBlockModule],
+    schedule: Schedule,
+    params: Mapping[str, Any],
+    latents: tuple[Latent, Latent],
+    ddim_index: Int[ArrayLike, ""],
+    cond: Conditioning,
+    uncond: Conditioning,
+    steerings: Sequence[Steering],
+    guidance_scale: Float[ArrayLike, ""],
+) -> tuple[Latent, Latent]:
+    """One step of `denoise`, for other arguments see there.
+
+    Args:
+      latents: `z_t`, and the `z_0` that the step before predicted (any values at the first step).
+      ddim_index: where the step begins.
+      uncond: conditioning of the negative prompts, leading axis B.
+      guidance_scale: 1 or above.
+
+    Returns:
+      The latents of the next step. Only the sampler "dpm++" changes the second.
+    """
+    z_t, previous_z_0 = latents
+    timesteps = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (len(z_t),))
+    output = guided_output(
+        backbone.encode,
+        backbone.decode,
+        params,
+        z_t,
+        timesteps,
+        cond,
+        uncond,
+        guidance_scale,
+        partial(steer, modules, steerings),
+    )
+    if schedule.sampler == "dpm++":
+        z_0 = predict_z_0(schedule, output, z_t, ddim_index)
+        return dpm_solver_step(schedule, z_0, previous_z_0, z_t, ddim_index), z_0
+    return ddim_step(schedule, output, z_t, ddim_index), previous_z_0
 
 
 def make_sampler(

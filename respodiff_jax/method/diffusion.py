@@ -149,7 +149,7 @@ def guided_output(
 
 
 def _per_sample(
-    values: Float32[np.ndarray, "S"], ddim_index: DdimIndex, z: Latent
+    values: Float32[Array | np.ndarray, "S"], ddim_index: DdimIndex, z: Latent
 ) -> Float32[Array, "#B 1 1 1"]:
     """`values[ddim_index]`, shaped to multiply `z`."""
     picked = jnp.asarray(values)[jnp.asarray(ddim_index)]
