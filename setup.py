@@ -14,8 +14,11 @@ GCS = ["gcsfs>=2026.4"]
 # fonts from other hosts.
 PLAY = ["nicegui>=3.18,<4"]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]
+
 TEST = [
     *PLAY,
+    *DOCS,
     # Drives the chromium of the machine, if there is one.
     "playwright>=1.50",
     "pytest>=8",
@@ -83,6 +86,7 @@ setup(
         "eval": ["nudenet>=3.4,<4", "clean-fid>=0.1.35"],
         "gcs": GCS,
         "play": PLAY,
+        "docs": DOCS,
         "torch": ["torch>=2.4", "accelerate>=1.0"],  # accelerate: to convert single files
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

@@ -59,10 +59,15 @@ def _favicon() -> str:
 
 
 def _style() -> str:
-    """The report's style sheet, and what the page adds."""
+    """The page's style sheet, with the report's colours, and the report's own for its charts.
+
+    Nested, the report's rules touch nothing else: the page's library uses some of their names.
+    """
     package = importlib.resources.files("respodiff_jax")
-    files = package / "evaluation" / "report" / "report.css", package / "play" / "play.css"
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    report = (package / "evaluation" / "report" / "report.css").read_text(encoding="utf-8")
+    own = (package / "play" / "play.css").read_text(encoding="utf-8")
+    colours, _, _ = report.partition("* {")
+    return f"{colours}\n{own}\n.measure {{\n{report}\n}}\n"
 
 
 def _source(picture: np.ndarray) -> str:
@@ -394,6 +399,8 @@ class Page:
         if total and not self._work.stop.is_set() and self._cancel.visible:
             self._bar.set_value(done / total)
             self._status.set_text(f"step {done} of {total}")
+            self._bar.props(remove="indeterminate")
         elif self._cancel.visible:
-            compiling = not self._studio.painter.compiled
-            self._status.set_text("compiling, once …" if compiling else "waiting …")
+            is_first = not self._studio.painter.compiled
+            self._status.set_text("compiling, once …" if is_first else "waiting …")
+            self._bar.props("indeterminate")

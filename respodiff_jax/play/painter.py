@@ -24,7 +24,6 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import (
     SamplerOptions,
     default_batch_size,
-    equal_batches,
     initial_noise,
     sampling_step,
 )
@@ -144,25 +143,36 @@ class Painter:
             if (picture := self._kept(key)) is not None:
                 yield from ((i, picture) for i in places.pop(key))
         todo = list(places)
-        batches = list(equal_batches(len(todo), self.batch_size))
-        for number, (rows, count) in enumerate(batches):
+        size, total = self.batch_size, -(-len(places) // self.batch_size) * options.num_steps
+        done = 0
+        while todo:
             while not self._turn.acquire(timeout=_WAIT):
                 if should_stop():
                     return
             try:
-
-                def tell(step, number=number):
-                    on_step(number * options.num_steps + step, len(batches) * options.num_steps)
-
-                batch = [jobs[places[todo[row]][0]] for row in rows]
-                pictures = self._batch(batch, schedule, options, should_stop, tell)
+                # Another drawing may have had the same pictures.
+                ready = {key: found for key in todo if (found := self._kept(key)) is not None}
+                todo = [key for key in todo if key not in ready]
+                batch, todo = todo[:size], todo[size:]
+                if batch:
+                    drawn = [jobs[places[key][0]] for key in batch]
+                    drawn += drawn[-1:] * (size - len(drawn))
+                    pictures = self._batch(
+                        drawn,
+                        schedule,
+                        options,
+                        should_stop,
+                        lambda step, done=done: on_step(done + step, total),
+                    )
+                    if pictures is None:
+                        return
+                    ready |= zip(batch, pictures, strict=False)
+                    done += options.num_steps
             finally:
                 self._turn.release()
-            if pictures is None:
-                return
-            for row, picture in zip(rows[:count], pictures, strict=False):
-                self._keep(todo[row], picture)
-                yield from ((i, picture) for i in places[todo[row]])
+            for key, picture in ready.items():
+                self._keep(key, picture)
+                yield from ((i, picture) for i in places[key])
 
     def _batch(self, jobs, schedule, options, should_stop, tell) -> np.ndarray | None:
         """The pictures of a batch, or None if it was stopped."""

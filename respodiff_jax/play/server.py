@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import threading
 import webbrowser
 
 import uvicorn
@@ -23,6 +24,7 @@ def serve(studio: Studio, listening: socket.socket, open_browser: bool = False) 
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = uvicorn.Server(uvicorn.Config(mount(studio), log_level="warning"))
+    threading.Thread(target=studio.warm_up, daemon=True).start()
     print(f"open {address} (Ctrl-C stops)", flush=True)
     if open_browser:
         webbrowser.open(address)

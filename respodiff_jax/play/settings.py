@@ -225,7 +225,7 @@ def picture_file(
         "seed": job.seed,
         "concepts": {} if is_base else scales_of(painter.adapter, np.asarray(job.weights)),
         "prompt_reading": {} if is_base else reading_of(painter.adapter, decisions, 0),
-    } | common_record(painter.model, options, sources)
+    } | common_record(painter.model, options, sources, painter.adapter)
     content = io.BytesIO()
     images_lib.save_png(picture, content, record)
     return content.getvalue()

@@ -11,7 +11,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.play.measuring import Judge
 from respodiff_jax.play.painter import Painter
-from respodiff_jax.play.settings import Settings
+from respodiff_jax.play.settings import Settings, plan
 
 
 class Studio:
@@ -57,6 +57,14 @@ class Studio:
                 " `respodiff train --config CONFIG --workdir DIR`, then start with --adapter DIR."
             )
         self.painter = Painter(model.loaded(), adapter, size)
+
+    def warm_up(self) -> None:
+        """Compiles, and draws what a new visitor sees first."""
+        settings = self.start()
+        chosen = plan(self.painter, settings)
+        jobs = [job for pair in zip(chosen.base, chosen.adapted, strict=True) for job in pair]
+        for _ in self.painter.draw(jobs, settings.options):
+            pass
 
     @functools.cached_property
     def judge(self) -> Judge:
