@@ -50,7 +50,9 @@ def _row(parser, action) -> str | None:
     text = formatter._expand_help(action) if action.help else ""
     value = ""
     if action.option_strings and action.nargs != 0:
-        value = " " + formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+        value = " " + formatter._format_args(
+            action, formatter._get_default_metavar_for_optional(action)
+        )
     return f"| `{names}{value}` | {_escaped(text)} |"
 
 

@@ -1,9 +1,13 @@
-"""The code that a PyTorch user copies, from docs/pytorch.md and from model cards, runs."""
+"""The documentation: its code runs, its commands exist, and the site builds."""
 
+import json
+import os
 import pathlib
 import re
 import runpy
+import shlex
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -12,11 +16,14 @@ from diffusers import DiffusionPipeline
 from safetensors.numpy import load_file
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
+import respodiff_jax as rd
+from respodiff_jax import cli
 from respodiff_jax.adapters.card import export_adapter
 from respodiff_jax.backbone import load_backbone
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pytorch.md"
+SETS = "base", "adapted"
 
 
 def snippets(text):
@@ -124,3 +131,81 @@ def test_the_stored_latents_are_those_of_the_shipped_model(tmp_path):
     np.testing.assert_allclose(ours["noise"], theirs["noise"], rtol=1e-5, atol=1e-6)
     difference = np.linalg.norm(ours["latents"] - theirs["latents"])
     assert difference <= 1e-3 * np.linalg.norm(theirs["latents"])
+
+
+def commands(text):
+    """The `respodiff` commands of a page's indented or fenced blocks."""
+    whole = re.sub(r" *\\\n\s+", " ", text)
+    return re.findall(r"^ *(respodiff [a-z].*?)(?: *#.*)?$", whole, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_commands_on_pages_have_options_that_exist(page):
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = shlex.split(command)[1:]
+        _, rest = cli._parser().parse_known_args(words)
+        assert all(word.startswith("--config.") for word in rest), command
+
+
+def test_the_tours_snippets_run_in_order(tmp_path, monkeypatch):
+    """With one step and two pictures."""
+    monkeypatch.chdir(tmp_path)
+    blocks = snippets((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    code = "".join(blocks).replace("num_steps=20", "num_steps=1")
+    names = {}
+    exec(re.sub(r"images_per_prompt=\d", "images_per_prompt=2", code), names)
+    assert len(blocks) == 3 and len(names["before"]) == len(names["after"]) == 2
+    assert (tmp_path / "farmer.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec("".join(cell["source"]), names)
+    assert all(
+        a.tobytes() == b.tobytes() for a, b in zip(names["cats"], names["same"], strict=True)
+    )
+    ratios = [names["results"].value("deviation_ratio", s, attribute="gender") for s in SETS]
+    assert ratios[1] < 0.3 < ratios[0]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as a reader of the README would build it: links and anchors are checked."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(out)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_site_builds_and_loads_nothing_from_outside(site):
+    pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    assert len(pages) >= 18
+    for path, text in pages.items():
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*src=\"?(https?:[^\" >]+)", text)
+        loaded += re.findall(
+            r"<link[^>]*(?:stylesheet|preconnect|icon)[^>]*(https?:[^\" >]+)", text
+        )
+        assert loaded == [], path
+    styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+    assert not re.findall(r"url\([\"']?https?:|@import", styles)
+
+
+def test_the_reference_is_made_from_the_code(site):
+    page = (site / "cli" / "index.html").read_text(encoding="utf-8")
+    for verb in cli._VERBS:
+        assert f"respodiff {verb}</h2>" in re.sub(r"<a [^>]*>.*?</a>", "", page)
+    assert "--steer-always" in page and "%(default)s" not in page
+    deviations = (site / "deviations" / "index.html").read_text(encoding="utf-8")
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "respodiff_jax").rglob("*.py")]
+    assert deviations.count("<code>respodiff_jax.") == sum(s.count("Deviation: ") for s in sources)
+    api = (site / "api" / "index.html").read_text(encoding="utf-8")
+    for name in (n for n in rd.__all__ if n not in ("method",)):
+        assert re.search(rf'id="respodiff_jax\.[\w.]*\.?{name}"', api), name

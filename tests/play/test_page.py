@@ -23,8 +23,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="module")
 def studio(tiny_backbone):
-    """A concept's name is HTML, and the pictures of a profession are counted by a stand-in."""
-    studio = Studio(tiny_backbone, adapters(), ["here"])
+    """The pictures of a profession are counted by a stand-in."""
+    studio = Studio(tiny_backbone, adapters(tiny_backbone), ["here"])
     studio.painter.batch_size = 8  # one picture for each simulated device
     studio.suite = Suite(
         "test",

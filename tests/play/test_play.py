@@ -33,15 +33,16 @@ TAG = "<b onclick=alert(1)>bold</b>"
 SHORT = SamplerOptions(num_steps=2)
 
 
-def adapters():
-    people = make_adapter("mlp", shape=(4, 4, 64), hidden=4)
+def adapters(backbone):
+    """One of two people, and one of safety whose concept's name is HTML."""
+    same = {"shape": (4, 4, 64), **backbone.identity, "resolution": 16}
     marked = dataclasses.replace(VIOLENCE, name=TAG, default_scale=0.5)
-    return [people, make_adapter("constant", (marked,), shape=(4, 4, 64))]
+    return [make_adapter("mlp", hidden=4, **same), make_adapter("constant", (marked,), **same)]
 
 
 @pytest.fixture(scope="module")
 def painter(tiny_backbone):
-    painter = Painter(tiny_backbone, combine(adapters()), 16)
+    painter = Painter(tiny_backbone, combine(adapters(tiny_backbone)), 16)
     painter.batch_size = 8  # one picture for each simulated device
     return painter
 
@@ -54,11 +55,12 @@ def drawn(painter, jobs, options=SHORT, **watch):
 def test_pictures_are_those_of_generate(painter, tiny_backbone, sampler):
     chosen = Settings("a cook", fair="gender", safe=True, count=5, seed=7, sampler=sampler)
     jobs = plan(painter, chosen).adapted
-    ours = drawn(painter, jobs, SamplerOptions(3, 4.0, "ugly", sampler=sampler))
+    options = SamplerOptions(3, 4.0, "ugly", sampler=sampler)
+    ours = drawn(painter, jobs, options)
     theirs = generate(
         tiny_backbone,
         "a cook",
-        adapter=adapters(),
+        adapter=adapters(tiny_backbone),
         fair="gender",
         safe=True,
         images_per_prompt=5,
@@ -71,7 +73,8 @@ def test_pictures_are_those_of_generate(painter, tiny_backbone, sampler):
     for i, picture in enumerate(theirs):
         difference = np.asarray(picture).astype(int) - ours[i]
         assert np.abs(difference).max() <= 1
-    assert np.abs(ours[0].astype(int) - drawn(painter, [jobs[0]._replace(weights=())])[0]).max() > 1
+    (base,) = drawn(painter, [jobs[0]._replace(weights=())], options).values()
+    assert np.abs(ours[0].astype(int) - base).max() > 1
 
 
 def test_no_control_compiles_and_pictures_are_kept(painter):
@@ -123,7 +126,7 @@ BIASES = {
 def reading_painter(backbone, decision):
     """A painter whose adapter of people reads every prompt as one decision."""
     features = backbone.encode_prompts(["x"], 16).context.shape[-1]
-    people, safety = adapters()
+    people, safety = adapters(backbone)
     bias = np.float32([BIASES[decision]] * 2)
     reading = Reading(np.zeros((2, 3, features), np.float32), bias)
     return Painter(backbone, combine([dataclasses.replace(people, reading=reading), safety]), 16)
