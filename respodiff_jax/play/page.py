@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 from nicegui import background_tasks, run, ui
+from PIL import Image
 
 from respodiff_jax import images as images_lib
 from respodiff_jax.errors import UserError
@@ -70,10 +71,11 @@ def _style() -> str:
     return f"{colours}\n{own}\n.measure {{\n{report}\n}}\n"
 
 
-def _source(picture: np.ndarray) -> str:
-    """A picture as the address of an `img`."""
-    content = images_lib.to_png(images_lib.Image.fromarray(picture))
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+def _show_picture(element: ui.element, picture: np.ndarray) -> None:
+    """Shows a picture in an `img`."""
+    content = images_lib.to_png(Image.fromarray(picture))
+    element.props["src"] = "data:image/png;base64," + base64.b64encode(content).decode()
+    element.update()
 
 
 class Work:
@@ -102,6 +104,7 @@ class Page:
         self._plan, self._settings = None, studio.start()
         self._pictures: dict[int, np.ndarray] = {}
         self._strip: list[np.ndarray | None] = []
+        self._tab = "Pictures"
 
     def build(self) -> None:
         """Builds the page and starts the first drawing."""
@@ -153,6 +156,7 @@ class Page:
                 with ui.element("article").classes("pair") as card:
                     sides = [self._side(i, name) for name in ("before", "after")]
                     reason = ui.label("").classes("reason").mark("reason")
+                card.set_visibility(i < self._settings.count)
                 self._cards.append((card, *sides, reason))
         with ui.element("div").classes("downloads"):
             ui.button("Download the grid", icon="grid_on", on_click=self._download_grid)
@@ -175,14 +179,13 @@ class Page:
         self._settings = settings
         if self._tab == "Pictures":
             self._start(self._redraw)
-        else:
-            self._work.stop.set()
-
-    _tab = "Pictures"
+        elif self._cancel.visible:
+            self._cancelled()
 
     def _shown(self, tab: str) -> None:
         self._tab = tab
         self._work.stop.set()
+        self._finish("")
         if tab == "Pictures":
             self._start(self._redraw)
 
@@ -225,7 +228,7 @@ class Page:
     def _show(self, i: int, picture: np.ndarray) -> None:
         self._pictures[i] = picture
         card, before, after, _ = self._cards[i // 2]
-        (before, after)[i % 2].props(f'src="{_source(picture)}"')
+        _show_picture((before, after)[i % 2], picture)
         if {i // 2 * 2, i // 2 * 2 + 1} <= self._pictures.keys():
             card.classes(remove="stale")
 
@@ -334,7 +337,7 @@ class Page:
 
     def _show_tile(self, i: int, picture: np.ndarray) -> None:
         self._strip[i] = picture
-        self._tiles[i].props(f'src="{_source(picture)}"')
+        _show_picture(self._tiles[i], picture)
 
     def _download_strip(self) -> None:
         if not self._strip or any(picture is None for picture in self._strip):
@@ -395,12 +398,14 @@ class Page:
             work, show = self._inbox.popleft()
             if work is self._work and not work.stop.is_set():
                 show()
+        if self._work.stop.is_set() or not self._cancel.visible:
+            return
         done, total = self._work.progress
-        if total and not self._work.stop.is_set() and self._cancel.visible:
+        if total:
             self._bar.set_value(done / total)
             self._status.set_text(f"step {done} of {total}")
             self._bar.props(remove="indeterminate")
-        elif self._cancel.visible:
+        else:
             is_first = not self._studio.painter.compiled
             self._status.set_text("compiling, once …" if is_first else "waiting …")
             self._bar.props("indeterminate")
