@@ -9,6 +9,9 @@ safety, on the professions and things that no reading was fitted to. It prints a
 means and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` measures
 the adapters at further scales, for the curve between fairness and what steering keeps. Finished
 trainings and evaluations are not repeated.
+
+What an adapter does not steer stays the same to the bit, so prompts that name a value or have
+nobody in them are only read, not drawn.
 """
 
 import argparse
@@ -18,11 +21,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from respodiff_jax.adapters import Adapter, load_adapter
-from respodiff_jax.backbone import load_backbone
+from respodiff_jax.adapters import Adapter, CombinedAdapter, combine, load_adapter
+from respodiff_jax.adapters.reading import read_prompts
+from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.data.prompt_files import fill_in
 from respodiff_jax.emoji import recipes
 from respodiff_jax.evaluation import Results, evaluate
-from respodiff_jax.evaluation.suites import Suite, load_suite
+from respodiff_jax.evaluation.results import Measurement, load_per_image
+from respodiff_jax.evaluation.suites import ASKED, Suite, load_suite
+from respodiff_jax.method.reading import Decision
 from respodiff_jax.training.waves import train
 
 EVALUATION_SEED = 20_000_000
@@ -39,24 +46,67 @@ USES = {
 _ROWS = (
     ("deviation ratio, gender", "deviation_ratio", "gender", False),
     ("deviation ratio, skin tone", "deviation_ratio", "skin_tone", False),
-    ("named gender shown", "obeyed", "gender", True),
-    ("named skin tone shown", "obeyed", "skin_tone", True),
-    ("things unchanged to the bit", "unchanged", None, False),
-    ("gender kept", "attribute_kept", "gender", False),
-    ("skin tone kept", "attribute_kept", "skin_tone", False),
-    ("gender kept when a value is typed", "attribute_kept_when_typed", "gender", False),
-    ("skin tone kept when a value is typed", "attribute_kept_when_typed", "skin_tone", False),
-    ("unsafe when not asked for", "unsafe_when_not_asked", None, False),
-    ("unsafe when asked for", "unsafe_when_asked", None, False),
     ("profession recognised", "subject_recognised", None, False),
+    ("CLIP score of professions", "winoalign", None, True),
     ("CLIP score of captions", "clip_score", None, True),
     ("Fréchet distance of captions", "clip_frechet_distance", None, True),
+    ("unsafe when not asked for", "unsafe_when_not_asked", None, False),
+    ("unsafe when asked for", "unsafe_when_asked", None, False),
+    ("gender kept", "kept", "gender", False),
+    ("skin tone kept", "kept", "skin_tone", False),
+    ("open prompts steered", "steered", "open", False),
+    ("prompts that name a value steered", "steered", "named", False),
+    ("prompts that name another attribute steered", "steered", "another", False),
+    ("prompts without people steered", "steered", "nobody", False),
 )
 
 
 def held_out_suite() -> Suite:
     """The model's suite, with the professions that no setting was chosen on."""
     return dataclasses.replace(load_suite(None, MODEL), subjects=recipes.HELD_OUT)
+
+
+def reading_measurements(
+    adapter: Adapter | CombinedAdapter, model: Backbone, suite: Suite, group: str
+) -> list[Measurement]:
+    """The shares of a suite's prompts that a group's concepts steer, by what the prompts say."""
+    prompts: dict[str, list[str]] = {"open": [], "named": [], "another": []}
+    for subject in suite.subjects:
+        prompts["open"] += suite.prompts(subject)
+        for attribute, templates in (suite.named or {}).items():
+            kind = "named" if attribute == group else "another"
+            prompts[kind] += fill_in(templates.values(), subject)
+    prompts["nobody"] = list(suite.nobody)
+    concept = [c.group for c in adapter.concepts].index(group)
+    found = []
+    for kind, texts in prompts.items():
+        is_open = read_prompts(adapter, model, texts)[:, concept] == Decision.OPEN
+        share = float(is_open.mean())
+        found.append(Measurement("steered", "adapted", share, len(texts), "intent", attribute=kind))
+    return found
+
+
+def kept_measurements(folder: pathlib.Path, groups: Sequence[str]) -> list[Measurement]:
+    """The shares of professions' pictures that keep what the groups are not about."""
+    rows = [row for row in load_per_image(folder) if row["subject"] and row.get("gender")]
+    labels = {(r["protocol"], r["index"], r["images"]): r for r in rows if r["subject"] != ASKED}
+    pairs = [
+        (labels[protocol, index, "base"], row)
+        for (protocol, index, images), row in labels.items()
+        if images == "adapted"
+    ]
+    return [
+        Measurement(
+            "kept",
+            "adapted",
+            float(np.mean([base[name] == row[name] for base, row in pairs])),
+            len(pairs),
+            "fairness",
+            attribute=name,
+        )
+        for name in ("gender", "skin_tone")
+        if name not in groups
+    ]
 
 
 def run_one(
@@ -85,22 +135,31 @@ def run_one(
         train(config.lock(), run)
         adapters.append(_scaled(load_adapter(run / "adapter"), scale))
     groups = [task for task in USES[use] if task != "safety"]
-    return evaluate(
+    is_safe = "safety" in USES[use]
+    folder = out / f"evaluation/{use}/{seed}/scale {scale:g}"
+    suite = held_out_suite()
+    results = evaluate(
         load_backbone(MODEL, dtype="float32", abstract=True),
         adapters,
-        out=out / f"evaluation/{use}/{seed}/scale {scale:g}",
-        part=["fairness"] * bool(groups) + ["quality", "intent"],
+        out=folder,
+        part=["fairness"] * bool(groups) + ["quality"] + ["intent"] * is_safe,
         preset="paper",  # for all prompts
         groups=groups,
-        safe="safety" in USES[use],
-        suite=held_out_suite(),
+        safe=is_safe,
+        suite=dataclasses.replace(suite, named={}, nobody=()),
         reference=reference,
         images_per_subject=12,
         images_per_caption=1,
-        images_per_prompt=2,
+        images_per_prompt=3,
         seed=EVALUATION_SEED,
         num_steps=num_steps,
     )
+    added = kept_measurements(folder, groups)
+    if groups:
+        model = load_backbone(MODEL, dtype="float32")
+        added += reading_measurements(combine(adapters), model, suite, *groups)
+    measurements = *results.measurements, *added
+    return dataclasses.replace(results, measurements=measurements)
 
 
 def _scaled(adapter: Adapter, scale: float) -> Adapter:

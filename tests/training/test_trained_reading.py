@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_adapters import make_adapter
 
+from respodiff_jax import cli
 from respodiff_jax.adapters import combine, load_adapter, save_adapter
 from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import load_backbone
@@ -181,6 +182,30 @@ def test_adapter_without_a_reading_stays_open_beside_one_that_reads(model, gende
     mixed = combine([gender, make_adapter("mlp", (young,), (4, 4, 192))])
     decisions = read_prompts(mixed, model, ["a cat"])
     assert decisions.tolist() == [[Decision.NOBODY, Decision.NOBODY, Decision.OPEN]]
+
+
+def test_inspect_prints_the_decision_on_each_prompt(tmp_path, gender, capsys):
+    save_adapter(gender, tmp_path / "gender")
+    (tmp_path / "prompts.csv").write_text('prompt,seed\n"a woman judge",1\n"a  cat",2\n')
+    arguments = ["inspect", str(tmp_path / "gender"), "--prompt", "a judge"]
+    arguments += ["--prompts-file", str(tmp_path / "prompts.csv"), "--model", "emoji-world"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == [
+        "gender    prompt",
+        "open      a judge",
+        "named     a woman judge",
+        "nobody    a cat",
+        "gender: 1 open, 1 named, 1 nobody",
+    ]
+    save_adapter(dataclasses.replace(gender, reading=None), tmp_path / "paper")
+    for arguments, message in (
+        (["paper", "--prompt", "a judge"], "reads no prompts: it steers each of them"),
+        (["gender", "--model", "emoji-world"], "give --prompt TEXT or --prompts-file FILE"),
+        (["gender", "--prompts-file", "nope.csv"], "--prompts-file nope.csv: no such file"),
+    ):
+        folder, *rest = arguments
+        assert cli.main(["inspect", str(tmp_path / folder), *rest]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_reading_is_saved_as_version_2_and_without_one_as_version_1(tmp_path, gender):
