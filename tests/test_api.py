@@ -80,8 +80,8 @@ def test_a_path_instead_of_what_was_loaded_from_it_is_refused(tmp_path):
     assert not list(tmp_path.rglob("*.*"))
 
 
-def readme_block(first_line):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def block_of(page, first_line):
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     (block,) = (block for block in blocks if block.startswith(first_line))
     return block
@@ -95,7 +95,7 @@ def run(code, folder, **environment):
 
 
 def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
-    code = readme_block("import respodiff_jax as rd\n")
+    code = block_of("README.md", "import respodiff_jax as rd\n")
     assert len(code.splitlines()) <= 15
     small = code.replace('"steps": 400', '"steps": 2, "batch_size": 1')
     small = small.replace("images_per_prompt=8", "images_per_prompt=2, num_steps=1")
@@ -109,7 +109,7 @@ def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
 
 
 def test_hand_written_loop_gives_the_commands_adapter_bit_for_bit(tmp_path):
-    code = readme_block("from functools import partial\n")
+    code = block_of("docs/train.md", "from functools import partial\n")
     assert len(code.splitlines()) <= 20
     options = {"steps": 3, "batch_size": 2}
     loop = code.replace('"configs/smoke.py"', f'"configs/smoke.py", train={options}')

@@ -139,7 +139,10 @@ def commands(text):
     return re.findall(r"^ *(respodiff [a-z].*?)(?: *#.*)?$", whole, re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_on_pages_have_options_that_exist(page):
     for command in commands(page.read_text(encoding="utf-8")):
         words = shlex.split(command)[1:]
