@@ -14,6 +14,7 @@ _GIB = 2**30
 _SMALL = 2**28  # bytes of parameters; the programs of smaller models are not worth the tracing
 # Results that always take memory of their own; other operations may overwrite an argument.
 _MATERIALISED = {"dot_general", "conv_general_dilated"}
+_LOOPS = {"scan", "while"}
 # Limit and usage of a container's memory, in both versions of Linux' control groups.
 _CGROUPS = (
     ("memory.max", "memory.current"),
@@ -62,7 +63,9 @@ def _peak(jaxpr: core.Jaxpr) -> int:
         done = {v for v in _variables(equation.invars) if last_use[v] == number} & alive.keys()
         freed, new = sum(alive[v] for v in done), sum(made.values())
         overwritten = 0 if inner or name in _MATERIALISED else min(freed, new)
-        peak = max(peak, live + new - overwritten + inner)
+        # A loop's results are stacked beside those of its body; other programs make their own.
+        here = new + inner if name in _LOOPS else max(new - overwritten, inner)
+        peak = max(peak, live + here)
         live += new - freed
         alive |= made
         for v in done:

@@ -21,7 +21,7 @@ SIZE = 256 * 256 * 4
     [
         (lambda x: jnp.sin(jnp.cos(x)), 1),  # the second result overwrites the first
         (lambda x: x @ (x @ x), 2),
-        (lambda x: (x @ x) + x[:, :1], 1),  # a broadcast takes no memory
+        (lambda x: (x @ x) + jnp.broadcast_to(x[:1], x.shape), 1),  # a broadcast takes no memory
         (lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, length=9)[0], 2),
         (lambda x: sum(jnp.sin(i * x) @ x for i in range(5)), 3),
     ],
