@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests an adapter with the newest diffusers and transformers and without JAX: runs the example of its
-# model card, then compares 50 guided steps with stored latents that JAX computed.
+# model card, compares 50 guided steps with stored latents that JAX computed, then checks which samples
+# the adapter steers however the UNet is called (tests/test_torch_calls.py).
 #
 #   launch/newest_torch.sh [MODEL] [STORED]
 #
@@ -21,5 +22,9 @@ if [ ! -f "$model/model_index.json" ]; then
 fi
 python "$root/launch/newest_torch.py" store "$model" "$stored"
 python -m venv --clear "$venv"
-"$venv/bin/pip" install --quiet --upgrade torch==2.13.0 diffusers transformers safetensors
+"$venv/bin/pip" install --quiet --upgrade torch==2.13.0 diffusers transformers safetensors \
+    accelerate pytest
 "$venv/bin/python" "$root/launch/newest_torch.py" check "$model" "$stored"
+cd "$root/tests"
+PYTHONPATH="$root:$root/tests" "$venv/bin/python" -m pytest --quiet --noconftest -c /dev/null \
+    --rootdir . -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning test_torch_calls.py

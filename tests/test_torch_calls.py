@@ -569,12 +569,24 @@ def draw_modular(pipe):
     return pipe(**options, generator=generator(), output="latents")
 
 
-PAG = {"perturbed_guidance_layers": "mid_block.attentions.0.transformer_blocks.0"}
+PAG = {
+    "perturbed_guidance_config": {
+        "indices": [0],
+        "fqn": "mid_block.attentions.0.transformer_blocks",
+        "skip_attention": False,
+        "skip_attention_scores": True,
+        "skip_ff": False,
+    },
+    "perturbed_guidance_start": 0.0,
+    "perturbed_guidance_stop": 1.0,
+}
+# The guider perturbs from the second of two steps on.
+WITH_PAG = [UNGUIDED, UNCOND, UNGUIDED, UNCOND, UNGUIDED]
 GUIDERS = {
     "CFG": ("ClassifierFreeGuidance", {"guidance_scale": 5.0}, [UNGUIDED, UNCOND]),
     "no guidance": ("ClassifierFreeGuidance", {"guidance_scale": 1.0}, [UNGUIDED]),
     "APG": ("AdaptiveProjectedGuidance", {"guidance_scale": 5.0}, [UNGUIDED, UNCOND]),
-    "PAG": ("PerturbedAttentionGuidance", PAG, [UNGUIDED, UNCOND, UNGUIDED]),
+    "PAG": ("PerturbedAttentionGuidance", PAG, WITH_PAG),
 }
 
 
