@@ -186,14 +186,10 @@ class RespoDiffAdapter:
     ) -> list[str | None]:
         """Gives each image of a batch one concept of a group, in exact ratios.
 
-        Give `prompts`, so that the ratios hold among the prompts that leave the group open, and the
-        images of the others get none. Without them, the adapter finds out while it draws, and the
-        ratios hold among all images.
-
-        Concept k gets the share `ratios[k]` of all `P * M` images, to the nearest possible number,
-        and its exact share, rounded down or up, of each prompt's M images. The order is random, and
-        each call draws a new one: call `fair` before every batch. The choice of concepts outside
-        the group does not change.
+        With `prompts`, the ratios hold among those that leave the group open, and the images of the
+        others get none. Concept k gets the share `ratios[k]` of all `P * M` images, and of each
+        prompt's M images, rounded down or up. The order is random: call `fair` before every batch.
+        The choice of concepts outside the group does not change.
 
         Args:
           group: for example "gender".
@@ -206,12 +202,11 @@ class RespoDiffAdapter:
 
         Returns:
           The concept of each image, `P * M` names in the order of the batch, None for an image
-          that is not steered. For more images than fit into one batch, draw once for all, and give
-          each batch its part with `set_concepts`.
+          that is not steered.
 
         Raises:
-          ValueError: for prompts without an attached pipeline, an unknown group, a group of safety
-            concepts or of a single concept, ratios that do not fit the group, or numbers below 1.
+          ValueError: for prompts without an attached pipeline, a group that is unknown, of safety
+            concepts or of one concept, ratios that do not fit it, or numbers below 1.
         """
         members = self.groups.get(group)
         if members is None:
@@ -578,7 +573,10 @@ def _calling_pipeline(unet: torch.nn.Module) -> Any:
     while frame is not None:
         caller = frame.f_locals.get("self")
         bases = {base.__name__ for base in type(caller).__mro__}
-        if bases & {"DiffusionPipeline", "ModularPipeline"} and _inner(caller.unet) is unet:
+        if (
+            bases & {"DiffusionPipeline", "ModularPipeline"}
+            and _inner(getattr(caller, "unet", None)) is unet
+        ):
             return caller
         frame = frame.f_back
     return None
@@ -910,7 +908,7 @@ _CONFIG = {
         **{"resolution": _SIZE, "prediction_type": _TEXT},
     },
     "guidance": (
-        "steered_half 'conditional'",
+        "a mapping with steered_half 'conditional'",
         lambda value: isinstance(value, dict) and value.get("steered_half") == "conditional",
     ),
     "concepts": [
