@@ -804,6 +804,9 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         )
     try:
         _check(config, _CONFIG, "")
+        half = config["guidance"].get("steered_half")
+        if half != "conditional":
+            raise ValueError(f"guidance.steered_half is {half!r:.100}, expected 'conditional'")
         for i, concept in enumerate(config["concepts"]):
             if not _fits_together(concept):
                 raise ValueError(
@@ -907,10 +910,7 @@ _CONFIG = {
         **{"name": _TEXT, "revision~": _STRING, "variant~": _STRING, "unet_sha256": _STRING},
         **{"resolution": _SIZE, "prediction_type": _TEXT},
     },
-    "guidance": (
-        "a mapping with steered_half 'conditional'",
-        lambda value: isinstance(value, dict) and value.get("steered_half") == "conditional",
-    ),
+    "guidance": _MAPPING,
     "concepts": [
         {
             **{"name": _TEXT, "group": _TEXT, "slug?": _ANY, "default_scale?": _NUMBER},
