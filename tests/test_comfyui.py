@@ -244,7 +244,7 @@ def difference(ours, theirs):
 def test_latents_equal_those_of_the_pytorch_adapter(kind, scale, split, monkeypatch):
     model, adapter = comfy_model(), load(kind)
     if split:
-        monkeypatch.setattr(comfy().model_management, "get_free_memory", lambda *_: 0)
+        monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 1e30)
     base = draw_comfy(model, scale)
     print(f"unsteered: {difference(draw_diffusers(model, scale), base):.1e}")
     concepts = "a woman=0.02\na man=0.01" if kind != "constant" else "a woman=0.5\na man=0.3"
@@ -264,7 +264,7 @@ def test_two_conditionings_are_both_steered(split, monkeypatch):
     """ComfyUI averages them; a hand-made mean of the UNet's predictions is the same."""
     model, adapter = comfy_model(), load()
     if split:
-        monkeypatch.setattr(comfy().model_management, "get_free_memory", lambda *_: 0)
+        monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 1e30)
     [patched] = comfyui.Concepts().run(model, adapter, "a woman=0.02\na man=0.01")
     found = draw_comfy(patched, 5.0, PROMPTS)
     pipe, choice = pipeline(), node_choice(adapter, ROWS)
