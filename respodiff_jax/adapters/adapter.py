@@ -217,7 +217,6 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
     config = read_json(directory / CONFIG_FILE, "adapter config")
     try:
         check_config(config)
-        _check_json("config", config)
         shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
         if kind not in KINDS:
             raise UserError(f"module kind is {kind!r:.80}, expected one of {', '.join(KINDS)}")
@@ -235,7 +234,7 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
         ram, sam, reading, dtype = read_weights(
             directory / WEIGHTS_FILE, module, len(concepts), read["text_features"]
         )
-        return Adapter(
+        adapter = Adapter(
             concepts=concepts,
             module=module,
             ram=ram,
@@ -247,6 +246,8 @@ def load_adapter(directory: str | os.PathLike) -> Adapter:
             reading=reading,
             reading_accuracy=read["accuracy"],
         )
+        _check_json("config", config)  # also what the adapter does not keep
+        return adapter
     except UserError as error:
         raise UserError(f"adapter {directory}: {error}") from error
 
