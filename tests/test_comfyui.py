@@ -274,7 +274,7 @@ def test_two_conditionings_are_both_steered(split, monkeypatch):
     x = sampling.noise_scaling(levels[0], NOISE, torch.zeros_like(NOISE), most)
     context = [texts(pipe, prompt).repeat(2, 1, 1) for prompt in ("", *PROMPTS)]
     adapter.attach(pipe).set_concepts([{"a woman": 0.02}, {"a man": 0.01}])
-    for t, sigma, following in zip(pipe.scheduler.timesteps, levels, levels[1:], strict=True):
+    for t, sigma, following in zip(pipe.scheduler.timesteps, levels[:-1], levels[1:], strict=True):
         scaled, eps = x / (sigma**2 + 1) ** 0.5, []
         with torch.no_grad():
             with adapter.disabled():
