@@ -298,6 +298,9 @@ def test_a_controlnet_adds_after_the_adapter():
         "cond_or_uncond": [0],
         "wrappers": {kind: {"x": patched.get_wrappers(kind, "respodiff")}},
     }
+    # diffusers adds the residual of the mid-block only beside those of the skip connections.
+    residuals = {"mid_block_additional_residual": residual}
+    residuals["down_block_additional_residuals"] = (torch.zeros(()),) * 6
     with torch.no_grad():
         found = model.model.diffusion_model(
             x,
@@ -307,9 +310,9 @@ def test_a_controlnet_adds_after_the_adapter():
             transformer_options=options,
         )
         adapter.attach(pipe).set_concepts({"a woman": 0.02})
-        expected = pipe.unet(x, 500, text, mid_block_additional_residual=residual).sample
+        expected = pipe.unet(x, 500, text, **residuals).sample
         adapter.detach()
-        plain = pipe.unet(x, 500, text, mid_block_additional_residual=residual).sample
+        plain = pipe.unet(x, 500, text, **residuals).sample
     assert difference(found, expected) < 1e-4 < 1e-3 < difference(plain, expected)
 
 
