@@ -2,6 +2,8 @@
 
 import argparse
 
+from respodiff_jax.cli import inputs
+
 SUMMARY = "convert a checkpoint of the authors' code or of SDisc into an adapter"
 
 DESCRIPTION = """\
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    inputs.check_file("checkpoint", args.checkpoint)  # before the hub is asked for the model
+    inputs.check_file("--concepts", args.concepts)
+
     import respodiff_jax as rd
 
     adapter = rd.import_checkpoint(

@@ -99,6 +99,10 @@ def test_export_does_not_overwrite_other_files(adapter_folder, tmp_path, capsys)
     [
         (["train", "--config", "nope.py", "--workdir", "run"], "--config nope.py: no such file"),
         (["inspect", "nope"], "adapter 'nope': no such folder, and not a hub id"),
+        (
+            ["import", "nope.pth", "--concepts", "ids.json", "--out", "out"],
+            "checkpoint nope.pth: no such file",
+        ),
         (["export", "a/b/c", "--out", "out"], "adapter 'a/b/c': no such folder"),
         (
             ["generate", "--adapter", "nope", "--fair", "g", "--prompt", "a", "--out", "out"],
