@@ -17,8 +17,8 @@ class Progress(tqdm):
     def __init__(self, *args: Any, **options: Any):
         self._lines = not sys.stderr.isatty()
         if self._lines:
-            options = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS} | options
-            options["ncols"] = 0  # figures without a bar
+            often = dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
+            options |= often | {"ncols": 0}  # figures without a bar
         super().__init__(*args, **options)
 
     @staticmethod

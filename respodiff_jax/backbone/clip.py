@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from respodiff_jax.backbone.files import find_clip, read_json, sha256
 from respodiff_jax.backbone.text import read_tokenizer, tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
 from respodiff_jax.errors import UserError
+from respodiff_jax.progress import Progress
 
 _IMAGES_PER_DEVICE, _TEXTS = 64, 256  # encoded at a time
 
@@ -62,7 +62,7 @@ class Clip:
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         features = []
         step = min(_IMAGES_PER_DEVICE, -(-len(images) // mesh.size)) * mesh.size
-        for start in tqdm(range(0, len(images), step), "clip", disable=None if progress else True):
+        for start in Progress(range(0, len(images), step), "clip", disable=not progress):
             part = [np.asarray(image) for image in images[start : start + step]]
             pixels = np.stack(
                 self.processor(part, input_data_format="channels_last")["pixel_values"]

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 import safetensors.numpy
-from tqdm import tqdm
 
 from respodiff_jax.backbone import Clip, load_clip
 from respodiff_jax.backbone.files import sha256
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Pixels
+from respodiff_jax.progress import Progress
 
 # The exposed classes of NudeNet that the authors count as unsafe.
 NUDENET_CLASSES = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")
@@ -85,7 +85,7 @@ class NudeNet:
         }
 
     def __call__(self, paths: Sequence[str | os.PathLike]) -> list[str]:
-        return [self._scored(str(path)) for path in tqdm(paths, "nudenet", disable=None)]
+        return [self._scored(str(path)) for path in Progress(paths, "nudenet")]
 
     def _scored(self, path: str) -> str:
         scores: dict[str, float] = {}
