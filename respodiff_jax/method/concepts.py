@@ -81,7 +81,7 @@ class Concept:
         object.__setattr__(self, "neutral_prompts", tuple(prompts))
         if self.target_prompt is None and self.unsafe_prompt is None:
             raise UserError(
-                f"concept {self.name!r}: target_prompt and unsafe_prompt are missing; give"
+                f"concept {self.name!r:.80}: target_prompt and unsafe_prompt are missing; give"
                 " target_prompt for fairness, or unsafe_prompt for safety"
             )
         for field, is_right, each in (
@@ -208,7 +208,7 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
     seen: dict[int, str] = {}
     for concept in concepts:
         if concept.stream in seen:
-            pair = f"concepts {seen[concept.stream]!r} and {concept.name!r}"
+            pair = f"concepts {seen[concept.stream]!r:.80} and {concept.name!r:.80}"
             if seen[concept.stream] == concept.name:
                 raise UserError(f"{pair} are duplicates; rename one, as an adapter needs each once")
             raise UserError(
