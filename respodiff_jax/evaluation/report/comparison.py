@@ -167,7 +167,7 @@ def _own_rows(folder: pathlib.Path) -> list[dict[str, str]]:
     file that it names. A warning tells what is left out.
     """
     rows = evaluation.read_rows(folder)
-    own = [row for row in rows if (folder / row["file"]).resolve().is_relative_to(folder.resolve())]
+    own = [row for row in rows if _is_inside(folder, row["file"])]
     if outside := len(rows) - len(own):
         first = next(row["file"] for row in rows if row not in own)
         warnings.warn(
@@ -176,6 +176,13 @@ def _own_rows(folder: pathlib.Path) -> list[dict[str, str]]:
             stacklevel=2,
         )
     return own
+
+
+def _is_inside(folder: pathlib.Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
