@@ -1,7 +1,7 @@
 """Commands that are killed at any moment and run again end as if they had not been killed.
 
-By default one kill of `generate`; `pytest -m slow tests/test_killed.py` kills each command at 20
-seeded moments that are spread over its run.
+`pytest -m slow tests/test_killed.py -s` kills each command at 20 seeded moments that are spread
+over its run. By default `test_generation.py` and `test_waves.py` have a few interruptions.
 """
 
 import functools
@@ -152,14 +152,9 @@ def run_killed(argv, has_come, delay):
     return was_running
 
 
-@pytest.mark.parametrize(
-    ("name", "kills"),
-    [
-        ("generate", 1),
-        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in COMMANDS),
-    ],
-)
-def test_killed_command_that_runs_again_ends_like_a_whole_one(place, name, kills):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_command_that_runs_again_ends_like_a_whole_one(place, name, kills=20):
     command, progress, end, compare = COMMANDS[name]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = functools.partial(subprocess.run, check=True, env=environment, capture_output=True)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 from respodiff_jax.backbone import flax_models, options
 from respodiff_jax.backbone.architectures import random_backbone
@@ -10,7 +11,7 @@ from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.files import find_pipeline, sha256
 from respodiff_jax.backbone.text import read_tokenizer
 from respodiff_jax.backbone.weights import load_weights
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, shortened
 
 
 def load_backbone(
@@ -69,7 +70,7 @@ def load_backbone(
     options.check_scheduler(f"{name}: scheduler/scheduler_config.json", files.scheduler_config)
     configs, scheduler_config = options.as_pipeline_reads(files.configs, files.scheduler_config)
     modules = flax_models.build_modules(configs, kind, name)
-    params = {part: flax_models.abstract_params(module) for part, module in modules.items()}
+    params = {part: _abstract_params(name, part, module) for part, module in modules.items()}
     load = None
     if abstract:
         same = {"revision": files.revision, "variant": variant, "cache_dir": cache_dir}
@@ -97,3 +98,16 @@ def load_backbone(
         attention=attention,
         load=load,
     )
+
+
+def _abstract_params(name: str, part: str, module: Any) -> Any:
+    """Shapes of a part's parameters; a config may describe a part that cannot be computed."""
+    try:
+        return flax_models.abstract_params(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever Flax and diffusers raise
+        raise UserError(
+            f"{name}: the config of {part} describes a model that cannot be computed"
+            f" ({shortened(error)}); download or copy it again"
+        ) from error

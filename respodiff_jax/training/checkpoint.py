@@ -38,9 +38,15 @@ class Checkpoints:
         path = open_path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()
         self.directory = path / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+        except (ValueError, TypeError, LookupError) as error:  # in one checkpoint's own record
+            raise UserError(
+                f"the checkpoints in {self.directory} cannot be opened: {_first_line(error)}; move"
+                " the one away whose _CHECKPOINT_METADATA is damaged"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -314,14 +314,21 @@ def test_flipped_bit_in_a_checkpoint_never_restores_other_values(finished, tmp_p
         workdir = tmp_path / str(seed)
         shutil.copytree(finished / "checkpoints", workdir / "checkpoints")
         flip_a_bit(workdir / "checkpoints" / "6", np.random.default_rng(seed))
-        step, state = final_state(workdir)
-        jax.tree.map(np.testing.assert_array_equal, state, kept[step])
-        assert (step == 6) != ("checkpoint 6 is damaged" in capfd.readouterr().out)
-        used.append(step)
+        try:
+            step, state = final_state(workdir)
+            jax.tree.map(np.testing.assert_array_equal, state, kept[step])
+            assert (step == 6) != ("checkpoint 6 is damaged" in capfd.readouterr().out)
+            used.append(step)
+        except UserError as error:  # Orbax reads these records before any state
+            assert "cannot be opened" in str(error) and "_CHECKPOINT_METADATA" in str(error)
+            used.append(None)
         shutil.rmtree(workdir)
     assert 4 in used
     if len(used) > 100:
-        print(f"{used.count(4)} of {len(used)} flipped bits were reported as damage")
+        reported = len(used) - used.count(6)
+        print(
+            f"{reported} of {len(used)} flipped bits were reported, {used.count(6)} did not matter"
+        )
 
 
 def test_changed_values_in_a_checkpoint_are_noticed_on_all_devices(finished, tmp_path, capfd):
