@@ -18,6 +18,9 @@ from respodiff_jax.images import read_metadata
 from respodiff_jax.play.page import mount
 from respodiff_jax.play.studio import Studio
 
+# NiceGUI looks at all objects when it starts, also at a deprecated one of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
