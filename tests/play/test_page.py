@@ -81,7 +81,7 @@ class Visitor:
     def __init__(self, browser, address, **options):
         self.context = browser.new_context(accept_downloads=True, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(300_000)  # the first visitor compiles
         self.outside, self.wrong = [], []
         self.page.on("request", lambda r: self._requested(r.url, address))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
