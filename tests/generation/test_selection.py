@@ -78,11 +78,11 @@ def test_weights_of_named_fair_and_safety_concepts_add_up():
     ("request_", "message"),
     [
         ({}, "none of its concepts is chosen; .*gender: a woman, a man; safety: anti-violence"),
-        ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter. It has gender: a woman"),
+        ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter; did you mean 'a man'?"),
         ({"concepts": {"a man": np.inf}}, "scale is inf"),
         ({"concepts": ["a man"]}, "`concepts` is .'a man'., expected {name: number}"),
         ({"fair": "gender", "ratio": (0.5, 0.5)}, "`ratio` is .* expected {name: number}"),
-        ({"fair": "race"}, "no group 'race'. It has gender"),
+        ({"fair": "race"}, "no group 'race'. The adapter has gender"),
         ({"fair": "safety"}, "use `safe`"),
         ({"fair": "age"}, "only the concept 'young'"),
         ({"fair": "gender", "concepts": {"a man": 1.0}}, "drop 'a man' from `concepts`"),
