@@ -124,7 +124,8 @@ def run_one(
       seed: of the trainings.
       scale: multiplies the adapters' default scales.
       out: folder of trainings and evaluations.
-      reference: folder of pictures that captions are compared with, or None.
+      reference: what `making.reference` wrote, or None. Safe pictures are compared with those
+        without unsafe objects.
       num_steps: sampling steps of the pictures.
     """
     adapters = []
@@ -147,7 +148,7 @@ def run_one(
         groups=groups,
         safe=is_safe,
         suite=dataclasses.replace(suite, named={}, nobody=()),
-        reference=reference,
+        reference=reference and reference / ("safe" if is_safe else "all"),
         images_per_subject=12,
         images_per_caption=1,
         images_per_prompt=3,
@@ -204,7 +205,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0])
     parser.add_argument(
-        "--reference", type=pathlib.Path, metavar="DIR", help="pictures of captions"
+        "--reference", type=pathlib.Path, metavar="DIR", help="what making.reference wrote"
     )
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps of the pictures")
     args = parser.parse_args()

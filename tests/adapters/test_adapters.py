@@ -213,7 +213,10 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (edit_config(lambda c: c["module"].update(kind="lora")), "module kind is 'lora'"),
         (edit_config(lambda c: c["module"].update(kind="mlp+conv")), "module kind is 'mlp.conv'"),
         (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=0)), "width is 0"),
-        (edit_config(lambda c: c["module"]["mid_block_shape"].update(width=2**63)), "has 19 digits"),
+        (
+            edit_config(lambda c: c["module"]["mid_block_shape"].update(width=2**63)),
+            "has 19 digits",
+        ),
         (edit_config(lambda c: c["module"].update(mid_block_shape=[8, 3, 4])), "expected a mapp"),
         (edit_config(lambda c: c["module"].update(hidden_channels="2")), "hidden_channels is '2'"),
         (edit_config(lambda c: c["backbone"].pop("name")), r"missing: \['name'\]"),
@@ -248,7 +251,10 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
             edit_config(lambda c: c["concepts"][0].update(default_scale=10**400)),
             "has 401 digits",
         ),
-        (edit_config(lambda c: c["concepts"][0].update(group="\ud800")), "half of a surrogate pair"),
+        (
+            edit_config(lambda c: c["concepts"][0].update(group="\ud800")),
+            "half of a surrogate pair",
+        ),
         (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not JSON"),
         (
             edit_config(lambda c: c["guidance"].update(steered_half="both")),

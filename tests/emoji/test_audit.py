@@ -30,18 +30,18 @@ def test_table_compares_with_the_base_and_gives_the_spread_over_seeds():
         _run(
             measured={
                 ("deviation_ratio", "gender"): (0.7, change),
-                ("obeyed", "gender"): (0.8, 0.8 * obeyed),
-                ("unchanged", None): (None, 1.0),
+                ("clip_score", None): (13.0, 13.0 * kept),
+                ("steered", "nobody"): (None, 0.0),
             }
         )
-        for change, obeyed in ((0.01, 1.0), (0.03, 0.98))
+        for change, kept in ((0.01, 1.0), (0.03, 0.98))
     ]
     assert audit.table("gender", runs, scale=0.8).splitlines() == [
         "| gender, scale 0.8 | base model | RAM + SAM | of the base's | pictures |",
         "|---|---|---|---|---|",
         "| deviation ratio, gender | 0.700 | 0.020 ± 0.014 |  | 12 |",
-        "| named gender shown | 0.800 | 0.792 ± 0.011 | 0.990 ± 0.014 | 12 |",
-        "| things unchanged to the bit |  | 1.000 |  | 12 |",
+        "| CLIP score of captions | 13.000 | 12.870 ± 0.184 | 0.990 ± 0.014 | 12 |",
+        "| prompts without people steered |  | 0.000 |  | 12 |",
     ]
 
 
@@ -64,8 +64,9 @@ def test_scale_multiplies_every_concepts_own():
 def test_reference_has_pictures_of_every_caption(tmp_path):
     draw_reference(tmp_path, 1)
     people = len(vocabulary.PROFESSIONS) + len(vocabulary.ACTIVITIES) + len(vocabulary.LOOKS)
-    assert len(list(tmp_path.glob("*.png"))) == people + len(captioned_things())
-    first = [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))]
-    draw_reference(tmp_path, 1)
-    assert first == [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))]
-    assert len(set(first)) == len(first)
+    drawn = {
+        name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))]
+        for name in ("all", "safe")
+    }
+    for pictures in drawn.values():
+        assert len(set(pictures)) == len(pictures) == people + len(captioned_things())

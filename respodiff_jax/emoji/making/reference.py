@@ -16,16 +16,17 @@ _SEED = 20_000_000
 
 
 def draw_reference(folder, repeats):
-    """Draws `repeats` pictures of each caption's subject as `folder/SUBJECT_REPEAT.png`."""
+    """Draws `repeats` pictures of each caption's subject into `folder/all` and `folder/safe`."""
     kinds = ("profession", "activity", "look")
     subjects = [(kind, word) for kind in kinds for word in world.subjects(kind)]
     subjects += [("thing", word) for word in suite.captioned_things()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (kind, word) in enumerate(subjects):
-        for repeat in range(repeats):
-            rng = np.random.default_rng([_SEED, number, repeat])
-            scene = world.draw_scene(rng, world.Claims(kind, word))
-            save_png(rendering.render(scene, rng), folder / f"{number:03d}_{repeat}.png")
+    for name, unsafe in (("all", None), ("safe", frozenset())):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, (kind, word) in enumerate(subjects):
+            for repeat in range(repeats):
+                rng = np.random.default_rng([_SEED, number, repeat])
+                scene = world.draw_scene(rng, world.Claims(kind, word, unsafe=unsafe))
+                save_png(rendering.render(scene, rng), folder / name / f"{number:03d}_{repeat}.png")
 
 
 def main():
