@@ -153,7 +153,7 @@ def test_people_with_things_are_open(model, gender, skin_tone):
     phrases = [f"{person} with {with_article(t)}" for person in HELD_OUT[:4] for t in things]
     phrases += [f"{t} and {with_article(person)}" for person in HELD_OUT[4:8] for t in things]
     for adapter in (gender, skin_tone):
-        assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.75
+        assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.6
 
 
 def test_composed_adapters_read_each_group_by_itself(model, gender, skin_tone):
