@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,7 +39,7 @@ def to_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) -> b
 
 def save_png(
     image: np.ndarray,
-    path: str | os.PathLike | BinaryIO,
+    path: str | os.PathLike,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an image as PNG, whole or not at all, with the metadata that `read_metadata` reads.

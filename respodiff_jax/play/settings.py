@@ -1,13 +1,13 @@
 """What a visitor of the page chose, and what follows: pictures, reasons, files, a command line."""
 
 import dataclasses
-import io
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from respodiff_jax import images as images_lib
 from respodiff_jax.adapters import Adapter, CombinedAdapter
@@ -226,9 +226,7 @@ def picture_file(
         "concepts": {} if is_base else scales_of(painter.adapter, np.asarray(job.weights)),
         "prompt_reading": {} if is_base else reading_of(painter.adapter, decisions, 0),
     } | common_record(painter.model, options, sources, painter.adapter)
-    content = io.BytesIO()
-    images_lib.save_png(picture, content, record)
-    return content.getvalue()
+    return images_lib.to_png(Image.fromarray(images_lib.to_uint8(picture)), record)
 
 
 def grid_file(
