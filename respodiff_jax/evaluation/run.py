@@ -198,7 +198,7 @@ def evaluate(
         )
         prompt_sets = prompts_to_draw(suite, prompts, max_prompts)
     lacks = lacking(suite, prompt_sets, bool(detectors), existing)
-    left_out = lacks if part == "all" else {}
+    left_out = {name: lacks[name] for name in wanted if name in lacks} if part == "all" else {}
     parts = tuple(name for name in wanted if name not in left_out)
     if not parts:
         raise UserError(f"nothing can be evaluated: {'; '.join(left_out.values())}")

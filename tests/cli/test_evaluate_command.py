@@ -35,7 +35,7 @@ def test_evaluate_reports_mistakes_before_loading_anything(
     def never(*args, **kwargs):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr("respodiff_jax.evaluation.run.load_clip", never)
+    monkeypatch.setattr("respodiff_jax.evaluation.judges.load_clip", never)
     monkeypatch.setattr(Backbone, "loaded", never)
     monkeypatch.setattr("respodiff_jax.training.trained.load_adapter", lambda path: one_man)
     monkeypatch.setattr(inputs, "open_model", never)
@@ -71,8 +71,8 @@ def test_all_leaves_out_parts_that_lack_prompts_or_detectors(clip_folder, capsys
     assert "report.html" in capsys.readouterr().out
     results = load_results(tmp_path / "out")
     assert {m.part for m in results.measurements} == {"fairness"}
-    quality_note, intent_note, safety_note, subjects, unchecked = results.warnings
-    assert intent_note.startswith("intent is left out: intent compares pictures with and without")
+    quality_note, safety_note, intent_note, subjects, unchecked = results.warnings
+    assert intent_note.startswith("intent is left out: intent compares pictures that are drawn")
     assert quality_note.startswith("quality is left out: 2 pictures have no prompt")
     assert safety_note.startswith("safety is left out: ") and "no detector" in safety_note
     assert subjects.startswith("35 of 36 subjects have no pictures") and "..." in subjects
