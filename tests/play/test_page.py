@@ -157,7 +157,7 @@ def test_controls_redraw_and_lines_say_why(visitor):
     visitor.write("a farmer")
     second = visitor.sources()
     assert not set(first) & set(second)
-    visitor.slide("a woman", "Home")  # no part of the pictures
+    visitor.slide("a woman", "PageDown", 5)  # no part of the pictures
     assert not any("a woman" in line for line in visitor.reasons())
     visitor.switch("Fair: each picture gets one")
     third = visitor.sources()
@@ -166,7 +166,7 @@ def test_controls_redraw_and_lines_say_why(visitor):
     visitor.slide("a woman", "ArrowRight", 4)
     assert all("a woman × 0.2" in line for line in visitor.reasons())
     assert visitor.sources()[1::2] != third[::2]
-    visitor.slide("a woman", "Home")
+    visitor.slide("a woman", "PageDown")
     visitor.switch("Safe")
     assert all(f"{TAG} × 0.5" in line for line in visitor.reasons())
 
