@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
+from torch_adapters import with_small_unet
 
 from respodiff_jax import torch_adapter
 from respodiff_jax.adapters import combine, save_adapter, steerings
@@ -377,17 +378,10 @@ def test_half_precision_pipelines_add_in_float32(sd_folder, load, kind, dtype):
 
 
 def one_level_pipeline(folder):
-    """A folder's pipeline with a UNet of little more than a mid-block, of (8, 8, 64)."""
+    """A folder's pipeline with a mid-block of (8, 8, 64)."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    levels = {
-        "block_out_channels": (64,),
-        "down_block_types": ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-    }
-    pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, **levels).eval()
-    return pipe
+    return with_small_unet(pipe)
 
 
 @pytest.mark.parametrize("attach_first", [True, False])

@@ -413,20 +413,8 @@ COMPILE = (
 )
 
 
-def small(pipe):
-    """With a UNet of little more than a mid-block, which compiles fast."""
-    torch.manual_seed(0)
-    levels = {
-        "block_out_channels": (64,),
-        "down_block_types": ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-    }
-    pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, **levels).eval()
-    return pipe
-
-
 def test_unet_compiled_and_run_before_attaching(models):
-    pipe = small(fresh(models["sd"]))
+    pipe = torch_adapters.with_small_unet(fresh(models["sd"]))
     adapter = make_adapter(8).attach(pipe)
     eager = draw(pipe, steps=1)
     adapter.detach()
@@ -443,7 +431,7 @@ def test_mid_block_compiled_between_two_adapters(models):
     """Both adapters get the same `h`, in either order."""
     found = []
     for compiled in (False, True):
-        pipe = small(fresh(models["sd"]))
+        pipe = torch_adapters.with_small_unet(fresh(models["sd"]))
         first, second = make_adapter(8), make_adapter(8)
         first.attach(pipe)
         draw(pipe)
@@ -458,7 +446,7 @@ def test_mid_block_compiled_between_two_adapters(models):
 
 
 def check_compiled(models, compiling, attach_first):
-    pipe = small(fresh(models["sd"]))
+    pipe = torch_adapters.with_small_unet(fresh(models["sd"]))
     plain = draw(pipe)
     adapter = make_adapter(8).attach(pipe)
     eager = [draw(pipe), draw(pipe, guidance_scale=1.0)]

@@ -1,5 +1,6 @@
 """Adapters of random parameters for tests of the PyTorch side, which need no JAX."""
 
+import diffusers
 import torch
 
 from respodiff_jax.torch_adapter import RespoDiffAdapter
@@ -38,3 +39,15 @@ def make_adapter(kind="mlp", names=("a woman",), shape=(64, 4, 4), resolution=16
         ],
     }
     return RespoDiffAdapter(config, tensors)
+
+
+def with_small_unet(pipe):
+    """The pipeline with a UNet of little more than a mid-block, which compiles fast."""
+    torch.manual_seed(0)
+    levels = {
+        "block_out_channels": (64,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, **levels).eval()
+    return pipe
