@@ -13,6 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from respodiff_jax import cli
+
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 TRAIN = [
@@ -383,12 +385,33 @@ def test_host_that_is_told_to_stop_while_it_starts_ends_at_once(tmp_path, start)
     assert process.wait(timeout=30) == -signal.SIGTERM
 
 
+def test_gpu_figures_go_on_after_a_benchmark_that_fails_and_say_so(tmp_path):
+    program(tmp_path / "bin", "nvidia-smi", "echo name, H200")
+    program(tmp_path / "bin", "python", "echo 3 passed")
+    fails = """[[ $* == *train_sd14* ]] && { echo no memory >&2; exit 1; }; echo "| $2 |" """
+    program(tmp_path / "bin", "respodiff", fails)
+    out = tmp_path / "figures"
+    done = launch("gpu_figures.sh", out, path=[tmp_path / "bin"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"train_sd14 failed with status 1, see {out}/train_sd14.log"
+    assert (out / "train_sd14.log").read_text() == "no memory\n"
+    assert (out / "generate_sdxl.md").read_text() == "| generate |\n"
+    ran = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if "at most" in line]
+    assert sum(int(s) for s in re.findall(r"at most (\d+) s", done.stdout)) <= 12 * 60
+    for command in ran[1:]:
+        args = shlex.split(command)[1:]
+        assert args[args.index("--out") + 1].endswith(".json")
+        _, overrides = cli._parser().parse_known_args(args)
+        assert all(word.startswith("--config.") for word in overrides)
+
+
 def test_scripts_accept_the_commands_in_the_docs(tmp_path):
     """Each command of docs/clusters.md, with --dry-run."""
     text = (ROOT / "docs" / "clusters.md").read_text().replace("\\\n", " ")
     shown = re.findall(r"(launch/\w+\.sh) ([^`\n]*--config[^`\n]*)", text)
     assert {script for script, _ in shown} == {f"launch/{path.name}" for path in SCRIPTS} - {
-        "launch/newest_torch.sh"
+        "launch/newest_torch.sh",
+        "launch/gpu_figures.sh",
     }
     for script, arguments in shown:
         assert launch(pathlib.Path(script).name, "--dry-run", *shlex.split(arguments)).stdout
