@@ -101,7 +101,11 @@ def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
     small = small.replace("images_per_prompt=8", "images_per_prompt=2, num_steps=1")
     small = small.replace('part="fairness"', 'part="fairness", max_prompts=2, num_steps=1')
     assert small.count("num_steps=1") == 2 and '"steps": 2' in small
-    small = small.replace('"batch_size": 1}', '"batch_size": 1}, optimizer={"warmup_steps": 0}')
+    small = small.replace(
+        '"batch_size": 1}',
+        '"batch_size": 1}, optimizer={"warmup_steps": 0},\n'
+        '    reading={"things": ("cat", "bulldog"), "people": ("person", "cook", "pilot")}',
+    )
     run(small, tmp_path)
     assert (tmp_path / "cook.png").stat().st_size > 0
     assert (tmp_path / "evaluations" / "gender" / "report.html").exists()

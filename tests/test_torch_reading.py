@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from importlib.resources import files
 
 import diffusers
 import numpy as np
@@ -10,18 +11,16 @@ import torch
 from test_adapters import make_adapter
 from test_torch_adapter import torch_latents
 
-from respodiff_jax.adapters import save_adapter, steerings
+from respodiff_jax.adapters import load_adapter, save_adapter, steerings
 from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.data import contrast
 from respodiff_jax.data.prompt_files import fill_in
-from respodiff_jax.emoji import recipes, vocabulary
+from respodiff_jax.emoji import vocabulary
 from respodiff_jax.generation.sampling import denoise, initial_noise
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.torch_adapter import RespoDiffAdapter
-from respodiff_jax.training.config import concepts_from
-from respodiff_jax.training.reading import join, train_reading, with_reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -35,11 +34,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapter(model):
-    config = recipes.task_config("gender")
-    concepts = concepts_from(config)
-    readings = train_reading(config, concepts, model, [].append)
-    plain = make_adapter("mlp", concepts, shape=model.mid_block_shape(64), resolution=64)
-    return with_reading(plain, join([readings[c.name] for c in concepts]), concepts)
+    """Modules of a noticeable size with the reading that the package ships."""
+    shipped = load_adapter(files("respodiff_jax") / "emoji/adapters/gender")
+    plain = make_adapter("mlp", shipped.concepts, shape=model.mid_block_shape(64), resolution=64)
+    return dataclasses.replace(plain, reading=shipped.reading)
 
 
 @pytest.fixture(scope="module")

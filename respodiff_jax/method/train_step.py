@@ -116,6 +116,8 @@ def algorithm_1(
     sem, grad_sam = average((sem, grad_sam))
     sam, opt_sam = _update(spec, grad_sam, state.opt_sam, state.sam, concept.lr_sam)
 
+    if spec.rollout.is_shared:
+        output = base.outputs[0]
     guided = diffusion.cfg_combine(output, base.outputs[-1], spec.rollout_guidance_scale)
     rollout = spec.rollout.advance(state.rollout, samples, latents, guided)
     values = StepValues(
@@ -168,13 +170,23 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
     rollout_key, samples_key = jax.random.split(step_key)
 
     def one_concept(old, concept):
-        concept_key = jax.random.fold_in(samples_key, concept.stream)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(concept_key, sample_ids)
+        key = jax.random.fold_in(samples_key, concept.stream)
+        if spec.rollout.is_shared:
+            # From values without a concept axis, `vmap` computes once what is common to all.
+            rollout, first = jax.tree.map(lambda x: x[0], (state.concepts.rollout, concepts))
+            key, old = rollout_key, old.replace(rollout=rollout)
+            concept = concept._replace(
+                neutral=first.neutral, num_neutral=first.num_neutral, empty=first.empty
+            )
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sample_ids)
         samples = Samples(keys, concept.num_neutral, spec.latent_shape, rollout_key)
         new, values = algorithm_1(spec, old, frozen, concept, samples, average)
         if spec.ema_decay is not None:
             new = new.replace(ema=spec.ema.update((new.ram, new.sam), old.ema)[1])
+        rollout = new.rollout
         new = _unless_diverged(new, old, values, state.step)
+        if spec.rollout.is_shared:
+            new = new.replace(rollout=rollout)  # a diverged concept does not stop the others
         return new, _metrics(values, new, average), values
 
     return jax.vmap(one_concept)(state.concepts, concepts)
@@ -221,18 +233,28 @@ class BasePredictions(NamedTuple):
 def base_predictions(
     spec: StepSpec, frozen: dict, concept: EmbeddedConcepts, latents: Latents
 ) -> BasePredictions:
-    """Evaluates the base model for the three prompts as one batch: one pass of e, one of g."""
+    """Evaluates the base model for the three prompts as one batch: one pass of e, one of g.
+
+    With a shared rollout these are two batches, since the concept's own prompt is not shared.
+    """
     z_t, batch_size = latents.z_t, len(latents.z_t)
-    conditions = concatenate(
-        _pick(concept.neutral, latents.prompt_index),
-        _pick(concept.own, latents.prompt_index),
-        _repeat(concept.empty, batch_size),
-    )
     t = _timesteps(spec, latents.ddim_index, batch_size)
-    h, skips = spec.encode(frozen, concatenate(z_t, z_t, z_t), concatenate(t, t, t), conditions)
-    outputs = split(spec.decode(frozen, h, skips), 3)
-    h, skips = split((h, skips), 3)[0]
-    return BasePredictions(h, skips, outputs)
+    neutral = _pick(concept.neutral, latents.prompt_index)
+    own = _pick(concept.own, latents.prompt_index)
+    empty = _repeat(concept.empty, batch_size)
+
+    def evaluate(*conditions):
+        n = len(conditions)
+        copies = concatenate(*[z_t] * n), concatenate(*[t] * n)
+        h, skips = spec.encode(frozen, *copies, concatenate(*conditions))
+        return split((h, skips), n)[0], split(spec.decode(frozen, h, skips), n)
+
+    if spec.rollout.is_shared:
+        (h, skips), (y_neutral, y_empty) = evaluate(neutral, empty)
+        _, (y_own,) = evaluate(own)
+    else:
+        (h, skips), (y_neutral, y_own, y_empty) = evaluate(neutral, own, empty)
+    return BasePredictions(h, skips, (y_neutral, y_own, y_empty))
 
 
 def steered_output(

@@ -21,6 +21,8 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
         config.optimizer.warmup_steps = 0
         config.rollout.num_steps = 4
         config.log.grid_every = 0
+        for kind in ("people", "things"):
+            config.reading[kind] = config.reading[kind][::2]
         return config
 
     def few(name, model):
