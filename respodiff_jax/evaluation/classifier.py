@@ -34,8 +34,10 @@ def classify(clip: Clip, features: np.ndarray, classes: Classes) -> Prediction:
 
     The features of a value's prompts are averaged (Radford et al., 2021, section 3.1.4).
     """
-    centres = [clip.text_features(prompts).mean(0) for prompts in classes.values()]
-    centres = np.stack([centre / np.linalg.norm(centre) for centre in centres])
+    texts = clip.text_features([prompt for prompts in classes.values() for prompt in prompts])
+    ends = np.cumsum([len(prompts) for prompts in classes.values()])
+    centres = np.stack([rows.mean(0) for rows in np.split(texts, ends[:-1])])
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     logits = np.exp(clip.params["logit_scale"]) * features @ centres.T
     logits -= logits.max(1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -22,7 +22,7 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
         config.rollout.num_steps = 4
         config.log.grid_every = 0
         for kind in ("people", "things"):
-            config.reading[kind] = config.reading[kind][::2]
+            config.reading[kind] = config.reading[kind][::4]
         return config
 
     def few(name, model):
