@@ -45,6 +45,8 @@ _ROLES = ("ram", "sam")
 _SHARPNESS = (4.0, 1.0, 4.0)
 # Options of the pipelines that call the UNet with other batches than `_UNetHook` knows.
 _REFUSED_OPTIONS = ("editing_prompt", "image_guidance_scale", "sag_scale", "view_batch_size")
+# Methods by which modules call each other.
+_MODULE_METHODS = ("_wrapped_call_impl", "_call_impl", "forward")
 
 
 class RespoDiffAdapter:
@@ -571,13 +573,16 @@ def _calling_pipeline(unet: torch.nn.Module) -> Any:
     """The pipeline of this UNet that runs, None in a loop of one's own."""
     frame = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        bases = {base.__name__ for base in type(caller).__mro__}
-        if (
-            bases & {"DiffusionPipeline", "ModularPipeline"}
-            and _inner(getattr(caller, "unet", None)) is unet
-        ):
-            return caller
+        code = frame.f_code
+        # Reading the variables of a frame costs much more than its name.
+        if code.co_varnames[:1] == ("self",) and code.co_name not in _MODULE_METHODS:
+            caller = frame.f_locals.get("self")
+            bases = {base.__name__ for base in type(caller).__mro__}
+            if (
+                bases & {"DiffusionPipeline", "ModularPipeline"}
+                and _inner(getattr(caller, "unet", None)) is unet
+            ):
+                return caller
         frame = frame.f_back
     return None
 
