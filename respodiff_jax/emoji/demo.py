@@ -65,12 +65,16 @@ def run(out: str | os.PathLike) -> Results:
 
 
 def table(results: Results) -> str:
-    """Formats the measurements before and after the training as text."""
-    lines = [f"{'':36}{'before':>10}{'after':>10}"]
+    """Formats the measurements before and after the training, with 95 % intervals, as text."""
+    lines = [f"{'':36}{'before':>24}{'after':>24}"]
     for (metric, attribute), (name, style) in _TABLE.items():
-        values = [
-            results.value(metric, images, attribute=attribute) for images in ("base", "adapted")
-        ]
-        cells = ("" if value is None else style.format(value) for value in values)
-        lines.append(f"{name:36}" + "".join(f"{cell:>10}" for cell in cells).rstrip())
+        line = f"{name:36}"
+        for images in ("base", "adapted"):
+            cell = ""
+            for m in results.find(metric, images, attribute=attribute, subject=None)[:1]:
+                cell = style.format(m.value)
+                if m.interval:
+                    cell += " [" + ", ".join(map(style.format, m.interval)) + "]"
+            line += f"{cell:>24}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
