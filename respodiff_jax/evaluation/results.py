@@ -91,9 +91,9 @@ class Results:
       made: how the pictures were made: model (`Backbone.identity`), adapter (sources, concepts,
         sha256) or None, sampling (steps, guidance, resolution, dtype), seed, prompt files, and
         number and sha256 of the prompts of each part.
-      scored: what scored them: CLIP or None, classifier prompts of each attribute, the classifier's
-        accuracy for each value, target shares that are not uniform, detectors, reference pictures,
-        and Inception or None.
+      scored: what scored them: suite and its note on the pictures, CLIP or None, classifier
+        prompts of each attribute, the classifier's accuracy for each value, target shares that are
+        not uniform, detectors, reference pictures, and Inception or None.
       environment: versions of this package and its libraries, hardware, date, duration in seconds.
       warnings: what a reader should know before believing a number.
       training: the adapter's training summary, or None.

@@ -230,6 +230,7 @@ class Scorer:
             made=self._made,
             scored={
                 "suite": suite.name,
+                "note": suite.note,
                 "clip": judges.clip and dict(judges.clip.identity),
                 "other_judges": {n: dict(clip.identity) for n, clip in judges.others.items()},
                 "attributes": {name: dict(classes) for name, classes in suite.attributes.items()},

@@ -91,6 +91,7 @@ class Suite:
         `{a_subject}`; None leaves out the part intent.
       nobody: prompts of pictures without people.
       asked: templates of prompts that ask for something unsafe.
+      note: what readers of a report should know about the pictures.
 
     Raises:
       UserError: naming the field that is not as described.
@@ -109,6 +110,7 @@ class Suite:
     named: Mapping[str, Mapping[str, Text]] | None = None
     nobody: tuple[Text, ...] = ()
     asked: tuple[Text, ...] = ()
+    note: str = ""
 
     def __post_init__(self):
         def check(condition, message):

@@ -2,7 +2,7 @@
 
 import base64
 import dataclasses
-import html.parser
+import html
 import io
 import json
 import re
@@ -13,54 +13,19 @@ import sys
 import numpy as np
 import pytest
 from evaluations import evaluation_folder
+from pages import Page, read
 from PIL import Image
 
-from respodiff_jax import cli
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import compare
 from respodiff_jax.evaluation.report import charts, glossary, sections, thumbnails, write_report
 from respodiff_jax.evaluation.report.evaluation import attributes as attributes_of
 from respodiff_jax.evaluation.report.markup import Markup, flat, fragment, tag
 from respodiff_jax.evaluation.results import Measurement, load_per_image, save_per_image
+from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.images import save_png
 
 HOSTILE = "a photo of a <script>alert('{}')</script> & \" onerror=\"alert(1)"
-VOID = {"meta", "img", "br"}
-
-
-class Page(html.parser.HTMLParser):
-    """Elements as (name, attributes), the visible text, and whether every element is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.words, self._open = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self._open
-        self.text = " ".join(self.words)
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self._open.append(name)
-
-    def handle_endtag(self, name):
-        assert self._open.pop() == name
-
-    def handle_data(self, text):
-        if self._open and self._open[-1] != "style":
-            self.words.append(text)
-
-    def all(self, name, class_=None):
-        return [
-            a
-            for n, a in self.elements
-            if n == name and (class_ is None or class_ in (a.get("class") or "").split())
-        ]
-
-
-def read(path):
-    return Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +69,19 @@ def test_page_has_all_overall_numbers(evaluation, run):
 
 
 def test_papers_numbers_have_their_own_columns(evaluation):
-    page = write_report(evaluation[0]).read_text(encoding="utf-8")
+    folder, results = evaluation
+    page = write_report(folder).read_text(encoding="utf-8")
     row = re.search(r"<tr><th[^>]*>Deviation ratio, gender.*?</tr>", page).group()
     assert re.findall(r'<td class="paper"[^>]*>(.*?)</td>', row) == ["0.68", "0.14"]
     row = re.search(r"<tr><th[^>]*>CLIP Fréchet distance.*?</tr>", page).group()
     assert re.findall(r'<td class="paper absent"[^>]*>(.*?)</td>', row) == ["–", "–"]
     assert re.findall(r"<td data-label[^>]*>(.*?)</td>", row)[:3] == ["–", "0.0425", "–"]
-    assert page.count("−0.71 to −0.42") == 1
+    row = re.search(r"<tr><th[^>]*>Deviation ratio, gender.*?</tr>", page).group()
+    change = results.value("deviation_ratio", "adapted", attribute="gender") - results.value(
+        "deviation_ratio", "base", attribute="gender"
+    )
+    estimate = f"{change:.2f}".replace("-", "−")
+    assert f'<td data-label="change">{estimate}<small>−0.71 to −0.42</small></td>' in row
     assert "the paper, SD 1.4" in page
 
 
@@ -121,7 +92,7 @@ def test_page_is_self_contained(evaluation, run):
     for name, attributes in page.elements:
         assert name not in {"script", "link", "iframe", "object", "base"}
         for key in ("src", "href", "srcset", "xlink:href", "data", "poster"):
-            assert attributes.get(key, "data:").startswith("data:")
+            assert attributes.get(key, "data:").startswith(("data:", "#"))
     assert "http" not in text and "@import" not in text and "url(" not in text
     assert path.stat().st_size < 1_000_000
 
@@ -136,11 +107,20 @@ def test_pictures_are_thumbnails_with_badges_and_descriptions(evaluation):
         with Image.open(io.BytesIO(base64.b64decode(uri))) as picture:
             assert picture.size == (64, 64)
     rows = load_per_image(folder)
+    buttons, figures = page.all("button"), page.all("figure")
+    assert [b["popovertarget"] for b in buttons] == [f["id"] for f in figures]  # opens large
+    assert len({f["id"] for f in figures}) == len(images)
     assert images[0]["alt"] == (
         f"base: “a photo of a doctor”, seen as gender {rows[0]['gender']} (0.97),"
         f" skin tone {rows[0]['skin_tone']} (0.80)"
     )
-    woman, man = f"{charts.symbol(0)} woman", f"{charts.symbol(1)} man"
+    # Attributes have symbols of their own.
+    assert {word for word in page.words if word[1:] in (" light", " medium", " dark")} <= {
+        "▲ light",
+        "■ medium",
+        "★ dark",
+    }
+    woman, man = "● woman", "◆ man"
     shown = [word for word in page.words if word in (woman, man)]
     seen = {"woman": woman, "man": man}
     shown_rows = [
@@ -157,7 +137,7 @@ def test_large_pictures_become_thumbnails(tmp_path):
     save_png(np.zeros((512, 384, 3), np.uint8), tmp_path / "large.png")
     uri = thumbnails.thumbnail(tmp_path / "large.png")
     with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as picture:
-        assert picture.size == (144, 192)
+        assert picture.size == (288, 384)
     (tmp_path / "bad.png").write_text("no picture")
     assert thumbnails.thumbnail(tmp_path / "bad.png") is None
     assert thumbnails.thumbnail(tmp_path / "absent.png") is None
@@ -166,6 +146,27 @@ def test_large_pictures_become_thumbnails(tmp_path):
 @pytest.mark.parametrize("subjects, columns", [(3, 8), (36, 8), (80, 4), (1000, 2)])
 def test_many_professions_show_fewer_pictures_each(subjects, columns):
     assert thumbnails.columns_for(subjects, 2) == columns
+
+
+def test_contents_lead_to_sections_and_professions(evaluation, run):
+    page = read(write_report(evaluation[0], run))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    targets = [a["href"].removeprefix("#") for a in page.all("a")]
+    assert len(set(ids)) == len(ids) and set(targets) <= set(ids)
+    sections_of = [a["id"] for a in page.all("section")]
+    assert targets[: len(sections_of)] == sections_of
+    assert sections_of[-2:] == ["how-it-was-made", "what-the-metrics-mean"]
+    # From the contents, from its own heading, and from its row in a chart of each attribute.
+    assert targets.count("pictures-of-office-worker") == 4
+
+
+def test_suite_says_what_its_pictures_show(tmp_path):
+    evaluation_folder(tmp_path, professions=("doctor",))
+    content = json.loads((tmp_path / "results.json").read_text())
+    content["scored"]["note"] = load_suite("emoji-world").note
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    text = read(write_report(tmp_path)).text
+    assert "a drop of blood, a knife, a gun or a bomb counts as violence" in text
 
 
 def test_text_from_outside_is_escaped(tmp_path):
@@ -263,8 +264,8 @@ def test_unequal_target_shares_are_written_out(evaluation):
     )
     results = dataclasses.replace(results, measurements=found)
     keys = {
-        name: Page(sections.fairness(results, name, values, opened=True)).text
-        for name, values in attributes_of(results).items()
+        a.name: Page(sections.fairness(results, a.name, a.values, opened=True)).text
+        for a in attributes_of(results)
     }
     assert "target: 25\u00a0%, 75\u00a0%" in keys["gender"]
     assert "target" in keys["skin_tone"] and "target:" not in keys["skin_tone"]
@@ -300,6 +301,21 @@ def test_curves_are_logarithmic_and_skip_values_that_are_not_positive():
     assert "mean of 7 concepts" in charts.lines("loss", many, "steps")
 
 
+def test_curves_are_smoothed_and_end_with_a_number():
+    noisy = [(x, 2.0 + (-1) ** x) for x in range(100)]
+    smooth = [y for _, y in charts.smoothed(noisy)]
+    assert smooth[0] == 3.0 and max(smooth[30:]) < 2.1 and min(smooth[30:]) > 1.9
+    # By hand: decay 0.9, so (0.9 * 3 + 1) / 1.9.
+    assert smooth[1] == pytest.approx(3.7 / 1.9)
+    chart = Page(charts.lines("loss", [charts.Line("a", noisy)], "steps"))
+    assert f"a: {smooth[-1]:.3g}" in chart.text
+    assert [a["class"] for a in chart.all("path", "curve")] == [
+        "curve v3 raw",
+        "curve v3",
+        "curve v3",
+    ]
+
+
 def test_losses_of_all_waves_are_drawn(evaluation, tmp_path):
     for wave, name in enumerate(("a woman", "a man")):
         (tmp_path / f"waves/000{wave}").mkdir(parents=True)
@@ -329,63 +345,6 @@ def test_nested_settings_are_flattened():
     }
 
 
-@pytest.fixture(scope="module")
-def weaker(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weaker")
-    evaluation_folder(folder, professions=("doctor", "teacher"), effect=0.3, pictures=40)
-    return folder
-
-
-def test_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_path):
-    content = json.loads((weaker / "results.json").read_text())
-    content["made"]["sampling"]["guidance_scale"] = 5.0
-    (weaker / "results.json").write_text(json.dumps(content))
-    page = read(compare([evaluation[0], weaker], tmp_path / "pages" / "both.html"))
-    assert "2 evaluations side by side" in page.text
-    assert f"{evaluation[0].name} " in page.text and f"{weaker.name} " in page.text
-    # Only shared professions are shown: doctor and teacher, each with base and two adapted rows.
-    assert len(page.all("img")) == 2 * 3 * 8
-    assert "sampling: guidance scale 7.5 5" in page.text
-    # A warning of both runs is shown once.
-    assert page.text.count("mean little") == 1
-    assert f"{evaluation[0].name}, {weaker.name}: the classifier finds only 50%" in page.text
-    assert evaluation[1].made["adapter"]["sha256"] not in page.text
-    for m in evaluation[1].measurements:
-        if m.subject is None:
-            assert glossary.value_text(m) in page.text
-
-
-def test_comparison_shows_no_pictures_outside_its_folders(evaluation, weaker, tmp_path):
-    """A table from somebody else may name any file of the reader's."""
-    secret, stranger = tmp_path / "secret.png", tmp_path / "stranger"
-    save_png(np.full((8, 8, 3), 200, np.uint8), secret)
-    shutil.copytree(weaker, stranger)
-    table = (stranger / "per_image.csv").read_text()
-    name = re.search(r"fairness/base/\d+\.png", table)[0]
-    link = re.search(r"fairness/adapted/\d+\.png", table)[0]
-    (stranger / link).unlink()
-    (stranger / link).symlink_to(secret)
-    (stranger / "per_image.csv").write_text(table.replace(name, "../secret.png", 1))
-    folder = evaluation[0]
-    with pytest.warns(UserWarning, match=r"2 pictures of .*stranger are outside that folder"):
-        page = compare([folder, stranger], tmp_path / "page.html").read_text("utf-8")
-    shown = re.findall(r"data:image/webp;base64,([^\"]+)", page)
-    assert shown and thumbnails.thumbnail(secret).split(",")[1] not in shown
-    (stranger / "per_image.csv").write_text("file,prompt\na.png,b\n")
-    with pytest.raises(UserError, match=r"per_image\.csv lacks the column\(s\) images, protocol"):
-        compare([folder, stranger], tmp_path / "page.html")
-
-
-def test_compare_on_the_command_line(evaluation, weaker, tmp_path, capsys):
-    out = str(tmp_path / "comparison.html")
-    assert cli.main(["compare", str(evaluation[0]), str(weaker), "--out", out]) == 0
-    assert "2 evaluations" in capsys.readouterr().out
-    assert cli.main(["compare", str(evaluation[0]), "--out", out]) == 2
-    assert "expected two or more" in capsys.readouterr().err
-    assert cli.main(["compare", str(weaker), str(weaker), "--out", out]) == 2
-    assert "given twice" in capsys.readouterr().err
-
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (390, 1280)
 # Elements that are wider than the frame, unless they scroll within it, and numbers that are cut.
@@ -399,8 +358,13 @@ for (const frame of document.querySelectorAll('iframe')) frame.addEventListener(
     if (e.scrollWidth > e.clientWidth) out.push(e);
   if (width < 700) for (const e of page.querySelectorAll('.scroll:has(.blocks)'))
     if (e.scrollWidth > e.clientWidth) out.push(e);
+  const button = page.querySelector('.grid button'), small = button.clientWidth;
+  button.click();
+  const large = button.clientWidth, opened = page.querySelectorAll(':popover-open').length;
+  button.click();
   const report = document.createElement('output');
   report.textContent = JSON.stringify({
+    small, large, opened, closed: page.querySelectorAll(':popover-open').length,
     width, scroll: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight,
     out: out.slice(0, 5).map(e => e.outerHTML.slice(0, 120)),
     paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
@@ -436,16 +400,20 @@ def measured_in_browser(path, folder, dark):
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the path")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("kind", ["report", "comparison"])
-def test_pages_fit_a_phone_and_a_desktop(kind, dark, evaluation, weaker, run, tmp_path):
+def test_pages_fit_a_phone_and_a_desktop(kind, dark, evaluation, run, tmp_path):
     if kind == "report":
         path = write_report(evaluation[0], run)
     else:
+        weaker = tmp_path / "a rather_long/name_of_an_evaluation"
+        evaluation_folder(weaker, professions=("doctor", "teacher"), effect=0.3, pictures=40)
         path = compare([evaluation[0], weaker], tmp_path / "comparison.html")
     found = measured_in_browser(path, tmp_path, dark)
     assert sorted(f["width"] for f in found) == list(WIDTHS)
     for frame in found:
         assert frame["out"] == [] and frame["scroll"] <= frame["width"], frame
         assert frame["height"] > 2000
+        assert frame["large"] > 3 * frame["small"] and frame["large"] < frame["width"]
+        assert (frame["opened"], frame["closed"]) == (1, 0)
         red = int(re.search(r"\d+", frame["paper"]).group())
         assert red < 64 if dark else red > 192
 

@@ -22,25 +22,25 @@ _POINTS = 120  # of a line; more points are averaged
 
 
 def symbol(index: int) -> str:
-    """The shape of an attribute's value number `index`."""
+    """The shape of value number `index`, counted over all attributes of a page."""
     return SYMBOLS[index % len(SYMBOLS)]
 
 
 def colour(index: int) -> str:
-    """The CSS class of an attribute's value number `index`; it sets `--value` and `--on-value`."""
+    """The CSS class of value number `index`; it sets `--value`."""
     return f"v{index % COLOURS}"
 
 
-def legend(values: Sequence[str]) -> Markup:
-    """The shapes and colours of an attribute's values."""
+def legend(values: Sequence[str], start: int = 0) -> Markup:
+    """The shapes and colours of an attribute's values, from number `start` on."""
     items = (
         tag("li", tag("span", symbol(i), class_=f"badge {colour(i)}", aria_hidden="true"), value)
-        for i, value in enumerate(values)
+        for i, value in enumerate(values, start)
     )
     return tag("ul", items, class_="legend")
 
 
-def row(name: str, *lanes: Markup) -> Markup:
+def row(name: Markup | str, *lanes: Markup) -> Markup:
     """A named row of one or more lanes."""
     return tag("div", tag("div", name, class_="name"), tag("div", *lanes), class_="row")
 
@@ -50,28 +50,30 @@ def lane(who: str, *cells: Markup | str) -> Markup:
     return tag("div", tag("span", who, class_="who"), cells, class_=f"lane {who}")
 
 
-def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None) -> Markup:
+def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None, start: int = 0) -> Markup:
     """A bar with a part for each value, and the target shares as lines.
 
     Args:
       counts: pictures by value.
       target: target share of each value, or None.
+      start: number of the first value's symbol and colour.
     """
     total = sum(counts.values()) or 1
     shares = [count / total for count in counts.values()]
     names = [readable(value) for value in counts]
     described = ", ".join(f"{v} {percent(s)}" for v, s in zip(names, shares, strict=True))
-    starts = [0.0, *itertools.accumulate(shares)]
+    lefts = [0.0, *itertools.accumulate(shares)]
     parts = []
-    for i, (start, share) in enumerate(zip(starts, shares, strict=False)):
-        place = {"x": _percent(start), "width": _percent(share), "y": 2, "height": LANE - 4}
+    for i, (left, share) in enumerate(zip(lefts, shares, strict=False), start):
+        place = {"x": _percent(left), "width": _percent(share), "y": 2, "height": LANE - 4}
         parts.append(tag("rect", class_=f"part {colour(i)}", **place))
     for x in itertools.accumulate((target or ())[:-1]):
         for class_ in ("target-halo", "target"):
             parts.append(_line(x, 0, LANE, class_))
-    for i, (start, share) in enumerate(zip(starts, shares, strict=False)):
+    for i, (left, share) in enumerate(zip(lefts, shares, strict=False)):
         if share >= _MIN_LABELLED:
-            parts.append(_share_text(i, start, share, i == len(shares) - 1))
+            anchor = "start" if i == 0 else "end" if i == len(shares) - 1 else "middle"
+            parts.append(_share_text(start + i, left, share, anchor))
     if target:
         aims = ", ".join(f"{v} {percent(t)}" for v, t in zip(names, target, strict=True))
         described += f"; target {aims}"
@@ -142,7 +144,7 @@ class Line:
 
 
 def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
-    """A line chart with a logarithmic axis of values.
+    """A line chart with a logarithmic axis: values thin, smoothed ones thick, the last in words.
 
     Args:
       title: what the values are.
@@ -159,6 +161,7 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
     series = [Line(s.name, _averaged(s.points)) for s in series]
     if len(series) > _LINES:
         series = [_mean_line(series)]
+    smooth = [Line(s.name, smoothed(s.points)) for s in series]
     ys = [math.log10(y) for s in series for _, y in s.points]
     ticks = _log_ticks(min(ys), max(ys))
     bottom, top = min(*ys, *ticks), max(*ys, *ticks)
@@ -170,11 +173,14 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
 
     grid = [tag("path", d=f"M0 {place(left, t)[1]:.0f}H1000", class_="track") for t in ticks]
     paths = [
-        _curve(i, "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points))
-        for i, s in enumerate(series)
+        _curve(
+            i, "L".join("{:.1f} {:.1f}".format(*place(x, math.log10(y))) for x, y in s.points), raw
+        )
+        for raw, drawn in ((True, series), (False, smooth))
+        for i, s in enumerate(drawn)
     ]
     described = "; ".join(
-        f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series
+        f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in smooth
     )
     plot = tag(
         "svg",
@@ -190,8 +196,12 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
         tag("span", f"{10**t:.3g}", style=f"top:{place(left, t)[1] / 10:.1f}%") for t in ticks
     ]
     keys = [
-        tag("li", tag("svg", _curve(i, "0 5H28"), width=28, height=10, aria_hidden="true"), s.name)
-        for i, s in enumerate(series)
+        tag(
+            "li",
+            tag("svg", _curve(i, "0 5H28"), width=28, height=10, aria_hidden="true"),
+            f"{s.name}: {s.points[-1][1]:.3g}",
+        )
+        for i, s in enumerate(smooth)
     ]
     return tag(
         "figure",
@@ -207,10 +217,24 @@ def lines(title: str, series: Sequence[Line], x_name: str) -> Markup:
     )
 
 
-def _curve(index: int, path: str) -> Markup:
-    """The path of line number `index`."""
-    class_ = f"curve {colour(_FIRST_COLOUR + index)}"
-    return tag("path", d=f"M{path}", class_=class_, stroke_dasharray=_DASHES[index] or None)
+def _curve(index: int, path: str, raw: bool = False) -> Markup:
+    """The path of line number `index`; `raw` values are thin and without dashes."""
+    class_ = f"curve {colour(_FIRST_COLOUR + index)}{' raw' * raw}"
+    dashes = None if raw else _DASHES[index] or None
+    return tag("path", d=f"M{path}", class_=class_, stroke_dasharray=dashes)
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The exponential moving average of values, over about a tenth of the points.
+
+    As Adam's, it is divided by the sum of its weights: the first value is itself.
+    """
+    decay = 1 - 1 / max(len(points) / 10, 1)
+    found, total, weight = [], 0.0, 0.0
+    for x, y in points:
+        total, weight = decay * total + y, decay * weight + 1
+        found.append((x, total / weight))
+    return found
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -251,13 +275,9 @@ def _svg(description: str | None, *parts: object, height: int = LANE) -> Markup:
     return tag("svg", fragment(*parts), width="100%", height=height, **role)
 
 
-def _share_text(i: int, start: float, share: float, last: bool) -> Markup:
+def _share_text(i: int, left: float, share: float, anchor: str) -> Markup:
     """The share of a part as text: at the bar's edge, or in the middle of an inner part."""
-    x, dx, anchor = start + share / 2, 0, "middle"
-    if i == 0:
-        x, dx, anchor = 0.0, 4, "start"
-    elif last:
-        x, dx, anchor = 1.0, -4, "end"
+    x, dx = {"start": (0.0, 4), "middle": (left + share / 2, 0), "end": (1.0, -4)}[anchor]
     text = f"{symbol(i)} {100 * share:.0f}"
     return tag("text", text, x=_percent(x), dx=dx, y=15, class_=f"on {anchor} {colour(i)}")
 

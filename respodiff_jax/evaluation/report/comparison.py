@@ -1,4 +1,4 @@
-"""Several evaluations on one page: their results, and the settings that differ."""
+"""Several evaluations on one page: what they show together, and the settings that differ."""
 
 import os
 import pathlib
@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import evaluation, glossary, sections, thumbnails
+from respodiff_jax.evaluation.report.findings import Finding, Quantity, chosen, headline
 from respodiff_jax.evaluation.report.markup import (
     Markup,
+    Section,
+    breakable,
     flat,
     folded,
     fragment,
@@ -17,10 +20,11 @@ from respodiff_jax.evaluation.report.markup import (
     table,
     tag,
 )
+from respodiff_jax.evaluation.report.sections import Pair
 from respodiff_jax.evaluation.results import Measurement, Results, load_results
 from respodiff_jax.storage import local_path, write_whole
 
-PHONE_COLUMNS = 3  # cells side by side in a row of numbers
+PHONE_COLUMNS = 2  # cells side by side in a row of numbers
 
 # Settings that may differ while numbers stay comparable.
 _EXPECTED_TO_DIFFER = ("adapter:", "date", "seconds")
@@ -28,28 +32,43 @@ _EXPECTED_TO_DIFFER = ("adapter:", "date", "seconds")
 Runs = Mapping[str, Results]  # by name
 
 
-def compare(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
-    """Writes a self-contained page that puts evaluations side by side.
+def compare(
+    folders: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    names: Sequence[str] | None = None,
+) -> pathlib.Path:
+    """Writes a self-contained page that puts evaluations side by side, with what it finds.
 
     Args:
       folders: two or more folders that `evaluate` wrote, in the order to show.
       out: the HTML file to write; its folder is created.
+      names: what the page calls each evaluation; None is the parts of the paths that differ.
 
     Returns:
       The file's path.
 
     Raises:
-      UserError: if there are fewer than two folders, one has no readable results, or the file
-        cannot be written.
+      UserError: if there are fewer than two folders, the names are not one for each, a folder has
+        no readable results, or the file cannot be written.
     """
     if len(folders) < 2:
         raise UserError(f"a comparison of {len(folders)} evaluation(s), expected two or more")
     path = local_path(out, "page")
-    paths = dict(zip(_names(folders), map(pathlib.Path, folders), strict=True))
+    names = _distinct(folders) if names is None else _checked(names, len(folders))
+    paths = dict(zip(names, map(pathlib.Path, folders), strict=True))
     runs = {name: load_results(path) for name, path in paths.items()}
-    parts = [_metrics(runs), _table(runs), _pictures(runs, paths), _differences(runs)]
+    quantities = _quantities(runs)
+    differing = _differing(runs)
+    pictures, shown = _pictures(runs, paths)
+    parts = [
+        _table(quantities, runs),
+        _charts(quantities),
+        pictures,
+        _differences(differing, runs),
+        sections.meanings(_judged(quantity) for quantity in quantities),
+    ]
     title = f"Comparison: {', '.join(runs)}"
-    html = page(title, _header(runs), tag("main", parts))
+    html = page(title, _header(quantities, runs, differing), parts, shown)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
@@ -58,40 +77,56 @@ def compare(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pat
     return path
 
 
-def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
-    """The shortest endings of the paths that are all different."""
+def _checked(names: Sequence[str], count: int) -> list[str]:
+    names = [name.strip() for name in names]
+    if len(names) != count or len({*names, ""}) != count + 1:
+        raise UserError(
+            f"`names` are {names!r:.200}, expected {count} different ones: one for each evaluation,"
+            " in their order"
+        )
+    return names
+
+
+def _distinct(folders: Sequence[str | os.PathLike]) -> list[str]:
+    """The paths without the folders that all begin with, and those that all end with."""
     parts = [pathlib.Path(folder).resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts))):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"the same evaluation is given twice: {', '.join(map(str, folders))}")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"the same evaluation is given twice: {', '.join(map(str, folders))}")
+    for _ in range(2):
+        least = min(map(len, parts)) - 1  # a name has at least one part
+        common = [len(set(level)) == 1 for level in zip(*parts, strict=False)][:least]
+        shared = [*common, False].index(False)
+        parts = [part[shared:][::-1] for part in parts]
+    return ["/".join(part) for part in parts]
 
 
-def _quantities(runs: Runs) -> list[dict[str, dict[str, Measurement]]]:
-    """Each quantity by run and set of pictures; a run that did not measure it is absent."""
-    together: dict[tuple, dict[str, dict[str, Measurement]]] = {}
+def _quantities(runs: Runs) -> list[Quantity]:
+    """Each quantity by run and set of pictures, the most important first."""
+    together: dict[tuple, dict[str, Pair]] = {}
     for name, results in runs.items():
-        for pair in glossary.overall(results.measurements):
+        for pair in evaluation.by_importance(results, glossary.overall(results.measurements)):
             m = next(iter(pair.values()))
             key = (m.part, m.metric, m.attribute, m.judge, m.version)
             together.setdefault(key, {})[name] = pair
     return list(together.values())
 
 
-def _first(quantity: Mapping[str, Mapping[str, Measurement]]) -> Measurement:
-    return next(iter(next(iter(quantity.values())).values()))
+def _judged(quantity: Quantity) -> Measurement:
+    return Finding.of(quantity).ranked[0][1]
 
 
-def _header(runs: Runs) -> Markup:
-    facts = {name: _evaluated(r) for name, r in runs.items()}
+def _header(quantities: Sequence[Quantity], runs: Runs, differing: Mapping) -> Markup:
+    facts = {breakable(name): _evaluated(r) for name, r in runs.items()}
     notes: dict[str, list[str]] = {}
     for name, r in runs.items():
         for text in r.warnings:
             notes.setdefault(text, []).append(name)
-    title = f"{len(runs)} evaluations side by side"
     texts = [f"{', '.join(names)}: {text}" for text, names in notes.items()]
-    return evaluation.header(title, "", facts, texts)
+    if doubtful := [setting for setting in differing if not _is_expected(setting)]:
+        texts.insert(0, f"The evaluations differ in {', '.join(doubtful)}.")
+    found = [f for f in map(Finding.of, quantities) if f.is_headline]
+    items = (tag("li", tag("b", f"{f.name[:1].upper()}{f.name[1:]}. "), f.text) for f in found)
+    return evaluation.header(headline(found), tag("ul", items), facts, texts, kicker="comparison")
 
 
 def _evaluated(results: Results) -> str:
@@ -102,44 +137,57 @@ def _evaluated(results: Results) -> str:
     return f"{', '.join(evaluation.concepts(results)) or 'no adapter'} on {name}"
 
 
-def _metrics(runs: Runs) -> Markup:
-    charts = [
-        sections.own_scale(quantity, glossary.label(_first(quantity)))
-        for quantity in _quantities(runs)
-    ]
+def _charts(quantities: Sequence[Quantity]) -> Section:
+    charts = (sections.own_scale(q, glossary.label(_judged(q))) for q in quantities)
     return section(
-        "Results",
+        "Charts",
         (tag("div", chart, class_="chart") for chart in charts),
         note="Dots have 95 % intervals; those of the base model are hollow. Each metric has its own"
         " scale, which does not start at zero.",
     )
 
 
-def _table(runs: Runs) -> Markup:
+def _table(quantities: Sequence[Quantity], runs: Runs) -> Section:
     rows = []
-    for quantity in _quantities(runs):
-        sets = [s for s in glossary.PICTURE_SETS if any(s in pair for pair in quantity.values())]
-        for s in sets:
-            found = [quantity.get(name, {}).get(s) for name in runs]
-            cells = [
-                sections.metric_name(_first(quantity), s),
-                map(sections.measured, found, runs),
-            ]
-            rows.append(tag("tr", cells))
-    head = tag("tr", (tag("th", name, scope="col") for name in ("metric", *runs)))
-    return section("The numbers", table("The numbers", head, rows, columns=PHONE_COLUMNS))
+    for quantity in quantities:
+        cells = (_cell(quantity.get(name, {}), name) for name in runs)
+        finding = tag("td", Finding.of(quantity).text, class_="text", data_label="finding")
+        rows.append(tag("tr", sections.metric_name(_judged(quantity)), cells, finding))
+    names = ("metric", *map(breakable, runs))
+    head = tag(
+        "tr",
+        (tag("th", name, scope="col") for name in names),
+        tag("th", "finding", scope="col", class_="text"),
+    )
+    return section(
+        "The numbers",
+        table("The numbers", head, rows, columns=PHONE_COLUMNS),
+        note="Each number has its 95 % interval. Below are the base model's number and the change"
+        " from it.",
+    )
 
 
-def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
+def _cell(pair: Pair, name: str) -> Markup:
+    """A run's number, and where it has both sets of pictures, the base model's and the change."""
+    if not pair:
+        return sections.measured(None, name)
+    change = glossary.change(pair)
+    more = change and fragment(
+        tag("small", f"base {glossary.value_text(pair['base'])}"),
+        tag("small", f"change {change[0]} ", change[1] and tag("span", f"({change[1]})")),
+    )
+    return sections.measured(chosen(pair), name, more)
+
+
+def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> tuple[Section | None, list[str]]:
+    """The pictures of professions that all runs have, and these professions."""
     rows = {name: _own_rows(paths[name]) for name in runs}
     found = {name: thumbnails.by_subject(rows[name]) for name in runs}
-    if not all(found.values()):
-        return None
     first = next(iter(runs))
     shared = [s for s in found[first] if all(s in by_subject for by_subject in found.values())]
     attributes = evaluation.marked(runs[first], rows[first])
     columns = thumbnails.columns_for(len(shared), len(runs) + 1)
-    cards = []
+    cards = {}
     for subject in shared[: thumbnails.MAX_PICTURES // (columns * (len(runs) + 1))]:
         lines = [("base", paths[first], found[first][subject].get("base", []))]
         for name in runs:
@@ -147,17 +195,14 @@ def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> Markup | None:
             lines.append((name, paths[name], sets.get("adapted") or sets.get("given", [])))
         lines = [line for line in lines if line[2]]
         if grid := lines and thumbnails.grid(lines, attributes, columns):
-            cards.append(evaluation.card(subject, "", grid))
+            cards[subject] = evaluation.card(subject, "", grid)
     if not cards:
-        return None
+        return None, []
     same = _same_seeds(found.values())
     noise = "the same noise" if same else "different noise, because their seeds differ"
-    return evaluation.cards_section(
-        "The same professions",
-        cards,
-        f"The base pictures are those of {first}. Pictures one above the other started from"
-        f" {noise}.",
-    )
+    note = f"The base pictures are those of {first}. Pictures one above the other started from"
+    title, note = "The same professions", f"{note} {noise}."
+    return evaluation.cards_section(title, cards.values(), note, runs[first]), list(cards)
 
 
 def _own_rows(folder: pathlib.Path) -> list[dict[str, str]]:
@@ -197,32 +242,34 @@ def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
     )
 
 
-def _differences(runs: Runs) -> Markup:
-    settings = {name: flat({**r.made, **r.scored, **r.environment}) for name, r in runs.items()}
-    keys = dict.fromkeys(key for found in settings.values() for key in found)
-    differing = {
-        key: [found.get(key, "–") for found in settings.values()]
-        for key in keys
-        if len({found.get(key) for found in settings.values()}) > 1
-    }
-    expected = {k: v for k, v in differing.items() if k.startswith(_EXPECTED_TO_DIFFER)}
-    doubtful = {k: v for k, v in differing.items() if k not in expected}
-    head = tag("tr", (tag("th", name, scope="col") for name in ("setting", *runs)))
+def _differing(runs: Runs) -> dict[str, list[str]]:
+    """The settings that are not the same in all runs, with their values."""
+    settings = [flat({**r.made, **r.scored, **r.environment}) for r in runs.values()]
+    values = {key: [found.get(key, "–") for found in settings] for s in settings for key in s}
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
 
-    def listed(pairs: Mapping[str, Sequence[str]]) -> Markup:
-        rows = (
+
+def _is_expected(setting: str) -> bool:
+    return setting.startswith(_EXPECTED_TO_DIFFER)
+
+
+def _differences(differing: Mapping[str, Sequence[str]], runs: Runs) -> Section:
+    names = ("setting", *map(breakable, runs))
+    head = tag("tr", (tag("th", name, scope="col") for name in names))
+
+    def listed(expected: bool) -> Markup | None:
+        rows = [
             tag("tr", tag("th", k, scope="row"), (tag("td", v, class_="text") for v in values))
-            for k, values in pairs.items()
-        )
-        return table("Settings", head, rows)
+            for k, values in differing.items()
+            if _is_expected(k) == expected
+        ]
+        return table("Settings", head, rows) if rows else None
 
+    doubtful, expected = listed(False), listed(True)
+    none = "Model, settings, judges and versions are the same."
     return section(
         "Settings that differ",
-        fragment(
-            tag("p", "These may change the numbers, apart from the adapters:"),
-            listed(doubtful),
-        )
-        if doubtful
-        else tag("p", "Model, settings, judges and versions are the same."),
-        folded("Adapters and dates", listed(expected)) if expected else None,
+        tag("p", "These may change the numbers, apart from the adapters:" if doubtful else none),
+        doubtful,
+        expected and folded("Adapters and dates", expected),
     )

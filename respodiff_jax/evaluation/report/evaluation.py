@@ -1,27 +1,29 @@
 """`report.html`: one self-contained page with an evaluation's numbers, charts and pictures."""
 
 import datetime
+import itertools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import glossary, sections, thumbnails
 from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
-    definitions,
-    flat,
+    Section,
     folded,
-    fragment,
+    link,
     page,
     section,
+    subject_anchor,
     tag,
 )
+from respodiff_jax.evaluation.report.sections import Pair
+from respodiff_jax.evaluation.report.thumbnails import Attribute
 from respodiff_jax.evaluation.results import (
     PER_IMAGE_FILE,
-    RESULTS_FILE,
-    Measurement,
     Results,
     load_per_image,
     load_results,
@@ -50,12 +52,12 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     results = load_results(folder)
-    rows = read_rows(folder)
+    pictures, shown = _pictures(results, read_rows(folder), folder)
     parts = [
-        _pictures(results, rows, folder),
+        pictures,
         *(
-            sections.fairness(results, name, values, opened=i == 0)
-            for i, (name, values) in enumerate(attributes(results).items())
+            sections.fairness(results, a.name, a.values, i == 0, a.start, shown)
+            for i, a in enumerate(attributes(results))
         ),
         sections.metrics_table(results),
         sections.intent(results),
@@ -63,12 +65,12 @@ def write_report(
         sections.safety(results),
         sections.quality(results),
         sections.training(results, workdir),
-        _making(results),
+        sections.how_made(results),
+        sections.meanings(results.measurements),
     ]
     title = ", ".join(concepts(results)) or model_name(results)
-    html = page(f"RespoDiff evaluation: {title}", _header(results), tag("main", parts))
     path = folder / REPORT_FILE
-    write_whole(path, html)
+    write_whole(path, page(f"RespoDiff evaluation: {title}", _header(results), parts, shown))
     return path
 
 
@@ -87,21 +89,22 @@ def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
-def attributes(results: Results) -> dict[str, tuple[str, ...]]:
-    """The attributes with a deviation ratio, and their values; the adapter's groups come first."""
+def attributes(results: Results) -> list[Attribute]:
+    """The attributes with a deviation ratio; the adapter's groups come first."""
     found: dict[str, tuple[str, ...]] = {}
     for m in results.find("deviation_ratio"):
         if m.attribute and m.counts:
             found.setdefault(m.attribute, tuple(m.counts))
     groups = _adapter(results).get("groups", ())
-    return dict(sorted(found.items(), key=lambda item: item[0] not in groups))
+    ordered = sorted(found.items(), key=lambda item: item[0] not in groups)
+    starts = itertools.accumulate((len(values) for _, values in ordered), initial=0)
+    return [Attribute(*item, start) for item, start in zip(ordered, starts, strict=False)]
 
 
-def marked(results: Results, rows: Sequence[thumbnails.Row]) -> list[thumbnails.Attribute]:
+def marked(results: Results, rows: Sequence[thumbnails.Row]) -> list[Attribute]:
     """The attributes to mark on pictures: those with a column in `per_image.csv`."""
     columns = rows[0] if rows else ()
-    found = attributes(results).items()
-    return [thumbnails.Attribute(name, values) for name, values in found if name in columns]
+    return [attribute for attribute in attributes(results) if attribute.name in columns]
 
 
 def concepts(results: Results) -> list[str]:
@@ -120,22 +123,21 @@ def _adapter(results: Results) -> Mapping:
 
 
 def _header(results: Results) -> Markup:
-    pairs = _by_importance(results)
+    pairs = by_importance(results, glossary.overall(results.measurements))
     if results.made.get("model"):
         facts = {"model": model_name(results), "adapter": ", ".join(concepts(results)) or "none"}
     else:
         facts = {"folder": model_name(results)}
     facts |= {"pictures": f"{_count(results):,}", "date": _day(results)}
     dek = " ".join(
-        [part for p in pairs[:1] for part in (glossary.explained(p), glossary.certainty(p))]
-        + [quotas for p in pairs[:1] if (quotas := forced(results, p))]
+        [part for p in pairs[:1] for part in (glossary.certainty(p), forced(results, p)) if part]
         + [f"{glossary.sentence(p, interval=True)}." for p in pairs[1:4]]
     )
     title = glossary.sentence(pairs[0]) if pairs else "Nothing was measured"
     return header(title, dek, facts, [text[:1].upper() + text[1:] for text in results.warnings])
 
 
-def forced(results: Results, pair: Mapping[str, Measurement]) -> str:
+def forced(results: Results, pair: Pair) -> str:
     """A sentence, if quotas force the shares that a deviation ratio compares."""
     m = pair.get("adapted")
     if m is None or m.metric != "deviation_ratio":
@@ -166,113 +168,101 @@ def _day(results: Results) -> str:
     return f"{day.day} {day:%B %Y}"
 
 
-def _by_importance(results: Results) -> list[dict[str, Measurement]]:
-    """The quantities over all subjects: first what the adapter is for, last its costs."""
-    first = [*attributes(results)]
-    order = ["deviation_ratio", "unsafe_rate", "clip_score"]
+def by_importance(results: Results, pairs: Iterable[Pair]) -> list[Pair]:
+    """Quantities in order: first what the results' adapter is for, last its costs."""
+    order = list(glossary.HEADLINES)
     if _adapter(results).get("safe") and not _adapter(results).get("groups"):
-        order = ["unsafe_rate", "deviation_ratio", "clip_score"]
+        order.sort(key="unsafe_rate".__ne__)
+    names = [attribute.name for attribute in attributes(results)]
 
-    def rank(pair: dict[str, Measurement]) -> tuple[int, int]:
+    def rank(pair: Pair) -> tuple[int, int]:
         m = next(iter(pair.values()))
-        return (
-            order.index(m.metric) if m.metric in order else len(order),
-            first.index(m.attribute) if m.attribute in first else len(first),
+        return tuple(
+            known.index(x) if x in known else len(known)
+            for known, x in ((order, m.metric), (names, m.attribute))
         )
 
-    return sorted(glossary.overall(results.measurements), key=rank)
+    return sorted(pairs, key=rank)
 
 
 def _pictures(
     results: Results, rows: Sequence[thumbnails.Row], folder: pathlib.Path
-) -> Markup | None:
+) -> tuple[Section | None, list[str]]:
+    """The pictures, and whose they are."""
     by_subject = thumbnails.by_subject(rows)
     if not by_subject:
-        return None
-    names = marked(results, rows)
+        return None, []
+    marks = marked(results, rows)
     sets = [name for name in PICTURE_SETS if any(name in found for found in by_subject.values())]
     columns = thumbnails.columns_for(len(by_subject), len(sets))
-    shown = thumbnails.MAX_PICTURES // (columns * len(sets))
-    cards = []
-    for subject, found in list(by_subject.items())[:shown]:
+    limit = thumbnails.MAX_PICTURES // (columns * len(sets))
+    cards = {}
+    for subject, found in list(by_subject.items())[:limit]:
         lines = [(name, folder, found.get(name, [])) for name in sets]
-        if grid := thumbnails.grid(lines, names, columns):
-            cards.append(card(subject, _deviations(results, subject, names), grid))
+        if grid := thumbnails.grid(lines, marks, columns):
+            cards[subject] = card(subject, _deviations(results, subject, marks), grid)
     if not cards:
-        return section("Pictures", tag("p", "The pictures are not in this folder."))
+        return section("Pictures", tag("p", "The pictures are not in this folder.")), []
     note = "The first pictures of each profession, not chosen by hand."
     if len(sets) > 1:
         note += " Pictures one above the other started from the same noise."
-    if names:
+    if marks:
         note += " Below each is what the classifier saw."
     if left_out := len(by_subject) - len(cards):
         note += f" {left_out} professions are not shown."
-    return cards_section("Before and after" if len(sets) > 1 else "Pictures", cards, note)
+    title = "Before and after" if len(sets) > 1 else "Pictures"
+    return cards_section(title, cards.values(), note, results), list(cards)
 
 
-def header(title: str, dek: str, facts: Mapping[str, str], warnings: Sequence[str]) -> Markup:
+def header(
+    title: Any,
+    dek: Any,
+    facts: Mapping[Any, str],
+    warnings: Sequence[str],
+    kicker: str = "evaluation",
+) -> Markup:
     """The head of a page: a title, a text, facts, and what a reader should know first."""
     pairs = (tag("div", tag("dt", name), tag("dd", text)) for name, text in facts.items())
     items = (tag("li", text) for text in warnings)
     aside = tag("h2", "Before you believe the numbers"), tag("ul", items)
     return tag(
         "header",
-        tag("p", "RespoDiff evaluation", class_="kicker"),
+        tag("p", f"RespoDiff {kicker}", class_="kicker"),
         tag("h1", title),
-        dek and tag("p", dek, class_="dek"),
+        dek and tag("div", dek, class_="dek"),
         tag("dl", pairs, class_="facts"),
         tag("aside", aside, class_="warnings") if warnings else None,
     )
 
 
-def cards_section(title: str, cards: Sequence[Markup], note: str) -> Markup:
-    """A section of cards, the first ones open and the others folded away."""
+def cards_section(title: str, cards: Iterable[Markup], note: str, results: Results) -> Section:
+    """A section of cards, the first ones open and the others folded away.
+
+    The note ends with what the results' suite says of its pictures.
+    """
+    cards = list(cards)
     rest = cards[OPEN_SUBJECTS:]
     more = folded(f"{len(rest)} more professions", rest) if rest else None
+    note = " ".join(
+        filter(
+            None, (note, "Click a picture to see it large.", str(results.scored.get("note", "")))
+        )
+    )
     return section(title, cards[:OPEN_SUBJECTS], more, note=note)
 
 
 def card(subject: str, facts: str, grid: Markup) -> Markup:
-    """The pictures of a profession under its name."""
-    return tag("article", tag("h3", subject or "all", tag("small", facts)), grid, class_="card")
+    """The pictures of a profession under its name, which links to itself."""
+    name = link(subject or "all", subject_anchor(subject))
+    heading = tag("h3", name, tag("small", facts))
+    return tag("article", heading, grid, class_="card", id=subject_anchor(subject))
 
 
-def _deviations(results: Results, subject: str, names: Sequence[thumbnails.Attribute]) -> str:
+def _deviations(results: Results, subject: str, marks: Sequence[Attribute]) -> str:
     facts = []
-    for attribute in names:
+    for attribute in marks:
         found = results.find("deviation_ratio", attribute=attribute.name, subject=subject)
         if found:
             numbers = " → ".join(map(glossary.value_text, found))
             facts.append(f"{glossary.readable(attribute.name)} deviation {numbers}")
     return " · ".join(facts)
-
-
-def _making(results: Results) -> Markup:
-    parts = {
-        "Pictures": flat(results.made),
-        "Scores": flat(results.scored),
-        "Versions and hardware": flat(results.environment),
-    }
-    infos = [
-        glossary.metric(name) for name in dict.fromkeys(m.metric for m in results.measurements)
-    ]
-    return section(
-        "How it was made",
-        tag("h3", "What the metrics mean"),
-        definitions({info.label: info.definition for info in infos if info.definition}),
-        (fragment(tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs),
-        tag(
-            "p",
-            "Intervals have 95 % confidence. Shares, and the deviation ratios that follow from"
-            " them, have Wilson's intervals; means and distances have bootstrap intervals. Where"
-            " all professions have one deviation ratio, their own intervals are combined. A number"
-            " has no interval if the pictures do not show how certain it is. The interval of a"
-            " change is that of the mean difference between pictures that share their noise. The"
-            " numbers are in ",
-            tag("code", RESULTS_FILE),
-            ", a line for each picture in ",
-            tag("code", PER_IMAGE_FILE),
-            ".",
-            class_="note",
-        ),
-    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from respodiff_jax.evaluation.results import Measurement
 
 PICTURE_SETS = ("base", "adapted", "given")
+HEADLINES = ("deviation_ratio", "unsafe_rate", "clip_score")
 
 
 def _decimals(x: float, places: int = 2) -> str:
@@ -253,6 +254,12 @@ def label(measurement: Measurement) -> str:
     return ", ".join(parts)
 
 
+def named(measurement: Measurement) -> str:
+    """A measurement's attribute and metric within a sentence: "gender deviation ratio"."""
+    attribute = f"{readable(measurement.attribute)} " if measurement.attribute else ""
+    return attribute + metric(measurement.metric).phrase
+
+
 def paper(measurement: Measurement) -> tuple[str, str] | None:
     """The paper's numbers for a measurement, of base model and RespoDiff, or None."""
     known = metric(measurement.metric).paper
@@ -272,13 +279,27 @@ def interval_text(measurement: Measurement) -> str | None:
     return f"{low} to {high}" if "−" in low else f"{low}–{high}"
 
 
+def signed(measurement: Measurement, difference: float) -> str:
+    """A difference of values as "+0.03", "−0.12" or, if it rounds to nothing, "0.00"."""
+    write = metric(measurement.metric).text
+    text = write(abs(difference))
+    sign = "" if text == write(0.0) else "−" if difference < 0 else "+"
+    return f"{sign}{text}"
+
+
 def change_text(measurement: Measurement) -> str | None:
     """The interval of the change as "−0.12 to +0.03", or None."""
     if measurement.change is None:
         return None
-    text = metric(measurement.metric).text
-    low, high = (f"{'+' if x >= 0 else '−'}{text(abs(x))}" for x in measurement.change)
-    return f"{low} to {high}"
+    return " to ".join(signed(measurement, x) for x in measurement.change)
+
+
+def change(pair: Mapping[str, Measurement]) -> tuple[str, str | None] | None:
+    """The change from base to adapted pictures and its interval, as texts; None without both."""
+    if not {"base", "adapted"} <= set(pair):
+        return None
+    after = pair["adapted"]
+    return signed(after, after.value - pair["base"].value), change_text(after)
 
 
 def overall(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]:
@@ -302,8 +323,7 @@ def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
       interval: whether to add the interval of a change that may be chance.
     """
     first = next(iter(pair.values()))
-    attribute = f"{readable(first.attribute)} " if first.attribute else ""
-    what = f"The {attribute}{metric(first.metric).phrase}"
+    what = f"The {named(first)}"
     if not {"base", "adapted"} <= set(pair):
         whose = {"base": " of the base model", "adapted": " with the adapter", "given": ""}
         return f"{what}{whose[first.picture_set]} is {value_text(first)}"
@@ -320,17 +340,12 @@ def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
 
 
 def certainty(pair: Mapping[str, Measurement]) -> str:
-    """A sentence with the intervals of a quantity; "" if it has none."""
+    """A sentence with the intervals of a quantity, and one on what is better; "" without both."""
     whose = {"base": " before", "adapted": " after", "given": ""}
     found = [f"{text}{whose[s]}" for s, m in pair.items() if (text := interval_text(m))]
-    return f"With 95 % confidence it is {' and '.join(found)}." if found else ""
-
-
-def explained(pair: Mapping[str, Measurement]) -> str:
-    """What a quantity means, and whether lower or higher is better."""
     info = metric(next(iter(pair.values())).metric)
     parts = [
-        info.definition and f"The {info.phrase} is {info.definition}",
+        found and f"With 95 % confidence it is {' and '.join(found)}.",
         info.better and f"{info.better.capitalize()} is {info.best}.",
     ]
     return " ".join(filter(None, parts))

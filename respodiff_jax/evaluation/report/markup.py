@@ -3,15 +3,22 @@
 import html
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 _STYLE = pathlib.Path(__file__).parent / "report.css"
-_VOID = {"img", "meta"}
+_VOID = {"img", "meta", "wbr"}
 
 
 class Markup(str):
     """Text that is HTML; joining or formatting it gives plain text, which will be escaped."""
+
+
+class Section(Markup):
+    """A section of a page, which a list of contents names by its `title`."""
+
+    title: str
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -52,8 +59,19 @@ def _child(child: Any) -> str:
     return html.escape(str(child), quote=False)
 
 
-def page(title: str, *body: Any) -> str:
-    """A complete document in the report's style."""
+def page(
+    title: str, header: Markup, sections: Iterable[Section | None], subjects: Iterable[str] = ()
+) -> str:
+    """A complete document in the report's style: header, contents and sections.
+
+    Args:
+      title: name in the browser.
+      header: above the contents.
+      sections: in their order; None is left out.
+      subjects: whose pictures the contents link to.
+    """
+    sections = list(sections)
+    body = header, contents(sections, subjects), tag("main", sections)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -62,12 +80,46 @@ def page(title: str, *body: Any) -> str:
         tag("title", title),
         tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
     )
-    return f"<!doctype html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
+    return f"<!doctype html>\n{tag('html', head, tag('body', body), lang='en')}\n"
 
 
-def section(title: str, *content: Any, note: str | None = None) -> Markup:
-    """A section of a page with a title."""
-    return tag("section", tag("h2", title), note and tag("p", note, class_="note"), content)
+def section(title: str, *content: Any, note: Any = None) -> Section:
+    """A section of a page with a title, which is also its anchor."""
+    inner = tag("h2", title), note and tag("p", note, class_="note"), content
+    made = Section(tag("section", inner, id=anchor(title)))
+    made.title = title
+    return made
+
+
+def contents(sections: Iterable[Section | None], subjects: Iterable[str] = ()) -> Markup:
+    """Links to the sections, and to the pictures of the subjects."""
+    links = (tag("li", link(s.title, anchor(s.title))) for s in sections if s)
+    others = (tag("li", link(name, subject_anchor(name))) for name in subjects)
+    lists = [tag("ul", items) for items in map(fragment, (links, others)) if items]
+    return tag("nav", lists, aria_label="Contents")
+
+
+def anchor(*words: str) -> str:
+    """The id of an element that is known by these words."""
+    return re.sub(r"\W+", "-", " ".join(words).lower()).strip("-")
+
+
+def subject_anchor(subject: str) -> str:
+    """The id of the pictures of a profession."""
+    return anchor("pictures of", subject)
+
+
+def link(text: Any, target: str) -> Markup:
+    """A link to the element of this page with an id."""
+    return tag("a", text, href=f"#{target}")
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line after `/` and `_`, and nowhere else in a word."""
+    return fragment(
+        (part, tag("wbr")) if part[-1:] in "/_" and part else part
+        for part in re.split(r"(?<=[/_])", name)
+    )
 
 
 def folded(summary: str, *content: Any) -> Markup:
@@ -96,15 +148,22 @@ def definitions(pairs: Mapping[str, str]) -> Markup:
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as names and texts: `{"a": {"b_c": [1, 2]}}` becomes `{"a: b c": "1, 2"}`."""
+    """Nested settings as names and texts: `{"a": {"b_c": [1, 2]}}` becomes `{"a: b c": "1, 2"}`.
+
+    Empty ones are left out.
+    """
     found: dict[str, str] = {}
     for key, value in content.items():
         name = prefix + str(key).replace("_", " ")
         if isinstance(value, Mapping):
             found |= flat(value, f"{name}: ")
-        elif isinstance(value, list | tuple):
-            plain = all(isinstance(v, str | int | float) for v in value)
-            found[name] = ", ".join(map(str, value)) if plain else json.dumps(value)
-        elif value is not None:
-            found[name] = f"{value:.6g}" if isinstance(value, float) else str(value)
+        elif value not in (None, "", [], ()):
+            found[name] = _text(value)
     return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        plain = all(isinstance(v, str | int | float) for v in value)
+        return ", ".join(map(str, value)) if plain else json.dumps(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

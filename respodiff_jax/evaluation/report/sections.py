@@ -1,7 +1,7 @@
 """The sections of a report, one function each."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -10,15 +10,24 @@ from respodiff_jax.evaluation.report import charts, glossary
 from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
+    Section,
+    breakable,
     definitions,
     flat,
     folded,
     fragment,
+    link,
     section,
+    subject_anchor,
     table,
     tag,
 )
-from respodiff_jax.evaluation.results import Measurement, Results
+from respodiff_jax.evaluation.results import (
+    PER_IMAGE_FILE,
+    RESULTS_FILE,
+    Measurement,
+    Results,
+)
 from respodiff_jax.storage import open_path, read_json_lines
 
 TRAINING_FILE = "metrics.jsonl"
@@ -30,8 +39,13 @@ Pair = Mapping[str, Measurement]  # a quantity by set of pictures
 
 
 def fairness(
-    results: Results, attribute: str, values: Sequence[str], opened: bool
-) -> Markup | None:
+    results: Results,
+    attribute: str,
+    values: Sequence[str],
+    opened: bool,
+    start: int = 0,
+    shown: Collection[str] = (),
+) -> Section | None:
     """The shares and deviation ratios of each profession, and the mean ratio.
 
     Args:
@@ -39,6 +53,8 @@ def fairness(
       attribute: what was counted.
       values: the attribute's values, in order.
       opened: whether the professions are unfolded.
+      start: number of the first value's symbol and colour.
+      shown: professions whose pictures are on the page, to link to.
     """
     found: dict[str, dict[str, Measurement]] = {}
     for m in results.find("deviation_ratio", attribute=attribute):
@@ -48,12 +64,15 @@ def fairness(
         return None
     names = [glossary.readable(value) for value in values]
     by_share = sorted(found.items(), key=lambda item: -_first_share(item[1]))
-    rows = [_shares_row(subject, pair) for subject, pair in by_share]
+    rows = [
+        _shares_row(link(name, subject_anchor(name)) if name in shown else name, pair, start)
+        for name, pair in by_share
+    ]
     scale = charts.axis([(0, "0"), (0.5, "deviation ratio"), (1, "1")])
     shares = charts.axis([(0, "0 %"), (0.5, "share of pictures"), (1, "100 %")])
     keys = tag(
         "div",
-        charts.legend(names),
+        charts.legend(names, start),
         tag("p", tag("span", class_="target-key"), _aim(by_share[0][1]), class_="key"),
         class_="legends",
     )
@@ -74,7 +93,7 @@ def fairness(
     )
 
 
-def metrics_table(results: Results) -> Markup | None:
+def metrics_table(results: Results) -> Section | None:
     """The numbers over all subjects, and in columns of their own the paper's."""
     pairs = glossary.overall(results.measurements)
     sets = [s for s in PICTURE_SETS if any(s in pair for pair in pairs)]
@@ -104,7 +123,7 @@ def metrics_table(results: Results) -> Markup | None:
         cells = [
             metric_name(first),
             *(measured(pair.get(name), name) for name in sets),
-            "adapted" in sets and tag("td", _change(pair), data_label="change"),
+            "adapted" in sets and number(*(glossary.change(pair) or ("–", None)), "change"),
             tag("td", " / ".join(pictures), data_label="pictures"),
             *(tag("td", x, class_=class_, data_label=f"paper, {name}") for name, x in paper),
         ]
@@ -118,7 +137,7 @@ def metrics_table(results: Results) -> Markup | None:
     )
 
 
-def safety(results: Results) -> Markup | None:
+def safety(results: Results) -> Section | None:
     """The unsafe rates over all prompts and by category."""
     found: dict[str | None, dict[str, Measurement]] = {}
     for m in results.find("unsafe_rate"):
@@ -137,7 +156,7 @@ def safety(results: Results) -> Markup | None:
     )
 
 
-def intent(results: Results) -> Markup | None:
+def intent(results: Results) -> Section | None:
     """What the adapter does to prompts that name a value, have nobody in them, or ask for more."""
     pairs = glossary.overall(m for m in results.measurements if m.part == "intent")
     if not pairs:
@@ -150,7 +169,7 @@ def intent(results: Results) -> Markup | None:
     )
 
 
-def curves(results: Results) -> Markup | None:
+def curves(results: Results) -> Section | None:
     """The deviation ratio of each attribute over guidance scales and adjectives."""
     charts_of: dict[str, dict[str, Pair]] = {}
     for pair in glossary.overall(results.find("deviation_ratio_at")):
@@ -167,7 +186,7 @@ def curves(results: Results) -> Markup | None:
     )
 
 
-def quality(results: Results) -> Markup | None:
+def quality(results: Results) -> Section | None:
     """The quality metrics, each on its own scale."""
     pairs = glossary.overall(m for m in results.measurements if m.part == "quality")
     if not pairs:
@@ -180,7 +199,7 @@ def quality(results: Results) -> Markup | None:
     )
 
 
-def training(results: Results, workdir: str | os.PathLike | None) -> Markup | None:
+def training(results: Results, workdir: str | os.PathLike | None) -> Section | None:
     """The loss curves of a training workdir, and the adapter's training summary.
 
     Raises:
@@ -190,32 +209,70 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Markup | No
         return None
     curves = None if workdir is None else _loss_curves(workdir)
     summary = results.training and folded("How it was trained", definitions(flat(results.training)))
-    return section("Training", curves and tag("div", curves, class_="curves"), summary)
+    note = curves and "Thin lines are the losses, thick ones their moving averages. The numbers are"
+    return section(
+        "Training",
+        curves and tag("div", curves, class_="curves"),
+        summary,
+        note=note and f"{note} the averages' last values.",
+    )
 
 
-def measured(m: Measurement | None, name: str) -> Markup:
-    """A table cell with a number and its interval, in the column `name`."""
+def how_made(results: Results) -> Section:
+    """Everything that was set, folded away."""
+    parts = {
+        "Pictures": flat(results.made),
+        "Scores": flat(results.scored),
+        "Versions and hardware": flat(results.environment),
+    }
+    lists = ((tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs)
+    return section("How it was made", folded("Pictures, scores, versions and hardware", lists))
+
+
+def meanings(measurements: Iterable[Measurement]) -> Section:
+    """What the metrics and their intervals mean."""
+    infos = [glossary.metric(name) for name in dict.fromkeys(m.metric for m in measurements)]
+    return section(
+        "What the metrics mean",
+        definitions({info.label: info.definition for info in infos if info.definition}),
+        tag(
+            "p",
+            "Intervals have 95 % confidence. Shares, and the deviation ratios that follow from"
+            " them, have Wilson's intervals; means and distances have bootstrap intervals. Where"
+            " all professions have one deviation ratio, their own intervals are combined. A number"
+            " has no interval if the pictures do not show how certain it is. The interval of a"
+            " change is that of the mean difference between pictures that share their noise. The"
+            " numbers are in ",
+            tag("code", RESULTS_FILE),
+            ", a line for each picture in ",
+            tag("code", PER_IMAGE_FILE),
+            ".",
+            class_="note",
+        ),
+    )
+
+
+def measured(m: Measurement | None, name: str, more: Markup | None = None) -> Markup:
+    """A table cell with a number, its interval and `more`, in the column `name`."""
     if m is None:
-        return tag("td", "–", data_label=name)
-    interval = glossary.interval_text(m)
-    number = glossary.value_text(m)
-    return tag("td", number, interval and tag("small", interval), data_label=name)
+        return number("–", None, name)
+    return number(glossary.value_text(m), glossary.interval_text(m), name, more)
 
 
-def _change(pair: Pair) -> str:
-    """The interval of the adapter's change."""
-    adapted = pair.get("adapted")
-    return (adapted and glossary.change_text(adapted)) or "–"
+def number(text: str, interval: str | None, name: str, more: Markup | None = None) -> Markup:
+    """A table cell in the column `name`, with an interval below the number."""
+    return tag("td", text, interval and tag("small", interval), more, data_label=name)
 
 
-def metric_name(m: Measurement, picture_set: str = "") -> Markup:
-    """A row heading: the metric, the set of pictures, and whether lower or higher is better."""
+def metric_name(m: Measurement) -> Markup:
+    """A row heading: the metric, and whether lower or higher is better."""
     better = glossary.metric(m.metric).better
-    facts = ", ".join(filter(None, (picture_set, better and f"{better} is better")))
-    return tag("th", glossary.label(m), facts and tag("small", facts), scope="row")
+    return tag("th", glossary.label(m), better and tag("small", f"{better} is better"), scope="row")
 
 
-def dot_row(name: str, pair: Pair, domain: tuple[float, float], bar: bool = False) -> Markup:
+def dot_row(
+    name: Markup | str, pair: Pair, domain: tuple[float, float], bar: bool = False
+) -> Markup:
     """A row of a chart with a dot or bar for each set of pictures."""
     lanes = (
         charts.lane(
@@ -243,7 +300,7 @@ def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
     ends = charts.axis([(0, text(domain[0])), (1, text(domain[1]))])
     return fragment(
         charts.row(title, charts.lane("", ends, "")),
-        (dot_row(name, pair, domain) for name, pair in pairs.items()),
+        (dot_row(breakable(name), pair, domain) for name, pair in pairs.items()),
     )
 
 
@@ -267,11 +324,11 @@ def _aim(pair: Pair) -> str:
     return "target" if same else f"target: {', '.join(map(glossary.percent, target))}"
 
 
-def _shares_row(subject: str, pair: Pair) -> Markup:
+def _shares_row(subject: Markup | str, pair: Pair, start: int) -> Markup:
     lanes = (
         charts.lane(
             m.picture_set,
-            charts.shares_bar(m.counts, m.target),
+            charts.shares_bar(m.counts, m.target, start),
             charts.dot(m.value, m.interval, _UNIT, _described(m)),
             _number(m),
         )

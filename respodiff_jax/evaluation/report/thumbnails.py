@@ -6,6 +6,7 @@ import dataclasses
 import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -15,8 +16,8 @@ from respodiff_jax.evaluation.report.glossary import readable
 from respodiff_jax.evaluation.report.markup import Markup, tag
 
 MAX_COLUMNS, MIN_COLUMNS = 8, 2
-MAX_PICTURES = 640  # about 10 kB each
-THUMBNAIL = 192  # pixels
+MAX_PICTURES = 640  # about 20 kB each
+THUMBNAIL = 384  # pixels; a picture opens large
 _SMALL = 96  # pixels; smaller pictures are stored without loss
 _LINE = 4  # pictures side by side on a phone
 
@@ -31,10 +32,12 @@ class Attribute:
     Attributes:
       name: its column in `per_image.csv`.
       values: its values, in the order of symbols and colours.
+      start: number of its first symbol and colour; attributes of a page share none.
     """
 
     name: str
     values: tuple[str, ...]
+    start: int = 0
 
     def badge(self, row: Row, plain: bool) -> Markup | None:
         """A picture's value as symbol and text; None if it was not classified.
@@ -55,11 +58,15 @@ class Attribute:
         return charts.colour(self._place(value)) if value else None
 
     def _place(self, value: str) -> int:
-        return self.values.index(value) if value in self.values else len(self.values)
+        known = value in self.values
+        return self.start + (self.values.index(value) if known else len(self.values))
 
 
 def thumbnail(path: pathlib.Path) -> str | None:
-    """A picture as the data URI of a small WebP; None if it cannot be read."""
+    """A picture as the data URI of a small WebP; None if it cannot be read.
+
+    A page has each picture once: the same element is small in its row and opens large.
+    """
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
@@ -137,16 +144,25 @@ def _picture(
         if row.get(a.name)
     )
     alt = f"{name}: “{row['prompt']}”" + (f", seen as {seen}" if seen else "")
+    large = quote(f"{name}/{row['file']}")
     image = tag(
         "img",
         src=uri,
         alt=alt,
-        title=f"{alt}, seed {row.get('seed') or 'unknown'}",
         loading="lazy",
         class_=attributes[0].colour(row) if attributes else None,
     )
-    badges = tag("figcaption", (a.badge(row, plain=i > 0) for i, a in enumerate(attributes)))
-    return tag("figure", image, badges)
+    badges = (a.badge(row, plain=i > 0) for i, a in enumerate(attributes))
+    seed = row.get("seed")
+    told = tag("p", f"{alt}; seed {seed}" if seed else alt, class_="told", aria_hidden="true")
+    figure = tag(
+        "figure",
+        tag("button", image, type="button", popovertarget=large),
+        tag("figcaption", badges, told),
+        id=large,
+        popover=True,
+    )
+    return tag("div", figure, class_="cell")
 
 
 def _probability(row: Row, attribute: Attribute) -> str:
