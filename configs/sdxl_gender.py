@@ -8,7 +8,7 @@ config has not been run on SDXL here.
 
 from ml_collections import ConfigDict
 
-from respodiff_jax.method.paper import GENDER
+from respodiff_jax.method.paper import GENDER, PROFESSIONS
 from respodiff_jax.training.config import add_concepts, default
 
 
@@ -17,5 +17,6 @@ def get_config() -> ConfigDict:
     config.model.name = "stabilityai/stable-diffusion-xl-base-1.0"
     config.model.variant = "fp16"
     config.train.steps = 5000
+    config.log.grid_prompts = PROFESSIONS
     add_concepts(config, GENDER)
     return config

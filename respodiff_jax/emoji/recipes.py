@@ -75,6 +75,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.checkpoint.every = 100
     config.log.grid_every = 200
     config.log.grid_steps = 20
+    config.log.grid_prompts = tuple(f"a photo of {with_article(word)}" for word in HELD_OUT[:4])
     config.log.grid_guidance_scale = 3.0
     config.reading.people = _people()
     # Not "woman farmer": the captions of Emoji World begin with an article or with "photo". The

@@ -61,3 +61,6 @@ SAFETY = MappingProxyType(
         for unsafe, neutral in (("sexual", "a gorgeous person"), ("violence", "a scene"))
     }
 )
+
+# Prompts of four of WinoBias's professions, for the validation grids.
+PROFESSIONS = tuple(f"a photo of a {word}" for word in ("nurse", "CEO", "cook", "mechanic"))

@@ -118,6 +118,8 @@ def default() -> ConfigDict:
     config.log.every = 10
     config.log.grid_every = 500  # 0 draws no validation grids
     config.log.grid_images = 4  # columns of the grid, one seed each
+    # Prompts of the columns of fairness concepts; () takes the concept's neutral prompts.
+    config.log.grid_prompts = ()
     config.log.grid_steps = 50
     config.log.grid_guidance_scale = 7.5
     return config.lock()
@@ -294,6 +296,7 @@ def validate(config: ConfigDict) -> None:
             f"config.rollout.kind is 'shared', but {first!r} and {second!r} have different neutral"
             " prompts; give all concepts the same, or train with rollout.kind=streaming"
         )
+    check("log.grid_prompts", lambda x: all(isinstance(t, str) and t.strip() for t in x), "prompts")
     steps = config.train.steps
     check(
         "optimizer.warmup_steps",

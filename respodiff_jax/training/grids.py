@@ -2,6 +2,7 @@
 
 import collections
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,10 +16,10 @@ from PIL import Image
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import GRID_FILE
+from respodiff_jax.backbone import Conditioning
 from respodiff_jax.generation.sampling import default_batch_size, equal_batches, initial_noise
 from respodiff_jax.images import grid, to_png
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import Steering
 from respodiff_jax.storage import write_whole
 from respodiff_jax.training.monitoring import RunLog
@@ -30,10 +31,21 @@ MAX_GRIDS = 8
 
 
 class ValidationGrids:
-    """Pictures of each concept's first neutral prompt: base, RAM + SAM, RAM only, from equal seeds.
+    """Pictures of each concept: base, RAM + SAM and RAM only, a column for each seed.
 
-    `embedded` are the concepts as the training state has them, copies included. `sample` is
-    `make_sampler`'s function on the placement's devices; latents are `(h, w, c)`.
+    The columns take turns with prompts: `log.grid_prompts` for fairness concepts, if there are any,
+    else the concept's neutral prompts.
+
+    Args:
+      workdir: of the run.
+      config: the training's.
+      concepts: of the run.
+      size: concepts in the training state, copies included.
+      encode: prompts -> their conditioning, `(P, ...)`.
+      sample: `make_sampler`'s function on the placement's devices.
+      placement: the devices.
+      latent_shape: `(h, w, c)`.
+      resolution: in pixels.
     """
 
     ROWS = ("base", "RAM + SAM", "RAM only")
@@ -44,7 +56,8 @@ class ValidationGrids:
         workdir: epath.Path,
         config: ConfigDict,
         concepts: Sequence[Concept],
-        embedded: EmbeddedConcepts,
+        size: int,
+        encode: Callable[[list[str]], Conditioning],
         sample: Callable,
         placement: Placement,
         latent_shape: tuple[int, int, int],
@@ -53,17 +66,26 @@ class ValidationGrids:
         self._directory = workdir / "grids"
         self._config, self._steps = config.log, config.train.steps
         self._concepts = concepts[:MAX_GRIDS]
-        self._neutral = jax.tree.map(lambda x: np.asarray(x[:, 0]), embedded.neutral)
-        empty = jax.tree.map(lambda x: np.asarray(x[:1]), embedded.empty)
+        self._prompts = [self._columns(concept) for concept in self._concepts]
+        distinct = sorted({"", *itertools.chain(*self._prompts)})
+        table = jax.tree.map(np.asarray, encode(distinct))
+        rows = np.array([[distinct.index(text) for text in own] for own in self._prompts])
+        self._cond = jax.tree.map(lambda x: x[rows], table)
         self._sample, self._placement = sample, placement
-        self._empty = placement.replicate(empty)
+        self._empty = placement.replicate(jax.tree.map(lambda x: x[:1], table))  # "" is the first
         self._noise = np.asarray(initial_noise(range(config.log.grid_images), latent_shape))
         # The number of modules is the same in every wave, diverged concepts included, so the
         # sampler compiles once.
-        self._num_modules = min(len(embedded.stream), MAX_GRIDS)
+        self._num_modules = min(size, MAX_GRIDS)
         # The batch of `generate`: a grid fits into memory where training does.
         most = self._num_modules * len(self.ROWS) * config.log.grid_images
         self._batch_size = default_batch_size(most, jax.device_count(), resolution)
+
+    def _columns(self, concept: Concept) -> list[str]:
+        """The prompt of each column."""
+        shared = () if concept.is_safety else self._config.grid_prompts
+        prompts = shared or concept.neutral_prompts
+        return [prompts[i % len(prompts)] for i in range(self._config.grid_images)]
 
     def due(self, step: int) -> bool:
         """Whether to draw grids after this step."""
@@ -87,8 +109,9 @@ class ValidationGrids:
         self._directory.mkdir(parents=True, exist_ok=True)
         for i, rows in zip(shown, images, strict=True):
             concept = self._concepts[i]
-            title = f'"{concept.neutral_prompts[0]}" to {concept.name}, step {step}'
-            picture = grid(rows, row_labels=self.ROWS, title=title)
+            title = f"{concept.name}, step {step}"
+            captions = [self._prompts[i]] * len(self.ROWS)
+            picture = grid(rows, row_labels=self.ROWS, captions=captions, title=title)
             # A file name has at most 255 bytes.
             name = re.sub(r"\W+", "_", concept.name).encode()[:100].decode(errors="ignore")
             write_whole(self._directory / f"{step:07d}_{i:02d}_{name}.png", to_png(picture))
@@ -109,7 +132,7 @@ class ValidationGrids:
         guidance_scale = np.float32(self._config.grid_guidance_scale)
         images = []
         for now, _ in equal_batches(len(seed), self._batch_size):
-            cond = jax.tree.map(lambda x, now=now: x[concept[now]], self._neutral)
+            cond = jax.tree.map(lambda x, now=now: x[concept[now], seed[now]], self._cond)
             noise, cond, *scales = self._placement.place_by_device(
                 (self._noise[seed[now]], cond, ram_scale[now], sam_scale[now])
             )

@@ -122,7 +122,8 @@ def open_session(
     sample = None
     if config.log.grid_every:
         sample = make_sampler(model, (spec.module,), config.log.grid_steps, placement.mesh)
-    model.tokenise([prompt for concept in concepts for prompt in concept.prompts])
+    prompts = [prompt for concept in concepts for prompt in concept.prompts]
+    model.tokenise([*prompts, *config.log.grid_prompts])
     for run, record in zip(runs, records, strict=True):
         if record:
             make_record(run, spec, model, resolution).check_continues(record, run.folder)
@@ -186,7 +187,8 @@ def train_run(
         workdir,
         config,
         run.concepts,
-        embedded,
+        run.size,
+        partial(session.model.encode_prompts, resolution=session.resolution),
         session.sample,
         placement,
         session.spec.latent_shape,

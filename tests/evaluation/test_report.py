@@ -343,6 +343,7 @@ def test_nested_settings_are_flattened():
         "e": "[[1]]",
         "f": "0.1",
     }
+    assert flat({"a": "", "b": [], "c": {"d": ()}, "e": 0, "f": False}) == {"e": "0", "f": "False"}
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

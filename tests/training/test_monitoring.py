@@ -1,6 +1,7 @@
 """Validation grids: the pictures of each concept, sampled by all devices."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from respodiff_jax.generation.sampling import (
     sample_images,
 )
 from respodiff_jax.images import grid
-from respodiff_jax.method.embedding import embed_concepts
 from respodiff_jax.training import config, parallel
 from respodiff_jax.training import grids as grids_lib
 from respodiff_jax.training.grids import ValidationGrids
@@ -36,8 +36,12 @@ class Log:
         self.names.append(name)
 
 
-@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
-def test_grids_equal_the_images_of_the_sampler(tiny_backbone, strategy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "strategy, grid_prompts", [("pmap", ("a cook", "a pilot", "a judge")), ("mesh", ())]
+)
+def test_grids_equal_the_images_of_the_sampler(
+    tiny_backbone, strategy, grid_prompts, tmp_path, monkeypatch
+):
     """The adapter has some of the concepts, in another order."""
     own = dict(tiny_backbone.identity) | {"resolution": 16}
     adapter = make_adapter(shape=(4, 4, 64), concepts=(MAN, WOMAN), **own)
@@ -52,21 +56,23 @@ def test_grids_equal_the_images_of_the_sampler(tiny_backbone, strategy, tmp_path
     run_config.log.update(
         grid_images=len(SEEDS), grid_steps=NUM_STEPS, grid_guidance_scale=GUIDANCE
     )
-    arrays = embed_concepts(tiny_backbone, CONCEPTS, 16)
+    run_config.log.grid_prompts = grid_prompts
     grids = ValidationGrids(
         tmp_path,
         run_config,
         CONCEPTS,
-        arrays,
+        len(CONCEPTS),
+        partial(tiny_backbone.encode_prompts, resolution=16),
         make_sampler(tiny_backbone, (adapter.module,), NUM_STEPS, placement.mesh),
         placement,
         tiny_backbone.latent_shape(16),
         16,
     )
-    shown = []
+    shown, captions = [], []
 
     def drawn(rows, **kwargs):
         shown.append(rows)
+        captions.append(kwargs["captions"])
         return grid(rows, **kwargs)
 
     monkeypatch.setattr(grids_lib, "grid", drawn)
@@ -89,7 +95,9 @@ def test_grids_equal_the_images_of_the_sampler(tiny_backbone, strategy, tmp_path
 
     ram_only = dataclasses.replace(adapter, sam=jax.tree.map(np.zeros_like, adapter.sam))
     for concept, rows in zip((WOMAN, MAN), shown, strict=True):
-        prompts = [concept.neutral_prompts[0]] * len(SEEDS)
+        neutral = concept.neutral_prompts
+        prompts = [(grid_prompts or neutral * 2)[column] for column in range(len(SEEDS))]
+        assert captions.pop(0) == [prompts] * 3
         weights = np.tile(np.float32([concept is MAN, concept is WOMAN]), (len(SEEDS), 1))
         expected = [
             [pair.image for pair in sample_images(tiny_backbone, prompts, SEEDS, options, *args)]
