@@ -162,6 +162,7 @@ def test_the_tours_snippets_run_in_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no image is steered for gender")  # as the notebook says
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))

@@ -53,6 +53,7 @@ Stable Diffusion towards fair and safe pictures, and generate with them.
 _EPILOG = """\
 A first look, without a download:
 
+  respodiff play
   respodiff demo
 
 From a config to pictures:
@@ -86,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # XLA would print "Very slow compile?" in the middle of the output.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
+    args, rest = parser.parse_known_args(argv)
     verb = _VERBS[args.verb]
     takes_overrides = getattr(verb, "TAKES_OVERRIDES", False)
     overrides = [arg for arg in rest if arg.startswith(_OVERRIDE)]

@@ -166,6 +166,11 @@ def test_each_verb_has_help_with_examples(verb, capsys):
     assert capsys.readouterr().out.count(f"respodiff {verb}") >= 2  # usage, and an example
 
 
+def test_command_alone_says_what_to_do_first(capsys):
+    assert cli.main([]) == 0
+    assert "A first look, without a download:\n\n  respodiff play\n" in capsys.readouterr().out
+
+
 def test_unknown_option_is_answered_with_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "--out", "o", "--pormpt", "a cook"])

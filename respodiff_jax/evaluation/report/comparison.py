@@ -1,5 +1,7 @@
 """Several evaluations on one page: what they show together, and the settings that differ."""
 
+import functools
+import operator
 import os
 import pathlib
 import warnings
@@ -12,7 +14,6 @@ from respodiff_jax.evaluation.report.markup import (
     Markup,
     Section,
     breakable,
-    flat,
     folded,
     fragment,
     page,
@@ -244,7 +245,9 @@ def _same_seeds(by_run: Iterable[thumbnails.BySubject]) -> bool:
 
 def _differing(runs: Runs) -> dict[str, list[str]]:
     """The settings that are not the same in all runs, with their values."""
-    settings = [flat({**r.made, **r.scored, **r.environment}) for r in runs.values()]
+    settings = [
+        functools.reduce(operator.or_, sections.settings(r).values()) for r in runs.values()
+    ]
     values = {key: [found.get(key, "–") for found in settings] for s in settings for key in s}
     return {key: found for key, found in values.items() if len(set(found)) > 1}
 

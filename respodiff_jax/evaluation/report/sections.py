@@ -218,14 +218,19 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Section | N
     )
 
 
-def how_made(results: Results) -> Section:
-    """Everything that was set, folded away."""
-    parts = {
+def settings(results: Results) -> dict[str, dict[str, str]]:
+    """What was set, by subject; the suite's note is no setting."""
+    return {
         "Pictures": flat(results.made),
-        "Scores": flat(results.scored),
+        "Scores": flat({k: v for k, v in results.scored.items() if k != "note"}),
         "Versions and hardware": flat(results.environment),
     }
-    lists = ((tag("h3", name), definitions(pairs)) for name, pairs in parts.items() if pairs)
+
+
+def how_made(results: Results) -> Section:
+    """Everything that was set, folded away."""
+    parts = settings(results).items()
+    lists = ((tag("h3", name), definitions(pairs)) for name, pairs in parts if pairs)
     return section("How it was made", folded("Pictures, scores, versions and hardware", lists))
 
 
