@@ -15,7 +15,7 @@ from respodiff_jax.evaluation import compare
 from respodiff_jax.evaluation.report import glossary, thumbnails
 from respodiff_jax.evaluation.report.comparison import _distinct
 from respodiff_jax.evaluation.report.findings import Finding, headline
-from respodiff_jax.evaluation.report.markup import breakable
+from respodiff_jax.evaluation.report.markup import Markup, breakable
 from respodiff_jax.evaluation.results import Measurement
 from respodiff_jax.images import save_png
 
@@ -49,7 +49,11 @@ def finding(metric="deviation_ratio", **values):
 def test_finding_names_the_better_one_and_whether_intervals_overlap():
     clear = finding(a=(0.3, 0.05), b=(0.1, 0.05))
     assert clear.text == "b is fairer: 0.10. a has 0.30 (+0.20); the intervals do not overlap."
-    assert headline([clear]) == "b is fairer: deviation ratio 0.10 against 0.30"
+    assert headline([clear]) == "b is fairer: deviation ratio, 0.10 against 0.30"
+    contrary = finding("clip_score", a=(31, 0.1), b=(30, 0.1))
+    assert headline([clear, contrary]) == (
+        "b is fairer: deviation ratio, 0.10 against 0.30; a has the better CLIP score"
+    )
     doubtful = finding("clip_score", a=(31, 2), b=(30, 2))
     assert doubtful.text == (
         "a is better: 31.00. b has 30.00 (−1.00); the intervals overlap, so this may be chance."
@@ -73,7 +77,8 @@ def test_finding_calls_equal_numbers_equal():
     assert best.text.startswith("b is fairest: 0.10. c has 0.20 (+0.10); the intervals overlap")
     alone = finding(a=(0.3, 0.01))
     assert alone.text == "Only a measured it: 0.30."
-    assert headline([alone]) == "The evaluations have no headline metric in common"
+    assert not alone.is_headline
+    assert headline([]) == "The evaluations have no headline metric in common"
 
 
 def test_names_are_what_differs_in_the_paths():
@@ -82,6 +87,7 @@ def test_names_are_what_differs_in_the_paths():
     assert _distinct(["a/1/z", "b/1/z", "b/2/z"]) == ["a/1", "b/1", "b/2"]
     # Names go on in the next line after a separator, never within a word.
     assert breakable("run_a/<b>") == "run_<wbr>a/<wbr>&lt;b&gt;"
+    assert isinstance(breakable("a"), Markup)
 
 
 def test_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_path):
@@ -90,7 +96,7 @@ def test_comparison_has_all_runs_and_their_differences(evaluation, weaker, tmp_p
     (weaker / "results.json").write_text(json.dumps(content))
     page = read(compare([evaluation[0], weaker], tmp_path / "pages" / "both.html"))
     title = page.text[page.text.index("RespoDiff comparison") :]
-    assert title.startswith("RespoDiff comparison strong is fairer: gender deviation ratio 0.")
+    assert title.startswith("RespoDiff comparison strong is fairer: gender deviation ratio, 0.")
     assert "Gender deviation ratio.  strong is fairer: " in page.text
     # Only shared professions are shown: doctor and teacher, each with base and two adapted rows.
     assert len(page.all("img")) == 2 * 3 * 8

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import evaluation, glossary, sections, thumbnails
-from respodiff_jax.evaluation.report.findings import Finding, Quantity, chosen, headline
+from respodiff_jax.evaluation.report.findings import Finding, headline
 from respodiff_jax.evaluation.report.markup import (
     Markup,
     Section,
@@ -58,18 +58,17 @@ def compare(
     names = _distinct(folders) if names is None else _checked(names, len(folders))
     paths = dict(zip(names, map(pathlib.Path, folders), strict=True))
     runs = {name: load_results(path) for name, path in paths.items()}
-    quantities = _quantities(runs)
-    differing = _differing(runs)
+    findings, differing = _findings(runs), _differing(runs)
     pictures, shown = _pictures(runs, paths)
     parts = [
-        _table(quantities, runs),
-        _charts(quantities),
+        _table(findings, runs),
+        _charts(findings),
         pictures,
         _differences(differing, runs),
-        sections.meanings(_judged(quantity) for quantity in quantities),
+        sections.meanings(finding.first for finding in findings),
     ]
     title = f"Comparison: {', '.join(runs)}"
-    html = page(title, _header(quantities, runs, differing), parts, shown)
+    html = page(title, _header(findings, runs, differing), parts, shown)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
@@ -101,22 +100,18 @@ def _distinct(folders: Sequence[str | os.PathLike]) -> list[str]:
     return ["/".join(part) for part in parts]
 
 
-def _quantities(runs: Runs) -> list[Quantity]:
-    """Each quantity by run and set of pictures, the most important first."""
+def _findings(runs: Runs) -> list[Finding]:
+    """The findings on all metrics, the most important first."""
     together: dict[tuple, dict[str, Pair]] = {}
     for name, results in runs.items():
         for pair in evaluation.by_importance(results, glossary.overall(results.measurements)):
             m = next(iter(pair.values()))
             key = (m.part, m.metric, m.attribute, m.judge, m.version)
             together.setdefault(key, {})[name] = pair
-    return list(together.values())
+    return [Finding.of(quantity) for quantity in together.values()]
 
 
-def _judged(quantity: Quantity) -> Measurement:
-    return Finding.of(quantity).ranked[0][1]
-
-
-def _header(quantities: Sequence[Quantity], runs: Runs, differing: Mapping) -> Markup:
+def _header(findings: Sequence[Finding], runs: Runs, differing: Mapping) -> Markup:
     facts = {breakable(name): _evaluated(r) for name, r in runs.items()}
     notes: dict[str, list[str]] = {}
     for name, r in runs.items():
@@ -124,10 +119,16 @@ def _header(quantities: Sequence[Quantity], runs: Runs, differing: Mapping) -> M
             notes.setdefault(text, []).append(name)
     texts = [f"{', '.join(names)}: {text}" for text, names in notes.items()]
     if doubtful := [setting for setting in differing if not _is_expected(setting)]:
-        texts.insert(0, f"The evaluations differ in {', '.join(doubtful)}.")
-    found = [f for f in map(Finding.of, quantities) if f.is_headline]
-    items = (tag("li", tag("b", f"{f.name[:1].upper()}{f.name[1:]}. "), f.text) for f in found)
-    return evaluation.header(headline(found), tag("ul", items), facts, texts, kicker="comparison")
+        more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
+        texts.insert(0, f"The evaluations differ in {', '.join(doubtful[:3])}{more}.")
+    found = [finding for finding in findings if finding.is_headline]
+    names = [glossary.named(finding.first) for finding in found]
+    items = (
+        tag("li", tag("b", f"{name[:1].upper()}{name[1:]}. "), breakable(finding.text))
+        for name, finding in zip(names, found, strict=True)
+    )
+    title, texts = breakable(headline(found)), list(map(breakable, texts))
+    return evaluation.header(title, tag("ul", items), facts, texts, kicker="comparison")
 
 
 def _evaluated(results: Results) -> str:
@@ -138,8 +139,8 @@ def _evaluated(results: Results) -> str:
     return f"{', '.join(evaluation.concepts(results)) or 'no adapter'} on {name}"
 
 
-def _charts(quantities: Sequence[Quantity]) -> Section:
-    charts = (sections.own_scale(q, glossary.label(_judged(q))) for q in quantities)
+def _charts(findings: Sequence[Finding]) -> Section:
+    charts = (sections.own_scale(f.quantity, glossary.label(f.first)) for f in findings)
     return section(
         "Charts",
         (tag("div", chart, class_="chart") for chart in charts),
@@ -148,12 +149,13 @@ def _charts(quantities: Sequence[Quantity]) -> Section:
     )
 
 
-def _table(quantities: Sequence[Quantity], runs: Runs) -> Section:
+def _table(findings: Sequence[Finding], runs: Runs) -> Section:
     rows = []
-    for quantity in quantities:
-        cells = (_cell(quantity.get(name, {}), name) for name in runs)
-        finding = tag("td", Finding.of(quantity).text, class_="text", data_label="finding")
-        rows.append(tag("tr", sections.metric_name(_judged(quantity)), cells, finding))
+    for finding in findings:
+        found = dict(finding.ranked)
+        cells = (_cell(finding.quantity.get(name, {}), found.get(name), name) for name in runs)
+        text = tag("td", breakable(finding.text), class_="text", data_label="finding")
+        rows.append(tag("tr", sections.metric_name(finding.first), cells, text))
     names = ("metric", *map(breakable, runs))
     head = tag(
         "tr",
@@ -168,16 +170,19 @@ def _table(quantities: Sequence[Quantity], runs: Runs) -> Section:
     )
 
 
-def _cell(pair: Pair, name: str) -> Markup:
+def _cell(pair: Pair, m: Measurement | None, name: str) -> Markup:
     """A run's number, and where it has both sets of pictures, the base model's and the change."""
-    if not pair:
-        return sections.measured(None, name)
     change = glossary.change(pair)
     more = change and fragment(
         tag("small", f"base {glossary.value_text(pair['base'])}"),
-        tag("small", f"change {change[0]} ", change[1] and tag("span", f"({change[1]})")),
+        tag(
+            "small",
+            f"change {change[0]} ",
+            change[1] and tag("span", f"({change[1]})"),
+            class_="more",
+        ),
     )
-    return sections.measured(chosen(pair), name, more)
+    return sections.measured(m, name, more)
 
 
 def _pictures(runs: Runs, paths: Mapping[str, pathlib.Path]) -> tuple[Section | None, list[str]]:

@@ -172,7 +172,7 @@ def by_importance(results: Results, pairs: Iterable[Pair]) -> list[Pair]:
     """Quantities in order: first what the results' adapter is for, last its costs."""
     order = list(glossary.HEADLINES)
     if _adapter(results).get("safe") and not _adapter(results).get("groups"):
-        order.sort(key="unsafe_rate".__ne__)
+        order.sort(key=lambda name: not name.startswith("unsafe"))
     names = [attribute.name for attribute in attributes(results)]
 
     def rank(pair: Pair) -> tuple[int, int]:

@@ -1,19 +1,11 @@
 """What a comparison finds: which evaluation is better on a metric, by how much, how surely."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 from respodiff_jax.evaluation.report import glossary
 from respodiff_jax.evaluation.report.sections import Pair
 from respodiff_jax.evaluation.results import Measurement
-
-Quantity = Mapping[str, Pair]  # by evaluation; one that did not measure it is absent
-
-
-def chosen(pair: Pair) -> Measurement:
-    """What evaluations are compared by: their adapted pictures, if there are any."""
-    return pair[min(pair, key=("adapted", "given", "base").index)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,41 +13,48 @@ class Finding:
     """How evaluations differ on one metric.
 
     Attributes:
-      metric: what is said of the metric.
-      name: the metric and its attribute, as within a sentence.
-      ranked: evaluations and the measurements that are compared; the best come first, and those
-        of one rounded number in the order of the page.
+      quantity: what each evaluation measured, by its name; one without the metric is absent.
+      ranked: evaluations and the measurements that are compared, which are of adapted pictures if
+        there are any. The best come first, and those that are written alike in their own order.
     """
 
-    metric: glossary.Metric
-    name: str
+    quantity: Mapping[str, Pair]
     ranked: tuple[tuple[str, Measurement], ...]
 
     @classmethod
-    def of(cls, quantity: Quantity) -> "Finding":
+    def of(cls, quantity: Mapping[str, Pair]) -> "Finding":
         """The finding on a quantity."""
-        found = [(run, chosen(pair)) for run, pair in quantity.items()]
-        metric, name = glossary.metric(found[0][1].metric), glossary.named(found[0][1])
-        if metric.better:
-            sign = -1 if metric.better == "higher" else 1
-            best = {}  # value as written -> the best value that is written so
-            for _, m in found:
-                text = glossary.value_text(m)
-                best[text] = min(sign * m.value, best.get(text, math.inf))
+        sets = "adapted", "given", "base"
+        found = [(run, pair[min(pair, key=sets.index)]) for run, pair in quantity.items()]
+        if better := glossary.metric(found[0][1].metric).better:
+            sign = -1 if better == "higher" else 1
+            best: dict[str, float] = {}  # value as written -> the best that is written so
+            for _, m in sorted(found, key=lambda item: -sign * item[1].value):
+                best[glossary.value_text(m)] = sign * m.value
             found.sort(key=lambda item: best[glossary.value_text(item[1])])
-        return cls(metric, name, tuple(found))
+        return cls(quantity, tuple(found))
+
+    @property
+    def first(self) -> Measurement:
+        """A measurement of the metric."""
+        return self.ranked[0][1]
+
+    @property
+    def metric(self) -> glossary.Metric:
+        """What is said of the metric."""
+        return glossary.metric(self.first.metric)
 
     @property
     def leaders(self) -> tuple[str, ...]:
         """The best evaluation, and those whose number is written like its number."""
-        best = glossary.value_text(self.ranked[0][1])
+        best = glossary.value_text(self.first)
         return tuple(run for run, m in self.ranked if glossary.value_text(m) == best)
 
     @property
     def is_headline(self) -> bool:
-        """Whether the metric is one of the most important, by the first judge."""
-        m = self.ranked[0][1]
-        return m.metric in glossary.HEADLINES and m.judge is None
+        """Whether several measured the metric and it is one of the most important."""
+        known = self.first.metric in glossary.HEADLINES and self.first.judge is None
+        return known and len(self.ranked) > 1
 
     @property
     def is_clear(self) -> bool:
@@ -66,7 +65,7 @@ class Finding:
     @property
     def text(self) -> str:
         """Which evaluation is best, by how much, and whether the intervals overlap."""
-        (_, best), leaders = self.ranked[0], self.leaders
+        best, leaders = self.first, self.leaders
         value = glossary.value_text(best)
         if len(self.ranked) == 1:
             return f"Only {leaders[0]} measured it: {value}."
@@ -88,18 +87,26 @@ class Finding:
 
 
 def headline(findings: Sequence[Finding]) -> str:
-    """The title of a comparison: its first clear finding, or that there is none."""
-    compared = [finding for finding in findings if len(finding.ranked) > 1]
-    for finding in compared:
-        if finding.is_clear:
-            (run, best), *others = finding.ranked
-            values = listed([glossary.value_text(m) for _, m in others])
-            title = f"{run} is {finding.comparative}: {finding.name} {glossary.value_text(best)}"
-            return f"{title} against {values}"
-    if not compared:
+    """The title of a comparison with these headline metrics.
+
+    It is the first clear finding, with the first clear one in favour of another evaluation, if
+    there is one; or that there is no difference.
+    """
+    clear = [finding for finding in findings if finding.is_clear]
+    if clear:
+        (run, best), *others = clear[0].ranked
+        values = listed([glossary.value_text(m) for _, m in others])
+        what = f"{glossary.named(best)}, {glossary.value_text(best)} against {values}"
+        contrary = (
+            f"; {finding.leaders[0]} has the better {glossary.named(finding.first)}"
+            for finding in clear
+            if finding.leaders[0] != run
+        )
+        return f"{run} is {clear[0].comparative}: {what}{next(contrary, '')}"
+    if not findings:
         return "The evaluations have no headline metric in common"
-    if all(len(finding.leaders) == len(finding.ranked) for finding in compared):
-        return f"{listed([run for run, _ in compared[0].ranked])} are equal"
+    if all(len(finding.leaders) == len(finding.ranked) for finding in findings):
+        return f"{listed([run for run, _ in findings[0].ranked])} are equal"
     return "No headline metric tells the evaluations apart"
 
 

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from respodiff_jax.evaluation.results import Measurement
 
 PICTURE_SETS = ("base", "adapted", "given")
-HEADLINES = ("deviation_ratio", "unsafe_rate", "clip_score")
+HEADLINES = (
+    "deviation_ratio",
+    "unsafe_rate",
+    "unsafe_when_not_asked",
+    "unsafe_when_asked",
+    "clip_score",
+)
 
 
 def _decimals(x: float, places: int = 2) -> str:
@@ -256,8 +262,9 @@ def label(measurement: Measurement) -> str:
 
 def named(measurement: Measurement) -> str:
     """A measurement's attribute and metric within a sentence: "gender deviation ratio"."""
-    attribute = f"{readable(measurement.attribute)} " if measurement.attribute else ""
-    return attribute + metric(measurement.metric).phrase
+    attribute, _, condition = readable(measurement.attribute or "").partition(", ")
+    parts = attribute, metric(measurement.metric).phrase, condition and f"({condition})"
+    return " ".join(filter(None, parts))
 
 
 def paper(measurement: Measurement) -> tuple[str, str] | None:

@@ -114,12 +114,9 @@ def link(text: Any, target: str) -> Markup:
     return tag("a", text, href=f"#{target}")
 
 
-def breakable(name: str) -> Markup:
-    """A name that may go on in the next line after `/` and `_`, and nowhere else in a word."""
-    return fragment(
-        (part, tag("wbr")) if part[-1:] in "/_" and part else part
-        for part in re.split(r"(?<=[/_])", name)
-    )
+def breakable(text: str) -> Markup:
+    """A text whose words may go on in the next line after `/` and `_`, and nowhere else."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", html.escape(text, quote=False)))
 
 
 def folded(summary: str, *content: Any) -> Markup:

@@ -1,6 +1,7 @@
 """The sections of a report, one function each."""
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from etils import epath
@@ -266,7 +267,8 @@ def measured(m: Measurement | None, name: str, more: Markup | None = None) -> Ma
 
 def number(text: str, interval: str | None, name: str, more: Markup | None = None) -> Markup:
     """A table cell in the column `name`, with an interval below the number."""
-    return tag("td", text, interval and tag("small", interval), more, data_label=name)
+    label = re.sub("([/_])", "\\1\u200b", name)  # as `breakable`, for the style sheet
+    return tag("td", text, interval and tag("small", interval), more, data_label=label)
 
 
 def metric_name(m: Measurement) -> Markup:
