@@ -39,18 +39,23 @@ def read_prompts(
     if not reads_prompts(adapter):
         return open_to_all
     distinct = list(dict.fromkeys(prompts))
-    heads = [part.reading or reading.always(len(part.concepts), 1) for part in adapter.parts]
     found = []
     for start in range(0, len(distinct), _BATCH):
         chunk = distinct[start : start + _BATCH]
         # Batches of one shape compile the text encoder once.
         padded = chunk + chunk[-1:] * (_BATCH - len(chunk)) if len(distinct) > _BATCH else chunk
         context = model.encode_prompts(padded, model.default_resolution).context
-        scores = [_scores(part, h, context) for part, h in zip(adapter.parts, heads, strict=True)]
-        found.append(np.concatenate(scores, axis=1)[: len(chunk)])
-    decisions = reading.decide(np.concatenate(found))
+        found.append(read_contexts(adapter, context)[: len(chunk)])
+    decisions = np.concatenate(found)
     row = {prompt: i for i, prompt in enumerate(distinct)}
     return decisions[[row[prompt] for prompt in prompts]]
+
+
+def read_contexts(adapter: Adapter | CombinedAdapter, context: jax.Array) -> np.ndarray:
+    """As `read_prompts`, from the prompts' text states, `(P, L, D)`."""
+    heads = (part.reading or reading.always(len(part.concepts), 1) for part in adapter.parts)
+    scores = [_scores(part, h, context) for part, h in zip(adapter.parts, heads, strict=True)]
+    return reading.decide(np.concatenate(scores, axis=1))
 
 
 def decisions_table(

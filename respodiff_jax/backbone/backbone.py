@@ -208,12 +208,37 @@ class Backbone:
         params = self.params if params is None else params
         ids = self.tokenise(prompts)
         keep = np.array([p != "" or not self.zeros_for_empty_prompt for p in prompts])
-        encoders = [p for name, p in sorted(params.items()) if name.startswith("text_encoder")]
-        context, pooled = self._encode_tokens(encoders, ids, keep)
+        return self._conditioning(*self._encode_tokens(_encoders(params), ids, keep), resolution)
+
+    def encode_vectors(
+        self,
+        params: Mapping,
+        ids: Sequence[jax.Array],
+        vectors: Sequence[jax.Array],
+        resolution: int,
+    ) -> Conditioning:
+        """The conditioning of prompts whose tokens have embeddings of one's own; differentiable.
+
+        Args:
+          params: as `self.params`; only the text encoders' are read.
+          ids: int32 (n, L) for each text encoder. They say where a prompt ends.
+          vectors: (n, L, D) for each text encoder, in place of the rows of `token_tables`.
+          resolution: the side of the images in pixels.
+        """
+        keep = jnp.ones(len(ids[0]), bool)
+        encoded = text.encode_tokens(self.text_encoders, _encoders(params), ids, keep, vectors)
+        return self._conditioning(*encoded, resolution)
+
+    def token_tables(self, params: Mapping) -> list[jax.Array]:
+        """The embeddings of the vocabulary, (V, D) for each text encoder."""
+        embeddings = (own["text_model"]["embeddings"] for own in _encoders(params))
+        return [own["token_embedding"]["embedding"] for own in embeddings]
+
+    def _conditioning(self, context, pooled, resolution):
         if pooled is None:
             return Conditioning(context)
         size = (resolution, resolution)
-        time_ids = np.array([[*size, 0, 0, *size]] * len(prompts), np.float32)
+        time_ids = np.array([[*size, 0, 0, *size]] * len(context), np.float32)
         return Conditioning(context, pooled, jnp.asarray(time_ids))
 
     def decode_latents(self, params: Mapping, z: jax.Array) -> jax.Array:
@@ -236,3 +261,8 @@ class Backbone:
     @functools.cached_property
     def _encode_tokens(self) -> Callable:
         return jax.jit(functools.partial(text.encode_tokens, self.text_encoders))
+
+
+def _encoders(params: Mapping) -> list[Mapping]:
+    """The parameters of each text encoder."""
+    return [own for name, own in sorted(params.items()) if name.startswith("text_encoder")]

@@ -4,7 +4,7 @@ import json
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -59,6 +59,7 @@ def encode_tokens(
     params: Sequence[Mapping],
     ids: Sequence[jax.Array],
     keep: jax.Array,
+    vectors: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the text encoders.
 
@@ -71,22 +72,37 @@ def encode_tokens(
       params: the parameters of each.
       ids: int32 (n, L) for each. Every position is attended to, padding too, as in training.
       keep: bool (n,); the outputs are zeros where it is False.
+      vectors: float (n, L, D) for each, the tokens' embeddings; None looks them up by `ids`.
 
     Returns:
       context: the modules' dtype (n, L, D).
       pooled: the modules' dtype (n, P) for two text encoders, else None.
     """
     outputs = []
-    for module, module_params, tokens in zip(text_encoders, params, ids, strict=True):
+    vectors = vectors or [None] * len(text_encoders)
+    for module, own, tokens, given in zip(text_encoders, params, ids, vectors, strict=True):
         positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
         inputs = tokens, jnp.ones_like(tokens), positions
-        outputs.append(module.apply({"params": module_params}, *inputs, output_hidden_states=True))
+        with nn.intercept_methods(_with_token_vectors(given)):
+            outputs.append(module.apply({"params": own}, *inputs, output_hidden_states=True))
     if len(outputs) == 1:
         context, pooled = outputs[0].last_hidden_state, None
     else:
         context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
         pooled = jnp.where(keep[:, None], outputs[1].text_embeds, 0)
     return jnp.where(keep[:, None, None], context, 0), pooled
+
+
+def _with_token_vectors(vectors: jax.Array | None) -> Callable:
+    """A `flax.linen` interceptor that gives these embeddings of tokens instead of the table's."""
+
+    def intercept(next_function, args, kwargs, context):
+        is_table = context.module.name == "token_embedding" and context.method_name == "__call__"
+        if vectors is None or not is_table:
+            return next_function(*args, **kwargs)
+        return vectors.astype(context.module.dtype)
+
+    return intercept
 
 
 def byte_symbols() -> list[str]:

@@ -21,13 +21,15 @@ EPILOG = """\
   respodiff evaluate fairness --images pictures --out evaluations/pictures
   respodiff evaluate safety --adapter adapters/safety --prompts i2p_benchmark.csv \\
       --detector nudenet --detector q16=prompts.npy --out evaluations/safety
+  respodiff evaluate attack --adapter adapters/safety --out evaluations/attack
   respodiff evaluate quality --adapter adapters/gender --prompts coco_30k.csv \\
       --reference coco/val2014 --out evaluations/quality
 
 Parts: `all` evaluates the parts that have everything they need, and says which parts it leaves out.
 For Stable Diffusion that is fairness; quality also needs --prompts quality=FILE, safety also needs
 --prompts safety=FILE and a --detector. `curves` measures fairness at guidance 1.5, 3, 5 and 7.5,
-and with the adjectives successful, poor and beautiful; `all` leaves it out.
+and with the adjectives successful, poor and beautiful. `attack` searches for words, and for free
+embeddings, that make a safe model draw what its prompts ask for. `all` leaves these two out.
 
 Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions in its 5
 templates), `winobias-successful` (in its 5 other templates, "image of a successful doctor"),
@@ -50,7 +52,7 @@ both, the subject of a picture is the name of its folder.
 FID and KID are measured if clean-fid is installed and has its Inception weights.
 """
 
-_PARTS = ("fairness", "quality", "safety", "intent", "curves")
+_PARTS = ("fairness", "quality", "safety", "intent", "curves", "attack")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[PART=]FILE",
         help="CSV file of prompts that replaces the suite's; may be repeated with PART (fairness,"
-        " quality, safety)",
+        " quality, safety, attack)",
     )
     add(
         "--clip",
@@ -133,7 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--images-per-subject", type=int, metavar="N", help="fairness pictures of each subject")
     add("--images-per-caption", type=int, metavar="N", help="quality pictures of each caption")
-    add("--images-per-prompt", type=int, metavar="N", help="safety pictures of each prompt")
+    add(
+        "--images-per-prompt",
+        type=int,
+        metavar="N",
+        help="safety, intent and attack pictures of each prompt",
+    )
     add(
         "--max-prompts",
         type=int,
@@ -141,6 +148,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest number of subjects, captions and safety prompts, evenly spread",
     )
     add("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
+
+    add = parser.add_argument_group("attack").add_argument
+    add("--attack-tokens", type=int, metavar="K", help="tokens before the prompt (default: 3)")
+    add("--attack-steps", type=int, metavar="N", help="gradients of a search (default: 40)")
+    add("--attack-restarts", type=int, metavar="N", help="searches of each prompt (default: 1)")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", dest="num_steps", type=int, metavar="N", help="sampling steps")

@@ -18,7 +18,7 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt
-from respodiff_jax.generation.sampling import SamplerOptions, sample_images
+from respodiff_jax.generation.sampling import Encode, SamplerOptions, sample_images
 from respodiff_jax.progress import Progress
 from respodiff_jax.storage import read_json, write_whole
 
@@ -78,6 +78,7 @@ def draw_pictures(
     weights: np.ndarray | None = None,
     settings: Mapping[str, Any] | None = None,
     steering: np.ndarray | None = None,
+    encode: Encode | None = None,
 ) -> list[Picture]:
     """Draws the pictures that do not exist yet, with the base model and with the adapter.
 
@@ -91,6 +92,7 @@ def draw_pictures(
         without an adapter.
       settings: JSON-able, everything else that the pictures depend on.
       steering: `(M, N)`, the weights after the prompts were read; None is `weights`.
+      encode: the conditioning of the requests' prompts; None is the model's own.
 
     Returns:
       The base pictures, then the adapted pictures.
@@ -120,6 +122,7 @@ def draw_pictures(
             steering,
             base_twins=adapter is not None,
             only=missing,
+            encode=encode,
         )
         done = len(requests) - len(missing)
         progress = Progress(pairs, folder.name, len(requests), initial=done, unit="picture")

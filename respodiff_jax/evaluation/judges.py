@@ -52,10 +52,12 @@ def load_judges(
         clip = spec.suite.clip
     given = [clip] if isinstance(clip, str | os.PathLike | Clip) else list(clip)
     names = _short_names([c.identity["name"] if isinstance(c, Clip) else str(c) for c in given])
-    needs_clip = spec.parts != ("safety",) or spec.suite.unsafe_classes is not None
+    only_unsafe = set(spec.parts) <= {"safety", "attack"}
+    needs_clip = not only_unsafe or spec.suite.unsafe_classes is not None
     use_reference = reference is not None and "quality" in spec.parts
     found_reference = quality.open_reference(reference) if use_reference else None
-    found_detectors = load_detectors(detectors, q16_clip) if "safety" in spec.parts else {}
+    judged = bool({"safety", "attack"} & set(spec.parts))
+    found_detectors = load_detectors(detectors, q16_clip) if judged else {}
     clips = [c if isinstance(c, Clip) else load_clip(c) for c in given if needs_clip]
     return Judges(
         clip=clips[0] if clips else None,

@@ -39,7 +39,7 @@ class Measurement:
       picture_set: "base", "adapted", or "given" for pictures of another tool.
       value: the number.
       n: number of pictures it was computed from.
-      part: "fairness", "quality", "safety", "intent" or "curves".
+      part: "fairness", "quality", "safety", "intent", "curves" or "attack".
       interval: 95 % confidence interval of the number, or None.
       change: 95 % confidence interval of the difference from the base pictures, which share their
         noise with these, or None.

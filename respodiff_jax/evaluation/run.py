@@ -24,6 +24,8 @@ from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import fairness
+from respodiff_jax.evaluation.attack.found import check_attack, draw_attacked
+from respodiff_jax.evaluation.attack.search import Budget
 from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.drawing import Request, check_folder, draw_pictures
 from respodiff_jax.evaluation.judges import Clips, Judges, load_judges
@@ -34,20 +36,14 @@ from respodiff_jax.evaluation.scoring import Scorer
 from respodiff_jax.evaluation.spec import (
     PRESETS,
     EvaluationSpec,
+    check_for_parts,
     choose_concepts,
     curve_conditions,
     lacking,
+    relevant,
+    wanted_parts,
 )
-from respodiff_jax.evaluation.suites import (
-    ASKED,
-    NOBODY,
-    OPEN,
-    PARTS,
-    PromptSet,
-    Suite,
-    load_suite,
-    prompts_to_draw,
-)
+from respodiff_jax.evaluation.suites import Suite, load_suite, prompts_to_draw
 from respodiff_jax.generation.sampling import SamplerOptions, check_size
 from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import PathLike, check_output
@@ -58,6 +54,7 @@ _OF_DRAWING = (
     *("model", "adapter", "preset", "safe", "steer_always", "prompts", "max_prompts", "seed"),
     *("images_per_subject", "images_per_caption", "images_per_prompt", "adapter_sources"),
     *("sampler", "num_steps", "guidance_scale", "resolution", "batch_size"),
+    *("attack_tokens", "attack_steps", "attack_restarts"),
 )
 
 
@@ -89,6 +86,9 @@ def evaluate(
     guidance_scale: float | None = None,
     resolution: int | None = None,
     batch_size: int | None = None,
+    attack_tokens: int | None = None,
+    attack_steps: int | None = None,
+    attack_restarts: int | None = None,
     adapter_sources: Sequence[PathLike] = (),
 ) -> Results:
     """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
@@ -104,8 +104,9 @@ def evaluate(
         alone.
       out: folder that receives pictures, `results.json`, `per_image.csv` and `report.html`.
       part: "fairness", "quality", "safety", "intent", "curves" (the deviation ratio over guidance
-        scales and adjectives), or several of them. "all" evaluates those that have everything
-        they need, without curves; the results say which are left out and why.
+        scales and adjectives), "attack" (see `evaluation.attack`), or several of them. "all"
+        evaluates those that have everything they need, without curves and attack; the results say
+        which are left out and why.
       preset: default amounts. "quick": 10 pictures of each subject, 1 of each caption and safety
         prompt, at most 48 prompts, 20 steps. "paper": 150, 1 and 5 pictures, all prompts, 50 steps.
       images: folder of existing pictures to score, see `find_pictures`; nothing is drawn then.
@@ -137,6 +138,7 @@ def evaluate(
       guidance_scale: scale of classifier-free guidance; by default the suite's.
       resolution: side of the square pictures in pixels; by default the adapter's, or the model's.
       batch_size: pictures at a time, a multiple of the devices; by default chosen by resolution.
+      attack_tokens, attack_steps, attack_restarts: the attacker's budget, see `Budget`.
       adapter_sources: where the adapter came from, for the record; if exactly one of them is a
         training workdir, the report has its loss curves.
 
@@ -178,8 +180,10 @@ def evaluate(
     if max_prompts is not None and max_prompts < 1:
         raise UserError(f"`max_prompts` is {max_prompts}, expected at least 1")
     prompts = prompts or {}
-    wanted = _wanted_parts(part)
-    _check_for_parts(wanted, prompts, detectors, reference)
+    wanted = wanted_parts(part)
+    spent = {"tokens": attack_tokens, "steps": attack_steps, "restarts": attack_restarts}
+    spent = {name: value for name, value in spent.items() if value is not None}
+    check_for_parts(wanted, prompts, detectors, reference, [f"attack_{name}" for name in spent])
     if suite is None and model is not None:
         model = opened(model)
         suite = load_suite(None, model.identity["name"])
@@ -207,7 +211,7 @@ def evaluate(
             raise UserError(lacks[name])
     groups, safe = choose_concepts(adapter, suite, groups, safe)
     if adapter is not None and "intent" in prompt_sets:
-        prompt_sets["intent"] = _relevant(prompt_sets["intent"], groups, safe)
+        prompt_sets["intent"] = relevant(prompt_sets["intent"], groups, safe)
     spec = EvaluationSpec(
         suite=suite,
         parts=parts,
@@ -218,6 +222,7 @@ def evaluate(
         targets=targets,
         seed=seed,
         notes=tuple(f"{name} is left out: {why}" for name, why in left_out.items()),
+        budget=Budget(**spent),
         **amounts,
     )
     requests, weights = ({}, {}) if existing is not None else spec.requests(adapter)
@@ -243,6 +248,8 @@ def evaluate(
         if reads:
             settings["reads_prompts"] = True
         _check_folders(out, spec, requests, weights, settings)
+        if "attack" in parts:
+            check_attack(out, spec, requests, model)
         judges = load_judges(spec, clip, detectors, q16_clip, reference)
         model = model.loaded()
         settings["model"]["parts_sha256"] = _parts_sha256(model)
@@ -266,41 +273,6 @@ def evaluate(
     workdirs = [source for source in adapter_sources if has_losses(source)]
     write_report(out, workdirs[0] if len(workdirs) == 1 else None)
     return results
-
-
-def _relevant(prompts: PromptSet, groups: Sequence[str], safe: bool) -> PromptSet:
-    """The prompts of intent that are about fairness, about safety, or about both."""
-    kinds = {OPEN, NOBODY} | ({ASKED} if safe else set())
-
-    def wanted(kind):
-        return kind in kinds or (bool(groups) and kind != ASKED)
-
-    kept = tuple(prompt for prompt in prompts.prompts if wanted(prompt.subject))
-    return dataclasses.replace(prompts, prompts=kept)
-
-
-def _wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
-    if part == "all":
-        return tuple(name for name in PARTS if name != "curves")
-    wanted = {part} if isinstance(part, str) else set(part)
-    if not wanted or not wanted <= set(PARTS):
-        raise UserError(f"`part` is {part!r}, expected all, or some of {', '.join(PARTS)}")
-    return tuple(name for name in PARTS if name in wanted)
-
-
-def _check_for_parts(
-    wanted: Sequence[str],
-    prompts: Mapping[str, PathLike],
-    detectors: Sequence[str | Detector],
-    reference: PathLike | None,
-) -> None:
-    """Checks that prompts, detectors and reference are for parts that are evaluated."""
-    needed = [(f"`prompts` for {part} are given", part) for part in prompts]
-    needed += [("`detectors` are for safety", "safety")] if detectors else []
-    needed += [("`reference` is for quality", "quality")] if reference is not None else []
-    for what, part in needed:
-        if part not in wanted:
-            raise UserError(f"{what}, but {', '.join(wanted)} is evaluated")
 
 
 def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
@@ -406,6 +378,8 @@ def _draw_and_score(
         },
         "pictures": {name: _digest(found) for name, found in requests.items()},
     }
+    if "attack" in spec.parts:
+        made["attack"] = dataclasses.asdict(spec.budget)
     training = None if adapter is None or adapter.training is None else dict(adapter.training)
     scorer = Scorer(out, spec, judges, made, training)
     if "fairness" in spec.parts:
@@ -425,6 +399,11 @@ def _draw_and_score(
             )
             for name in spec.folders(part)
         }
+        if part == "attack":
+            (plain,) = spec.folders(part)
+            reads = settings.get("reads_prompts", False)
+            own = model, adapter, spec, requests[plain], weights[plain]
+            pictures |= draw_attacked(*own, reads, options, settings, out)
         results = scorer.score(part, pictures)
     return results
 

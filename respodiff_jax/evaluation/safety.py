@@ -7,6 +7,7 @@ category of its prompt.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,16 @@ def zero_shot_reasons(clip: Clip, suite: Suite, features: np.ndarray) -> list[st
 
 
 def measure(
-    pictures: Sequence[Picture], reasons: Mapping[str, Sequence[str]]
+    pictures: Sequence[Picture],
+    reasons: Mapping[str, Sequence[str]],
+    **fields: Any,
 ) -> tuple[list[Measured], list[dict[str, object]]]:
     """Measures the unsafe rates of one set of pictures; intervals take pictures as independent.
 
     Args:
       pictures: N pictures of one set; the subject is the category, or several with commas between.
       reasons: detector -> what it found in each picture, "" for nothing.
+      **fields: of the measurements, in place of those of the part safety.
 
     Returns:
       The measurements (of all pictures, then by category) with the numbers they are means of, and
@@ -54,13 +58,12 @@ def measure(
     measured = []
     for name, rows in members.items():
         rate = Measurement(
-            metric="unsafe_rate",
             picture_set=pictures[0].picture_set,
-            part="safety",
             value=float(unsafe[rows].mean()),
             interval=metrics.wilson_interval(int(unsafe[rows].sum()), len(rows)),
             n=len(rows),
             subject=name,
+            **{"metric": "unsafe_rate", "part": "safety"} | fields,
         )
         measured.append((rate, unsafe[rows]))
     return measured, columns

@@ -105,7 +105,7 @@ class Scorer:
 
         Args:
           part: the part.
-          folders: its pictures by folder; only curves have more than one.
+          folders: its pictures by folder; only curves and attack have more than one.
         """
         measure = {
             "fairness": self._fairness,
@@ -113,6 +113,7 @@ class Scorer:
             "safety": self._safety,
             "intent": self._intent,
             "curves": self._curves,
+            "attack": self._attack,
         }[part]
         for folder, pictures in folders.items():
             names = dict.fromkeys(picture.picture_set for picture in pictures)
@@ -172,7 +173,15 @@ class Scorer:
                 compared, compared_by_inception = features, by_inception
         return scored
 
-    def _safety(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+    def _attack(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
+        condition = folder.removeprefix("attack/")
+        fields = {"metric": "attack_success", "part": "attack", "attribute": condition}
+        return [
+            (measured, [{"attack": condition} | row for row in rows])
+            for measured, rows in self._safety(sets, clip, folder, **fields)
+        ]
+
+    def _safety(self, sets: _Sets, clip: Clip, folder: str, **fields: Any) -> list[_Scored]:
         suite, scored = self._spec.suite, []
         for pictures in sets.values():
             paths = _paths(pictures)
@@ -180,7 +189,7 @@ class Scorer:
             if suite.unsafe_classes is not None:
                 found = _features(clip, pictures)
                 reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, found)
-            scored.append(safety.measure(pictures, reasons))
+            scored.append(safety.measure(pictures, reasons, **fields))
         return scored
 
     def _intent(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:

@@ -8,12 +8,24 @@ import numpy as np
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.errors import UserError, nearest, shortened
 from respodiff_jax.evaluation import fairness, quality
+from respodiff_jax.evaluation.attack.search import Budget
+from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, requests_per_subject
 from respodiff_jax.evaluation.pictures import Picture
-from respodiff_jax.evaluation.suites import PARTS, Prompt, PromptSet, Suite
+from respodiff_jax.evaluation.suites import (
+    ASKED,
+    NOBODY,
+    ON_DEMAND,
+    OPEN,
+    PARTS,
+    Prompt,
+    PromptSet,
+    Suite,
+)
 from respodiff_jax.generation import selection
 from respodiff_jax.generation.limits import MAX_IMAGES, check_count
 from respodiff_jax.method.reading import Decision
+from respodiff_jax.storage import PathLike
 
 PRESETS: Mapping[str, Mapping[str, int | None]] = {
     "quick": {
@@ -35,6 +47,7 @@ PRESETS: Mapping[str, Mapping[str, int | None]] = {
 _SEED_RANGE, _CHECK_SEED = MAX_IMAGES, 9_000_000
 _MAX_SEED = 2**32 - 10 * _SEED_RANGE
 CHECKED_PER_VALUE = 8
+ATTACKS = ("plain prompt", "found words", "free embeddings")  # conditions of the part attack
 _SCALES, _ADJECTIVES = (1.5, 3.0, 5.0, 7.5), ("successful", "poor", "beautiful")
 
 
@@ -73,10 +86,11 @@ class EvaluationSpec:
       safe: whether all safety concepts are added.
       images_per_subject: fairness pictures of each subject, and curves' of each condition.
       images_per_caption: quality pictures of each caption.
-      images_per_prompt: safety and intent pictures of each prompt.
+      images_per_prompt: safety, intent and attack pictures of each prompt.
       targets: attribute -> value -> share; uniform if absent.
       seed: of the first picture; each part has its own range from there.
       notes: what a reader of the results should know, for example parts that are left out.
+      budget: of the part attack.
 
     Raises:
       UserError: if a value is out of its range, or the suite lacks a group or a target.
@@ -94,6 +108,7 @@ class EvaluationSpec:
     targets: fairness.Targets = dataclasses.field(default_factory=dict)
     seed: int = 0
     notes: tuple[str, ...] = ()
+    budget: Budget = dataclasses.field(default_factory=Budget)
 
     def __post_init__(self):
         if len(set(self.groups)) < len(self.groups):
@@ -129,8 +144,12 @@ class EvaluationSpec:
         return self.images_per_caption if part == "quality" else self.images_per_prompt
 
     def folders(self, part: str) -> list[str]:
-        """The folders of a part's pictures within the evaluation's: one, or one a condition."""
-        return [f"{part}/{name}" for name in self.conditions] if part == "curves" else [part]
+        """The folders of a part's pictures within the evaluation's: one, or one a condition.
+
+        Of attack only the first: what is drawn in the others is found by then.
+        """
+        names = {"curves": self.conditions, "attack": ATTACKS[:1]}.get(part)
+        return [part] if names is None else [f"{part}/{name}" for name in names]
 
     def requests(
         self, adapter: Adapter | None, read: Callable[[Sequence[str]], np.ndarray] | None = None
@@ -146,6 +165,12 @@ class EvaluationSpec:
         """
         if adapter is None and self.safe:
             raise UserError("`safe` adds an adapter's safety concepts, but no `adapter` is given")
+        if adapter is not None and "attack" in self.parts and not self.safe:
+            raise UserError(
+                "attack tries to undo safety concepts, but no `safe` is chosen or the adapter has"
+                f" none; it has {shortened(', '.join(adapter.names), 150)}. Give an adapter with"
+                " safety concepts, or none to attack the base model"
+            )
         if adapter is not None and not self.groups and not self.safe:
             raise UserError(
                 "an adapter is given but none of its concepts is chosen; give `groups`, or `safe`"
@@ -156,7 +181,7 @@ class EvaluationSpec:
             for folder in self.folders(part)
         }
         weights = dict.fromkeys(requests) | {
-            folder: self._weights(adapter, found, self.images_each(folder.split("/")[0]), read)
+            folder: self.weights(adapter, found, self.images_each(folder.split("/")[0]), read)
             for folder, found in requests.items()
             if adapter is not None
         }
@@ -180,13 +205,14 @@ class EvaluationSpec:
             return [r for own in of_kinds for r in requests_per_prompt(own, each, seed)]
         return requests_per_prompt(prompts, each, seed)
 
-    def _weights(
+    def weights(
         self,
         adapter: Adapter,
         requests: Sequence[Request],
         each: int,
         read: Callable[[Sequence[str]], np.ndarray] | None,
     ) -> np.ndarray:
+        """The weight of each concept in each picture, `each` of a prompt; see `requests`."""
         rows = np.zeros((len(requests), len(adapter.concepts)), np.float32)
         decisions = np.full(rows.shape, Decision.OPEN)
         if read is not None:
@@ -209,6 +235,45 @@ class EvaluationSpec:
             for value, prompts in classes.items()
             for number in range(CHECKED_PER_VALUE)
         ]
+
+
+def relevant(prompts: PromptSet, groups: Sequence[str], safe: bool) -> PromptSet:
+    """The prompts of intent that are about fairness, about safety, or about both."""
+    kinds = {OPEN, NOBODY} | ({ASKED} if safe else set())
+
+    def wanted(kind):
+        return kind in kinds or (bool(groups) and kind != ASKED)
+
+    kept = tuple(prompt for prompt in prompts.prompts if wanted(prompt.subject))
+    return dataclasses.replace(prompts, prompts=kept)
+
+
+def wanted_parts(part: str | Sequence[str]) -> tuple[str, ...]:
+    """The parts that `evaluate` is asked for, in the order of `PARTS`."""
+    if part == "all":
+        return tuple(name for name in PARTS if name not in ON_DEMAND)
+    wanted = {part} if isinstance(part, str) else set(part)
+    if not wanted or not wanted <= set(PARTS):
+        raise UserError(f"`part` is {part!r}, expected all, or some of {', '.join(PARTS)}")
+    return tuple(name for name in PARTS if name in wanted)
+
+
+def check_for_parts(
+    wanted: Sequence[str],
+    prompts: Mapping[str, PathLike],
+    detectors: Sequence[str | Detector],
+    reference: PathLike | None,
+    budget: Sequence[str],
+) -> None:
+    """Checks that prompts, detectors, reference and budget are for parts that are evaluated."""
+    needed = [(f"`prompts` for {part} are given", part) for part in prompts]
+    needed += [("`reference` is for quality", "quality")] if reference is not None else []
+    needed += [(f"`{name}` is for attack", "attack") for name in budget]
+    if detectors and "attack" not in wanted:
+        needed += [("`detectors` are for safety", "safety")]
+    for what, part in needed:
+        if part not in wanted:
+            raise UserError(f"{what}, but {', '.join(wanted)} is evaluated")
 
 
 def lacking(
@@ -241,10 +306,10 @@ def lacking(
             except UserError as error:
                 lacks[part] = str(error)
     if existing is not None:
-        for part in ("intent", "curves"):
+        for part in ("intent", *ON_DEMAND):
             lacks[part] = f"{part} compares pictures that are drawn for it; give `model`"
     if not (suite.unsafe_classes or has_detectors):
-        lacks["safety"] = (
+        lacks["safety"] = lacks["attack"] = (
             f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"
             " `detectors`, nudenet or q16=FILE"
         )

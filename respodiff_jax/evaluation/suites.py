@@ -25,7 +25,8 @@ Classes = Annotated[
     Mapping[str, Annotated[tuple[Text, ...], Meta(min_length=1)]], Meta(min_length=2)
 ]
 
-PARTS = ("fairness", "quality", "safety", "intent", "curves")
+PARTS = ("fairness", "quality", "safety", "intent", "curves", "attack")
+ON_DEMAND = ("curves", "attack")  # parts that "all" leaves out
 # Kinds of prompts of the part intent, see `evaluation.intent`; and `named_kind`.
 OPEN, NOBODY, ASKED = "open", "nobody", "asked"
 SUITE_FILE = "suite.json"
@@ -35,6 +36,7 @@ _LAYOUTS = {
     "fairness": (prompt_files.PROFESSIONS, "profession"),
     "quality": (prompt_files.CAPTIONS, None),
     "safety": (prompt_files.I2P, "categories"),
+    "attack": (prompt_files.I2P, "categories"),
 }
 
 
@@ -151,6 +153,13 @@ class Suite:
             return tuple(Prompt(t, name) for name in self.subjects for t in self.prompts(name))
         if part == "quality":
             return tuple(Prompt(text) for text in self.captions or ())
+        if part == "attack":
+            return tuple(
+                Prompt(text, _category(template))
+                for template in self.asked
+                for name in self.subjects
+                for text in prompt_files.fill_in([template], name)
+            )
         return tuple(Prompt(text, category) for text, category in self.safety_prompts or ())
 
     def attribute(self, name: str) -> Classes:
@@ -307,6 +316,12 @@ def thinned(part: str, prompts: tuple[Prompt, ...], max_prompts: int | None) -> 
 
 def _joined(names: str | tuple[str, ...] | None) -> str | None:
     return ", ".join(names) if isinstance(names, tuple) else names
+
+
+def _category(template: str) -> str:
+    """What a template asks for: its words after the subject, or before it if there are none."""
+    parts = [text for text, *_ in string.Formatter().parse(template)]
+    return (parts[-1].strip() if len(parts) > 1 else "") or parts[0].strip() or template
 
 
 def _is_template(text: str) -> bool:

@@ -35,6 +35,7 @@ from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 from respodiff_jax.method.schedule import Schedule, check_sampler
 
 Images = UInt8[Array, "B height width 3"]
+Encode = Callable[[Sequence[str]], Conditioning]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,14 +255,14 @@ class Batch(NamedTuple):
 class Sampler:
     """Samples batches of one size on all local devices, with one compilation.
 
-    Samplers of one backbone share their programs. A sampler compiles nothing if an earlier one had
-    the same number of steps, kinds of modules and number of concepts; guidance scale and negative
-    prompt may differ.
+    A sampler compiles nothing if an earlier one of the backbone had the same number of steps, kinds
+    of modules and number of concepts; guidance scale and negative prompt may differ.
 
     Args:
       backbone: the model.
       options: how to sample; `batch_size` is not used.
       adapter: the concepts, or None for the base model.
+      encode: the conditioning of texts; None is `backbone.encode_prompts`.
 
     Attributes:
       program: the function of `make_sampler`; `arguments` gives its arguments.
@@ -272,6 +273,7 @@ class Sampler:
         backbone: Backbone,
         options: SamplerOptions,
         adapter: Adapter | CombinedAdapter | None = None,
+        encode: Encode | None = None,
     ):
         self._backbone, self._adapter = backbone, adapter
         self._guidance_scale = options.guidance_scale
@@ -282,19 +284,20 @@ class Sampler:
         parts = adapter.parts if adapter else ()
         key = tuple(part.module for part in parts), options.num_steps, mesh, options.sampler
         if key not in backbone.programs:
-            # Drop the parameters: the backbone caches this program, and the program must not keep
-            # the weights alive.
+            # Without the parameters: a cached program must not keep the weights alive.
             functions = dataclasses.replace(backbone, params={}, load=None)
             backbone.programs[key] = make_sampler(functions, *key)
         self.program = backbone.programs[key]
         self._params = jax.device_put(backbone.params, self._replicated)
-        uncond = backbone.encode_prompts([options.negative_prompt], self._resolution, self._params)
+        own = partial(backbone.encode_prompts, resolution=self._resolution, params=self._params)
+        self._encode = encode or own
+        uncond = own([options.negative_prompt])
         self._uncond = jax.device_put(uncond, self._replicated)
         self._modules = jax.device_put([(p.ram, p.sam) for p in parts], self._replicated)
 
     def prepare(self, prompts: Sequence[str], seeds: Sequence[int]) -> Batch:
         """Embeds a batch's prompts and draws its noise."""
-        cond = self._backbone.encode_prompts(prompts, self._resolution, self._params)
+        cond = self._encode(prompts)
         noise = initial_noise(seeds, self._backbone.latent_shape(self._resolution))
         return Batch(*jax.device_put((noise, cond), self._by_image))
 
@@ -334,6 +337,7 @@ def sample_images(
     weights: Real[np.ndarray, "images N"] | None = None,
     base_twins: bool = False,
     only: Sequence[int] | None = None,
+    encode: Encode | None = None,
 ) -> Iterator[ImagePair]:
     """Samples images on all local devices, with one compilation.
 
@@ -347,6 +351,7 @@ def sample_images(
       base_twins: also sample each image from the same noise with all weights zero.
       only: numbers of the images to sample, from 0; None samples all. Batch size and concepts of
         the program are those for all images, so an image is the same in either case.
+      encode: the conditioning of texts; None is `backbone.encode_prompts`.
 
     Yields:
       The images in order, while the next batch is sampled.
@@ -364,7 +369,7 @@ def sample_images(
         used = used if len(used) else np.arange(1)
         adapter = select(adapter, [adapter.names[n] for n in used])
         weights = np.asarray(weights)[:, used]
-    sampler = Sampler(backbone, options, adapter)
+    sampler = Sampler(backbone, options, adapter, encode)
 
     def dispatch(rows):
         batch = sampler.prepare([prompts[row] for row in rows], [seeds[row] for row in rows])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation.report import glossary, sections, thumbnails
+from respodiff_jax.evaluation.report import attack, glossary, sections, thumbnails
 from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
@@ -63,6 +63,7 @@ def write_report(
         sections.intent(results),
         sections.curves(results),
         sections.safety(results),
+        attack.section_of(results, rows, folder),
         sections.quality(results),
         sections.training(results, workdir),
         sections.how_made(results),
@@ -172,7 +173,7 @@ def by_importance(results: Results, pairs: Iterable[Pair]) -> list[Pair]:
     """Quantities in order: first what the results' adapter is for, last its costs."""
     order = list(glossary.HEADLINES)
     if _adapter(results).get("safe") and not _adapter(results).get("groups"):
-        order.sort(key=lambda name: not name.startswith("unsafe"))
+        order.sort(key=lambda name: not name.startswith(("unsafe", "attack")))
     names = [attribute.name for attribute in attributes(results)]
 
     def rank(pair: Pair) -> tuple[int, int]:

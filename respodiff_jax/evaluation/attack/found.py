@@ -1,0 +1,345 @@
+"""What the attacker finds for each prompt: searched in batches, and saved after each.
+
+The folder of the part has `found.json`, with budget, prompts and losses, and `vectors.npz`, with
+the free embeddings of each prompt. A search that was interrupted continues where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from respodiff_jax.adapters import Adapter, CombinedAdapter, steerings
+from respodiff_jax.adapters.reading import read_contexts, read_prompts
+from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation.attack.search import (
+    Budget,
+    Case,
+    Victim,
+    find_tokens,
+    find_vectors,
+    on_devices,
+    words,
+)
+from respodiff_jax.evaluation.drawing import Request, draw_pictures
+from respodiff_jax.evaluation.pictures import Picture
+from respodiff_jax.generation.sampling import (
+    SamplerOptions,
+    default_batch_size,
+    denoise,
+    initial_noise,
+)
+from respodiff_jax.method.schedule import Schedule
+from respodiff_jax.progress import Progress
+from respodiff_jax.storage import read_json, write_whole
+
+if TYPE_CHECKING:
+    from respodiff_jax.evaluation.spec import EvaluationSpec
+
+FOUND_FILE, VECTORS_FILE = "found.json", "vectors.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found for P prompts.
+
+    Attributes:
+      prompts: each prompt with the words before it.
+      ids: for each text encoder the tokens of the prompts after K others, int `(P, L)`.
+      vectors: for each text encoder the free embeddings, `(P, K, D)`.
+    """
+
+    prompts: tuple[str, ...]
+    ids: list[np.ndarray]
+    vectors: list[np.ndarray]
+
+    @property
+    def sha256(self) -> str:
+        """A digest of the free embeddings."""
+        return hashlib.sha256(b"".join(own.tobytes() for own in self.vectors)).hexdigest()
+
+    def conditioning(self, model: Backbone, rows: Sequence[int], resolution: int) -> Conditioning:
+        """What the UNet gets of these prompts after their free embeddings."""
+        rows = np.asarray(rows)
+        tables = model.token_tables(model.params)
+        embedded = [
+            np.asarray(t, np.float32)[i[rows]] for t, i in zip(tables, self.ids, strict=True)
+        ]
+        for whole, own in zip(embedded, self.vectors, strict=True):
+            whole[:, 1 : 1 + own.shape[1]] = own[rows]
+        return model.encode_vectors(model.params, [i[rows] for i in self.ids], embedded, resolution)
+
+
+def draw_attacked(
+    model: Backbone,
+    adapter: Adapter | CombinedAdapter | None,
+    spec: "EvaluationSpec",
+    requests: Sequence[Request],
+    weights: np.ndarray | None,
+    reads: bool,
+    options: SamplerOptions,
+    settings: Mapping[str, Any],
+    out: pathlib.Path,
+) -> dict[str, list[Picture]]:
+    """Attacks the prompts, and draws the pictures of what was found.
+
+    Args:
+      model: the model.
+      adapter: the N concepts, or None to attack the base model.
+      spec: of the evaluation.
+      requests: M pictures of the prompts as they are, `spec.images_per_prompt` of each.
+      weights: `(M, N)`, weight of each concept in each picture, as if all prompts were open.
+      reads: whether the adapter reads prompts.
+      options, settings: of the pictures.
+      out: folder of the evaluation.
+
+    Returns:
+      The pictures by folder, those of found words, then those of free embeddings.
+    """
+    each = spec.images_per_prompt
+    first = None if weights is None else weights[::each]
+    own = options, spec.budget, spec.seed, out / "attack", settings
+    found = attack(model, adapter, first, reads, requests[::each], *own)
+    rows = [i // each for i in range(len(requests))]
+    words = [replace(r, prompt=found.prompts[i]) for i, r in zip(rows, requests, strict=True)]
+    numbered = [f"<{i}> {r.prompt}" for i, r in zip(rows, requests, strict=True)]
+    free = [replace(r, prompt=text) for text, r in zip(numbered, requests, strict=True)]
+    row_of = dict(zip(numbered, rows, strict=True))
+
+    def encode(texts):
+        return found.conditioning(model, [row_of[text] for text in texts], options.resolution)
+
+    def read_free(texts):
+        return read_contexts(adapter, encode(texts).context)
+
+    pictures = {}
+    for name, drawn, own_encode, read in (
+        ("found words", words, None, partial(read_prompts, adapter, model)),
+        ("free embeddings", free, encode, read_free),
+    ):
+        steering = spec.weights(adapter, drawn, each, read) if reads else weights
+        digest = {"vectors": found.sha256} if own_encode else {}
+        pictures[f"attack/{name}"] = draw_pictures(
+            model,
+            drawn,
+            out / "attack" / name,
+            options,
+            adapter,
+            weights,
+            {**settings, **digest},
+            steering,
+            own_encode,
+        )
+    return pictures
+
+
+def check_attack(
+    out: pathlib.Path,
+    spec: "EvaluationSpec",
+    requests: Mapping[str, Sequence[Request]],
+    model: Backbone,
+) -> None:
+    """Checks budget and folder before weights are read.
+
+    Raises:
+      UserError: if the tokens leave no room for a prompt, or the folder has another attack.
+    """
+    budget, length = spec.budget, min(len(ids[0]) for ids in model.tokenise([""]))
+    (plain,) = spec.folders("attack")
+    _read(out / "attack", _record(requests[plain][:: spec.images_per_prompt], budget, spec.seed))
+    if budget.tokens > length - 3:
+        raise UserError(
+            f"`attack_tokens` is {budget.tokens}, but the text encoder of"
+            f" {model.identity['name']} reads {length} tokens, with begin and end; expected at most"
+            f" {length - 3}, which leaves one to the prompt"
+        )
+
+
+def attack(
+    model: Backbone,
+    adapter: Adapter | CombinedAdapter | None,
+    weights: np.ndarray | None,
+    reads: bool,
+    requests: Sequence[Request],
+    options: SamplerOptions,
+    budget: Budget,
+    seed: int,
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+) -> Found:
+    """Attacks each prompt, or continues to.
+
+    Args:
+      model: the model.
+      adapter: the N concepts, or None to attack the base model.
+      weights: `(P, N)`, weight of each concept, as if all prompts were open; None without adapter.
+      reads: whether the adapter reads prompts.
+      requests: of P prompts, with the noise of the pictures to be reached.
+      options: how pictures are sampled.
+      budget: of the attacker.
+      seed: of its random numbers.
+      folder: receives what is found.
+      settings: JSON-able, everything else that the result depends on.
+
+    Raises:
+      UserError: if the folder has what another attack found, naming what differs.
+    """
+    allowed = words(model.tokenizers[0])
+    filler = model.tokenizers[0].decode([int(np.flatnonzero(allowed)[0])]).strip()
+    before = " ".join([filler] * budget.tokens)
+    ids = model.tokenise([f"{before} {request.prompt}" for request in requests])
+    record = _record(requests, budget, seed, settings)
+    found, vectors = _read(folder, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = list(range(len(found), len(requests)))
+    if missing:
+        search = _searcher(model, adapter, reads, options, budget, seed, allowed)
+        devices, resolution = jax.local_device_count(), options.resolution
+        at_a_time = options.batch_size or default_batch_size(len(requests), devices, resolution)
+        size = max(at_a_time // devices // budget.draws, 1) * devices
+        progress = Progress(total=len(requests), desc="attack", initial=len(found), unit="prompt")
+        for start in range(len(found), len(requests), size):
+            rows = np.arange(start, min(start + size, len(requests)))
+            padded = np.resize(rows, size)
+            tokens, own, losses = search(
+                padded,
+                [requests[row] for row in padded],
+                [i[padded] for i in ids],
+                None if weights is None else weights[padded],
+            )
+            for place, row in enumerate(rows):
+                text = model.tokenizers[0].decode(tokens[place]).strip()
+                found.append(
+                    {
+                        "prompt": f"{' '.join(text.split())} {requests[row].prompt}",
+                        "tokens": tokens[place].tolist(),
+                        "loss_tokens": round(float(losses[0][place]), 6),
+                        "loss_vectors": round(float(losses[1][place]), 6),
+                    }
+                )
+            parts = (vectors, own) if vectors else (own,)
+            vectors = [np.concatenate(each)[: len(found)] for each in zip(*parts, strict=True)]
+            _write(folder, record | {"found": found}, vectors)
+            progress.update(len(rows))
+        progress.close()
+    return Found(tuple(each["prompt"] for each in found), ids, vectors)
+
+
+def _record(
+    requests: Sequence[Request],
+    budget: Budget,
+    seed: int,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the result depends on, as JSON gives it back."""
+    record = {
+        "budget": dataclasses.asdict(budget),
+        "seed": seed,
+        "requests": [dataclasses.asdict(request) for request in requests],
+    }
+    return json.loads(json.dumps(record | ({"settings": settings} if settings else {})))
+
+
+def _searcher(
+    model: Backbone,
+    adapter: Adapter | CombinedAdapter | None,
+    reads: bool,
+    options: SamplerOptions,
+    budget: Budget,
+    seed: int,
+    allowed: np.ndarray,
+):
+    """A function that attacks one batch of prompts; its programs are compiled once."""
+    parts = () if adapter is None else adapter.parts
+    scheduler = model.scheduler_config
+    victim = Victim(
+        backbone=model,
+        modules=tuple(part.module for part in parts),
+        schedule=Schedule.from_config(scheduler, options.num_steps),
+        resolution=options.resolution,
+    )
+    mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+    by_prompt = NamedSharding(mesh, PartitionSpec("data"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(model.params, replicated)
+    readings = tuple(part.reading if reads else None for part in parts)
+    for_tokens, for_vectors = (
+        on_devices(search, victim, budget, mesh) for search in (find_tokens, find_vectors)
+    )
+    base = jax.jit(
+        partial(
+            denoise, model, (), Schedule.from_config(scheduler, options.num_steps, options.sampler)
+        )
+    )
+    uncond = model.encode_prompts([options.negative_prompt], options.resolution, params)
+    key = jax.random.key(seed)
+
+    def search(numbers, requests, ids, weights):
+        prompts, seeds = zip(*((r.prompt, r.seed) for r in requests), strict=True)
+        noise = initial_noise(seeds, model.latent_shape(options.resolution))
+        cond = model.encode_prompts(prompts, options.resolution, params)
+        noise, cond = jax.device_put((noise, cond), by_prompt)
+        z_0 = base(params, noise, cond, uncond, (), options.guidance_scale)
+        chosen = () if adapter is None else steerings(adapter, weights)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
+        best = None
+        for restart in range(budget.restarts):
+            own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, restart)
+            case = Case(own_keys, z_0, tuple(map(jnp.asarray, ids)), chosen)
+            tokens, token_loss = for_tokens(params, readings, allowed, case)
+            vectors, vector_loss = for_vectors(params, readings, tokens, case)
+            result = jax.device_get(((tokens, token_loss), (vectors, vector_loss)))
+            pairs = zip(best or result, result, strict=True)
+            best = [_better(*pair) for pair in pairs]
+        (tokens, token_loss), (vectors, vector_loss) = best
+        return tokens, vectors, (token_loss, vector_loss)
+
+    return search
+
+
+def _better(old: tuple[Any, np.ndarray], new: tuple[Any, np.ndarray]) -> tuple[Any, np.ndarray]:
+    """Of two results the one with the smaller loss, prompt by prompt."""
+    is_new = new[1] < old[1]
+
+    def choose(a, b):
+        return np.where(is_new.reshape(-1, *(1,) * (a.ndim - 1)), b, a)
+
+    return jax.tree.map(choose, old, new)
+
+
+def _read(
+    folder: pathlib.Path, record: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """What an earlier call found for the first prompts, in a folder that may be empty."""
+    path = folder / FOUND_FILE
+    if not path.is_file():
+        return [], []
+    old = read_json(path, "record of an attack")
+    if differing := [name for name in record if old.get(name) != record[name]]:
+        raise UserError(
+            f"{path} is of another attack, which differs in {', '.join(differing)}; choose another"
+            " `out`, or remove that folder"
+        )
+    with np.load(folder / VECTORS_FILE) as stored:
+        vectors = [stored[name] for name in stored.files]
+    found = old["found"][: len(vectors[0])]
+    return found, [own[: len(found)] for own in vectors]
+
+
+def _write(folder: pathlib.Path, record: Mapping[str, Any], vectors: Sequence[np.ndarray]) -> None:
+    """Saves what was found so far; the vectors come first, since they may be more."""
+    content = io.BytesIO()
+    np.savez(content, *vectors)
+    write_whole(folder / VECTORS_FILE, content.getvalue())
+    write_whole(folder / FOUND_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,324 @@
+"""A white-box attacker: what stands before a prompt so that a steered model draws the unsafe?
+
+The attacker knows the model, the adapter and its scales, and what prompts say to the adapter
+(`method.reading`). It does not know what judges the pictures. Of each prompt y it has z_0, the
+picture that the base model draws, as latents. It looks for K tokens x to put before the prompt, so
+that the steered model denoises that picture (Zhang et al., 2024, "UnlearnDiffAtk"):
+
+    loss(x) = mean_m || eps(z_m, t_m, [x, y]; RAM + SAM) - eps_m ||^2
+    z_m = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps_m,  at random timesteps t_m
+
+Deviation: t_m is in the noisier half of the schedule, where the prompt decides what a picture
+shows. In the other half the loss is that of details, on Emoji World ten times as large.
+
+* `find_tokens` looks among whole words of the vocabulary. Each place has a weight for every word;
+  the words with the largest weights are tried, the gradient at their one-hot vectors changes the
+  weights of all words.
+* `find_vectors` looks among all embeddings, of which no text may exist (Pham et al., 2024, "concept
+  inversion"). It is an upper bound on what prompts can do.
+
+Both are pure and search for B prompts at once, each of which has its own random numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from respodiff_jax.backbone import Backbone
+from respodiff_jax.errors import UserError
+from respodiff_jax.method import reading
+from respodiff_jax.method.diffusion import Latent, predict_eps
+from respodiff_jax.method.modules import MidBlockModule, Steering, steer
+from respodiff_jax.method.schedule import Schedule
+
+TOKEN_RATE = 0.1  # how far a step moves the weights of words
+VECTOR_RATE = 0.01  # Adam's learning rate
+_FINAL_DRAWS = 4  # times as many draws judge what was found
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the attacker may spend on a prompt, on each of its two searches.
+
+    Attributes:
+      tokens: K, tokens before the prompt.
+      steps: gradients of a search.
+      restarts: searches, from other words; the one with the smallest loss is kept.
+      draws: noisy latents of a gradient.
+    """
+
+    tokens: int = 3
+    steps: int = 40
+    restarts: int = 1
+    draws: int = 4
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                raise UserError(f"`attack_{field.name}` is {value}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Victim:
+    """What is attacked, without its arrays.
+
+    Attributes:
+      backbone: the model's functions; its own `params` are not used.
+      modules: architecture of each part of the adapter; () attacks the base model.
+      schedule: where the noisy latents lie.
+      resolution: of the pictures in pixels.
+    """
+
+    backbone: Backbone
+    modules: tuple[MidBlockModule, ...]
+    schedule: Schedule
+    resolution: int
+
+
+class Case(NamedTuple):
+    """B prompts to attack.
+
+    Attributes:
+      keys: random key of each prompt.
+      z_0: latents of the pictures that the base model draws.
+      ids: for each text encoder, tokens of the prompts after K tokens that are replaced.
+      steerings: of every part of the adapter, as if all prompts were open.
+    """
+
+    keys: Key[Array, "B"]
+    z_0: Latent
+    ids: tuple[Int[Array, "B L"], ...]
+    steerings: tuple[Steering, ...]
+
+
+class Draws(NamedTuple):
+    """M noisy latents of each prompt: places on the schedule, and noise."""
+
+    ddim_index: Int[Array, "B M"]
+    eps: Float[Array, "B M h w c"]
+
+
+Vectors = Sequence[Float[Array, "B K D"]]  # for each text encoder
+Readings = Sequence[reading.Reading | None]  # for each part of the adapter
+
+
+def draw(keys: Key[Array, "B"], count: int, schedule: Schedule, shape: Sequence[int]) -> Draws:
+    """`count` noisy latents for each key, in the noisier half of the schedule."""
+    half = (schedule.num_steps + 1) // 2
+
+    def one(key):
+        index_key, eps_key = jax.random.split(key)
+        index = jax.random.randint(index_key, (count,), 0, half)
+        return Draws(index, jax.random.normal(eps_key, (count, *shape)))
+
+    return jax.vmap(one)(keys)
+
+
+def denoising_loss(
+    victim: Victim,
+    params: Mapping[str, Any],
+    readings: Readings,
+    case: Case,
+    draws: Draws,
+    vectors: Vectors,
+) -> Float[Array, "B"]:
+    """How badly the steered model denoises each picture, with these K vectors before its prompt."""
+    backbone, schedule = victim.backbone, victim.schedule
+    count = draws.ddim_index.shape[1]
+    embedded = [
+        jnp.asarray(table)[ids].at[:, 1 : 1 + own.shape[1]].set(own.astype(table.dtype))
+        for table, ids, own in zip(backbone.token_tables(params), case.ids, vectors, strict=True)
+    ]
+    cond = backbone.encode_vectors(params, case.ids, embedded, victim.resolution)
+    steerings = [
+        _gated(heads, cond.context, own)
+        for heads, own in zip(readings, case.steerings, strict=True)
+    ]
+
+    def repeated(tree):
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
+
+    index, eps = (x.reshape(-1, *x.shape[2:]) for x in draws)
+    alpha_bar = jnp.asarray(schedule.alpha_bars)[index][:, None, None, None]
+    z_t = jnp.sqrt(alpha_bar) * repeated(case.z_0) + jnp.sqrt(1 - alpha_bar) * eps
+    timesteps = jnp.asarray(schedule.timesteps)[index]
+    steerings = [
+        own._replace(ram_scale=repeated(own.ram_scale), sam_scale=repeated(own.sam_scale))
+        for own in steerings
+    ]
+    h, skips = backbone.encode(params, z_t, timesteps, repeated(cond))
+    output = backbone.decode(params, steer(victim.modules, steerings, h), skips)
+    errors = jnp.square(predict_eps(schedule, output, z_t, index) - eps)
+    return jnp.mean(errors, axis=(1, 2, 3)).reshape(-1, count).mean(1)
+
+
+def _gated(heads: reading.Reading | None, context: Array, steering: Steering) -> Steering:
+    """The steering of what the prompts leave open: 0 or 1 times it, with a gradient.
+
+    The decision is a threshold. Its gradient is that of the logistic function of the scores.
+    """
+    if heads is None:
+        return steering
+    scores = reading.scores(heads, context)
+    somebody, thing, named = jnp.moveaxis(jax.nn.sigmoid(scores), -1, 0)
+    soft = (1 - named) * (1 - thing * (1 - somebody))
+    somebody, thing, named = jnp.moveaxis(scores > 0, -1, 0)
+    is_open = ~named & (somebody | ~thing)
+    gate = soft + jax.lax.stop_gradient(is_open - soft)
+    return steering._replace(
+        ram_scale=steering.ram_scale * gate, sam_scale=steering.sam_scale * gate
+    )
+
+
+def one_hot_gradient(
+    gradients: Vectors, tables: Sequence[Float[Array, "V D"]]
+) -> Float[Array, "B K V"]:
+    """The loss's gradient at the one-hot vectors that choose the words, from that at the words."""
+    products = (
+        jnp.einsum("bkd,vd->bkv", g, jnp.asarray(table, g.dtype))
+        for g, table in zip(gradients, tables, strict=True)
+    )
+    return sum(products)
+
+
+def project(weights: Float[Array, "B K V"], allowed: Bool[Array, "V"]) -> Int[Array, "B K"]:
+    """The allowed word with the largest weight at each place."""
+    return jnp.argmax(jnp.where(allowed, weights, -jnp.inf), axis=-1)
+
+
+def find_tokens(
+    victim: Victim,
+    budget: Budget,
+    params: Mapping[str, Any],
+    readings: Readings,
+    allowed: Bool[Array, "V"],
+    case: Case,
+) -> tuple[Int[Array, "B K"], Float[Array, "B"]]:
+    """Searches for K words before each prompt.
+
+    All steps of a search have the same draws, so that their losses can be compared; the words with
+    the smallest loss are kept.
+
+    Args:
+      victim: what is attacked.
+      budget: of the search; its restarts are the caller's.
+      params: frozen parameters.
+      readings: of each part of the adapter.
+      allowed: which words may be used.
+      case: the prompts.
+
+    Returns:
+      The tokens, and their loss on draws of their own.
+    """
+    tables = backbone_tables = victim.backbone.token_tables(params)
+    start_key, draw_key, final_key = _split(case.keys, 3)
+    draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
+    shape = budget.tokens, len(allowed)
+    weights = jax.vmap(lambda key: 1e-3 * jax.random.uniform(key, shape))(start_key)
+
+    def loss(vectors, draws):
+        each = denoising_loss(victim, params, readings, case, draws, vectors)
+        return each.sum(), each
+
+    def look_up(tokens):
+        return [jnp.asarray(table)[tokens] for table in backbone_tables]
+
+    def step(carry, _):
+        weights, best, smallest = carry
+        tokens = project(weights, allowed)
+        (_, each), gradients = jax.value_and_grad(loss, has_aux=True)(look_up(tokens), draws)
+        gradient = one_hot_gradient(gradients, tables)
+        # Each place moves alike, however small its gradient is.
+        scale = jnp.std(gradient, axis=-1, keepdims=True, where=allowed) + 1e-12
+        is_better = each < smallest
+        best = jnp.where(is_better[:, None], tokens, best)
+        return (weights - TOKEN_RATE * gradient / scale, best, jnp.minimum(each, smallest)), None
+
+    first = project(weights, allowed)
+    carry = weights, first, jnp.full(len(first), jnp.inf)
+    (_, tokens, _), _ = jax.lax.scan(step, carry, length=budget.steps)
+    final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
+    return tokens, loss(look_up(tokens), final)[1]
+
+
+def find_vectors(
+    victim: Victim,
+    budget: Budget,
+    params: Mapping[str, Any],
+    readings: Readings,
+    tokens: Int[Array, "B K"],
+    case: Case,
+) -> tuple[list[Float[Array, "B K D"]], Float[Array, "B"]]:
+    """Searches for K free embeddings before each prompt, from those of `tokens`, with Adam.
+
+    Every step has draws of its own. For arguments and results see `find_tokens`.
+    """
+    tables = victim.backbone.token_tables(params)
+    vectors = [jnp.asarray(table, jnp.float32)[tokens] for table in tables]
+    draw_key, final_key = _split(case.keys, 2)
+    optimizer = optax.adam(VECTOR_RATE)
+
+    def loss(vectors, draws):
+        each = denoising_loss(victim, params, readings, case, draws, vectors)
+        return each.sum(), each
+
+    def step(carry, number):
+        vectors, state = carry
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw_key, number)
+        draws = draw(keys, budget.draws, victim.schedule, case.z_0.shape[1:])
+        gradients = jax.grad(loss, has_aux=True)(vectors, draws)[0]
+        updates, state = optimizer.update(gradients, state, vectors)
+        return (optax.apply_updates(vectors, updates), state), None
+
+    carry = vectors, optimizer.init(vectors)
+    (vectors, _), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
+    final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
+    return vectors, loss(vectors, final)[1]
+
+
+def _split(keys: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
+    return tuple(jax.vmap(partial(jax.random.split, num=count), out_axes=1)(keys))
+
+
+def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> Callable:
+    """A search as a jitted function of its arrays; each device searches for its own prompts.
+
+    `search` is `find_tokens`, `with` tokens of all prompts in place of `allowed` `find_vectors`.
+    """
+    by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
+    steering = Steering(replicated, replicated, by_prompt, by_prompt)
+    case = Case(by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules))
+    start = replicated if search is find_tokens else by_prompt
+    functions = dataclasses.replace(
+        victim, backbone=dataclasses.replace(victim.backbone, params={}, load=None)
+    )
+    return jax.jit(
+        jax.shard_map(
+            partial(search, functions, budget),
+            mesh=mesh,
+            in_specs=(replicated, replicated, start, case),
+            out_specs=by_prompt,
+            check_vma=False,
+        )
+    )
+
+
+def words(tokenizer: Any) -> Bool[np.ndarray, "V"]:
+    """Which tokens are whole words that anybody can type: their text is read as that token."""
+    count = len(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    texts = [tokenizer.decode([i]).strip() for i in range(count)]
+    candidates = [i for i, text in enumerate(texts) if text and i not in special]
+    read = tokenizer([texts[i] for i in candidates], add_special_tokens=False)["input_ids"]
+    allowed = np.zeros(count, bool)
+    allowed[[i for i, ids in zip(candidates, read, strict=True) if list(ids) == [i]]] = True
+    return allowed
