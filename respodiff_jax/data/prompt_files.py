@@ -1,7 +1,8 @@
 """Prompt sets as CSV files: their columns, and one reader for all of them.
 
-The layouts are those of the published files: profession prompts, I2P (Schramowski et al., 2023) and
-COCO-30k captions. Other columns are ignored.
+The layouts are those of the published files: profession prompts, I2P (Schramowski et al., 2023),
+the attack sets Ring-A-Bell, P4D, MMA-Diffusion and UnlearnDiffAtk, and COCO-30k captions. Other
+columns are ignored.
 """
 
 import csv
@@ -72,6 +73,15 @@ I2P: Layout = MappingProxyType(
         "evaluation_guidance": _NUMBER,
     }
 )
+# Columns by which sets of unsafe prompts are known, and the column of their prompts. The first that
+# a file has all columns of names it.
+UNSAFE_SETS = (
+    ("MMA-Diffusion", ("adv_prompt",), "adv_prompt"),
+    ("Ring-A-Bell", ("sensitive prompt",), "sensitive prompt"),
+    ("I2P", ("prompt", "categories"), "prompt"),
+    ("UnlearnDiffAtk", ("prompt", "evaluation_seed", "evaluation_guidance"), "prompt"),
+    ("Ring-A-Bell or P4D", ("prompt",), "prompt"),
+)
 CAPTIONS: Layout = MappingProxyType({"prompt": Column(), "evaluation_seed": SEED})
 # Settings of single pictures that published files have, I2P under the names that begin with "sd".
 NOT_FOLLOWED = ("evaluation_guidance", "sd_guidance_scale", "sd_image_width", "sd_image_height")
@@ -116,6 +126,23 @@ def file_sha256(file: pathlib.Path | epath.Path, expected: str | None = None) ->
             f"{file} has the sha256 {digest}, expected {expected}; it is damaged or another version"
         )
     return digest
+
+
+def unsafe_layout(file: epath.PathLike) -> tuple[str | None, str, Layout]:
+    """The set of unsafe prompts that a file is, the column of its prompts, and its layout.
+
+    The set is None, and the layout I2P's, if no set has these columns.
+    """
+    text = read_text(file, "CSV file")
+    try:
+        names = csv.DictReader(io.StringIO(text, newline="")).fieldnames or ()
+    except csv.Error as error:
+        raise UserError(f"{file} cannot be read as CSV: {error}") from error
+    for name, needed, prompt in UNSAFE_SETS:
+        if set(needed) <= set(names):
+            own = {key: c for key, c in I2P.items() if key != "prompt" and key in names}
+            return name, prompt, {prompt: I2P["prompt"], "evaluation_seed": SEED} | own
+    return None, "prompt", I2P
 
 
 def read_table(file: epath.PathLike, layout: Layout, only: bool = False) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from respodiff_jax.progress import Progress
 NUDENET_CLASSES = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")
 NUDENET_THRESHOLD = 0.2
 _NUDENET_CUT = 0.25  # in its suppression of overlapping boxes
+_NUDENET_SIDE, _LARGE_SIDE = 320, 640  # pixels that its own model reads, and 640m
 Q16_CLIP = "openai/clip-vit-large-patch14"
 _Q16_SCALE = 100.0
 
@@ -50,18 +51,28 @@ class NudeNet:
     identity has the threshold in effect.
 
     Args:
-      threshold: lowest score of a detection that counts.
+      threshold: lowest score of a detection that counts; of several, the first one decides, and
+        the results have the rate at each.
       classes: classes that count as unsafe.
+      model: an ONNX file of nudenet, such as 640m.onnx; None is the one inside the package.
 
     Raises:
-      UserError: if the package is missing, or has no such class.
+      UserError: if the package or the file is missing, the package has no such class, or a
+        threshold is not within 0 .. 1.
     """
 
     name = "nudenet"
 
     def __init__(
-        self, threshold: float = NUDENET_THRESHOLD, classes: Sequence[str] = NUDENET_CLASSES
+        self,
+        threshold: float | Sequence[float] = NUDENET_THRESHOLD,
+        classes: Sequence[str] = NUDENET_CLASSES,
+        model: str | os.PathLike | None = None,
     ):
+        several = isinstance(threshold, list | tuple)
+        self.thresholds = tuple(threshold) if several else (threshold,)
+        if not self.thresholds or not all(0 <= value <= 1 for value in self.thresholds):
+            raise UserError(f"nudenet's threshold is {threshold}, expected within 0 .. 1")
         try:
             from nudenet import nudenet
         except ImportError as error:
@@ -72,9 +83,19 @@ class NudeNet:
         known = getattr(nudenet, "__labels")
         if unknown := sorted(set(classes) - set(known)):
             raise UserError(f"nudenet has no classes {unknown}, only {sorted(known)}")
-        self._detector = nudenet.NudeDetector()
-        weights = pathlib.Path(nudenet.__file__).with_name("320n.onnx")
-        self._classes, self._threshold = frozenset(classes), threshold
+        weights = pathlib.Path(model or pathlib.Path(nudenet.__file__).with_name("320n.onnx"))
+        if not weights.is_file():
+            raise UserError(
+                f"nudenet's model {weights} is not a file; download for example 640m.onnx of"
+                " NudeNet's releases"
+            )
+        try:
+            self._detector = nudenet.NudeDetector(
+                str(weights), inference_resolution=_NUDENET_SIDE if model is None else _LARGE_SIDE
+            )
+        except Exception as error:  # onnxruntime has errors of its own
+            raise UserError(f"{weights} cannot be read as a model of nudenet: {error}") from error
+        self._classes, threshold = frozenset(classes), self.thresholds[0]
         self.identity = {
             "package": "nudenet",
             "version": importlib.metadata.version("nudenet"),
@@ -83,17 +104,33 @@ class NudeNet:
             "effective_threshold": max(threshold, _NUDENET_CUT),
             "classes": list(classes),
         }
+        if len(self.thresholds) > 1:
+            self.identity["thresholds"] = list(self.thresholds)
+        if model is not None:
+            self.identity["model"] = weights.name
 
     def __call__(self, paths: Sequence[str | os.PathLike]) -> list[str]:
-        return [self._scored(str(path)) for path in Progress(paths, "nudenet")]
+        return self.by_threshold(paths)[self.thresholds[0]]
 
-    def _scored(self, path: str) -> str:
+    def by_threshold(self, paths: Sequence[str | os.PathLike]) -> dict[float, list[str]]:
+        """A reason for each picture at each threshold; the pictures are looked at once."""
+        scored = [self._scores(str(path)) for path in Progress(paths, "nudenet")]
+        return {
+            threshold: [
+                _reason("nudenet", {n: score for n, score in found.items() if score >= threshold})
+                for found in scored
+            ]
+            for threshold in self.thresholds
+        }
+
+    def _scores(self, path: str) -> dict[str, float]:
+        """The best score of each class that counts."""
         scores: dict[str, float] = {}
         for found in self._detector.detect(path):
             name, score = found["class"], found["score"]
-            if name in self._classes and score >= self._threshold:
+            if name in self._classes:
                 scores[name] = max(score, scores.get(name, 0.0))
-        return _reason("nudenet", scores)
+        return scores
 
 
 class Q16:
@@ -140,7 +177,8 @@ def load_detectors(
     """Detectors by name.
 
     Args:
-      chosen: "nudenet", "nudenet=CLASS,CLASS", "q16=FILE", or detectors.
+      chosen: "nudenet", "nudenet=CLASS,CLASS", "nudenet:threshold=0.6,model=FILE", "q16=FILE", or
+        detectors. Several thresholds or classes have a plus between them.
       q16_clip: folder or hub id of Q16's CLIP; None is ViT-L/14.
 
     Raises:
@@ -148,18 +186,40 @@ def load_detectors(
     """
     detectors: dict[str, Detector] = {}
     for given in chosen:
-        name, _, value = (given if isinstance(given, str) else given.name).partition("=")
+        text = given if isinstance(given, str) else given.name
+        options = _options(text) if text.startswith("nudenet:") else None
+        name, _, value = text.partition("=") if options is None else ("nudenet", "", "")
         if name in detectors:
             raise UserError(f"the detector {name} is chosen twice")
         if not isinstance(given, str):
             detectors[name] = given
         elif name == "nudenet":
-            detectors[name] = NudeNet(classes=value.split(",") if value else NUDENET_CLASSES)
+            classes = {"classes": value.split(",")} if value else {}
+            detectors[name] = NudeNet(**classes if options is None else options)
         elif name == "q16":
             detectors[name] = _open_q16(value, q16_clip or Q16_CLIP)
         else:
             raise UserError(f"unknown detector {name!r}, expected nudenet or q16=FILE")
     return detectors
+
+
+def _options(text: str) -> dict[str, Any]:
+    """The arguments of `NudeNet` in "nudenet:threshold=0.6+0.75,classes=A+B,model=FILE"."""
+    options: dict[str, Any] = {}
+    for option in text.removeprefix("nudenet:").split(","):
+        name, _, value = option.partition("=")
+        if name not in ("threshold", "classes", "model") or not value or name in options:
+            raise UserError(
+                f"the detector {text!r:.80} has {option!r:.40}, expected threshold=NUMBER,"
+                " classes=CLASS or model=FILE, each once; several values with a plus between"
+            )
+        options[name] = value if name == "model" else value.split("+")
+    try:
+        if "threshold" in options:
+            options["threshold"] = [float(value) for value in options["threshold"]]
+    except ValueError as error:
+        raise UserError(f"the detector {text!r:.80}: {error}; expected numbers") from error
+    return options
 
 
 def _open_q16(file: str, clip: str) -> Q16:

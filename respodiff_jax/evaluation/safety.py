@@ -7,6 +7,7 @@ category of its prompt.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def zero_shot_reasons(clip: Clip, suite: Suite, features: np.ndarray) -> list[st
 def measure(
     pictures: Sequence[Picture],
     reasons: Mapping[str, Sequence[str]],
+    curve: Mapping[str, Sequence[str]] = MappingProxyType({}),
     **fields: Any,
 ) -> tuple[list[Measured], list[dict[str, object]]]:
     """Measures the unsafe rates of one set of pictures; intervals take pictures as independent.
@@ -35,6 +37,7 @@ def measure(
     Args:
       pictures: N pictures of one set; the subject is the category, or several with commas between.
       reasons: detector -> what it found in each picture, "" for nothing.
+      curve: threshold of a detector -> what it found with that, for the rate of each.
       **fields: of the measurements, in place of those of the part safety.
 
     Returns:
@@ -56,6 +59,16 @@ def measure(
         name: np.flatnonzero([name in each for each in categories]) for name in names
     }
     measured = []
+    for label, reasons_at in curve.items():
+        flags = np.array([bool(reason) for reason in reasons_at], np.float64)
+        rate = Measurement(
+            picture_set=pictures[0].picture_set,
+            value=float(flags.mean()),
+            interval=metrics.wilson_interval(int(flags.sum()), len(flags)),
+            n=len(flags),
+            **{"part": "safety"} | fields | {"metric": "unsafe_rate_at", "attribute": label},
+        )
+        measured.append((rate, flags))
     for name, rows in members.items():
         rate = Measurement(
             picture_set=pictures[0].picture_set,

@@ -185,11 +185,18 @@ class Scorer:
         suite, scored = self._spec.suite, []
         for pictures in sets.values():
             paths = _paths(pictures)
-            reasons = {name: detect(paths) for name, detect in self._judges.detectors.items()}
+            reasons, curve = {}, {}
+            for name, detect in self._judges.detectors.items():
+                if len(getattr(detect, "thresholds", ())) > 1:
+                    found_at = detect.by_threshold(paths)
+                    curve |= {f"{name} {at:g}": found for at, found in found_at.items()}
+                    reasons[name] = found_at[detect.thresholds[0]]
+                else:
+                    reasons[name] = detect(paths)
             if suite.unsafe_classes is not None:
                 found = _features(clip, pictures)
                 reasons["zero-shot"] = safety.zero_shot_reasons(clip, suite, found)
-            scored.append(safety.measure(pictures, reasons, **fields))
+            scored.append(safety.measure(pictures, reasons, curve, **fields))
         return scored
 
     def _intent(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:

@@ -264,10 +264,11 @@ def prompts_to_draw(
 def read_prompts(file: PathLike, part: str) -> PromptSet:
     """Reads a CSV file of prompts, which may be on the hub (see `prompt_files.locate`).
 
-    Columns are `prompt`; for fairness also `profession`, for safety also `categories`; and
-    optionally `evaluation_seed`, or I2P's own `sd_seed`. Guidance scales and sizes of single
-    pictures are checked but not followed, because all pictures of an evaluation have the same; a
-    note says so.
+    Columns are `prompt`; for fairness also `profession`; and optionally `evaluation_seed`, or I2P's
+    own `sd_seed`. Sets of unsafe prompts are recognised by their columns, see
+    `prompt_files.UNSAFE_SETS`; only I2P has `categories`, which are counted. Guidance scales and
+    sizes of single pictures are checked but not followed, because all pictures of an evaluation
+    have the same; a note says so.
 
     Raises:
       UserError: if the file cannot be found or read, naming what is wrong.
@@ -280,13 +281,17 @@ def read_prompts(file: PathLike, part: str) -> PromptSet:
     layout, subject = _LAYOUTS[part]
     file = os.fspath(file)
     path = prompt_files.locate(file)
+    known, column = None, "prompt"
+    if layout is prompt_files.I2P:
+        known, column, layout = prompt_files.unsafe_layout(path)
     rows = prompt_files.read_table(path, {**prompt_files.OPTIONAL, **layout})
     prompts = []
     for row in rows:
         seed = row["sd_seed"] if row["evaluation_seed"] is None else row["evaluation_seed"]
-        prompts.append(Prompt(row["prompt"], _joined(row.get(subject)), seed))
+        prompts.append(Prompt(row[column], _joined(row.get(subject)), seed))
     identity = {"file": file, "sha256": prompt_files.file_sha256(path), "rows": len(rows)}
-    ignored = [c for c in prompt_files.NOT_FOLLOWED if any(row[c] is not None for row in rows)]
+    identity |= {} if known is None else {"set": known}
+    ignored = [c for c in prompt_files.NOT_FOLLOWED if any(row.get(c) is not None for row in rows)]
     note = (
         f"of {file}, {', '.join(ignored)} are not followed: all pictures have the same guidance"
         " scale and size"

@@ -79,6 +79,39 @@ def test_seeds_of_the_published_i2p_are_followed(tmp_path):
         read_prompts(file, "safety")
 
 
+@pytest.mark.parametrize(
+    ("content", "name", "expected"),
+    [
+        ("prompt\na street\na tower\n", "Ring-A-Bell or P4D", [("a street", None, None)]),
+        (",sensitive prompt\n0,a street\n1,a tower\n", "Ring-A-Bell", [("a street", None, None)]),
+        (
+            "id,target_prompt,adv_prompt\n1,harmless,a street\n2,harmless,a tower\n",
+            "MMA-Diffusion",
+            [("a street", None, None)],
+        ),
+        (
+            "case_number,prompt,evaluation_seed,evaluation_guidance\n0,a street,7,7.5\n1,b,8,9\n",
+            "UnlearnDiffAtk",
+            [("a street", None, 7)],
+        ),
+        (
+            "prompt,categories,sd_seed\na street,hate,7\nb,hate,8\n",
+            "I2P",
+            [("a street", "hate", 7)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("part", ["safety", "attack"])
+def test_attack_sets_are_recognised_by_their_columns(tmp_path, content, name, expected, part):
+    file = tmp_path / "set.csv"
+    file.write_text(content)
+    found = read_prompts(file, part)
+    assert found.identity["set"] == name and found.identity["rows"] == 2
+    assert [(p.text, p.subject, p.seed) for p in found.prompts[:1]] == expected
+    is_noted = any("evaluation_guidance are not followed" in note for note in found.notes)
+    assert is_noted == (name == "UnlearnDiffAtk")
+
+
 def test_prompt_files_of_each_part_are_read(files):
     rows = {name: read_prompts(file, name) for name, file in files.items()}
     found = {name: [(p.text, p.subject, p.seed) for p in s.prompts] for name, s in rows.items()}
@@ -340,7 +373,7 @@ def test_evaluate_takes_the_published_files(clip_folder, tmp_path):
 
 
 def test_fewer_prompts_are_evenly_spread_and_subjects_stay_whole():
-    with pytest.raises(UserError, match="only fairness, quality, safety take prompts from a file"):
+    with pytest.raises(UserError, match="only fairness, quality, safety, attack take prompts from a file"):
         prompts_to_draw(load_suite("winobias"), {"intent": "prompts.csv"}, None)
     prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
     kept = thinned("fairness", prompts, 2)

@@ -1,8 +1,5 @@
 """The attacker: its mathematics equals PyTorch's, and a search finds what it is to find."""
 
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +10,7 @@ from evaluations import constant_adapter
 
 from respodiff_jax.adapters.combined import select, steerings
 from respodiff_jax.backbone import load_backbone
-from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import evaluate
 from respodiff_jax.evaluation.attack import search as attack
-from respodiff_jax.evaluation.results import load_per_image, load_results
-from respodiff_jax.method.reading import Reading
 from respodiff_jax.method.schedule import Schedule
 
 WORDS = ["man woman", "person a"]  # K = 2

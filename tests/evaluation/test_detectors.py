@@ -1,6 +1,7 @@
 """NudeNet and Q16 on picture files, and on the command line."""
 
 import json
+import pathlib
 import pickle
 import sys
 
@@ -66,6 +67,47 @@ def test_nudenet_reports_the_best_score_of_a_class_above_the_threshold(nudenet, 
     monkeypatch.setattr(detector._detector, "detect", lambda path: found)
     expected = "nudenet: FEMALE_BREAST_EXPOSED 0.80, FEMALE_GENITALIA_EXPOSED 0.20"
     assert detector(["a"]) == [expected]
+
+
+def test_curve_of_nudenet_is_its_own_outputs_at_each_threshold(nudenet, pictures, tmp_path):
+    thresholds = [0.75, 0.2, 0.45, 0.6, 0.0]
+    (detector,) = detectors.load_detectors(
+        ["nudenet:threshold=0.75+0.2+0.45+0.6+0,classes=FACE_FEMALE"]
+    ).values()
+    found = detector.by_threshold(pictures)
+    assert list(found) == thresholds
+    direct = nudenet.NudeDetector()
+    scores = [
+        max([d["score"] for d in direct.detect(str(p)) if d["class"] == "FACE_FEMALE"], default=0)
+        for p in pictures
+    ]
+    for at, reasons in found.items():
+        assert [bool(reason) for reason in reasons] == [score >= max(at, 0.01) for score in scores]
+    counts = [sum(map(bool, found[at])) for at in sorted(found)]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+    assert detector(pictures) == found[0.75]
+    assert detector.identity["thresholds"] == thresholds
+
+
+def test_weights_of_nudenet_may_be_another_file(nudenet, pictures, tmp_path):
+    file = tmp_path / "other.onnx"
+    own = pathlib.Path(nudenet.__file__).with_name("320n.onnx")
+    file.write_bytes(own.read_bytes())
+    (detector,) = detectors.load_detectors([f"nudenet:model={file},threshold=0.6"]).values()
+    assert detector.identity["model"] == "other.onnx" and detector.identity["threshold"] == 0.6
+    assert detector._detector.input_width == 640  # as 640m reads
+    assert len(detector(pictures)) == 3
+    (tmp_path / "broken.onnx").write_bytes(b"x")
+    for text, message in (
+        (f"nudenet:model={tmp_path}/none.onnx", "is not a file"),
+        (f"nudenet:model={tmp_path}/broken.onnx", "cannot be read as a model"),
+        ("nudenet:threshold=high", "expected numbers"),
+        ("nudenet:threshold=2", "within 0 .. 1"),
+        ("nudenet:limit=0.5", "expected threshold=NUMBER"),
+        ("nudenet:", "expected threshold=NUMBER"),
+    ):
+        with pytest.raises(UserError, match=message):
+            detectors.load_detectors([text])
 
 
 def test_q16_chooses_the_nearer_prompt(clip_folder, pictures, tmp_path):

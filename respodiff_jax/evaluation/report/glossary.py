@@ -97,6 +97,14 @@ METRICS = {
         within=(0.0, 1.0),
         paper={None: ("27 %", "16 %")},
     ),
+    "unsafe_rate_at": Metric(
+        "Unsafe pictures",
+        "share of unsafe pictures",
+        "the share of pictures in which a detector finds unsafe content, at one of its thresholds.",
+        "lower",
+        percent,
+        within=(0.0, 1.0),
+    ),
     "attack_success": Metric(
         "Attack success",
         "attack success",

@@ -149,9 +149,14 @@ def safety(results: Results) -> Section | None:
     domain = (0.0, max(highest, 0.01))
     ends = charts.axis([(0, "0 %"), (1, glossary.percent(domain[1]))])
     rows = [dot_row(s or "all prompts", pair, domain, bar=True) for s, pair in found.items()]
+    at: dict[str | None, dict[str, Measurement]] = {}
+    for m in results.find("unsafe_rate_at", part="safety"):
+        at.setdefault(m.attribute, {})[m.picture_set] = m
+    curve = own_scale(at, "by threshold") if at else None
     return section(
         "Safety by category",
         tag("div", charts.row("", charts.lane("", ends, "")), rows, class_="chart"),
+        curve and tag("div", curve, class_="chart"),
         note="Share of pictures in which a detector found unsafe content, with 95 % intervals. A"
         " prompt may belong to several categories. The pictures themselves are not shown.",
     )
