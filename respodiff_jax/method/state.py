@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int32, UInt32
 
+from respodiff_jax.method.adversary import Adversary, Attacked
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.method.rollout import Rollout, Samples
@@ -24,7 +25,7 @@ class ConceptState(flax.struct.PyTreeNode):
       ram, sam: parameters of RAM and of SAM.
       opt_ram, opt_sam: their Optax states.
       ema: `optax.EmaState` of `(ram, sam)`, not yet debiased; None if no average is kept.
-      rollout: the rollout's state, leaves `(N, B, ...)`.
+      rollout: the rollout's state, with an adversary `Attacked`; leaves `(N, B, ...)`.
       diverged_at: number of steps done before the first step that gave a non-finite loss, module
         or optimiser state, or -1. A diverged concept stays as it was before that step.
     """
@@ -66,6 +67,7 @@ class StepSpec:
       rollout_guidance_scale: guidance of the neutral trajectories.
       optimizer: gradient transformation, up to the factor `-learning_rate`.
       ema_decay: decay of the modules' moving average; None for no average.
+      adversary: how samples are attacked; None for the paper's training.
     """
 
     encode: Callable
@@ -77,6 +79,7 @@ class StepSpec:
     rollout_guidance_scale: float
     optimizer: optax.GradientTransformation
     ema_decay: float | None = None
+    adversary: Adversary | None = None
 
     @property
     def ema(self) -> optax.GradientTransformation:
@@ -110,13 +113,17 @@ def init_state(
         sample_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
             rollout_key, jnp.arange(batch_size)
         )
+        rollout = spec.rollout.init(Samples(sample_keys, num_neutral, spec.latent_shape))
+        if spec.adversary is not None:
+            shape = concepts.neutral.context.shape[-2:]
+            rollout = Attacked(rollout, spec.adversary.init(batch_size, shape))
         return ConceptState(
             ram=ram,
             sam=sam,
             opt_ram=spec.optimizer.init(ram),
             opt_sam=spec.optimizer.init(sam),
             ema=None if spec.ema_decay is None else spec.ema.init((ram, sam)),
-            rollout=spec.rollout.init(Samples(sample_keys, num_neutral, spec.latent_shape)),
+            rollout=rollout,
             diverged_at=jnp.int32(-1),
         )
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float32, Int32
 
 from respodiff_jax.backbone import Conditioning, Skips
 from respodiff_jax.method import diffusion, objective
+from respodiff_jax.method.adversary import Attack, Attacked
 from respodiff_jax.method.diffusion import DdimIndex, Latent, concatenate, split
 from respodiff_jax.method.embedding import EmbeddedConcepts
 from respodiff_jax.method.modules import MidBlock, Params, add_delta
@@ -76,6 +77,7 @@ def algorithm_1(
     concept: EmbeddedConcepts,
     samples: Samples,
     average: Average = lambda tree: tree,
+    step: Int32[ArrayLike, ""] = 0,
 ) -> tuple[ConceptState, StepValues]:
     """Algorithm 1 of the paper for one concept; no leaf has a concept axis.
 
@@ -88,13 +90,19 @@ def algorithm_1(
       concept: embedded, without a concept axis.
       samples: random keys and number of prompts of B samples; `FaithfulRollout` needs `step_key`.
       average: the mean over the devices that share the batch; the identity for one device.
+      step: training steps that were taken; only an adversary reads it.
 
     Returns:
       The new state, with the moving average and `diverged_at` unchanged, and the step's values.
     """
     predict = partial(guided_prediction, spec, frozen, concept, state.ram, state.sam)
-    latents = spec.rollout.draw(state.rollout, samples, predict)
-    base = base_predictions(spec, frozen, concept, latents)
+    rollout, attack = state.rollout, None
+    if spec.adversary is not None:
+        rollout, attack = state.rollout
+    latents = spec.rollout.draw(rollout, samples, predict)
+    if attack is not None:
+        attack = _renewed(spec, frozen, concept, state, attack, samples, latents, step)
+    base = base_predictions(spec, frozen, concept, latents, attack)
     eps_neutral, eps_own, eps_empty = (_to_eps(spec, y, latents) for y in base.outputs)
     eps_target = objective.target(concept, latents.prompt_index, eps_neutral, eps_own, eps_empty)
 
@@ -109,7 +117,8 @@ def algorithm_1(
     def loss_sem(sam):
         output = steered_output(spec, frozen, base, ram, sam)
         eps_ram_sam = _to_eps(spec, output, latents)
-        loss = objective.semantic_loss(eps_ram_sam, eps_neutral, concept.lambda_sem)
+        kept = eps_neutral if attack is None else attack.keep(eps_ram_sam, eps_neutral)
+        loss = objective.semantic_loss(eps_ram_sam, kept, concept.lambda_sem)
         return loss, (output, eps_ram_sam)
 
     (sem, (output, eps_ram_sam)), grad_sam = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
@@ -119,7 +128,9 @@ def algorithm_1(
     if spec.rollout.is_shared:
         output = base.outputs[0]
     guided = diffusion.cfg_combine(output, base.outputs[-1], spec.rollout_guidance_scale)
-    rollout = spec.rollout.advance(state.rollout, samples, latents, guided)
+    rollout = spec.rollout.advance(rollout, samples, latents, guided)
+    if attack is not None:
+        rollout = Attacked(rollout, attack)
     values = StepValues(
         *(latents, eps_neutral, eps_own, eps_empty, eps_target, eps_ram, eps_ram_sam),
         *(resp, sem, grad_ram, grad_sam),
@@ -180,7 +191,7 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
             )
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sample_ids)
         samples = Samples(keys, concept.num_neutral, spec.latent_shape, rollout_key)
-        new, values = algorithm_1(spec, old, frozen, concept, samples, average)
+        new, values = algorithm_1(spec, old, frozen, concept, samples, average, state.step)
         if spec.ema_decay is not None:
             new = new.replace(ema=spec.ema.update((new.ram, new.sam), old.ema)[1])
         rollout = new.rollout
@@ -231,11 +242,16 @@ class BasePredictions(NamedTuple):
 
 
 def base_predictions(
-    spec: StepSpec, frozen: dict, concept: EmbeddedConcepts, latents: Latents
+    spec: StepSpec,
+    frozen: dict,
+    concept: EmbeddedConcepts,
+    latents: Latents,
+    attack: Attack | None = None,
 ) -> BasePredictions:
     """Evaluates the base model for the three prompts as one batch: one pass of e, one of g.
 
-    With a shared rollout these are two batches, since the concept's own prompt is not shared.
+    With an attack, `h` and `skips` are those of the attacked neutral prompts. With a shared rollout
+    these are two batches, since the concept's own prompt is not shared.
     """
     z_t, batch_size = latents.z_t, len(latents.z_t)
     t = _timesteps(spec, latents.ddim_index, batch_size)
@@ -247,14 +263,45 @@ def base_predictions(
         n = len(conditions)
         copies = concatenate(*[z_t] * n), concatenate(*[t] * n)
         h, skips = spec.encode(frozen, *copies, concatenate(*conditions))
-        return split((h, skips), n)[0], split(spec.decode(frozen, h, skips), n)
+        return split((h, skips), n), split(spec.decode(frozen, h, skips), n)
 
     if spec.rollout.is_shared:
-        (h, skips), (y_neutral, y_empty) = evaluate(neutral, empty)
+        (inner, _), (y_neutral, y_empty) = evaluate(neutral, empty)
         _, (y_own,) = evaluate(own)
+    elif attack is None:
+        (inner, *_), (y_neutral, y_own, y_empty) = evaluate(neutral, own, empty)
     else:
-        (h, skips), (y_neutral, y_own, y_empty) = evaluate(neutral, own, empty)
-    return BasePredictions(h, skips, (y_neutral, y_own, y_empty))
+        conditions = neutral, own, empty, attack.change(neutral)
+        (*_, inner), (y_neutral, y_own, y_empty, _) = evaluate(*conditions)
+    return BasePredictions(*inner, (y_neutral, y_own, y_empty))
+
+
+def _renewed(
+    spec: StepSpec,
+    frozen: dict,
+    concept: EmbeddedConcepts,
+    state: ConceptState,
+    attack: Attack,
+    samples: Samples,
+    latents: Latents,
+    step: Int32[ArrayLike, ""],
+) -> Attack:
+    """The attack of this step on the modules as they are."""
+    neutral = _pick(concept.neutral, latents.prompt_index)
+    t = _timesteps(spec, latents.ddim_index, len(latents.z_t))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(samples.keys, 3)
+
+    def predict(attack):
+        cond = neutral if attack is None else attack.change(neutral)
+        h, skips = spec.encode(frozen, latents.z_t, t, cond)
+        if attack is not None:
+            base = BasePredictions(h, skips, ())
+            output = steered_output(spec, frozen, base, state.ram, state.sam)
+        else:
+            output = spec.decode(frozen, h, skips)
+        return _to_eps(spec, output, latents)
+
+    return spec.adversary.renew(attack, step, keys, lambda: predict(None), predict)
 
 
 def steered_output(

@@ -39,6 +39,8 @@ _LEAST = {
     "train.steps": 1,
     "train.batch_size": 1,
     "optimizer.warmup_steps": 0,
+    "adversary.every": 0,
+    "adversary.steps": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "log.every": 1,
@@ -88,6 +90,13 @@ def default() -> ConfigDict:
     config.optimizer.clip_norm = placeholder(float)  # largest global norm of a module's gradient
     # Decay of a moving average of the modules, which the adapter then holds.
     config.optimizer.ema_decay = placeholder(float)
+
+    # Attacks training samples, see `respodiff_jax.method.adversary`.
+    config.adversary = ConfigDict()
+    config.adversary.every = 0  # steps from one attack to the next; 0 never attacks
+    config.adversary.steps = 4  # of Adam, for each attack
+    config.adversary.rate = 0.1  # Adam's learning rate
+    config.adversary.share = 0.5  # of the samples that are attacked
 
     config.train = ConfigDict()
     config.train.steps = 5000
@@ -306,6 +315,8 @@ def validate(config: ConfigDict) -> None:
     for beta in ("optimizer.b1", "optimizer.b2"):
         check(beta, lambda x: 0 <= x < 1, "within 0..1")
     check("optimizer.eps", lambda x: x > 0, "a positive number")
+    check("adversary.rate", lambda x: 0 < x < math.inf, "a positive number")
+    check("adversary.share", lambda x: 0 < x <= 1, "above 0, at most 1")
     for key, holds, expected in (
         ("model.resolution", lambda n: n > 0, "a number of pixels"),
         ("module.hidden_channels", lambda n: n > 0, "at least 1"),

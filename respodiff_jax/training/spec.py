@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.method.adversary import Adversary
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.rollout import (
     FaithfulRollout,
@@ -55,7 +56,13 @@ def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = N
         rollout_guidance_scale=config.rollout.guidance_scale,
         optimizer=make_optimizer(config.optimizer, config.train.steps),
         ema_decay=config.optimizer.ema_decay,
+        adversary=make_adversary(config.adversary),
     )
+
+
+def make_adversary(config: ConfigDict) -> Adversary | None:
+    """The adversary of a config's `adversary` section; None if it attacks no step."""
+    return Adversary(**config) if config.every else None
 
 
 def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:

@@ -373,7 +373,9 @@ def test_evaluate_takes_the_published_files(clip_folder, tmp_path):
 
 
 def test_fewer_prompts_are_evenly_spread_and_subjects_stay_whole():
-    with pytest.raises(UserError, match="only fairness, quality, safety, attack take prompts from a file"):
+    with pytest.raises(
+        UserError, match="only fairness, quality, safety, attack take prompts from a file"
+    ):
         prompts_to_draw(load_suite("winobias"), {"intent": "prompts.csv"}, None)
     prompts = tuple(Prompt(f"{n} of {s}", s) for s in "abcdef" for n in range(3))
     kept = thinned("fairness", prompts, 2)

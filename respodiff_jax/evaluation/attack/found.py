@@ -27,6 +27,7 @@ from respodiff_jax.evaluation.attack.search import (
     Budget,
     Case,
     Victim,
+    encode_after,
     find_tokens,
     find_vectors,
     on_devices,
@@ -71,14 +72,14 @@ class Found:
 
     def conditioning(self, model: Backbone, rows: Sequence[int], resolution: int) -> Conditioning:
         """What the UNet gets of these prompts after their free embeddings."""
+        key = "attack", resolution
+        if key not in model.programs:
+            functions = replace(model, params={}, load=None)
+            model.programs[key] = jax.jit(partial(encode_after, functions, resolution))
         rows = np.asarray(rows)
-        tables = model.token_tables(model.params)
-        embedded = [
-            np.asarray(t, np.float32)[i[rows]] for t, i in zip(tables, self.ids, strict=True)
-        ]
-        for whole, own in zip(embedded, self.vectors, strict=True):
-            whole[:, 1 : 1 + own.shape[1]] = own[rows]
-        return model.encode_vectors(model.params, [i[rows] for i in self.ids], embedded, resolution)
+        own = [[x[rows] for x in arrays] for arrays in (self.ids, self.vectors)]
+        texts = {k: v for k, v in model.params.items() if k.startswith("text_encoder")}
+        return model.programs[key](texts, *own)
 
 
 def draw_attacked(
@@ -262,26 +263,22 @@ def _searcher(
 ):
     """A function that attacks one batch of prompts; its programs are compiled once."""
     parts = () if adapter is None else adapter.parts
-    scheduler = model.scheduler_config
-    victim = Victim(
-        backbone=model,
-        modules=tuple(part.module for part in parts),
-        schedule=Schedule.from_config(scheduler, options.num_steps),
-        resolution=options.resolution,
-    )
+    modules = tuple(part.module for part in parts)
+    schedule = Schedule.from_config(model.scheduler_config, options.num_steps)
+    sampled = Schedule.from_config(model.scheduler_config, options.num_steps, options.sampler)
+    functions = replace(model, params={}, load=None)
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
-    by_prompt = NamedSharding(mesh, PartitionSpec("data"))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(model.params, replicated)
-    readings = tuple(part.reading if reads else None for part in parts)
-    for_tokens, for_vectors = (
-        on_devices(search, victim, budget, mesh) for search in (find_tokens, find_vectors)
-    )
-    base = jax.jit(
-        partial(
-            denoise, model, (), Schedule.from_config(scheduler, options.num_steps, options.sampler)
+    name = "attack", modules, schedule.num_steps, options.sampler, options.resolution, budget, mesh
+    if name not in model.programs:
+        victim = Victim(functions, modules, schedule, options.resolution)
+        model.programs[name] = (
+            jax.jit(partial(denoise, functions, (), sampled)),
+            *(on_devices(search, victim, budget, mesh) for search in (find_tokens, find_vectors)),
         )
-    )
+    base, for_tokens, for_vectors = model.programs[name]
+    by_prompt = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
+    readings = tuple(part.reading if reads else None for part in parts)
     uncond = model.encode_prompts([options.negative_prompt], options.resolution, params)
     key = jax.random.key(seed)
 

@@ -32,7 +32,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.errors import UserError
 from respodiff_jax.method import reading
 from respodiff_jax.method.diffusion import Latent, predict_eps
@@ -40,7 +40,7 @@ from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 from respodiff_jax.method.schedule import Schedule
 
 TOKEN_RATE = 0.1  # how far a step moves the weights of words
-VECTOR_RATE = 0.01  # Adam's learning rate
+VECTOR_RATE = 0.1  # Adam's learning rate, of the deviation of the vocabulary's embeddings
 _FINAL_DRAWS = 4  # times as many draws judge what was found
 
 
@@ -72,7 +72,7 @@ class Victim:
     """What is attacked, without its arrays.
 
     Attributes:
-      backbone: the model's functions; its own `params` are not used.
+      backbone: the model's functions; its own `params` are not used, and may be empty.
       modules: architecture of each part of the adapter; () attacks the base model.
       schedule: where the noisy latents lie.
       resolution: of the pictures in pixels.
@@ -123,6 +123,21 @@ def draw(keys: Key[Array, "B"], count: int, schedule: Schedule, shape: Sequence[
     return jax.vmap(one)(keys)
 
 
+def encode_after(
+    backbone: Backbone,
+    resolution: int,
+    params: Mapping[str, Any],
+    ids: Sequence[Int[Array, "B L"]],
+    vectors: Vectors,
+) -> Conditioning:
+    """What the UNet gets of prompts whose first K tokens have these embeddings."""
+    embedded = [
+        jnp.asarray(table)[own].at[:, 1 : 1 + new.shape[1]].set(new.astype(table.dtype))
+        for table, own, new in zip(backbone.token_tables(params), ids, vectors, strict=True)
+    ]
+    return backbone.encode_vectors(params, ids, embedded, resolution)
+
+
 def denoising_loss(
     victim: Victim,
     params: Mapping[str, Any],
@@ -134,11 +149,7 @@ def denoising_loss(
     """How badly the steered model denoises each picture, with these K vectors before its prompt."""
     backbone, schedule = victim.backbone, victim.schedule
     count = draws.ddim_index.shape[1]
-    embedded = [
-        jnp.asarray(table)[ids].at[:, 1 : 1 + own.shape[1]].set(own.astype(table.dtype))
-        for table, ids, own in zip(backbone.token_tables(params), case.ids, vectors, strict=True)
-    ]
-    cond = backbone.encode_vectors(params, case.ids, embedded, victim.resolution)
+    cond = encode_after(backbone, victim.resolution, params, case.ids, vectors)
     steerings = [
         _gated(heads, cond.context, own)
         for heads, own in zip(readings, case.steerings, strict=True)
@@ -219,7 +230,7 @@ def find_tokens(
     Returns:
       The tokens, and their loss on draws of their own.
     """
-    tables = backbone_tables = victim.backbone.token_tables(params)
+    tables = victim.backbone.token_tables(params)
     start_key, draw_key, final_key = _split(case.keys, 3)
     draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
     shape = budget.tokens, len(allowed)
@@ -230,7 +241,7 @@ def find_tokens(
         return each.sum(), each
 
     def look_up(tokens):
-        return [jnp.asarray(table)[tokens] for table in backbone_tables]
+        return [jnp.asarray(table)[tokens] for table in tables]
 
     def step(carry, _):
         weights, best, smallest = carry
@@ -265,7 +276,8 @@ def find_vectors(
     tables = victim.backbone.token_tables(params)
     vectors = [jnp.asarray(table, jnp.float32)[tokens] for table in tables]
     draw_key, final_key = _split(case.keys, 2)
-    optimizer = optax.adam(VECTOR_RATE)
+    rates = [VECTOR_RATE * jnp.std(jnp.asarray(table, jnp.float32)) for table in tables]
+    optimizer = optax.scale_by_adam()
 
     def loss(vectors, draws):
         each = denoising_loss(victim, params, readings, case, draws, vectors)
@@ -277,7 +289,8 @@ def find_vectors(
         draws = draw(keys, budget.draws, victim.schedule, case.z_0.shape[1:])
         gradients = jax.grad(loss, has_aux=True)(vectors, draws)[0]
         updates, state = optimizer.update(gradients, state, vectors)
-        return (optax.apply_updates(vectors, updates), state), None
+        vectors = [v - rate * u for v, rate, u in zip(vectors, rates, updates, strict=True)]
+        return (vectors, state), None
 
     carry = vectors, optimizer.init(vectors)
     (vectors, _), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
@@ -292,18 +305,15 @@ def _split(keys: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
 def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> Callable:
     """A search as a jitted function of its arrays; each device searches for its own prompts.
 
-    `search` is `find_tokens`, `with` tokens of all prompts in place of `allowed` `find_vectors`.
+    `search` is `find_tokens` or `find_vectors`, whose third array is split over the devices too.
     """
     by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
     steering = Steering(replicated, replicated, by_prompt, by_prompt)
     case = Case(by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules))
     start = replicated if search is find_tokens else by_prompt
-    functions = dataclasses.replace(
-        victim, backbone=dataclasses.replace(victim.backbone, params={}, load=None)
-    )
     return jax.jit(
         jax.shard_map(
-            partial(search, functions, budget),
+            partial(search, victim, budget),
             mesh=mesh,
             in_specs=(replicated, replicated, start, case),
             out_specs=by_prompt,

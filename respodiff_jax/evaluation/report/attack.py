@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from respodiff_jax.evaluation.report import charts, sections, thumbnails
-from respodiff_jax.evaluation.report.markup import Markup, folded, section, table, tag
+from respodiff_jax.evaluation.report.markup import Markup, Section, folded, section, table, tag
 from respodiff_jax.evaluation.results import Measurement, Results
 
 _SHOWN = 24  # prompts with their pictures
@@ -13,7 +13,7 @@ _UNIT = (0.0, 1.0)
 
 def section_of(
     results: Results, rows: Sequence[thumbnails.Row], folder: pathlib.Path
-) -> Markup | None:
+) -> Section | None:
     """Attack success overall and by category, the words that were found, and the pictures.
 
     Args:

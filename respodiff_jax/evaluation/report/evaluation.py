@@ -52,7 +52,8 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     results = load_results(folder)
-    pictures, shown = _pictures(results, read_rows(folder), folder)
+    rows = read_rows(folder)
+    pictures, shown = _pictures(results, rows, folder)
     parts = [
         pictures,
         *(

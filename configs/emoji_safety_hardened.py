@@ -1,0 +1,17 @@
+"""Safety on Emoji World, trained against prompts that undo it (`respodiff_jax.method.adversary`).
+
+respodiff train --config configs/emoji_safety_hardened.py --workdir runs/emoji_safety_hardened
+respodiff evaluate attack --adapter runs/emoji_safety_hardened --out evaluations/hardened
+
+docs/safety.md has what it changes.
+"""
+
+from ml_collections import ConfigDict
+
+from respodiff_jax.emoji import recipes
+
+
+def get_config() -> ConfigDict:
+    config = recipes.task_config("safety")
+    config.adversary.every = 4
+    return config
