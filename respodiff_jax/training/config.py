@@ -308,8 +308,8 @@ def validate(config: ConfigDict) -> None:
     check("log.grid_prompts", lambda x: all(isinstance(t, str) and t.strip() for t in x), "prompts")
     if config.rollout.kind == "shared" and config.adversary.every:
         raise UserError(
-            "config.adversary.every is set, but an adversary attacks each concept's own samples, and"
-            " rollout.kind=shared has none; train with rollout.kind=streaming"
+            "config.adversary.every is set, but an adversary attacks each concept's own samples,"
+            " and rollout.kind=shared has none; train with rollout.kind=streaming"
         )
     steps = config.train.steps
     check(
