@@ -21,7 +21,8 @@ KEYS = jax.random.split(jax.random.key(1), 64)
 def predict(attack):
     """Four numbers of each sample, which depend on its changed text states (2, 3) only."""
     states = jnp.where(attack.is_attacked[:, None, None], attack.delta, 0)
-    return jnp.sin(states.reshape(len(states), 6) @ (jnp.arange(24.0) / 24).reshape(6, 4))[:, None, None]
+    weights = jnp.arange(24.0).reshape(6, 4) / 24
+    return jnp.sin(states.reshape(len(states), 6) @ weights)[:, None, None]
 
 
 def renew(step, attack=None):
