@@ -39,7 +39,6 @@ VARIANTS = {
     # Streaming trajectories that take every step of the schedule.
     "whole trajectories": {"rollout.trajectory_steps": 49},
     "faithful rollout": {"rollout.kind": "faithful"},
-    "shared rollout": {"rollout.kind": "shared"},
 }
 _SAFETY = "safety_as_published"  # the ablation is that of the paper's objective
 # task -> the trainings whose adapters steer together

@@ -9,11 +9,10 @@ A rollout is an object with three pure functions, written for one concept:
   model output at these latents.
 
 `has_loop` says whether `draw` runs a loop of DDIM steps. Cost estimates need to know, since XLA
-counts a loop's body once. `is_shared` says whether all concepts of a batch have the same latents.
+counts a loop's body once.
 
 `FaithfulRollout` is the paper's: it carries nothing and runs every trajectory from pure noise.
 `StreamingRollout` keeps trajectories in flight and advances them with the losses' own predictions.
-`SharedRollout` does so with trajectories of the base model, which serve all concepts.
 """
 
 import dataclasses
@@ -108,7 +107,6 @@ class FaithfulRollout:
 
     schedule: Schedule
     has_loop: ClassVar[bool] = True
-    is_shared: ClassVar[bool] = False
 
     def init(self, samples: Samples) -> tuple[()]:
         return ()
@@ -164,7 +162,6 @@ class StreamingRollout:
     schedule: Schedule
     stride: int
     has_loop: ClassVar[bool] = False
-    is_shared: ClassVar[bool] = False
 
     def init(self, samples: Samples) -> Flight:
         noise, prompt_index = _begin(samples)
@@ -195,22 +192,7 @@ class StreamingRollout:
         return jax.tree.map(restarted, fresh, moved)
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedRollout(StreamingRollout):
-    """Streaming trajectories of the base model, which all concepts of a batch share.
-
-    The concepts must have the same neutral prompts. The base model's predictions for the neutral
-    and the empty prompt then belong to no concept: a step computes them once for all N. They also
-    advance the trajectories. A concept's modules do not depend on the other concepts, but for the
-    order in which floats are added.
-
-    Deviation: as `StreamingRollout`; and RAM and SAM do not steer the trajectories.
-    """
-
-    is_shared: ClassVar[bool] = True
-
-
-Rollout = FaithfulRollout | StreamingRollout | SharedRollout
+Rollout = FaithfulRollout | StreamingRollout
 
 
 def _begin(samples: Samples) -> tuple[Latent, Int32[Array, "B"]]:

@@ -92,8 +92,6 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. A concept's part does not depend on the other concepts.
 
-    The trajectories of a `SharedRollout` are the same for every concept.
-
     Args:
       spec: of the training.
       concepts: N embedded concepts.
@@ -109,7 +107,6 @@ def init_state(
         concept_key = jax.random.fold_in(key, stream)
         ram_key, sam_key, rollout_key = jax.random.split(concept_key, 3)
         ram, sam = spec.module.init_params(ram_key), spec.module.init_params(sam_key)
-        rollout_key = key if spec.rollout.is_shared else rollout_key
         sample_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
             rollout_key, jnp.arange(batch_size)
         )

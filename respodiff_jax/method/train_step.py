@@ -125,8 +125,6 @@ def algorithm_1(
     sem, grad_sam = average((sem, grad_sam))
     sam, opt_sam = _update(spec, grad_sam, state.opt_sam, state.sam, concept.lr_sam)
 
-    if spec.rollout.is_shared:
-        output = base.outputs[0]
     guided = diffusion.cfg_combine(output, base.outputs[-1], spec.rollout_guidance_scale)
     rollout = spec.rollout.advance(rollout, samples, latents, guided)
     if attack is not None:
@@ -181,23 +179,13 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
     rollout_key, samples_key = jax.random.split(step_key)
 
     def one_concept(old, concept):
-        key = jax.random.fold_in(samples_key, concept.stream)
-        if spec.rollout.is_shared:
-            # From values without a concept axis, `vmap` computes once what is common to all.
-            rollout, first = jax.tree.map(lambda x: x[0], (state.concepts.rollout, concepts))
-            key, old = rollout_key, old.replace(rollout=rollout)
-            concept = concept._replace(
-                neutral=first.neutral, num_neutral=first.num_neutral, empty=first.empty
-            )
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sample_ids)
+        concept_key = jax.random.fold_in(samples_key, concept.stream)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(concept_key, sample_ids)
         samples = Samples(keys, concept.num_neutral, spec.latent_shape, rollout_key)
         new, values = algorithm_1(spec, old, frozen, concept, samples, average, state.step)
         if spec.ema_decay is not None:
             new = new.replace(ema=spec.ema.update((new.ram, new.sam), old.ema)[1])
-        rollout = new.rollout
         new = _unless_diverged(new, old, values, state.step)
-        if spec.rollout.is_shared:
-            new = new.replace(rollout=rollout)  # a diverged concept does not stop the others
         return new, _metrics(values, new, average), values
 
     return jax.vmap(one_concept)(state.concepts, concepts)
@@ -250,30 +238,21 @@ def base_predictions(
 ) -> BasePredictions:
     """Evaluates the base model for the three prompts as one batch: one pass of e, one of g.
 
-    With an attack, `h` and `skips` are those of the attacked neutral prompts. With a shared rollout
-    these are two batches, since the concept's own prompt is not shared.
+    With an attack, `h` and `skips` are those of the attacked neutral prompts.
     """
     z_t, batch_size = latents.z_t, len(latents.z_t)
-    t = _timesteps(spec, latents.ddim_index, batch_size)
     neutral = _pick(concept.neutral, latents.prompt_index)
     own = _pick(concept.own, latents.prompt_index)
-    empty = _repeat(concept.empty, batch_size)
-
-    def evaluate(*conditions):
-        n = len(conditions)
-        copies = concatenate(*[z_t] * n), concatenate(*[t] * n)
-        h, skips = spec.encode(frozen, *copies, concatenate(*conditions))
-        return split((h, skips), n), split(spec.decode(frozen, h, skips), n)
-
-    if spec.rollout.is_shared:
-        (inner, _), (y_neutral, y_empty) = evaluate(neutral, empty)
-        _, (y_own,) = evaluate(own)
-    elif attack is None:
-        (inner, *_), (y_neutral, y_own, y_empty) = evaluate(neutral, own, empty)
-    else:
-        conditions = neutral, own, empty, attack.change(neutral)
-        (*_, inner), (y_neutral, y_own, y_empty, _) = evaluate(*conditions)
-    return BasePredictions(*inner, (y_neutral, y_own, y_empty))
+    conditions = [neutral, own, _repeat(concept.empty, batch_size)]
+    if attack is not None:
+        conditions.append(attack.change(neutral))
+    count = len(conditions)
+    t = _timesteps(spec, latents.ddim_index, batch_size)
+    copies = concatenate(*[z_t] * count), concatenate(*[t] * count)
+    h, skips = spec.encode(frozen, *copies, concatenate(*conditions))
+    outputs = split(spec.decode(frozen, h, skips), count)[:3]
+    inner = split((h, skips), count)[0 if attack is None else -1]
+    return BasePredictions(*inner, outputs)
 
 
 def _renewed(

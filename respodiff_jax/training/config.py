@@ -31,7 +31,7 @@ _CHOICES = {
     "module.init": INITS,
     "parallel.strategy": ("pmap", "mesh"),
     "optimizer.lr_schedule": ("constant", "linear", "cosine"),
-    "rollout.kind": ("streaming", "shared", "faithful"),
+    "rollout.kind": ("streaming", "faithful"),
 }
 _LEAST = {
     "rollout.num_steps": 2,
@@ -288,7 +288,7 @@ def validate(config: ConfigDict) -> None:
 
     if not isinstance(config, ConfigDict):
         raise UserError(f"`config` is {config!r}, expected a config as from `load_config`")
-    concepts = concepts_from(config)
+    concepts_from(config)
     for key, choices in _CHOICES.items():
         check(key, choices.__contains__, f"one of {', '.join(choices)}")
     for key, least in _LEAST.items():
@@ -298,19 +298,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {_short(value)}, expected at most 32 bits")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
         check(key, math.isfinite, "a finite number")
-    neutral = {concept.neutral_prompts: concept.name for concept in concepts}
-    if config.rollout.kind == "shared" and len(neutral) > 1:
-        first, second, *_ = neutral.values()
-        raise UserError(
-            f"config.rollout.kind is 'shared', but {first!r} and {second!r} have different neutral"
-            " prompts; give all concepts the same, or train with rollout.kind=streaming"
-        )
     check("log.grid_prompts", lambda x: all(isinstance(t, str) and t.strip() for t in x), "prompts")
-    if config.rollout.kind == "shared" and config.adversary.every:
-        raise UserError(
-            "config.adversary.every is set, but an adversary attacks each concept's own samples,"
-            " and rollout.kind=shared has none; train with rollout.kind=streaming"
-        )
     steps = config.train.steps
     check(
         "optimizer.warmup_steps",

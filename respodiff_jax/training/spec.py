@@ -10,13 +10,7 @@ from ml_collections import ConfigDict
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.method.adversary import Adversary
 from respodiff_jax.method.modules import MidBlockModule
-from respodiff_jax.method.rollout import (
-    FaithfulRollout,
-    Rollout,
-    SharedRollout,
-    StreamingRollout,
-    last_loss_index,
-)
+from respodiff_jax.method.rollout import FaithfulRollout, Rollout, StreamingRollout, last_loss_index
 from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.method.state import StepSpec
 
@@ -69,9 +63,8 @@ def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:
     """The rollout of the config's `rollout` section, along a schedule of its `num_steps`."""
     if config.kind == "faithful":
         return FaithfulRollout(schedule)
-    kind = SharedRollout if config.kind == "shared" else StreamingRollout
     num_indices = last_loss_index(schedule) + 1
-    return kind(schedule, stride=math.ceil(num_indices / config.trajectory_steps))
+    return StreamingRollout(schedule, stride=math.ceil(num_indices / config.trajectory_steps))
 
 
 def make_lr_schedule(config: ConfigDict, steps: int) -> optax.Schedule:

@@ -1,4 +1,4 @@
-"""The streaming rollouts: whole trajectories, the paper's indices, the numbers of PyTorch."""
+"""The streaming rollout: whole trajectories, the paper's indices, the numbers of PyTorch."""
 
 import math
 
@@ -90,10 +90,10 @@ def in_flight(state):
     return jax.tree.map(lambda x: x[0, 0], state.concepts.rollout)
 
 
-def check_against_pytorch(folder, concept, steps, stride, kind="streaming", **changes):
+def check_against_pytorch(folder, concept, steps, stride, **changes):
     """Trains one sample and compares every latent, restart and loss with PyTorch."""
     backbone = load_backbone(str(folder), dtype="float32")
-    changes |= {"module.init": "uniform", "rollout.kind": kind}
+    changes |= {"module.init": "uniform", "rollout.kind": "streaming"}
     changes |= {"rollout.trajectory_steps": NUM_STEPS // stride}
     spec, arrays, state, step = setup(backbone, [concept], 1, **changes)
     ram = jax.tree.map(lambda x: 5 * x, state.concepts.ram)
@@ -117,20 +117,18 @@ def check_against_pytorch(folder, concept, steps, stride, kind="streaming", **ch
         if index + stride > int(before.last_index):
             restarts += 1
             # The documented random streams: run -> step -> concept -> sample -> prompt and noise.
-            shared, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
-            own = jax.random.fold_in(samples_key, concept.stream)
-            key = shared if kind == "shared" else own
-            noise_key = jax.random.split(jax.random.fold_in(key, 0))[1]
+            _, samples_key = jax.random.split(jax.random.fold_in(jax.random.key(3), i))
+            concept_key = jax.random.fold_in(samples_key, concept.stream)
+            noise_key = jax.random.split(jax.random.fold_in(concept_key, 0))[1]
             expected = jax.random.normal(noise_key, spec.latent_shape)
             assert 0 <= int(after.ddim_index) < stride
             assert int(after.last_index) == NUM_STEPS - 2
         else:
-            # The trajectory advances with the updated RAM and the SAM from before the step. A
-            # shared one is the base model's.
+            # The trajectory advances with the updated RAM and the SAM from before the step.
             updated = {name: value.clone() for name, value in reference.sam.state_dict().items()}
             reference.sam.load_state_dict(sam)
             timestep, to_timestep = (scheduler.timesteps[i] for i in (index, index + stride))
-            modules = () if kind == "shared" else (reference.ram, reference.sam)
+            modules = (reference.ram, reference.sam)
             guided = reference.guided(z_t, timestep, neutral, empty, 3.0, modules).detach()
             reference.sam.load_state_dict(updated)
             expected = ddim_step(scheduler, guided, z_t, timestep, to_timestep)
@@ -142,10 +140,6 @@ def check_against_pytorch(folder, concept, steps, stride, kind="streaming", **ch
 
 def test_streaming_step_equals_pytorch(sd_folder):
     check_against_pytorch(sd_folder, WOMAN, steps=12, stride=1)
-
-
-def test_shared_step_equals_pytorch(sd_folder):
-    check_against_pytorch(sd_folder, WOMAN, steps=8, stride=2, kind="shared")
 
 
 def test_streaming_step_equals_pytorch_for_safety_and_v_prediction(sd_v_folder):

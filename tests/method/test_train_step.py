@@ -56,7 +56,6 @@ class FixedRollout:
     """Returns fixed latents for the losses."""
 
     latents: Latents
-    is_shared = False
 
     def init(self, samples):
         return ()
@@ -245,24 +244,6 @@ def test_diverged_concept_stops_and_the_other_is_unchanged(tiny_backbone, two_co
     np.testing.assert_array_equal(
         after.concepts.ram["constant"][0], undisturbed.concepts.ram["constant"][0]
     )
-
-
-def test_shared_rollout_trains_a_concept_as_alone_whatever_becomes_of_the_others(tiny_backbone):
-    changes = {"rollout.kind": "shared", "rollout.trajectory_steps": 3}
-    man = dataclasses.replace(MAN, neutral_prompts=WOMAN.neutral_prompts)
-    wild = dataclasses.replace(man, name="wild", lr_ram=1e38)
-    _, alone, state, step = setup(tiny_backbone, [WOMAN], **changes)
-    expected, of_one = run(step, state, tiny_backbone, alone, 5)
-    _, arrays, state, step = setup(tiny_backbone, [wild, WOMAN, man], **changes)
-    found, metrics = run(step, state, tiny_backbone, arrays, 5)
-    np.testing.assert_array_equal(metrics.diverged_at, [0, -1, -1])
-    np.testing.assert_allclose(metrics.loss_resp[1], of_one.loss_resp[0], rtol=1e-4)
-    for part in ("ram", "sam"):
-        one, of_three = (getattr(s.concepts, part)["constant"] for s in (expected, found))
-        assert relative_error(of_three[1], one[0]) < 1e-3
-    flight = found.concepts.rollout
-    assert np.isfinite(flight.z_t).all()
-    np.testing.assert_array_equal(flight.z_t[0], flight.z_t[2])
 
 
 def test_fields_have_the_annotated_shapes(tiny_backbone):

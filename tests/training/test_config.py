@@ -112,15 +112,6 @@ def test_wrong_overrides_are_refused(override, message):
         load("sd14_gender", override)
 
 
-def test_shared_rollout_needs_the_same_neutral_prompts_and_no_adversary():
-    load("sd14_gender", "rollout.kind=shared")
-    different = "'anti-sexual' and 'anti-violence' have different neutral prompts"
-    with pytest.raises(UserError, match=different):
-        load("sd14_safety", "rollout.kind=shared")
-    with pytest.raises(UserError, match=r"config.adversary.every is set, but an adversary attacks"):
-        load("sd14_gender", "rollout.kind=shared", "adversary.every=4")
-
-
 def test_missing_config_file_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.py"):
         load_config(str(tmp_path / "nothing.py"))
