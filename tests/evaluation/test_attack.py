@@ -58,7 +58,7 @@ def make_case(backbone, adapter, weights, prompts=PROMPTS, words=WORDS, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     z_0 = jax.random.normal(jax.random.key(7), (len(prompts), *backbone.latent_shape(resolution)))
     chosen = () if adapter is None else steerings(adapter, weights)
-    return victim, attack.Case(keys, z_0, tuple(ids), chosen)
+    return victim, attack.Case(keys, z_0, tuple(ids), chosen, jnp.asarray(ids[0][:, 1:3]))
 
 
 def torch_loss_and_gradient(pipeline, victim, case, draws, delta):
@@ -127,9 +127,26 @@ def test_loss_one_hot_gradient_and_projection_equal_pytorch(pair):
     scale = np.abs(expected_gradient).max()
     assert scale > 1e-5
     np.testing.assert_allclose(gradient / scale, expected_gradient / scale, atol=2e-3)
-    allowed = np.arange(gradient.shape[-1]) % 2 == 0
-    masked = torch.from_numpy(-expected_gradient).masked_fill(~torch.from_numpy(allowed), -np.inf)
-    np.testing.assert_array_equal(attack.project(-gradient, allowed), masked.argmax(-1))
+    usable = np.random.default_rng(0).random(gradient.shape) < 0.5
+    tokens = case.ids[0][:, 1:3]
+    projected = attack.best_swap(gradient, tokens, usable)
+    expected_tokens = torch.from_numpy(np.array(tokens)).long()
+    slope = torch.from_numpy(expected_gradient)
+    fall = slope.gather(-1, expected_tokens[..., None]) - slope
+    fall = fall.masked_fill(~torch.from_numpy(usable), -np.inf)
+    for row, choice in enumerate(fall.flatten(1).argmax(-1).tolist()):
+        expected_tokens[row, choice // fall.shape[-1]] = choice % fall.shape[-1]
+    np.testing.assert_array_equal(projected, expected_tokens)
+    assert (np.asarray(projected) != tokens).sum() == 2  # one word of each prompt
+
+
+def test_search_begins_with_the_last_words_of_the_prompt():
+    allowed = np.ones(10, bool)
+    allowed[[0, 9]] = False  # begin and end
+    row = np.array([0, 5, 5, 5, 1, 2, 3, 4, 9, 9])
+    assert found.last_words(row, allowed, 3).tolist() == [2, 3, 4]
+    assert found.last_words(np.array([0, 5, 5, 5, 1, 2, 9, 9]), allowed, 3).tolist() == [2, 1, 2]
+    assert found.last_words(np.array([0, 5, 5, 5, 9, 9]), allowed, 3).tolist() == [5, 5, 5]
 
 
 def test_words_are_tokens_that_anybody_can_type(pair):
@@ -319,7 +336,8 @@ def test_attacker_reaches_the_unsafe_picture_of_a_model_without_safety():
     z_0 = base(model.params, noise, cond, uncond, (), options.guidance_scale)
     allowed = attack.words(model.tokenizers[0])
     ids = tuple(map(jnp.asarray, model.tokenise([f"dog dog dog {text}" for text in plain])))
-    case = attack.Case(jax.random.split(jax.random.key(0), 8), z_0, ids, ())
+    keys, start = jax.random.split(jax.random.key(0), 8), ids[0][:, 1:4]
+    case = attack.Case(keys, z_0, ids, (), start)
     tokens, losses = jax.jit(partial(attack.find_tokens, victim, budget))(
         model.params, (), allowed, case
     )

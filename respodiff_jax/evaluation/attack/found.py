@@ -290,10 +290,14 @@ def _searcher(
         z_0 = base(params, noise, cond, uncond, (), options.guidance_scale)
         chosen = () if adapter is None else steerings(adapter, weights)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
+        start = np.stack([last_words(row, allowed, budget.tokens) for row in ids[0]])
         best = None
         for restart in range(budget.restarts):
             own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, restart)
-            case = Case(own_keys, z_0, tuple(map(jnp.asarray, ids)), chosen)
+            rngs = [np.random.default_rng([seed, number, restart]) for number in numbers]
+            other = [rng.choice(np.flatnonzero(allowed), budget.tokens) for rng in rngs]
+            first = np.stack(other) if restart else start
+            case = Case(own_keys, z_0, tuple(map(jnp.asarray, ids)), chosen, jnp.asarray(first))
             tokens, token_loss = for_tokens(params, readings, allowed, case)
             vectors, vector_loss = for_vectors(params, readings, tokens, case)
             result = jax.device_get(((tokens, token_loss), (vectors, vector_loss)))
@@ -303,6 +307,14 @@ def _searcher(
         return tokens, vectors, (token_loss, vector_loss)
 
     return search
+
+
+def last_words(ids: np.ndarray, allowed: np.ndarray, count: int) -> np.ndarray:
+    """The last words of a prompt that stands after `count` tokens, repeated if it has fewer."""
+    own = ids[1 + count :]
+    words = own[allowed[own]]
+    words = words if len(words) else ids[1 : 1 + count]
+    return np.resize(words[::-1], count)[::-1]
 
 
 def _better(old: tuple[Any, np.ndarray], new: tuple[Any, np.ndarray]) -> tuple[Any, np.ndarray]:

@@ -11,9 +11,8 @@ that the steered model denoises that picture (Zhang et al., 2024, "UnlearnDiffAt
 Deviation: t_m is in the noisier half of the schedule, where the prompt decides what a picture
 shows. In the other half the loss is that of details, on Emoji World ten times as large.
 
-* `find_tokens` looks among whole words of the vocabulary. Each place has a weight for every word;
-  the words with the largest weights are tried, the gradient at their one-hot vectors changes the
-  weights of all words.
+* `find_tokens` looks among whole words of the vocabulary, guided by the gradient at their one-hot
+  vectors.
 * `find_vectors` looks among all embeddings, of which no text may exist (Pham et al., 2024, "concept
   inversion"). It is an upper bound on what prompts can do.
 
@@ -39,7 +38,6 @@ from respodiff_jax.method.diffusion import Latent, predict_eps
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 from respodiff_jax.method.schedule import Schedule
 
-TOKEN_RATE = 0.1  # how far a step moves the weights of words
 VECTOR_RATE = 0.1  # Adam's learning rate, of the deviation of the vocabulary's embeddings
 _FINAL_DRAWS = 4  # times as many draws judge what was found
 
@@ -51,7 +49,8 @@ class Budget:
     Attributes:
       tokens: K, tokens before the prompt.
       steps: gradients of a search.
-      restarts: searches, from other words; the one with the smallest loss is kept.
+      restarts: searches; the first begins with the prompt's own last words, others with random
+        words. Of each prompt the one with the smallest loss is kept.
       draws: noisy latents of a gradient.
     """
 
@@ -92,12 +91,14 @@ class Case(NamedTuple):
       z_0: latents of the pictures that the base model draws.
       ids: for each text encoder, tokens of the prompts after K tokens that are replaced.
       steerings: of every part of the adapter, as if all prompts were open.
+      start: the words to begin with.
     """
 
     keys: Key[Array, "B"]
     z_0: Latent
     ids: tuple[Int[Array, "B L"], ...]
     steerings: tuple[Steering, ...]
+    start: Int[Array, "B K"]
 
 
 class Draws(NamedTuple):
@@ -195,15 +196,29 @@ def one_hot_gradient(
 ) -> Float[Array, "B K V"]:
     """The loss's gradient at the one-hot vectors that choose the words, from that at the words."""
     products = (
-        jnp.einsum("bkd,vd->bkv", g, jnp.asarray(table, g.dtype))
+        jnp.einsum("bkd,vd->bkv", jnp.float32(g), jnp.float32(table))
         for g, table in zip(gradients, tables, strict=True)
     )
     return sum(products)
 
 
-def project(weights: Float[Array, "B K V"], allowed: Bool[Array, "V"]) -> Int[Array, "B K"]:
-    """The allowed word with the largest weight at each place."""
-    return jnp.argmax(jnp.where(allowed, weights, -jnp.inf), axis=-1)
+def best_swap(
+    gradient: Float[Array, "B K V"],
+    tokens: Int[Array, "B K"],
+    usable: Bool[Array, "B K V"],
+) -> Int[Array, "B K"]:
+    """The tokens with one word exchanged: where the loss falls most, by its one-hot gradient.
+
+    Args:
+      gradient: from `one_hot_gradient`, at these tokens.
+      tokens: the words to exchange one of.
+      usable: which words may be put where.
+    """
+    now = jnp.take_along_axis(gradient, tokens[..., None], axis=-1)
+    fall = jnp.where(usable, now - gradient, -jnp.inf)
+    place, word = jnp.divmod(jnp.argmax(fall.reshape(len(fall), -1), axis=-1), fall.shape[-1])
+    here = jnp.arange(tokens.shape[1])[None] == place[:, None]
+    return jnp.where(here, word[:, None], tokens)
 
 
 def find_tokens(
@@ -216,8 +231,8 @@ def find_tokens(
 ) -> tuple[Int[Array, "B K"], Float[Array, "B"]]:
     """Searches for K words before each prompt.
 
-    All steps of a search have the same draws, so that their losses can be compared; the words with
-    the smallest loss are kept.
+    All steps of a search have the same draws, so that their losses can be compared. A step tries
+    the `best_swap` that was not tried before, and keeps it if the loss is smaller.
 
     Args:
       victim: what is attacked.
@@ -231,10 +246,8 @@ def find_tokens(
       The tokens, and their loss on draws of their own.
     """
     tables = victim.backbone.token_tables(params)
-    start_key, draw_key, final_key = _split(case.keys, 3)
+    _, draw_key, final_key = _split(case.keys, 3)
     draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
-    shape = budget.tokens, len(allowed)
-    weights = jax.vmap(lambda key: 1e-3 * jax.random.uniform(key, shape))(start_key)
 
     def loss(vectors, draws):
         each = denoising_loss(victim, params, readings, case, draws, vectors)
@@ -243,20 +256,28 @@ def find_tokens(
     def look_up(tokens):
         return [jnp.asarray(table)[tokens] for table in tables]
 
-    def step(carry, _):
-        weights, best, smallest = carry
-        tokens = project(weights, allowed)
+    def evaluate(tokens):
         (_, each), gradients = jax.value_and_grad(loss, has_aux=True)(look_up(tokens), draws)
-        gradient = one_hot_gradient(gradients, tables)
-        # Each place moves alike, however small its gradient is.
-        scale = jnp.std(gradient, axis=-1, keepdims=True, where=allowed) + 1e-12
-        is_better = each < smallest
-        best = jnp.where(is_better[:, None], tokens, best)
-        return (weights - TOKEN_RATE * gradient / scale, best, jnp.minimum(each, smallest)), None
+        return each, one_hot_gradient(gradients, tables)
 
-    first = project(weights, allowed)
-    carry = weights, first, jnp.full(len(first), jnp.inf)
-    (_, tokens, _), _ = jax.lax.scan(step, carry, length=budget.steps)
+    def step(carry, number):
+        tokens, smallest, gradient, usable = carry
+        tried = jnp.where(number == 0, tokens, best_swap(gradient, tokens, usable))
+        each, new_gradient = evaluate(tried)
+        is_better = each < smallest
+        words = jax.nn.one_hot(tried, len(allowed), dtype=bool)
+        left = usable & ~(words & (tried != tokens)[..., None])
+
+        def choose(new, old):
+            return jnp.where(is_better.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        carry = choose(tried, tokens), choose(each, smallest), choose(new_gradient, gradient)
+        return (*carry, choose(everywhere, left)), None
+
+    everywhere = jnp.broadcast_to(allowed, (*case.start.shape, len(allowed)))
+    smallest = jnp.full(len(case.start), jnp.inf)
+    carry = case.start, smallest, jnp.zeros(everywhere.shape), everywhere
+    (tokens, *_), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
     final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
     return tokens, loss(look_up(tokens), final)[1]
 
@@ -271,11 +292,12 @@ def find_vectors(
 ) -> tuple[list[Float[Array, "B K D"]], Float[Array, "B"]]:
     """Searches for K free embeddings before each prompt, from those of `tokens`, with Adam.
 
-    Every step has draws of its own. For arguments and results see `find_tokens`.
+    Every step has draws of its own. Where the loss at the end is no smaller, it stays at `tokens`.
+    For other arguments and results see `find_tokens`.
     """
     tables = victim.backbone.token_tables(params)
-    vectors = [jnp.asarray(table, jnp.float32)[tokens] for table in tables]
-    draw_key, final_key = _split(case.keys, 2)
+    start = vectors = [jnp.asarray(table, jnp.float32)[tokens] for table in tables]
+    draw_key, _, final_key = _split(case.keys, 3)
     rates = [VECTOR_RATE * jnp.std(jnp.asarray(table, jnp.float32)) for table in tables]
     optimizer = optax.scale_by_adam()
 
@@ -295,7 +317,10 @@ def find_vectors(
     carry = vectors, optimizer.init(vectors)
     (vectors, _), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
     final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
-    return vectors, loss(vectors, final)[1]
+    before, after = (loss(v, final)[1] for v in (start, vectors))
+    is_better = (after < before)[:, None, None]
+    found = [jnp.where(is_better, new, old) for new, old in zip(vectors, start, strict=True)]
+    return found, jnp.minimum(before, after)
 
 
 def _split(keys: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
@@ -309,13 +334,13 @@ def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> 
     """
     by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
     steering = Steering(replicated, replicated, by_prompt, by_prompt)
-    case = Case(by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules))
-    start = replicated if search is find_tokens else by_prompt
+    case = Case(by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules), by_prompt)
+    words = replicated if search is find_tokens else by_prompt
     return jax.jit(
         jax.shard_map(
             partial(search, victim, budget),
             mesh=mesh,
-            in_specs=(replicated, replicated, start, case),
+            in_specs=(replicated, replicated, words, case),
             out_specs=by_prompt,
             check_vma=False,
         )
