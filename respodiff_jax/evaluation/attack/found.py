@@ -27,6 +27,7 @@ from respodiff_jax.evaluation.attack.search import (
     Budget,
     Case,
     Victim,
+    differences,
     encode_after,
     find_tokens,
     find_vectors,
@@ -273,9 +274,10 @@ def _searcher(
         victim = Victim(functions, modules, schedule, options.resolution)
         model.programs[name] = (
             jax.jit(partial(denoise, functions, (), sampled)),
+            jax.jit(partial(denoise, functions, modules, sampled)),
             *(on_devices(search, victim, budget, mesh) for search in (find_tokens, find_vectors)),
         )
-    base, for_tokens, for_vectors = model.programs[name]
+    base, steered, for_tokens, for_vectors = model.programs[name]
     by_prompt = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     readings = tuple(part.reading if reads else None for part in parts)
@@ -289,6 +291,10 @@ def _searcher(
         noise, cond = jax.device_put((noise, cond), by_prompt)
         z_0 = base(params, noise, cond, uncond, (), options.guidance_scale)
         chosen = () if adapter is None else steerings(adapter, weights)
+        weight = jnp.ones((*z_0.shape[:-1], 1))
+        if adapter is not None:
+            own = params, noise, cond, uncond, chosen, options.guidance_scale
+            weight = differences(z_0, steered(*own))
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
         start = np.stack([last_words(row, allowed, budget.tokens) for row in ids[0]])
         best = None
@@ -297,7 +303,8 @@ def _searcher(
             rngs = [np.random.default_rng([seed, number, restart]) for number in numbers]
             other = [rng.choice(np.flatnonzero(allowed), budget.tokens) for rng in rngs]
             first = np.stack(other) if restart else start
-            case = Case(own_keys, z_0, tuple(map(jnp.asarray, ids)), chosen, jnp.asarray(first))
+            own_ids = tuple(map(jnp.asarray, ids))
+            case = Case(own_keys, z_0, weight, own_ids, chosen, jnp.asarray(first))
             tokens, token_loss = for_tokens(params, readings, allowed, case)
             vectors, vector_loss = for_vectors(params, readings, tokens, case)
             result = jax.device_get(((tokens, token_loss), (vectors, vector_loss)))

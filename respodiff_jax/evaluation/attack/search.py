@@ -5,11 +5,13 @@ The attacker knows the model, the adapter and its scales, and what prompts say t
 picture that the base model draws, as latents. It looks for K tokens x to put before the prompt, so
 that the steered model denoises that picture (Zhang et al., 2024, "UnlearnDiffAtk"):
 
-    loss(x) = mean_m || eps(z_m, t_m, [x, y]; RAM + SAM) - eps_m ||^2
+    loss(x) = mean_m w || eps(z_m, t_m, [x, y]; RAM + SAM) - eps_m ||^2
     z_m = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps_m,  at random timesteps t_m
 
-Deviation: t_m is in the noisier half of the schedule, where the prompt decides what a picture
-shows. In the other half the loss is that of details, on Emoji World ten times as large.
+Deviations: t_m is in the noisier half of the schedule, where the prompt decides what a picture
+shows. In the other half the loss is that of details, on Emoji World ten times as large. And w
+weights the positions of the latents by how far the steered model's picture of the prompt is from
+z_0, so that words are not spent on what is alike.
 
 * `find_tokens` looks among whole words of the vocabulary, guided by the gradient at their one-hot
   vectors.
@@ -89,6 +91,7 @@ class Case(NamedTuple):
     Attributes:
       keys: random key of each prompt.
       z_0: latents of the pictures that the base model draws.
+      weight: of each position in the loss, with a mean of 1.
       ids: for each text encoder, tokens of the prompts after K tokens that are replaced.
       steerings: of every part of the adapter, as if all prompts were open.
       start: the words to begin with.
@@ -96,6 +99,7 @@ class Case(NamedTuple):
 
     keys: Key[Array, "B"]
     z_0: Latent
+    weight: Float[Array, "B h w 1"]
     ids: tuple[Int[Array, "B L"], ...]
     steerings: tuple[Steering, ...]
     start: Int[Array, "B K"]
@@ -122,6 +126,13 @@ def draw(keys: Key[Array, "B"], count: int, schedule: Schedule, shape: Sequence[
         return Draws(index, jax.random.normal(eps_key, (count, *shape)))
 
     return jax.vmap(one)(keys)
+
+
+def differences(z_0: Latent, steered: Latent) -> Float[Array, "B h w 1"]:
+    """The weight of each position, from the pictures of base model and steered model."""
+    distance = jnp.sum(jnp.square(z_0 - steered), axis=-1, keepdims=True)
+    mean = jnp.mean(distance, axis=(1, 2), keepdims=True)
+    return jnp.where(mean > 0, distance / jnp.where(mean > 0, mean, 1), 1)
 
 
 def encode_after(
@@ -169,7 +180,7 @@ def denoising_loss(
     ]
     h, skips = backbone.encode(params, z_t, timesteps, repeated(cond))
     output = backbone.decode(params, steer(victim.modules, steerings, h), skips)
-    errors = jnp.square(predict_eps(schedule, output, z_t, index) - eps)
+    errors = jnp.square(predict_eps(schedule, output, z_t, index) - eps) * repeated(case.weight)
     return jnp.mean(errors, axis=(1, 2, 3)).reshape(-1, count).mean(1)
 
 
@@ -334,7 +345,9 @@ def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> 
     """
     by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
     steering = Steering(replicated, replicated, by_prompt, by_prompt)
-    case = Case(by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules), by_prompt)
+    case = Case(
+        by_prompt, by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules), by_prompt
+    )
     words = replicated if search is find_tokens else by_prompt
     return jax.jit(
         jax.shard_map(
