@@ -70,6 +70,7 @@ def test_attacked_samples_have_no_semantic_loss():
     assert not gradient[0].any() and gradient[1].all()
 
 
+@pytest.mark.slow
 def test_training_step_attacks_the_prompt_and_steers_from_there(tiny_backbone):
     changes = {"adversary.every": 2, "adversary.steps": 2, "adversary.share": 1.0}
     spec, arrays, state, step = setup(tiny_backbone, [WOMAN], **changes)
