@@ -58,7 +58,9 @@ def make_case(backbone, adapter, weights, prompts=PROMPTS, words=WORDS, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     z_0 = jax.random.normal(jax.random.key(7), (len(prompts), *backbone.latent_shape(resolution)))
     chosen = () if adapter is None else steerings(adapter, weights)
-    weight = attack.differences(z_0, z_0[::-1] * jnp.linspace(0, 2, z_0.shape[2])[:, None])
+    weight = attack.differences(
+        z_0, z_0[::-1] * jnp.linspace(0, 2, z_0.shape[2])[None, None, :, None]
+    )
     start = jnp.asarray(ids[0][:, 1:3])
     return victim, attack.Case(keys, z_0, weight, tuple(ids), chosen, start)
 

@@ -11,17 +11,19 @@ from respodiff_jax.evaluation.suites import Prompt, PromptSet, load_suite, promp
 
 
 def test_parts_that_a_suite_cannot_serve_are_named(suite):
-    assert list(lacking(suite, prompts_to_draw(suite, {}, None))) == ["intent"]
-    named = dataclasses.replace(suite, named={"gender": {"man": "a photo of a man {subject}"}})
+    assert list(lacking(suite, prompts_to_draw(suite, {}, None))) == ["intent", "attack"]
+    templates = {"gender": {"man": "a photo of a man {subject}"}}
+    named = dataclasses.replace(suite, named=templates, asked=("a violent {subject}",))
     assert lacking(named, prompts_to_draw(named, {}, None)) == {}
     winobias = load_suite("winobias")
     prompts = prompts_to_draw(winobias, {}, None)
     lacks = lacking(winobias, prompts)
-    assert list(lacks) == ["quality", "safety"]
+    assert list(lacks) == ["quality", "safety", "attack"]
     assert "no prompts for quality" in lacks["quality"] and "no detector" in lacks["safety"]
     prompts |= {"quality": PromptSet((Prompt("a cat"),))}
-    (lack,) = lacking(winobias, prompts, has_detectors=True).values()
-    assert "no prompts for safety" in lack
+    lacks = lacking(winobias, prompts, has_detectors=True)
+    assert "no prompts for safety" in lacks["safety"]
+    assert "no prompts for attack" in lacks["attack"] and len(lacks) == 2
 
 
 def test_shipped_suites_open_and_mistakes_are_explained(tmp_path):
