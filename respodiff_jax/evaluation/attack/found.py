@@ -204,8 +204,7 @@ def attack(
     record = _record(requests, budget, seed, settings)
     found, vectors = _read(folder, record)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = list(range(len(found), len(requests)))
-    if missing:
+    if len(found) < len(requests):
         search = _searcher(model, adapter, reads, options, budget, seed, allowed)
         devices, resolution = jax.local_device_count(), options.resolution
         at_a_time = options.batch_size or default_batch_size(len(requests), devices, resolution)
