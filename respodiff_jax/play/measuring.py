@@ -127,7 +127,7 @@ def charted(
       sets: "base" and "adapted" -> attribute -> what its pictures show.
       target: a group and the share of each of its concepts; uniform if None.
     """
-    parts = []
+    parts, start = [], 0  # of colours and symbols
     for attribute, classes in suite.attributes.items():
         shares = _shares(list(classes), attribute, target)
         found = []
@@ -149,7 +149,9 @@ def charted(
                 )
             )
         results = Results(tuple(found), made={}, scored={}, environment={})
-        parts += [sections.fairness(results, attribute, list(classes), True), _table(found)]
+        parts.append(sections.fairness(results, attribute, list(classes), True, start))
+        parts.append(_table(found))
+        start += len(classes)
     return fragment(parts)
 
 
