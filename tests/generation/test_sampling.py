@@ -271,9 +271,9 @@ def test_concepts_that_steer_no_image_are_left_out(backbone, monkeypatch):
     adapter, options = tiny_adapter(backbone), SamplerOptions(num_steps=1, batch_size=8)
     sizes, sampler = [], sampling.Sampler
 
-    def counted(backbone, options, adapter):
+    def counted(backbone, options, adapter, encode):
         sizes.append(len(adapter.concepts))
-        return sampler(backbone, options, adapter)
+        return sampler(backbone, options, adapter, encode)
 
     monkeypatch.setattr(sampling, "Sampler", counted)
 

@@ -544,6 +544,8 @@ def test_training_reads_every_option(tmp_path, monkeypatch):
     read |= {option for option in options if option.startswith("concept_defaults.")}
     # Without a reading its words are not read; `test_trained_reading.py` tests them.
     read |= {option for option in options if option.startswith("reading.")}
+    # Nothing is attacked, so only `every` is read; `test_adversary.py` tests the others.
+    read |= {option for option in options if option.startswith("adversary.")} - {"adversary.every"}
     assert options - read == {"train.idle"}
 
 
