@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 from functools import partial
 
 import jax
@@ -303,6 +304,10 @@ def test_interrupted_attack_continues_with_the_same_result(
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
     with pytest.raises(UserError, match=r"another attack, which differs in budget"):
         evaluate(tiny_backbone, adapter, **again | {"attack_steps": 4})
+    vectors = next(pathlib.Path(again["out"]).rglob("vectors.npz"))
+    vectors.write_bytes(vectors.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"does not hold a whole attack .* remove that folder"):
+        evaluate(tiny_backbone, adapter, **again)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -346,10 +347,16 @@ def _read(
             f"{path} is of another attack, which differs in {', '.join(differing)}; choose another"
             " `out`, or remove that folder"
         )
-    with np.load(folder / VECTORS_FILE) as stored:
-        vectors = [stored[name] for name in stored.files]
-    found = old["found"][: len(vectors[0])]
-    return found, [own[: len(found)] for own in vectors]
+    try:
+        with np.load(folder / VECTORS_FILE) as stored:
+            vectors = [stored[name] for name in stored.files]
+        found = old["found"][: len(vectors[0])]
+        return found, [own[: len(found)] for own in vectors]
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{folder} does not hold a whole attack ({error}); remove that folder, then run the"
+            " same command again"
+        ) from error
 
 
 def _write(folder: pathlib.Path, record: Mapping[str, Any], vectors: Sequence[np.ndarray]) -> None:

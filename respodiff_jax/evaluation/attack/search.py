@@ -184,6 +184,12 @@ def denoising_loss(
     return jnp.mean(errors, axis=(1, 2, 3)).reshape(-1, count).mean(1)
 
 
+def _total_loss(victim, params, readings, case, vectors, draws):
+    """The sum of `denoising_loss` over the prompts, to be differentiated, and the loss of each."""
+    each = denoising_loss(victim, params, readings, case, draws, vectors)
+    return each.sum(), each
+
+
 def _gated(heads: reading.Reading | None, context: Array, steering: Steering) -> Steering:
     """The steering of what the prompts leave open: 0 or 1 times it, with a gradient.
 
@@ -259,10 +265,7 @@ def find_tokens(
     tables = victim.backbone.token_tables(params)
     _, draw_key, final_key = _split(case.keys, 3)
     draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
-
-    def loss(vectors, draws):
-        each = denoising_loss(victim, params, readings, case, draws, vectors)
-        return each.sum(), each
+    loss = partial(_total_loss, victim, params, readings, case)
 
     def look_up(tokens):
         return [jnp.asarray(table)[tokens] for table in tables]
@@ -311,10 +314,7 @@ def find_vectors(
     draw_key, _, final_key = _split(case.keys, 3)
     rates = [VECTOR_RATE * jnp.std(jnp.asarray(table, jnp.float32)) for table in tables]
     optimizer = optax.scale_by_adam()
-
-    def loss(vectors, draws):
-        each = denoising_loss(victim, params, readings, case, draws, vectors)
-        return each.sum(), each
+    loss = partial(_total_loss, victim, params, readings, case)
 
     def step(carry, number):
         vectors, state = carry
