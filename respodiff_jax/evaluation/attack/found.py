@@ -348,7 +348,7 @@ def _read(
             " `out`, or remove that folder"
         )
     try:
-        with np.load(folder / VECTORS_FILE) as stored:
+        with np.load(io.BytesIO((folder / VECTORS_FILE).read_bytes())) as stored:
             vectors = [stored[name] for name in stored.files]
         found = old["found"][: len(vectors[0])]
         return found, [own[: len(found)] for own in vectors]
