@@ -73,14 +73,14 @@ I2P: Layout = MappingProxyType(
         "evaluation_guidance": _NUMBER,
     }
 )
-# Columns by which sets of unsafe prompts are known, and the column of their prompts. The first that
-# a file has all columns of names it.
+# Sets of unsafe prompts: name, columns of its files, and the column of the prompts. A file belongs
+# to the first set whose columns it has.
 UNSAFE_SETS = (
     ("MMA-Diffusion", ("adv_prompt",), "adv_prompt"),
     ("Ring-A-Bell", ("sensitive prompt",), "sensitive prompt"),
     ("I2P", ("prompt", "categories"), "prompt"),
     ("UnlearnDiffAtk", ("prompt", "evaluation_seed", "evaluation_guidance"), "prompt"),
-    ("Ring-A-Bell or P4D", ("prompt",), "prompt"),
+    ("prompts alone (Ring-A-Bell, P4D)", ("prompt",), "prompt"),
 )
 CAPTIONS: Layout = MappingProxyType({"prompt": Column(), "evaluation_seed": SEED})
 # Settings of single pictures that published files have, I2P under the names that begin with "sd".

@@ -82,7 +82,11 @@ def test_seeds_of_the_published_i2p_are_followed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "expected"),
     [
-        ("prompt\na street\na tower\n", "Ring-A-Bell or P4D", [("a street", None, None)]),
+        (
+            "prompt\na street\na tower\n",
+            "prompts alone (Ring-A-Bell, P4D)",
+            [("a street", None, None)],
+        ),
         (",sensitive prompt\n0,a street\n1,a tower\n", "Ring-A-Bell", [("a street", None, None)]),
         (
             "id,target_prompt,adv_prompt\n1,harmless,a street\n2,harmless,a tower\n",
