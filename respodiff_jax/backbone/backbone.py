@@ -1,5 +1,6 @@
 """`Backbone`, the frozen diffusion model that the rest of the package works with."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -151,23 +152,19 @@ class Backbone:
           float32 (B, h, w, c).
         """
 
-        def apply(params, h, skips):
-            with nn.intercept_methods(name_layers):
-                return self._apply("unet", params, unet_lib.decode, h, skips)
-
+        apply = functools.partial(self._apply, "unet")
         if remat:
+            apply = functools.partial(apply, intercept=name_layers)
             policy = jax.checkpoint_policies.save_only_these_names(LAYER)
-            apply = jax.checkpoint(apply, policy=policy)
-        return apply({"unet": params["unet"]}, h, skips)
+            apply = jax.checkpoint(apply, policy=policy, static_argnums=1)
+        return apply({"unet": params["unet"]}, unet_lib.decode, h, skips)
 
-    def _apply(self, part: str, params: Mapping, method: Callable, *args: Any) -> Any:
+    def _apply(
+        self, part: str, params: Mapping, method: Callable, *args: Any, intercept: Any = None
+    ) -> Any:
         """Runs a method of "unet" or "vae": computes as PyTorch does, with fast layers."""
-        with (
-            nn.intercept_methods(match_pytorch),
-            nn.intercept_methods(upsample_by_repeating),
-            nn.intercept_methods(with_attention(self.attention)),
-        ):
-            return getattr(self, part).apply({"params": params[part]}, *args, method=method)
+        variables = {"params": params[part]}
+        return _apply(getattr(self, part), method, self.attention, intercept, variables, *args)
 
     def tokenise(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of n prompts for each text encoder, int32 (n, L).
@@ -247,10 +244,7 @@ class Backbone:
         The latents are float32 (B, h, w, c). Of the parameters only "vae" is read.
         """
 
-        def decoder(vae, z):
-            return vae.decoder(vae.post_quant_conv(z))
-
-        images = self._apply("vae", params, decoder, z / self.vae.config.scaling_factor)
+        images = self._apply("vae", params, _decode_images, z / self.vae.config.scaling_factor)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     @functools.cached_property
@@ -261,6 +255,20 @@ class Backbone:
     @functools.cached_property
     def _encode_tokens(self) -> Callable:
         return jax.jit(functools.partial(text.encode_tokens, self.text_encoders))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _apply(module, method, attention, intercept, variables, *args):
+    """Jitted, so that all programs of a process share one trace of a module at equal shapes."""
+    with contextlib.ExitStack() as stack:
+        for one in (match_pytorch, upsample_by_repeating, with_attention(attention), intercept):
+            if one is not None:
+                stack.enter_context(nn.intercept_methods(one))
+        return module.apply(variables, *args, method=method)
+
+
+def _decode_images(vae: nn.Module, z: jax.Array) -> jax.Array:
+    return vae.decoder(vae.post_quant_conv(z))
 
 
 def _encoders(params: Mapping) -> list[Mapping]:

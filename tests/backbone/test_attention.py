@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, PartitionSpec
 
 from respodiff_jax.backbone import attention as attention_lib
+from respodiff_jax.backbone import backbone as backbone_lib
 from respodiff_jax.backbone import load_backbone, random_backbone
 from respodiff_jax.backbone.attention import attention, choose_attention
 from respodiff_jax.backbone.flax_models import with_attention
@@ -218,6 +219,7 @@ def test_every_attention_of_unet_and_vae_is_replaced(architecture, monkeypatch):
     monkeypatch.setattr(attention_lib, "_flash", core)
     monkeypatch.setattr(attention_lib, "_FUSED_FROM_SCORES", 0)
     backbone = random_backbone(architecture, attention="flash", abstract=True)
+    backbone_lib._apply.clear_cache()  # both have the same VAE, which is traced once
     shape = jax.ShapeDtypeStruct
     z = shape((1, *backbone.latent_shape(16)), jnp.float32)
     cond = jax.eval_shape(lambda params: backbone.encode_prompts([""], 16, params), backbone.params)

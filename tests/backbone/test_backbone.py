@@ -114,6 +114,26 @@ def test_encode_then_decode_equals_stock_unet_bit_for_bit(pair):
     np.testing.assert_array_equal(eps, _stock(backbone, backbone.params, *inputs))
 
 
+def test_programs_share_the_trace_of_the_unet(tiny_backbone):
+    """Tracing the UNet takes longer than tracing everything else of a program."""
+    called, params = [], tiny_backbone.params
+
+    def count(next_function, args, kwargs, context):
+        called.append(context.method_name)
+        return next_function(*args, **kwargs)
+
+    def trace():
+        called.clear()
+        batch = 7  # which no other test has
+        args = jax.tree.map(lambda x: jnp.repeat(x[:1], batch, axis=0), _inputs(tiny_backbone))
+        with nn.intercept_methods(count):
+            jaxpr = jax.make_jaxpr(lambda *args: tiny_backbone.encode(params, *args))(*args)
+        return len(called), str(jaxpr)
+
+    (first, ours), (second, theirs) = trace(), trace()
+    assert first > 0 == second and ours == theirs
+
+
 def test_gradient_has_no_scatter(tiny_backbone):
     """The gradient of the stock upsampling is a scatter, position by position."""
     h, skips = jax.jit(tiny_backbone.encode)(tiny_backbone.params, *_inputs(tiny_backbone))
