@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 _GIB = 2**30
-_SMALL = 2**28  # bytes of parameters; the programs of smaller models are not worth the tracing
+SMALL = 2**28  # bytes of parameters; the programs of smaller models are not worth the tracing
 # Results that always take memory of their own; other operations may overwrite an argument.
 _MATERIALISED = {"dot_general", "conv_general_dilated"}
 _LOOPS = {"scan", "while"}
@@ -29,7 +29,7 @@ def nbytes(tree: Any) -> int:
 
 def is_small(params: Any) -> bool:
     """Whether a model needs no estimate: its parameters have less than 256 MiB."""
-    return nbytes(params) < _SMALL
+    return nbytes(params) < SMALL
 
 
 def estimate_bytes(function: Callable, *args: Any) -> int:

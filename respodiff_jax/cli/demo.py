@@ -31,4 +31,5 @@ def run(args: argparse.Namespace) -> None:
 
     logging.set_verbosity(logging.FATAL)  # Orbax's threads log the errors that it then raises
     distributed.enable_compilation_cache()
+    distributed.use_cores(demo.config().model.name, batch_size=2)  # one concept on each of two
     demo.run(args.out)

@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.training.distributed import enable_compilation_cache
 
     enable_compilation_cache()
+    inputs.use_cores(args)
     adapters = [rd.load_adapter(path) for path in args.adapter]
 
     def open_model():

@@ -1,6 +1,7 @@
 """Command-line inputs that several verbs share: adapters, models, prompts, scales."""
 
 import argparse
+import contextlib
 import pathlib
 import re
 from collections.abc import Sequence
@@ -65,6 +66,24 @@ def add_sampler(add: Any) -> None:
         help="ddim is the paper's (default); dpm++ needs fewer steps; ddim-diffusers differs from"
         " ddim where diffusers' timesteps are uneven",
     )
+
+
+def use_cores(args: argparse.Namespace) -> None:
+    """Makes each core a device if the model is small; see `distributed.use_cores`.
+
+    It comes before adapters are loaded, since that may start JAX, so it reads their model's name
+    from the file of a local adapter or working directory.
+    """
+    from respodiff_jax.storage import read_json
+    from respodiff_jax.training import distributed
+
+    name = args.model
+    for file in ("adapter_config.json", "run.json"):
+        path = pathlib.Path(*args.adapter[:1], file)
+        if not name and args.adapter and path.is_file():
+            with contextlib.suppress(UserError, LookupError, TypeError):  # loading reports these
+                name = str(read_json(path, "adapter")["backbone"]["name"])
+    distributed.use_cores(name, getattr(args, "batch_size", None))
 
 
 def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Backbone":

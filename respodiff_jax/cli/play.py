@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> None:
     from respodiff_jax.play.server import serve
 
     enable_compilation_cache()
-    adapters = [rd.load_adapter(path) for path in args.adapter]
-    if not args.model and not adapters:
+    if not args.model and not args.adapter:
         args.model = shipped.MODEL
+    inputs.use_cores(args)
+    adapters = [rd.load_adapter(path) for path in args.adapter]
     model = inputs.open_model(args, adapters)
     print(f"loading {model.identity['name']}", flush=True)
     studio = open_studio(model, adapters, args.adapter, args.resolution)

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from respodiff_jax.backbone import local_folder
+from respodiff_jax.backbone.memory import SMALL
 from respodiff_jax.errors import Interrupted, UserError
 
 INTERRUPTED_STATUS = 130  # of a command that Ctrl-C ended
@@ -146,3 +148,26 @@ def enable_compilation_cache(folder: str | None = None) -> None:
     elif jax.config.jax_compilation_cache_dir is None:
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache_home) / "respodiff_jax"))
+
+
+def use_cores(model: str | None, batch_size: int | None = None) -> None:
+    """Makes each core of the CPU a device of JAX, which a small model's batches are split over.
+
+    XLA's programs keep two cores busy only in part. Each device has its own copy of the parameters,
+    so models of 256 MiB or more keep one device, and there are at most 8. Nothing changes where
+    `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES` gives a number, or after JAX has begun to compute.
+
+    Args:
+      model: name of a bundled model, or a folder; others keep one device.
+      batch_size: a multiple of the number of devices.
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    folder = local_folder(model) if model else None
+    if chosen or jax.config.jax_num_cpu_devices > 0 or folder is None or not folder.is_dir():
+        return
+    if sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) >= SMALL:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    counts = (n for n in range(min(cores, 8), 0, -1) if not (batch_size or 0) % n)
+    with contextlib.suppress(RuntimeError):  # JAX has begun to compute
+        jax.config.update("jax_num_cpu_devices", next(counts))

@@ -432,3 +432,20 @@ def test_exit_status_says_how_the_command_ended(error, status, told, tmp_path, m
     (tmp_path / "run.json").write_text("{}")
     assert cli.main(["export", str(tmp_path), "--out", "a"]) == status
     assert told in capsys.readouterr().err
+
+
+def test_cores_are_used_before_adapters_start_jax(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(distributed, "use_cores", lambda *given: chosen.append(given))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"backbone": {"name": "emoji-world"}}')
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text('{"backbone": 3}')
+    for argv in (
+        ["generate", "--adapter", "run", "--batch-size", "4", "--prompt", "a cook", "--out", "o"],
+        ["evaluate", "fairness", "--adapter", "run", "--model", "another", "--out", "o"],
+        ["generate", "--adapter", "damaged", "--prompt", "a cook", "--out", "o"],
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(argv) == 2
+    assert chosen == [("emoji-world", 4), ("another", None), (None, None)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from test_launch import PATH, ROOT, launch
@@ -200,6 +201,7 @@ def test_sigterm_before_the_first_step_stops_processes_at_the_same_step():
 DAMAGED = """
 import pathlib, sys
 import jax
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -257,3 +259,32 @@ def pair(program, *arguments):
     ]
     texts = [process.communicate(timeout=240) for process in processes]
     return [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "cores", "devices"),
+    [
+        ("emoji-world", None, 2, [2]),
+        ("emoji-world", 6, 4, [3]),
+        ("emoji-world", 7, 2, [1]),
+        ("emoji-world", None, 64, [8]),
+        ("random/tiny", None, 2, []),  # no folder
+        ("large", None, 2, []),
+        (None, None, 2, []),
+    ],
+)
+def test_small_models_have_a_device_on_each_core(
+    model, batch_size, cores, devices, tmp_path, monkeypatch
+):
+    (tmp_path / "large" / "unet").mkdir(parents=True)
+    with open(tmp_path / "large" / "unet" / "model.safetensors", "wb") as file:
+        file.truncate(2**28)
+    monkeypatch.chdir(tmp_path)
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.append(value))
+    distributed.use_cores(model, batch_size)
+    assert chosen == []  # XLA_FLAGS has a number
+    monkeypatch.delenv("XLA_FLAGS")
+    distributed.use_cores(model, batch_size)
+    assert chosen == devices
