@@ -1,4 +1,4 @@
-"""Using adapters: several together, some of their concepts, on a model that they fit."""
+"""Combines adapters, selects their concepts, and checks that they fit a model."""
 
 import dataclasses
 import hashlib
@@ -21,10 +21,10 @@ from respodiff_jax.method.reading import Reading, always
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CombinedAdapter:
-    """Adapters of different architectures that steer together. It has no file of its own.
+    """Adapters of different architectures that steer together. They cannot be saved in one file.
 
     Attributes:
-      parts: the adapters. Their concepts are numbered through.
+      parts: the adapters. Concepts are numbered across all parts.
     """
 
     parts: tuple[Adapter, ...]
@@ -64,12 +64,12 @@ def as_adapters(
 
 
 def combine(adapters: Sequence[Adapter]) -> Adapter | CombinedAdapter:
-    """Adapters that are used together, with the concepts of all of them.
+    """Combines adapters into one that has the concepts of all.
 
     Adapters of one architecture become one adapter, without metrics.
 
     Raises:
-      UserError: when mid-block shapes differ, or a concept name comes twice.
+      UserError: if mid-block shapes differ, or two concepts have the same name.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -77,7 +77,8 @@ def combine(adapters: Sequence[Adapter]) -> Adapter | CombinedAdapter:
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"adapters cannot be used together: their mid-block shapes are {shapes[0]}"
-                f" ({label(first)}) and {shapes[1]} ({label(other)}); use adapters trained alike"
+                f" ({label(first)}) and {shapes[1]} ({label(other)}); use adapters of one model and"
+                " resolution"
             )
     validate_concepts([concept for adapter in adapters for concept in adapter.concepts])
     alike: dict[Any, list[Adapter]] = {}
@@ -112,7 +113,7 @@ def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def _concatenate_readings(adapters: Sequence[Adapter]) -> Reading | None:
-    """The heads of all concepts; those of an adapter without a reading steer every prompt."""
+    """The heads of all concepts. Concepts of an adapter without a reading steer every prompt."""
     widths = {a.reading.weight.shape[-1] for a in adapters if a.reading is not None}
     if not widths:
         return None
@@ -136,13 +137,13 @@ def steerings(
     """What an adapter adds at the mid-block of a batch, one `Steering` for each part.
 
     Args:
-      adapter: of N concepts.
+      adapter: has N concepts.
       weights: `(B, N)`, weight of each concept in each sample.
       ram: factor on every RAM; 0 switches RAM off.
       sam: factor on every SAM.
 
     Raises:
-      UserError: when `weights` is not `(B, N)`.
+      UserError: if `weights` is not `(B, N)`.
     """
     if np.ndim(weights) != 2 or np.shape(weights)[1] != len(adapter.concepts):
         raise UserError(
@@ -158,21 +159,21 @@ def steerings(
 
 
 def check_once(only: Sequence[str]) -> None:
-    """Checks that `only`, names of concepts, repeats none."""
+    """Checks that `only` names no concept twice."""
     if twice := sorted({name for name in only if list(only).count(name) > 1}):
         raise UserError(f"`only` names {twice} more than once")
 
 
 def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter | CombinedAdapter:
-    """The adapter with these of its concepts only, in this order within each part.
+    """The adapter with only the named concepts, in this order within each part.
 
-    Metrics describe the whole adapter: they are dropped unless all concepts are taken.
+    Metrics describe the whole adapter: they are dropped unless all concepts are kept.
 
     Raises:
-      UserError: for names that the adapter lacks.
+      UserError: if the adapter lacks a name.
     """
     if unknown := sorted(set(names) - set(adapter.names)):
-        raise UserError(f"there are no concepts {unknown}, only {label(adapter)}")
+        raise UserError(f"the adapter has no concepts {unknown}; it has {label(adapter)}")
     if isinstance(adapter, CombinedAdapter):
         chosen = ([n for n in names if n in part.names] for part in adapter.parts)
         parts = [select(p, own) for p, own in zip(adapter.parts, chosen, strict=True) if own]
@@ -202,8 +203,8 @@ def check_fits(adapter: Adapter | CombinedAdapter, backbone: Backbone, resolutio
     """Checks that an adapter can steer a model at a resolution.
 
     A `constant` needs exactly the mid-block shape of the training. `mlp` and `conv` need the same
-    number of channels, and the same number of pixels for each mid-block position. Any model that
-    meets this is allowed; one with other UNet weights than the training's gives a warning.
+    number of channels, and the same number of pixels for each mid-block position. A model that has
+    other UNet weights than the training's gives a warning.
 
     Raises:
       UserError: if the mid-blocks or the prediction types do not match.

@@ -80,15 +80,15 @@ class Scorer:
             self.note(text)
 
     def note(self, text: str) -> None:
-        """Warns of what a reader should know, and keeps it with the results."""
+        """Warns with a text, and keeps the text with the results."""
         warnings.warn(text, stacklevel=2)
         self._notes.append(text)
 
     def check_classifier(self, pictures: Sequence[Picture]) -> None:
-        """Measures how often the classifier finds what the base model was plainly asked for.
+        """Measures how often the classifier finds the value that a plain prompt asked for.
 
         Args:
-          pictures: of `EvaluationSpec.check_requests`.
+          pictures: the base model's, of `EvaluationSpec.check_requests`.
         """
         features, accuracy = _features(self._judges.clip, pictures), {}
         for attribute, classes in self._spec.suite.attributes.items():
@@ -150,7 +150,7 @@ class Scorer:
         ]
 
     def _quality(self, sets: _Sets, clip: Clip, folder: str) -> list[_Scored]:
-        """Distances are to the reference; without one, of adapted pictures to base pictures."""
+        """Distances are to the reference; without a reference, from adapted to base pictures."""
         reference, inception = self._judges.reference, None
         if clip is self._judges.clip and (reference is not None or len(sets) > 1):
             inception, why_not = quality.open_inception()
@@ -220,8 +220,7 @@ class Scorer:
     ) -> None:
         """Records the measurements and rows of one set of pictures.
 
-        The base pictures come first, so that an adapted picture's change from its base picture is
-        known.
+        Base pictures must be added first: adapted pictures are compared with them.
         """
         for m, values in measured:
             key = (m.part, m.metric, m.attribute, m.subject, m.judge)
@@ -296,7 +295,9 @@ def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:
 
 
 def accuracy_notes(accuracy: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence for each attribute with a value that the classifier certainly misses too often.
+    """A sentence for each attribute with a value that the classifier misses too often.
+
+    The 95 % interval of the value's share must be below 80 %.
 
     Args:
       accuracy: attribute -> value -> share of its `CHECKED_PER_VALUE` pictures.

@@ -82,10 +82,10 @@ class SamplerOptions:
 
 
 def check_size(options: SamplerOptions, backbone: Backbone) -> None:
-    """Checks that a model has the options' resolution, and that a batch of images can fit.
+    """Checks that a model can draw at the options' resolution, and that a batch fits into memory.
 
     Raises:
-      UserError: if not.
+      UserError: if either fails.
     """
     backbone.latent_shape(options.resolution)
     if options.batch_size is not None:
@@ -165,16 +165,16 @@ def sampling_step(
     steerings: Sequence[Steering],
     guidance_scale: Float[ArrayLike, ""],
 ) -> tuple[Latent, Latent]:
-    """One step of `denoise`, for other arguments see there.
+    """One step of `denoise`, which describes the other arguments.
 
     Args:
-      latents: `z_t`, and the `z_0` that the step before predicted (any values at the first step).
+      latents: `z_t`, and the `z_0` that the previous step predicted (any values at the first step).
       ddim_index: where the step begins.
       uncond: conditioning of the negative prompts, leading axis B.
       guidance_scale: 1 or above.
 
     Returns:
-      The latents of the next step. Only the sampler "dpm++" changes the second.
+      The next step's `latents`. Only the sampler "dpm++" changes the second of them.
     """
     z_t, previous_z_0 = latents
     timesteps = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[ddim_index], (len(z_t),))
@@ -213,9 +213,9 @@ def make_sampler(
 
     Returns:
       `sample(params, noise, cond, uncond, steerings, guidance_scale)`, with arguments as in
-      `denoise`. It returns the images, and which of them are made of finite numbers. B is a
-      multiple of the number of devices. Adapters, weights and guidance are traced arguments:
-      changing them compiles nothing.
+      `denoise`. It returns the images, and whether all values of each are finite. B is a multiple
+      of the number of devices. Adapters, weights and guidance are traced arguments: changing them
+      compiles nothing.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, num_steps, sampler)
 
@@ -234,7 +234,7 @@ def make_sampler(
 
 
 class ImagePair(NamedTuple):
-    """An image and its base twin or None."""
+    """An image, and its base twin or None."""
 
     image: UInt8[np.ndarray, "height width 3"]
     base: UInt8[np.ndarray, "height width 3"] | None
@@ -255,8 +255,9 @@ class Batch(NamedTuple):
 class Sampler:
     """Samples batches of one size on all local devices, with one compilation.
 
-    A sampler compiles nothing if an earlier one of the backbone had the same number of steps, kinds
-    of modules and number of concepts; guidance scale and negative prompt may differ.
+    Samplers of a backbone share a program if they have the same sampler, number of steps, kinds of
+    modules, number of concepts, resolution and batch size. Guidance scale and negative prompt may
+    differ.
 
     Args:
       backbone: the model.
@@ -323,7 +324,7 @@ class Sampler:
           weights: the weight of each concept of the adapter in each image.
 
         Returns:
-          The images, and which of them are made of finite numbers.
+          The images, and whether all values of each are finite.
         """
         return self.program(*self.arguments(batch, weights))
 
@@ -349,15 +350,15 @@ def sample_images(
       adapter: the concepts, or None for the base model.
       weights: the weight of each concept of the adapter in each image.
       base_twins: also sample each image from the same noise with all weights zero.
-      only: numbers of the images to sample, from 0; None samples all. Batch size and concepts of
-        the program are those for all images, so an image is the same in either case.
+      only: numbers of the images to sample, from 0; None samples all. The program's batch size and
+        concepts are those for all images, so `only` does not change an image.
       encode: the conditioning of texts; None is `backbone.encode_prompts`.
 
     Yields:
       The images in order, while the next batch is sampled.
 
     Raises:
-      UserError: at an image whose numbers are not finite; the images before it were yielded.
+      UserError: if an image has values that are not finite; earlier images have been yielded.
     """
     resolution = options.resolution or backbone.default_resolution
     batch_size = options.batch_size or default_batch_size(
@@ -408,10 +409,10 @@ def _not_finite(kind: str, row: int, prompt: str, seed: int) -> str:
 
 
 def equal_batches(count: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:
-    """Batches of one shape: the last item fills up the last batch.
+    """Batches of one size; copies of the last item fill up the last batch.
 
     Yields:
-      Numbers of the items, and how many of them are not copies.
+      The numbers of the items, and how many of them are not copies.
     """
     for start in range(0, count, batch_size):
         items = np.minimum(np.arange(start, start + batch_size), count - 1)
@@ -429,7 +430,7 @@ def default_batch_size(num_images: int, num_devices: int, resolution: int) -> in
 
 
 def sampling_bytes(backbone: Backbone, resolution: int, per_device: int) -> int:
-    """About how many bytes a device needs, beside the parameters, to sample this many images.
+    """Estimates the bytes that a device needs for `per_device` images, besides the parameters.
 
     `backbone` may be abstract; see `backbone.memory.estimate_bytes`.
     """

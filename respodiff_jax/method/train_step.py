@@ -27,7 +27,7 @@ Average = Callable[[Any], Any]  # the mean of a tree over the devices that share
 
 
 class StepValues(NamedTuple):
-    """The intermediate values of a step; in the results of `step_values` with a leading axis N.
+    """The intermediate values of a step. `step_values` returns them with a leading axis N.
 
     Attributes:
       latents: `z_t`, its place on the schedule and its neutral prompt.
@@ -90,7 +90,7 @@ def algorithm_1(
       concept: embedded, without a concept axis.
       samples: random keys and number of prompts of B samples; `FaithfulRollout` needs `step_key`.
       average: the mean over the devices that share the batch; the identity for one device.
-      step: training steps that were taken; only an adversary reads it.
+      step: number of training steps done; only an adversary reads it.
 
     Returns:
       The new state, with the moving average and `diverged_at` unchanged, and the step's values.
@@ -153,7 +153,7 @@ def train_step(
       frozen: the backbone's parameters, never changed.
       concepts: leaves `(N, ...)`.
       sample_ids: the numbers of these samples in the global batch, `arange(B)` on one device. They
-        name the samples' random streams: a batch is the same however it is split.
+        select the samples' random streams, so a batch is the same however it is split.
       average: the mean over the devices that share the batch.
 
     Returns:
@@ -170,7 +170,7 @@ def step_values(
     concepts: EmbeddedConcepts,
     sample_ids: Int32[ArrayLike, "B"],
 ) -> StepValues:
-    """What `train_step` with the same arguments computes on its way; leaves `(N, ...)`."""
+    """The values that `train_step` computes from the same arguments; leaves `(N, ...)`."""
     return _advance(spec, state, frozen, concepts, sample_ids, lambda tree: tree)[2]
 
 
@@ -194,7 +194,7 @@ def _advance(spec, state, frozen, concepts, sample_ids, average):
 def _unless_diverged(
     new: ConceptState, old: ConceptState, values: StepValues, step: Int32[Array, ""]
 ):
-    """The new state or, from the first step with a non-finite number on, the old state, marked."""
+    """The new state; after a non-finite number the old state, with `diverged_at` set."""
     trained = (new.ram, new.sam, new.opt_ram, new.opt_sam)
     finite = _all_finite((values.loss_resp, values.loss_sem, *trained))
     healthy = finite & (old.diverged_at < 0)
@@ -216,11 +216,11 @@ def _metrics(values: StepValues, state: ConceptState, average: Average) -> Metri
 
 
 class BasePredictions(NamedTuple):
-    """What the base model makes of the latents.
+    """The base model's results for the latents.
 
     Attributes:
       h: mid-block output for the neutral prompt.
-      skips: what the decoder needs beside `h`.
+      skips: what the decoder needs besides `h`.
       outputs: model outputs for the neutral, the concept's own and the empty prompt.
     """
 
@@ -236,7 +236,7 @@ def base_predictions(
     latents: Latents,
     attack: Attack | None = None,
 ) -> BasePredictions:
-    """Evaluates the base model for the three prompts as one batch: one pass of e, one of g.
+    """Evaluates the base model for the three prompts as one batch, with one UNet pass.
 
     With an attack, `h` and `skips` are those of the attacked neutral prompts.
     """
@@ -265,7 +265,7 @@ def _renewed(
     latents: Latents,
     step: Int32[ArrayLike, ""],
 ) -> Attack:
-    """The attack of this step on the modules as they are."""
+    """The attack for this step, on the current modules."""
     neutral = _pick(concept.neutral, latents.prompt_index)
     t = _timesteps(spec, latents.ddim_index, len(latents.z_t))
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(samples.keys, 3)
@@ -306,12 +306,12 @@ def guided_prediction(
     """One concept's guided model output, with RAM and SAM on the conditional half only.
 
     Args:
-      spec: of the training.
+      spec: static.
       frozen: the backbone's parameters.
       concept: embedded, without a concept axis.
       ram, sam: parameters of one concept.
       z_t, ddim_index: latents and their place on the schedule.
-      prompt_index: which neutral prompt.
+      prompt_index: number of the neutral prompt of each sample.
     """
 
     def steer(h):

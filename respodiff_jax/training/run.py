@@ -1,4 +1,4 @@
-"""One run: a set of concepts, trained in a folder of its own from where it stands to the end."""
+"""One run: trains a set of concepts in its own folder, from its last checkpoint to the end."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ class Run:
       folder: working directory of the run.
       config: the training's config with only these concepts.
       concepts: N concepts.
-      size: concepts in the training state, at least N. Those past N are copies of the last.
+      size: concepts in the training state, at least N; copies of the last concept fill it up.
       label: shown before the progress bar; "" for the only run of a training.
     """
 
@@ -110,7 +110,7 @@ def open_session(
     """
     say(f"opening {config.model.name}")
     records = [RunRecord.read(run.folder) for run in runs]
-    # A training continues with the commit that it began with, wherever the branch is now.
+    # A training continues with the model commit that it began with, even if the branch moved.
     begun = next((record.backbone["revision"] for record in records if record), None)
     model = open_model(config, revision=begun or config.model.revision, abstract=True)
     resolution = config.model.resolution or model.default_resolution
@@ -159,7 +159,7 @@ def open_session(
 
 
 def make_record(run: Run, spec: StepSpec, model: Backbone, resolution: int) -> RunRecord:
-    """The record that the run's folder gets."""
+    """Makes the record that is written to the run's folder."""
     return RunRecord.make(run.config, run.concepts, spec.module, model.trained_at(resolution))
 
 
@@ -277,7 +277,7 @@ def _newest_state(
 def _fetch_adapter(
     session: Session, record: RunRecord, state: TrainState
 ) -> tuple[Adapter | None, np.ndarray]:
-    """The adapter, None if all concepts diverged, and `diverged_at`, `(N,)`; for every process."""
+    """The adapter, or None if all concepts diverged, and `diverged_at` `(N,)`, on each process."""
     trained = state.concepts
     ram, sam, ema, diverged_at = session.placement.fetch(
         (trained.ram, trained.sam, trained.ema, trained.diverged_at)
@@ -307,7 +307,7 @@ def say(text: str) -> None:
 
 
 def _check_start(adapter: Adapter, concepts: Sequence[Concept], module: MidBlockModule) -> None:
-    """Checks that an adapter has one of the concepts at least, and modules of that architecture."""
+    """Checks that an adapter has at least one of the concepts, and the same architecture."""
     names = [concept.name for concept in concepts]
     if not set(names) & set(adapter.names):
         raise UserError(
