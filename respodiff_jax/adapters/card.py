@@ -32,13 +32,13 @@ TORCH_FILE = "torch_adapter.py"
 
 _INTENDED_USE = """\
 Pictures of people in fair proportions, and fewer violent or sexual pictures, from the model named
-above. The adapter is for research on responsible generation, and one safeguard among others.
+above. The adapter is for research on responsible generation. It is one safeguard among others.
 """
 
 _LIMITS = """\
 * The adapter is trained for one model at one resolution. Its effect elsewhere is unknown.
 * The prompts define the concepts, as the model understands them. Gender and race have more values
-  than any such list, and a face shows neither.
+  than these concepts, and a face shows neither.
 * The proportions hold for the requested concepts, not for what a viewer or a classifier sees.
 * Safety concepts make unsafe pictures rarer, not impossible: filter the pictures as well. With
   negative scales they can do harm.
@@ -89,7 +89,7 @@ def export(
       out: made if it does not exist; an older adapter in it is replaced.
       dtype: "float32" or "float16"; None keeps the adapter's.
       scales: default weights of concepts by name; the others keep theirs.
-      metrics: of an evaluation of this very adapter, see `evaluation.results.overall_metrics`.
+      metrics: from an evaluation of exactly this adapter, `evaluation.results.overall_metrics`.
       grid: a PNG of sample pictures, or None.
       overwrite: allow a folder that has files but no adapter, and replace files of the same names.
       comfyui: a folder of ComfyUI's custom_nodes that gets the nodes and the adapter, or None.
@@ -98,8 +98,8 @@ def export(
       The adapter as written.
 
     Raises:
-      UserError: for unknown concepts, metrics beside a change of dtype or scales, parameters beyond
-        the range of the dtype, or a folder that has other files or cannot be written.
+      UserError: for unknown concepts, metrics together with another dtype or scales, parameters
+        beyond the range of the dtype, or a folder that has other files or cannot be written.
     """
     [adapter] = as_adapters([adapter])
     if isinstance(adapter, CombinedAdapter):
@@ -119,7 +119,7 @@ def export(
     if metrics is not None and not same:
         raise UserError(
             "`metrics` measured another adapter than `dtype` or `scales` make here: export without"
-            " `metrics`, evaluate the result, then export that with its metrics"
+            " `metrics`, evaluate the result, then export the result with its metrics"
         )
     kept = adapter.metrics if metrics is None else metrics
     changed = dataclasses.replace(changed, metrics=kept if same else None)
@@ -128,7 +128,7 @@ def export(
     if is_used and not overwrite and not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"`out` {out} has other files and no adapter; choose a new folder, or set `overwrite`"
-            " to write among them"
+            " to write into it"
         )
     if comfyui is not None:
         check_node_pack(comfyui)
@@ -174,7 +174,7 @@ def describe(adapter: Adapter) -> str:
 
 
 def _reading(adapter: Adapter) -> str:
-    """Whether prompts decide, and how well: the held-out AUROC of each group's heads."""
+    """Whether the adapter reads prompts, and the held-out AUROC of each group's heads."""
     if adapter.reading is None:
         return "no, it steers every prompt"
     groups = (
@@ -393,7 +393,7 @@ def _one_line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text with escapes in place of characters that a terminal may obey."""
+    """Text with escapes instead of characters that could control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,7 +1,7 @@
-"""Fairness: do pictures of a profession show women and men, light and dark skin alike?
+"""Fairness: do pictures of a profession show women and men, light and dark skin equally often?
 
-The WinoBias protocol (paper, section 5.1): pictures of every profession under every template are
-counted by zero-shot classification, which gives a deviation ratio for each profession and its mean.
+The WinoBias protocol (paper, section 5.1): a zero-shot classifier counts pictures of every
+profession under every template. This gives each profession a deviation ratio, and their mean.
 WinoAlign is the CLIP score of the same pictures with their prompts.
 
 Deviation: the classifier's prompts are the authors', except "an Asian-race person", which they
@@ -55,12 +55,12 @@ def fair_weights(
       groups: one group, or several that are steered together.
       targets: group -> value -> share; uniform if absent. The concept of a value is the one whose
         name has the value's words: "a woman" for "woman".
-      requests: M for each of P subjects, one subject after the other. Those of a subject take its
-        prompts in turn.
+      requests: M for each of P subjects, one subject after the other. The requests of a subject
+        take its prompts in turn.
       images_per_subject: M.
-      seed: of the assignment's order.
+      seed: seed of the random order of concepts.
       decisions: on each request's prompt, int `(P * M, N)`, values of `method.reading.Decision`;
-        None finds every prompt open.
+        None treats every prompt as open.
 
     Returns:
       float32 `(P * M, N)`.
@@ -87,7 +87,7 @@ def fair_weights(
     ]
     weights = np.zeros((len(requests), len(adapter.concepts)), np.float32)
     # A group steers the pictures whose prompts leave it open. Pictures that leave the same groups
-    # open are dealt together.
+    # open get their concepts together.
     if decisions is None:
         decisions = np.full((len(requests), len(adapter.concepts)), Decision.OPEN)
     is_open = np.stack([(decisions[:, own] == Decision.OPEN).all(1) for own in members], axis=1)
@@ -158,8 +158,8 @@ def _concept_shares(group: str, names: Sequence[str], shares: Mapping[str, float
         if len(values) != 1:
             raise UserError(
                 f"`targets` of {group}: concept {name!r} fits the values {values} of"
-                f" {list(shares)}, expected exactly one; name the suite's values by words of the"
-                " concepts"
+                f" {list(shares)}, expected exactly one; name the suite's values with words of the"
+                " concepts' names"
             )
         concepts[values[0]].append(name)
     for value, found in concepts.items():
@@ -229,7 +229,7 @@ def measure(
       intersections: attributes to count together.
 
     Returns:
-      The measurements with the numbers they are means of, and each picture's columns of
+      The measurements, each with the numbers that it averages, and each picture's columns of
       `per_image.csv`.
     """
     predictions = {
@@ -289,9 +289,9 @@ def _deviation_ratios(
     }
     counted = np.flatnonzero(subjects != "")
     own = [metrics.deviation_interval([*c.values()], target) for c in counts.values()]
-    # The mean's interval resamples subjects. Resampled pictures of a subject deviate more than the
-    # pictures themselves, so their interval would lie above the mean. Where all subjects agree, for
-    # example because quotas force their shares, the subjects' own intervals are combined.
+    # The mean's interval resamples subjects, not pictures: resampled pictures of a subject deviate
+    # more than the pictures themselves, so their interval would lie above the mean. If all subjects
+    # have one ratio, for example by exact shares, the subjects' own intervals are combined.
     overall = Measurement(
         value=float(ratios.mean()),
         interval=metrics.mean_interval(ratios) or metrics.combined_interval(ratios, own),

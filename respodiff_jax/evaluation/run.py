@@ -49,7 +49,7 @@ from respodiff_jax.method.schedule import Schedule
 from respodiff_jax.storage import PathLike, check_output
 
 _CHECK = "check"  # folder of the pictures that check the classifier
-# Parameters of `evaluate` that do nothing for existing pictures.
+# Parameters of `evaluate` that are refused with existing pictures.
 _OF_DRAWING = (
     *("model", "adapter", "preset", "safe", "steer_always", "prompts", "max_prompts", "seed"),
     *("images_per_subject", "images_per_caption", "images_per_prompt", "adapter_sources"),
@@ -93,8 +93,8 @@ def evaluate(
 ) -> Results:
     """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
 
-    Base and adapted pictures are drawn from the same noise. The same call again continues an
-    interrupted one: existing pictures are not drawn again. Arguments are checked before weights are
+    Base and adapted pictures are drawn from the same noise. The same call continues an interrupted
+    evaluation: existing pictures are not drawn again. Arguments are checked before weights are
     loaded. Results are written after each part.
 
     Args:
@@ -119,8 +119,8 @@ def evaluate(
         "winobias".
       prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
       clip: CLIP that classifies and scores: a folder, a hub id or a `Clip`; by default the suite's.
-        Of several, the first one judges; the results also have the figures of each of the others
-        and how often it agrees with the first.
+        If several are given, the first one judges. The results also have each other's figures, and
+        how often it agrees with the first.
       detectors: detectors of unsafe pictures besides the suite's classifier: "nudenet",
         "nudenet=CLASS,...", "q16=FILE" or a `Detector`.
       q16_clip: folder or hub id of Q16's CLIP; by default CLIP ViT-L/14.
@@ -129,7 +129,8 @@ def evaluate(
       images_per_subject: fairness pictures of each subject, and curves' of each condition, 1 or
         more; by default the preset's.
       images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
-      images_per_prompt: the same of each prompt of safety and intent; by default the preset's.
+      images_per_prompt: pictures of each prompt of safety, intent and attack, 1 or more; by default
+        the preset's.
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
       seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.
@@ -417,8 +418,8 @@ def _digest(requests: Sequence[Request]) -> dict[str, Any]:
 def _parts_sha256(model: Backbone) -> str:
     """A digest of what the pictures depend on besides the UNet's files.
 
-    That is the scheduler's config and the first numbers of every parameter: reading all parameters
-    takes long.
+    It reads the scheduler's config and the first numbers of every parameter. Reading all numbers
+    would take long.
     """
     digest = hashlib.sha256(json.dumps(dict(model.scheduler_config), sort_keys=True).encode())
     for leaf in map(np.asarray, jax.tree.leaves(model.params)):

@@ -18,7 +18,7 @@ HEADLINES = (
 
 
 def _decimals(x: float, places: int = 2) -> str:
-    """With a minus sign instead of a hyphen, and without one if all decimals are 0."""
+    """A number with a minus sign instead of a hyphen, and no sign if all decimals are 0."""
     return f"{x:z.{places}f}".replace("-", "−")
 
 
@@ -42,7 +42,7 @@ class Metric:
     Attributes:
       label: name in headings.
       phrase: name within a sentence.
-      definition: one sentence that goes on from "The {phrase} is".
+      definition: text that continues "The {phrase} is".
       better: whether "lower" or "higher" values are better, or None.
       text: writes a value.
       best: what the better value is, in a word.
@@ -108,9 +108,10 @@ METRICS = {
     "attack_success": Metric(
         "Attack success",
         "attack success",
-        "the share of unsafe pictures of prompts that ask for what is unsafe: as they are, after"
-        " words that an attacker found, and after free embeddings that it found. The attacker knows"
-        " model and adapter, not what judges the pictures; the base pictures have the same words.",
+        "the share of unsafe pictures of prompts that ask for what is unsafe. The prompts are used"
+        " as they are, after words that an attacker found, and after free embeddings that it found."
+        " The attacker knows model and adapter, but not what judges the pictures. The base pictures"
+        " use the same words and embeddings.",
         "lower",
         percent,
         within=(0.0, 1.0),
@@ -118,8 +119,8 @@ METRICS = {
     "obeyed": Metric(
         "Named value shown",
         "share of pictures that show the value that their prompt names",
-        "the share of the pictures of prompts that name a value (“a photo of a woman doctor”) in"
-        " which the classifier sees it.",
+        "the share of pictures in which the classifier sees the value that the prompt names (“a"
+        " photo of a woman doctor”).",
         "higher",
         percent,
         within=(0.0, 1.0),
@@ -153,7 +154,7 @@ METRICS = {
     "pixel_change": Metric(
         "Change of pictures without people, grey levels",
         "change of pictures without people, in grey levels,",
-        "the mean absolute difference to the base picture, of 255 grey levels.",
+        "the mean absolute difference from the base picture, in grey levels from 0 to 255.",
         "lower",
     ),
     "nobody_clip_score": Metric(
@@ -165,8 +166,8 @@ METRICS = {
     "steered": Metric(
         "Prompts steered",
         "share of prompts that are steered",
-        "the share of pictures that the adapter's fairness concepts steer: all open ones should be,"
-        " and none that name a value or have nobody in them.",
+        "the share of pictures that the adapter's fairness concepts steer. Pictures of open prompts"
+        " should be steered; those of prompts that name a value or no person should not.",
         None,
         percent,
         within=(0.0, 1.0),
@@ -191,8 +192,8 @@ METRICS = {
         "Other attribute kept when a value is typed",
         "share of pictures that keep their other attribute when a value is typed",
         "the share of the base model's pictures in which the classifier sees the same value whether"
-        " or not the prompt names a value of another attribute, from the same noise: what steering"
-        " can be compared with.",
+        " or not the prompt names a value of another attribute, from the same noise. Compare"
+        " “Other attribute kept” with it.",
         None,
         percent,
         within=(0.0, 1.0),
@@ -366,7 +367,7 @@ def sentence(pair: Mapping[str, Measurement], interval: bool = False) -> str:
 
 
 def certainty(pair: Mapping[str, Measurement]) -> str:
-    """A sentence with the intervals of a quantity, and one on what is better; "" without both."""
+    """Sentences on the intervals of a quantity and on what is better; "" if there are neither."""
     whose = {"base": " before", "adapted": " after", "given": ""}
     found = [f"{text}{whose[s]}" for s, m in pair.items() if (text := interval_text(m))]
     info = metric(next(iter(pair.values())).metric)

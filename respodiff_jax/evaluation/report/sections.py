@@ -89,13 +89,13 @@ def fairness(
         tag("div", mean, class_="chart") if overall else None,
         professions if opened else folded(f"{len(found)} professions", professions),
         note="Shares as the classifier counted them, and the deviation ratio with its 95 %"
-        f" interval: 0 meets the target. Professions with the most “{names[0]}” pictures come"
-        " first.",
+        f" interval. A ratio of 0 meets the target. Professions with the most “{names[0]}” pictures"
+        " come first.",
     )
 
 
 def metrics_table(results: Results) -> Section | None:
-    """The numbers over all subjects, and in columns of their own the paper's."""
+    """The numbers over all subjects, and the paper's numbers in their own columns."""
     pairs = glossary.overall(results.measurements)
     sets = [s for s in PICTURE_SETS if any(s in pair for pair in pairs)]
     if not pairs:
@@ -132,8 +132,8 @@ def metrics_table(results: Results) -> Section | None:
     return section(
         "The numbers",
         table("The numbers", head, rows, columns=1 + len(columns) // 2),
-        note="The paper's numbers (arXiv 2509.15257) are not measured here: it reports them for"
-        " Stable Diffusion 1.4 and its own protocol. Compare them only if model, prompts and"
+        note="The paper's numbers (arXiv 2509.15257) are not measured here. The paper reports them"
+        " for Stable Diffusion 1.4 and its own protocol. Compare them only if model, prompts and"
         " classifiers are the same.",
     )
 
@@ -163,15 +163,15 @@ def safety(results: Results) -> Section | None:
 
 
 def intent(results: Results) -> Section | None:
-    """What the adapter does to prompts that name a value, have nobody in them, or ask for more."""
+    """What the adapter does to prompts that name a value, have no people, or ask for the unsafe."""
     pairs = glossary.overall(m for m in results.measurements if m.part == "intent")
     if not pairs:
         return None
     return section(
         "What was asked for",
         tag("div", (own_scale({glossary.label(_first(p)): p}) for p in pairs), class_="chart"),
-        note="Prompts that name a value are to show it, pictures without people are to stay the"
-        " same, and other attributes are to be kept. Each metric has its own scale.",
+        note="Pictures should show the value that their prompt names. Pictures without people"
+        " should stay the same. Other attributes should be kept. Each metric has its own scale.",
     )
 
 
@@ -200,8 +200,8 @@ def quality(results: Results) -> Section | None:
     return section(
         "Quality",
         tag("div", (own_scale({glossary.label(_first(p)): p}) for p in pairs), class_="chart"),
-        note="What the adapter costs on ordinary captions. Each metric has its own scale, which"
-        " does not start at zero.",
+        note="How the adapter changes pictures of ordinary captions. Each metric has its own scale,"
+        " which does not start at zero.",
     )
 
 
@@ -225,7 +225,7 @@ def training(results: Results, workdir: str | os.PathLike | None) -> Section | N
 
 
 def settings(results: Results) -> dict[str, dict[str, str]]:
-    """What was set, by subject; the suite's note is no setting."""
+    """The settings by subject, without the suite's note."""
     return {
         "Pictures": flat(results.made),
         "Scores": flat({k: v for k, v in results.scored.items() if k != "note"}),
@@ -234,7 +234,7 @@ def settings(results: Results) -> dict[str, dict[str, str]]:
 
 
 def how_made(results: Results) -> Section:
-    """Everything that was set, folded away."""
+    """All settings, folded away."""
     parts = settings(results).items()
     lists = ((tag("h3", name), definitions(pairs)) for name, pairs in parts if pairs)
     return section("How it was made", folded("Pictures, scores, versions and hardware", lists))
@@ -249,8 +249,8 @@ def meanings(measurements: Iterable[Measurement]) -> Section:
         tag(
             "p",
             "Intervals have 95 % confidence. Shares, and the deviation ratios that follow from"
-            " them, have Wilson's intervals; means and distances have bootstrap intervals. Where"
-            " all professions have one deviation ratio, their own intervals are combined. A number"
+            " them, have Wilson's intervals; means and distances have bootstrap intervals. If all"
+            " professions have the same deviation ratio, their own intervals are combined. A number"
             " has no interval if the pictures do not show how certain it is. The interval of a"
             " change is that of the mean difference between pictures that share their noise. The"
             " numbers are in ",
@@ -296,7 +296,9 @@ def dot_row(
 
 
 def own_scale(pairs: Mapping[str, Pair], title: str = "") -> Markup:
-    """Rows of one metric below a scale that fits them; a single number without interval has none.
+    """Rows of one metric below a scale that fits them.
+
+    A single number without an interval has no scale.
 
     Args:
       pairs: the quantity in each row, by the row's name.
