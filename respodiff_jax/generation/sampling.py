@@ -255,9 +255,8 @@ class Batch(NamedTuple):
 class Sampler:
     """Samples batches of one size on all local devices, with one compilation.
 
-    Samplers of a backbone share a program if they have the same sampler, number of steps, kinds of
-    modules, number of concepts, resolution and batch size. Guidance scale and negative prompt may
-    differ.
+    A sampler compiles nothing if an earlier one of the backbone had the same sampler, steps, kinds
+    of modules and sizes. Guidance scale and negative prompt may differ.
 
     Args:
       backbone: the model.
