@@ -9,7 +9,7 @@
     results = rd.evaluate(model, adapter, out="evaluations/gender")
     rd.export(adapter, "adapters/gender")
 
-`rd.method` has what a training loop of one's own needs. Names are imported when they are used.
+`rd.method` has what your own training loop needs. Names are imported when they are used.
 """
 
 import importlib

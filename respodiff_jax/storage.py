@@ -116,7 +116,7 @@ def read_text(path: PathLike, what: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text that any reader of JSON would read alike, and that can be saved.
+    """The value of a JSON text that every reader of JSON reads in the same way.
 
     Repeated keys, numbers beyond 64 bits, NaN and infinity, halves of surrogate pairs and very deep
     nesting are errors.

@@ -214,7 +214,7 @@ class Backbone:
         vectors: Sequence[jax.Array],
         resolution: int,
     ) -> Conditioning:
-        """The conditioning of prompts whose tokens have embeddings of one's own; differentiable.
+        """The conditioning of prompts whose tokens have the given embeddings; differentiable.
 
         Args:
           params: as `self.params`; only the text encoders' are read.

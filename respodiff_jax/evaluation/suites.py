@@ -332,7 +332,7 @@ def _category(template: str) -> str:
 def _is_template(text: str) -> bool:
     """Whether a text has `{subject}` or `{a_subject}`, and nothing else that formatting changes.
 
-    Of a width, "{subject:>2000000000}" would make 2 GB.
+    A width is not allowed: "{subject:>2000000000}" would make 2 GB.
     """
     try:
         parts = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]

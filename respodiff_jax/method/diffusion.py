@@ -18,7 +18,7 @@ DdimIndex = Int[ArrayLike, ""] | Int[ArrayLike, "B"]
 def predict_eps(
     schedule: Schedule, model_output: Latent, z_t: Latent, ddim_index: DdimIndex
 ) -> Latent:
-    """The noise `eps` that a model output stands for.
+    """The noise `eps` that a model output predicts.
 
     The objectives are written in eps (paper, equations 4-6), also for v-prediction models, where
     `eps = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * z_t`.
@@ -32,7 +32,7 @@ def predict_eps(
 def predict_z_0(
     schedule: Schedule, model_output: Latent, z_t: Latent, ddim_index: DdimIndex
 ) -> Latent:
-    """The clean latents `z_0` that a model output stands for."""
+    """The clean latents `z_0` that a model output predicts."""
     alpha_bar = _per_sample(schedule.alpha_bars, ddim_index, z_t)
     if schedule.prediction_type == "epsilon":
         return (z_t - jnp.sqrt(1 - alpha_bar) * model_output) / jnp.sqrt(alpha_bar)
@@ -46,15 +46,15 @@ def ddim_step(
     ddim_index: DdimIndex,
     to_index: DdimIndex | None = None,
 ) -> Latent:
-    """One deterministic DDIM step (eta = 0); returns the latents to which it leads.
+    """One deterministic DDIM step (eta = 0); returns the new latents.
 
     Args:
       schedule: the sampler.
       model_output: the UNet's (guided) prediction at `z_t`.
       z_t: latents at `schedule.alpha_bars[ddim_index]`.
       ddim_index: where the step begins.
-      to_index: where the step leads; by default to the next noise level, of which the last has no
-        index.
+      to_index: where the step leads; by default to the next noise level. (The last noise level has
+        no index.)
     """
     if to_index is None:
         next_alpha_bar = _per_sample(schedule.next_alpha_bars, ddim_index, z_t)

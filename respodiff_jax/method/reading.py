@@ -9,9 +9,9 @@ The paper adds the same modules whatever the prompt says. Here each group of con
 * THING: does it name something else, "a cat"?
 * NAMED: does it name a value of the group, "a woman"?
 
-A picture is steered unless a value is named, or a thing and nobody. So unknown words are steered,
-as in the paper. The score follows the token with the largest response, as in EquiSteer (arXiv
-2607.01147): it does not matter where in a prompt a word stands.
+A picture is steered unless its prompt names a value, or a thing and nobody. So prompts of unknown
+words are steered, as in the paper. The score follows the token with the largest response, as in
+EquiSteer (arXiv 2607.01147): the place of a word in the prompt does not matter.
 
 Deviation: the paper steers every prompt.
 """
@@ -91,8 +91,8 @@ def fit_heads(
 
     Args:
       context: text states of P prompts.
-      labels: what each head is to say of each prompt.
-      weights: what each prompt counts, above 0. Both labels of a head count alike in total.
+      labels: what each head should say about each prompt.
+      weights: weight of each prompt, above 0. Both labels of a head have the same total weight.
 
     Returns:
       The heads, with N = 1.

@@ -128,7 +128,7 @@ def domain(
 ) -> tuple[float, float]:
     """Edges around values, with a small margin but `within` the possible values.
 
-    Values count as equal if `text` writes them alike.
+    Values count as equal if `text` writes them in the same way.
     """
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) if text(low) != text(high) else 0.1 * (abs(high) or 1)

@@ -13,9 +13,9 @@ class Finding:
     """How evaluations differ on one metric.
 
     Attributes:
-      quantity: what each evaluation measured, by its name; one without the metric is absent.
+      quantity: evaluation -> its measurements; an evaluation without the metric is absent.
       ranked: evaluations and the measurements that are compared, which are of adapted pictures if
-        there are any. The best come first, and those that are written alike in their own order.
+        there are any. The best come first; equally written ones stay in their own order.
     """
 
     quantity: Mapping[str, Pair]
