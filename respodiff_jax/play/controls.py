@@ -7,7 +7,7 @@ from nicegui import ui
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.schedule import SAMPLERS, Schedule
-from respodiff_jax.play.settings import MAX_SEED, Settings
+from respodiff_jax.play.settings import MAX_SEED, Settings, signed
 from respodiff_jax.play.studio import Studio
 
 MAX_COUNT = 16
@@ -29,6 +29,7 @@ class Controls:
         self._studio, self._on_change = studio, on_change
         self._scales: dict[str, ui.slider] = {}
         self._shares: dict[str, ui.slider] = {}
+        self._percents: dict[str, ui.label] = {}
         self._fair: dict[str, ui.switch] = {}
         self._safe: list[ui.switch] = []
         self._is_set = False
@@ -47,20 +48,29 @@ class Controls:
         self._count = self._slider("Pictures", 1, MAX_COUNT, 1, start.count)
         with ui.element("div").classes("line"):
             self._seed = ui.number(
-                "Seed", value=start.seed, min=0, max=MAX_SEED, step=1, precision=0
+                "Seed: another one, other pictures",
+                value=start.seed,
+                min=0,
+                max=MAX_SEED,
+                step=1,
+                precision=0,
             ).props("debounce=300")
             self._seed.on_value_change(self._changed).mark("seed")
             ui.button(icon="casino", on_click=self._new_seed).props(
                 'flat dense round aria-label="another seed"'
             )
-        self._steps = self._slider("Steps", 1, _MAX_STEPS, 1, start.num_steps)
-        self._sampler = ui.select(self._samplers(), value=start.sampler, label="Sampler")
-        self._sampler.on_value_change(self._changed).mark("sampler")
         with ui.expansion("More").classes("more"):
-            self._guidance = self._slider("Guidance", 1, 20, 0.5, start.guidance_scale)
-            self._negative = ui.input("Negative prompt", value=start.negative_prompt).props(
-                "debounce=400"
+            steps = "Steps: more are finer and slower"
+            self._steps = self._slider(steps, 1, _MAX_STEPS, 1, start.num_steps)
+            guidance = "Guidance: higher follows the prompt more"
+            self._guidance = self._slider(guidance, 1, 20, 0.5, start.guidance_scale)
+            self._sampler = ui.select(
+                self._samplers(), value=start.sampler, label="Sampler: how the steps are computed"
             )
+            self._sampler.on_value_change(self._changed).mark("sampler")
+            self._negative = ui.input(
+                "Negative prompt: what to avoid", value=start.negative_prompt
+            ).props("debounce=400")
             self._negative.on_value_change(self._changed)
             self._always = ui.switch("Steer every prompt, as the paper does", value=False)
             self._always.on_value_change(self._changed).mark("steer-always")
@@ -71,23 +81,27 @@ class Controls:
         with ui.element("fieldset"), ui.expansion(title, value=is_open).classes("group"):
             switch = None
             if is_safety:
-                switch = ui.switch("Safe", value=start.safe).mark("safe")
+                switch = ui.switch("Safe: makes every picture safer", value=start.safe).mark("safe")
                 self._safe.append(switch)
             elif len(names) > 1:
-                switch = ui.switch("Fair: each picture gets one", value=start.fair == group)
+                switch = ui.switch(
+                    "Fair: each picture gets one of these", value=start.fair == group
+                )
                 switch.mark(f"fair {group}")
                 self._fair[group] = switch
                 with ui.element("div").bind_visibility_from(switch, "value"):
                     for name in names:
-                        slider = self._slider(
-                            name, 0, 100, 1, round(100 / len(names)), "{} parts", f"share {name}"
+                        self._shares[name] = self._slider(
+                            name, 0, 100, 1, round(100 / len(names)), None, f"share {name}"
                         )
-                        self._shares[name] = slider
+                        self._shares[name].on_value_change(lambda: self._show_shares(names))
+                    self._show_shares(names)
             with ui.element("div") as own:
                 for name in names:
                     self._scales[name] = self._slider(
-                        name, -_RANGE, _RANGE, 0.05, 0, "{:+.2f}", f"scale {name}"
+                        name, -_RANGE, _RANGE, 0.05, 0, signed, f"scale {name}"
                     )
+                ui.label("Right is towards it, left is away from it.").classes("hint")
             if switch is not None:
                 own.bind_visibility_from(switch, "value", backward=lambda on: not on)
                 switch.on_value_change(lambda event: self._switched(group, event.value))
@@ -99,24 +113,31 @@ class Controls:
         high: float,
         step: float,
         value: float,
-        style: str = "{:g}",
+        style: Callable[[float], str] | None = "{:g}".format,
         mark: str = "",
     ) -> ui.slider:
-        """A slider with its name and its value above it."""
-
-        def text(found: float) -> str:
-            return style.format(found or 0).replace("-", "−")
-
+        """A slider with its name and its value above it; without a style, a share in percent."""
         with ui.element("div").classes("slider"):
             with ui.element("div").classes("name"):
                 ui.label(label)
-                shown = ui.label(text(value)).classes("value")
+                shown = ui.label().classes("value")
             slider = ui.slider(min=low, max=high, step=step, value=value)
             slider.props["aria-label"] = label
             slider.mark(mark or label)
-            shown.bind_text_from(slider, "value", backward=text)
+            if style is None:
+                self._percents[label] = shown
+            else:
+                shown.bind_text_from(
+                    slider, "value", backward=lambda found: style(found or 0).replace("-", "−")
+                )
             slider.on_value_change(self._changed)
         return slider
+
+    def _show_shares(self, names: list[str]) -> None:
+        """Shows the shares of a group, which depend on all of its sliders."""
+        shares = self._ratio(names) or dict.fromkeys(names, 1 / len(names))
+        for name, share in shares.items():
+            self._percents[name].set_text(f"{share:.0%}".replace("%", "\u00a0%"))
 
     def _samplers(self) -> list[str]:
         """The samplers that compute what the model's scheduler asks for."""

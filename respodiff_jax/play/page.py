@@ -29,6 +29,7 @@ from respodiff_jax.play.settings import (
     grid_file,
     picture_file,
     plan,
+    signed,
     strip,
     strip_file,
 )
@@ -71,10 +72,13 @@ def _style() -> str:
     return f"{colours}\n{own}\n.measure {{\n{report}\n}}\n"
 
 
-def _show_picture(element: ui.element, picture: np.ndarray) -> None:
-    """Shows a picture in an `img`."""
-    content = images_lib.to_png(Image.fromarray(picture))
-    element.props["src"] = "data:image/png;base64," + base64.b64encode(content).decode()
+def _show_picture(element: ui.element, picture: np.ndarray | None) -> None:
+    """Shows a picture in an `img`, or none."""
+    source = _BLANK
+    if picture is not None:
+        content = images_lib.to_png(Image.fromarray(picture))
+        source = "data:image/png;base64," + base64.b64encode(content).decode()
+    element.props["src"] = source
     element.update()
 
 
@@ -115,8 +119,11 @@ class Page:
         with ui.element("div").classes("play"):
             with ui.element("header"):
                 ui.label("RespoDiff playground").classes("kicker")
-                ui.label("Before and after, from the same noise").classes("headline")
-                ui.label(self._studio.name).classes("note")
+                ui.label("Before and after steering").classes("headline")
+                ui.label(
+                    "Left: what the model draws. Right: the same picture, steered by the controls."
+                    f" {self._studio.about}"
+                ).classes("note")
                 if self._studio.hint:
                     ui.label(self._studio.hint).classes("warnings").props("role=note")
             with ui.element("div").classes("columns"):
@@ -159,7 +166,7 @@ class Page:
                 card.set_visibility(i < self._settings.count)
                 self._cards.append((card, *sides, reason))
         with ui.element("div").classes("downloads"):
-            ui.button("Download the grid", icon="grid_on", on_click=self._download_grid)
+            ui.button("Download all in one", icon="grid_on", on_click=self._download_grid)
             ui.button("Download the command", icon="terminal", on_click=self._download_command)
         ui.label("The same pictures from the command line:").classes("note")
         self._command = ui.label("").classes("command").mark("command")
@@ -177,10 +184,13 @@ class Page:
     def _changed(self, settings: Settings) -> None:
         """A control was moved: what is under way stops, and pictures are drawn after a pause."""
         self._settings = settings
+        for element in (self._chart, self._strip_box):
+            element.classes("stale")
         if self._tab == "Pictures":
             self._start(self._redraw)
-        elif self._cancel.visible:
-            self._cancelled()
+        else:
+            self._work.stop.set()
+            self._finish("The settings changed. Press the button to draw with them.")
 
     def _shown(self, tab: str) -> None:
         self._tab = tab
@@ -218,7 +228,7 @@ class Page:
         for i, (card, _, _, reason) in enumerate(self._cards):
             card.set_visibility(i < settings.count)
             if i < settings.count:
-                reason.set_text(f"{settings.seed + i} · {chosen.reasons[i]}")
+                reason.set_text(f"Seed {settings.seed + i}. {chosen.reasons[i]}")
         self._command.set_text(
             command_line(settings, self._studio.name, self._studio.sources, self._studio.resolution)
         )
@@ -264,8 +274,10 @@ class Page:
     def _build_measure(self) -> None:
         suite = self._studio.suite
         ui.label(
-            f"{measuring.PICTURES} pictures of a profession, each before and after with the"
-            " settings on the left, counted by CLIP while they are drawn."
+            f"{measuring.PICTURES} pictures of a profession, before (base) and after (adapted),"
+            " with these settings but its own prompts. A classifier (CLIP) counts them. The"
+            " deviation ratio is 0 if the shares meet the target, and 1 if they are as far from it"
+            " as possible. Lines and brackets are 95 % intervals."
         ).classes("note")
         with ui.element("div").classes("line"):
             subjects = {subject: subject for subject in suite.subjects}
@@ -280,6 +292,7 @@ class Page:
     async def _measure(self, subject: str) -> None:
         work, settings = self._begin("counting …"), self._settings
         self._chart.set_content("")
+        self._chart.classes(remove="stale")
 
         def draw():
             studio = self._studio
@@ -299,9 +312,10 @@ class Page:
     # Explore
 
     def _build_explore(self) -> None:
-        ui.label("One picture, from −1 to +1 of a concept. At 0 it is the base model's.").classes(
-            "note"
-        )
+        ui.label(
+            "One picture at seven strengths of a concept: from −1, away from it, to +1, towards"
+            " it. At 0 it is the picture before. Other concepts are off."
+        ).classes("note")
         names = [name for group in self._studio.groups.values() for name in group]
         with ui.element("div").classes("line"):
             concept = ui.select(
@@ -311,20 +325,23 @@ class Page:
                 "Draw the strip", on_click=lambda: self._start(lambda: self._explore(concept.value))
             )
             button.set_enabled(bool(names))
-        with ui.element("div").classes("strip"):
+        with ui.element("div").classes("strip") as self._strip_box:
             self._tiles = []
             for scale in np.linspace(-1, 1, STRIP):
                 with ui.element("figure"):
                     self._tiles.append(
                         ui.element("img").props(f'src="{_BLANK}" alt="scale {scale:+.2f}"')
                     )
-                    ui.label(f"{scale:+.2f}".replace("-", "−"))
+                    ui.label(signed(scale).replace("-", "−"))
         self._strip_reason = ui.label("").classes("reason")
         ui.button("Download the strip", icon="grid_on", on_click=self._download_strip)
 
     async def _explore(self, concept: str) -> None:
         work, settings = self._begin("drawing …"), self._settings
         self._strip, self._strip_title = [None] * STRIP, f"{settings.prompt}: {concept}"
+        self._strip_box.classes(remove="stale")
+        for tile in self._tiles:
+            _show_picture(tile, None)
 
         def draw():
             painter = self._studio.painter
@@ -407,5 +424,5 @@ class Page:
             self._bar.props(remove="indeterminate")
         else:
             is_first = not self._studio.painter.compiled
-            self._status.set_text("compiling, once …" if is_first else "waiting …")
+            self._status.set_text("preparing, once …" if is_first else "waiting …")
             self._bar.props("indeterminate")

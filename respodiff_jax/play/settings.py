@@ -126,7 +126,12 @@ def _reason(
         asked = concept.name in settings.concepts or concept.group == settings.fair
         if asked or (settings.safe and concept.is_safety):
             chosen.setdefault(concept.group, {})[concept.name] = weight
-    reads = {c.group for part in adapter.parts if part.reading is not None for c in part.concepts}
+    reads = {
+        concept.group
+        for part in adapter.parts
+        for concept in part.concepts
+        if part.reading is not None and not concept.is_safety
+    }
     reading = reading_of(adapter, decisions, 0)
     sentences = []
     for group, scales in chosen.items():
@@ -136,7 +141,7 @@ def _reason(
             sentences.append(f"Not steered: the prompt names the {title}.")
             continue
         if decision == Decision.NOBODY.name.lower():
-            sentences.append(f"Not steered: the prompt names no person ({title}).")
+            sentences.append(f"Not steered: the adapter finds no person in the prompt ({title}).")
             continue
         steered = ", ".join(
             name if weight == 1 else f"{name} × {weight:.2g}"
@@ -148,6 +153,12 @@ def _reason(
             why = "every prompt is steered"
         sentences.append(f"Steered to {steered or 'nothing'}: {why}.")
     return " ".join(sentences)
+
+
+def signed(scale: float) -> str:
+    """A scale with its sign: "+0.33", "-1.00", or "0"."""
+    text = f"{scale:+.2f}"
+    return text if float(text) else "0"
 
 
 def strip(painter: Painter, settings: Settings, concept: str) -> tuple[list[Job], str]:
@@ -249,5 +260,5 @@ def grid_file(
 
 def strip_file(title: str, pictures: Sequence[np.ndarray]) -> bytes:
     """A PNG of a strip."""
-    captions = [f"{scale:+.2f}" for scale in np.linspace(-1, 1, STRIP)]
+    captions = [signed(scale) for scale in np.linspace(-1, 1, STRIP)]
     return images_lib.to_png(images_lib.grid([pictures], captions=[captions], title=title))

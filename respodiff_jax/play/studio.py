@@ -26,6 +26,7 @@ class Studio:
     Attributes:
       painter: draws.
       name: of the model.
+      about: what the model is, for a visitor.
       sources, resolution: as given.
       suite: professions and classifier prompts.
       hint: how to get an adapter, or None if there is one.
@@ -50,6 +51,13 @@ class Studio:
         model.latent_shape(size)
         self.name, self.sources, self.resolution = model.identity["name"], sources, resolution
         self.suite = load_suite(None, self.name)
+        self.about = f"The model is {self.name}."
+        if self.name == shipped.MODEL:
+            some = ", ".join(self.suite.subjects[:5])
+            self.about = (
+                f"The model is {self.name}. It draws emoji and knows few words: professions such as"
+                f" {some}, and things such as a cat."
+            )
         self.hint = None
         if adapter is None:
             self.hint = (

@@ -158,8 +158,11 @@ def test_controls_redraw_and_lines_say_why(visitor):
     visitor.write("a farmer")
     second = visitor.sources()
     assert not set(first) & set(second)
+    controls = visitor.page.locator(".controls")
+    assert controls.inner_text().count("50\u00a0%") == 2
     visitor.slide("a woman", "PageDown", 5)  # no part of the pictures
     assert not any("a woman" in line for line in visitor.reasons())
+    assert "100\u00a0%" in controls.inner_text()
     visitor.switch("Fair: each picture gets one")
     third = visitor.sources()
     assert third[::2] == second[::2] and third[1::2] == third[::2]
@@ -180,7 +183,7 @@ def test_downloads_hold_what_the_page_shows(visitor, tmp_path):
         record = read_metadata(visitor.download(button.click, tmp_path))
         assert record["seed"] == 2 and record["num_steps"] == 20
         assert bool(record["concepts"]) == (name == "after")
-    grid = visitor.download(page.get_by_text("Download the grid").click, tmp_path)
+    grid = visitor.download(page.get_by_text("Download all in one").click, tmp_path)
     with Image.open(grid) as image:
         assert image.width > 8 * 128
     command = visitor.download(page.get_by_text("Download the command").click, tmp_path)
@@ -192,6 +195,7 @@ def test_downloads_hold_what_the_page_shows(visitor, tmp_path):
 def test_what_is_under_way_can_be_cancelled(visitor):
     before = visitor.sources()
     page = visitor.page
+    page.get_by_text("More", exact=True).click()
     page.get_by_role("slider", name="Steps").locator("[tabindex]").focus()
     for _ in range(8):
         page.keyboard.press("PageUp")
@@ -249,6 +253,13 @@ def test_measuring_and_exploring(visitor, studio, tmp_path):
     strip = visitor.download(page.get_by_text("Download the strip").click, tmp_path)
     with Image.open(strip) as image:
         assert image.width > 7 * 128
+    assert page.locator(".strip.stale, .measure.stale").count() == 0
+    page.get_by_role("switch", name="Safe").click()
+    page.get_by_text("The settings changed. Press the button").wait_for()
+    assert page.locator(".strip.stale, .measure.stale").count() == 2
+    page.get_by_role("button", name="Draw the strip").click()
+    visitor.wait()
+    assert page.locator(".strip.stale").count() == 0
 
 
 @in_browser

@@ -26,7 +26,14 @@ from respodiff_jax.images import METADATA_KEY
 from respodiff_jax.method.reading import Decision, Reading
 from respodiff_jax.play import measuring, settings
 from respodiff_jax.play.painter import Job, Painter
-from respodiff_jax.play.settings import Settings, command_line, grid_file, picture_file, plan
+from respodiff_jax.play.settings import (
+    Settings,
+    command_line,
+    grid_file,
+    picture_file,
+    plan,
+    signed,
+)
 from respodiff_jax.play.studio import Studio, open_studio
 
 TAG = "<b onclick=alert(1)>bold</b>"
@@ -137,7 +144,7 @@ def reading_painter(backbone, decision):
     [
         (Decision.OPEN, "Steered to a woman: the prompt leaves the gender open."),
         (Decision.NAMED, "Not steered: the prompt names the gender."),
-        (Decision.NOBODY, "Not steered: the prompt names no person (gender)."),
+        (Decision.NOBODY, "Not steered: the adapter finds no person in the prompt (gender)."),
     ],
 )
 def test_a_line_says_why_a_picture_is_steered_or_not(tiny_backbone, decision, line):
@@ -160,6 +167,10 @@ def test_shares_are_met_and_lines_name_each_pictures_concept(painter):
     assert [job.seed for job in chosen.adapted] == [job.seed for job in chosen.base]
     nothing = plan(painter, Settings("a cook"))
     assert nothing.adapted == nothing.base and "no concept is chosen" in nothing.reasons[0]
+
+
+def test_a_scale_is_written_with_its_sign():
+    assert [signed(scale) for scale in (0.0, -0.0, 1 / 3, -1)] == ["0", "0", "+0.33", "-1.00"]
 
 
 def test_a_strip_goes_from_minus_one_to_one(painter):
@@ -269,7 +280,10 @@ def test_emoji_world_opens_with_its_adapters():
         for prompt in ("a photo of a woman doctor", start.prompt, "a photo of a cat")
     )
     assert "names the gender" in named and "leaves the gender open" in open_
-    assert "names no person" in nothing
+    assert "finds no person" in nothing
+    safe = plan(studio.painter, dataclasses.replace(start, safe=True)).reasons[0]
+    assert safe.endswith("Steered to anti-unsafe × 0.7: every prompt is steered.")
+    assert "farmer" in studio.about
     assert studio.painter.read(" ".join(["doctor"] * 200)).is_too_long
     assert not studio.painter.read(start.prompt).is_too_long
 
