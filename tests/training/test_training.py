@@ -174,7 +174,9 @@ def test_checkpoints_hold_no_base_weights(finished, tiny_backbone):
     assert kept == [2, 4, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_run_continues_bit_for_bit(finished, tmp_path, number, capfd):
     stopped = pytest.raises(Interrupted, match=r"stopped at step [34] of 6")
     before = signal.getsignal(signal.SIGINT)
@@ -217,7 +219,13 @@ def stopped_at_the_first_grid():
         yield
 
 
-@pytest.mark.parametrize("interrupted", [stopped_at_the_first_grid, no_space_at_the_second_grid])
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        no_space_at_the_second_grid,
+        pytest.param(stopped_at_the_first_grid, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_grids_are_drawn_when_the_run_continues(finished, interrupted, tmp_path):
     """The run is stopped when grids are due, or fails while it draws them."""
     changes = {"log.grid_every": 3, "log.grid_images": 2, "log.grid_steps": 2}

@@ -319,7 +319,8 @@ def assert_same_adapters(workdir, other, count):
     assert read_outcomes(workdir) == read_outcomes(other)
 
 
-@pytest.mark.parametrize("killed", [(1,), pytest.param((0, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [(1,), (0, 1)])
 def test_training_killed_at_random_moments_ends_with_the_same_bytes(twenty, tmp_path, killed):
     """Killed while the waves `killed` train: the second, when one has ended and one has not."""
     concepts, workdir = twenty
