@@ -17,6 +17,7 @@ import torch
 import torch_adapters
 
 from respodiff_jax import comfyui
+from respodiff_jax.torch_adapter import RespoDiffAdapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -25,6 +26,7 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[1]
 KINDS = ("constant", "mlp", "conv")
 FOLDER = ROOT / "respodiff_jax" / "emoji" / "model"
+SHIPPED = ROOT / "respodiff_jax" / "emoji" / "adapters" / "gender"
 
 
 def load(kind="mlp"):
@@ -256,6 +258,27 @@ def test_latents_equal_those_of_the_pytorch_adapter(kind, scale, split, monkeypa
     print(f"{kind} {scale}: {difference(found, expected):.1e}, {difference(found, base):.1e}")
     assert difference(found, expected) < 1e-3 < 1e-2 < difference(found, base)
     assert torch.equal(draw_comfy(model, scale), base)
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("split", [False, True], ids=["joint", "separate"])
+@pytest.mark.parametrize(
+    ("prompt", "is_open"),
+    [("a photo of a cook", True), ("a photo of a woman pilot", False), ("a photo of a cat", False)],
+)
+def test_an_adapter_that_reads_steers_only_open_prompts(prompt, is_open, split, monkeypatch):
+    model, adapter = comfy_model(), RespoDiffAdapter.from_pretrained(SHIPPED)
+    if split:
+        monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 1e30)
+    [patched] = comfyui.Concepts().run(model, adapter, "a woman=1.0")
+    base, found = (draw_comfy(m, 5.0, [prompt]) for m in (model, patched))
+    if not is_open:
+        assert torch.equal(found, base)
+        return
+    adapter.attach(pipeline()).set_concepts({"a woman": 1.0})
+    expected = draw_diffusers(model, 5.0, prompt)
+    adapter.detach()
+    assert difference(found, expected) < 1e-3 < 1e-2 < difference(found, base)
 
 
 @pytest.mark.comfyui
