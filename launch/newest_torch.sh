@@ -23,7 +23,7 @@ fi
 python "$root/launch/newest_torch.py" store "$model" "$stored"
 python -m venv --clear "$venv"
 "$venv/bin/pip" install --quiet --upgrade torch==2.13.0 diffusers transformers safetensors \
-    accelerate pytest scipy
+    accelerate peft pytest scipy
 "$venv/bin/python" "$root/launch/newest_torch.py" check "$model" "$stored"
 cd "$root/tests"
 PYTHONPATH="$root:$root/tests" "$venv/bin/python" -m pytest --quiet --noconftest -c /dev/null \

@@ -232,10 +232,17 @@ def test_accelerate_offload(models):
     check(pipe, lambda: draw(pipe), [GUIDED])
 
 
+def add_lora(pipe):
+    peft = pytest.importorskip("peft")
+    layers = ["to_q", "to_v", "conv1"]  # also in the mid-block
+    pipe.unet.add_adapter(peft.LoraConfig(2, layers, init_lora_weights=False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "prepare",
     [
+        add_lora,
         lambda pipe: pipe.enable_attention_slicing(),
         lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
         lambda pipe: pipe.fuse_qkv_projections(),
@@ -247,6 +254,27 @@ def test_changed_unets(models, prepare):
     pipe = fresh(models["sd"])
     prepare(pipe)
     check(pipe, lambda: draw(pipe), [GUIDED])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_ip_adapter(models, guidance_scale):
+    pipe, features = fresh(models["sd"]), 24
+    width = pipe.unet.config.cross_attention_dim
+    layers = {}
+    for number, name in enumerate(pipe.unet.attn_processors):
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn2.processor"):
+            for key in ("to_k", "to_v"):
+                layers[f"{number}.{key}_ip.weight"] = getattr(attention, key).weight.detach()
+    projection = {
+        **{"proj.weight": torch.randn(4 * width, features), "proj.bias": torch.zeros(4 * width)},
+        **{"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)},
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+    picture = torch.randn(2 if guidance_scale > 1 else 1, 1, features, generator=generator())
+    options = {"ip_adapter_image_embeds": [picture], "guidance_scale": guidance_scale}
+    check(pipe, lambda: draw(pipe, **options), [GUIDED if guidance_scale > 1 else UNGUIDED])
 
 
 def run_own_loop(unet, call, states, steps=2):
