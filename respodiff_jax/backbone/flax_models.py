@@ -5,6 +5,7 @@ another UNet, VAE or text encoder changes this file alone. `options.py` says whi
 config files they obey.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -220,11 +221,15 @@ def name_layers(next_function, args, kwargs, context):
 
 def abstract_params(module: nn.Module) -> dict:
     """The module's parameters as float32 `ShapeDtypeStruct`s; allocates and computes nothing."""
-    key = jax.random.key(0)
     if isinstance(module, (FlaxUNet2DConditionModel, FlaxAutoencoderKL)):
-        return jax.eval_shape(module.init_weights, key)
+        return _traced_params(module)
     ids = jax.ShapeDtypeStruct((1, module.config.max_position_embeddings), jnp.int32)
-    return jax.eval_shape(module.init, key, ids, ids, ids)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), ids, ids, ids)["params"]
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes a second or more
+def _traced_params(module: nn.Module) -> dict:
+    return jax.eval_shape(module.init_weights, jax.random.key(0))
 
 
 def compute_dtype(dtype: str) -> np.dtype:
