@@ -1,5 +1,6 @@
 """Test settings: eight simulated CPU devices, no network, strict JAX."""
 
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,9 @@ import pytest
 import torch
 
 annotations.install()
+# Tracing makes millions of objects that stay; with Python's thresholds, looking for garbage among
+# them takes 15 % of the time and more.
+gc.set_threshold(100_000, 20, 20)
 
 # In half of the time; the numbers differ in the last bits from those of a training run.
 SHORT_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

@@ -60,7 +60,7 @@ def test_short_memory_is_a_warning_that_says_what_to_change(monkeypatch):
 
 
 def test_train_and_generate_warn_before_weights_are_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "_SMALL", 0)
+    monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
 
     def loaded(self):

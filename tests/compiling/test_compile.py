@@ -69,7 +69,7 @@ def compilations():
     [
         ([WOMAN], "pmap", "streaming"),
         pytest.param([WOMAN, VIOLENCE], "mesh", "streaming", marks=pytest.mark.slow),
-        ([WOMAN, VIOLENCE], "mesh", "faithful"),
+        pytest.param([WOMAN, VIOLENCE], "mesh", "faithful", marks=pytest.mark.slow),
     ],
 )
 def test_program_compiled_from_shapes_is_the_one_that_trains(

@@ -79,6 +79,7 @@ def test_step_of_sdxl_traces_at_1024_pixels():
     assert jax.tree.structure(new_state) == jax.tree.structure(args[0])
 
 
+@pytest.mark.slow
 def test_streaming_sample_of_sd14_takes_six_unet_evaluations(capsys):
     """Relative to one plain forward pass of the UNet. The published procedure takes 59."""
     backbone = random_backbone("sd14", dtype="bfloat16", abstract=True)

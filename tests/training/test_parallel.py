@@ -58,7 +58,7 @@ def on_one_device(tiny_backbone):
 @pytest.mark.parametrize(
     ("concepts", "strategy", "rollout", "shards"),
     [
-        ([WOMAN], "pmap", "streaming", (1, 8)),
+        pytest.param([WOMAN], "pmap", "streaming", (1, 8), marks=pytest.mark.slow),
         ([WOMAN, VIOLENCE], "pmap", "faithful", (2, 4)),
         ([WOMAN, VIOLENCE], "mesh", "streaming", (2, 4)),
     ],
