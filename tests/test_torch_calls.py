@@ -235,7 +235,7 @@ def test_accelerate_offload(models):
 def add_lora(pipe):
     peft = pytest.importorskip("peft")
     layers = ["to_q", "to_v", "conv1"]  # also in the mid-block
-    pipe.unet.add_adapter(peft.LoraConfig(2, layers, init_lora_weights=False))
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
 
 
 @pytest.mark.slow
