@@ -154,7 +154,7 @@ def use_cores(model: str | None, batch_size: int | None = None) -> None:
     """Makes each core of the CPU a device of JAX, which a small model's batches are split over.
 
     XLA's programs keep two cores busy only in part. Each device has its own copy of the parameters,
-    so models of 256 MiB or more keep one device, and there are at most 8. Nothing changes where
+    so folders of 256 MiB or more keep one device, and there are at most 8. Nothing changes where
     `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES` gives a number, or after JAX has begun to compute.
 
     Args:
@@ -165,7 +165,7 @@ def use_cores(model: str | None, batch_size: int | None = None) -> None:
     folder = local_folder(model) if model else None
     if chosen or jax.config.jax_num_cpu_devices > 0 or folder is None or not folder.is_dir():
         return
-    if sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) >= SMALL:
+    if sum(file.stat().st_size for file in folder.glob("*/*")) >= SMALL:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = (n for n in range(min(cores, 8), 0, -1) if not (batch_size or 0) % n)

@@ -270,15 +270,17 @@ def pair(program, *arguments):
         ("emoji-world", None, 64, [8]),
         ("random/tiny", None, 2, []),  # no folder
         ("large", None, 2, []),
+        ("large of Flax", None, 2, []),
         (None, None, 2, []),
     ],
 )
 def test_small_models_have_a_device_on_each_core(
     model, batch_size, cores, devices, tmp_path, monkeypatch
 ):
-    (tmp_path / "large" / "unet").mkdir(parents=True)
-    with open(tmp_path / "large" / "unet" / "model.safetensors", "wb") as file:
-        file.truncate(2**28)
+    for folder, weights in (("large", "model.safetensors"), ("large of Flax", "model.msgpack")):
+        (tmp_path / folder / "unet").mkdir(parents=True)
+        with open(tmp_path / folder / "unet" / weights, "wb") as file:
+            file.truncate(2**28)
     monkeypatch.chdir(tmp_path)
     chosen = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
