@@ -5,7 +5,7 @@
 #
 # OUT gets a table (.md), all numbers (.json) and the messages (.log) of each benchmark, and gpu.csv. The
 # models are by default random weights of the published architectures. A benchmark that fails or takes
-# too long is named, and the others run; the status is then 1. Needs the test extra.
+# too long is named, and the others run; the status is then 1. Needs the torch extra.
 set -euo pipefail
 if [[ $# != 1 && $# != 3 ]]; then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
@@ -16,24 +16,20 @@ out=$(realpath "$1") sd14=${2-random/sd14} sdxl=${3-random/sdxl} status=0
 cd "$(dirname "$0")/.."
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv"
 
-measure() { # NAME SECONDS COMMAND...
+bench() { # NAME SECONDS WHAT CONFIG MODEL BATCH OPTION...
   local name=$1 seconds=$2
-  shift 2
-  echo "$name, at most $seconds s: $*"
-  if timeout "$seconds" "$@" >"$out/$name.md" 2>"$out/$name.log"; then
+  local command=(respodiff bench "$3" --config "configs/$4.py" --config.model.name="$5"
+    --config.train.batch_size="$6" --repeats 3 --out "$out/$1.json" "${@:7}")
+  echo "$name, at most $seconds s: ${command[*]}"
+  if timeout "$seconds" "${command[@]}" >"$out/$name.md" 2>"$out/$name.log"; then
     cat "$out/$name.md"
   else
     echo "$name failed with status $?, see $out/$name.log" >&2
     status=1
   fi
 }
-bench() { # NAME SECONDS WHAT CONFIG MODEL BATCH OPTION...
-  measure "$1" "$2" respodiff bench "$3" --config "configs/$4.py" --config.model.name="$5" \
-    --config.train.batch_size="$6" --out "$out/$1.json" "${@:7}"
-}
 
-measure tests 150 python -m pytest -q -m gpu tests/test_gpu.py -s
-bench train_sd14 150 train sd14_gender "$sd14" 16
-bench generate_sd14 200 generate sd14_gender "$sd14" 8 --against torch
-bench generate_sdxl 220 generate sdxl_gender "$sdxl" 4 --against torch --repeats 3
+bench train_sd14 220 train sd14_gender "$sd14" 16
+bench generate_sd14 280 generate sd14_gender "$sd14" 8 --against torch
+bench generate_sdxl 220 generate sdxl_gender "$sdxl" 4
 exit $status

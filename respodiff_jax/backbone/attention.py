@@ -34,6 +34,7 @@ _FUSED_FROM_SCORES = 2**18
 # as in models of less than 384 pixels, keep the bits of `plain`.
 _CHUNKED_FROM_SCORES = 2**22
 _CHUNK_SCORES = 2**24  # of all heads and pictures in a chunk: 64 MiB in float32
+_CUDNN_TILE = 64  # keys that cuDNN's kernels read together
 _LANES = 128  # the width of a TPU register; the kernel's blocks are multiples of it
 
 
@@ -120,7 +121,17 @@ def _chunked(query, key, value, scale):
 
 
 def _cudnn(query, key, value, scale):
-    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+    tokens, keys = query.shape[1], key.shape[1]
+    lengths = {}
+    if keys % 2:  # a prompt has 77; JAX has no gradient for an odd number
+        padding = ((0, 0), (0, -keys % _CUDNN_TILE), (0, 0), (0, 0))
+        key, value = jnp.pad(key, padding), jnp.pad(value, padding)
+        # Derived from the queries, the lengths have their axis under `vmap`, as JAX requires.
+        zeros = 0 * query[:, 0, 0, 0].astype(jnp.int32)
+        lengths = {"query_seq_lengths": zeros + tokens, "key_value_seq_lengths": zeros + keys}
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=scale, implementation="cudnn", **lengths
+    )
 
 
 def _flash(query, key, value, scale):

@@ -6,6 +6,7 @@ cuDNN kernel.
 """
 
 import contextlib
+import importlib
 import importlib.util
 from functools import partial
 from types import SimpleNamespace
@@ -180,6 +181,20 @@ def test_only_large_attentions_are_fused_or_chunked(
     out = jax.eval_shape(attend, query, key, key)
     assert (out.shape, out.dtype) == (query.shape, query.dtype)
     assert fused == [0.125] * is_fused
+
+
+@pytest.mark.parametrize("keys", [4096, 77])
+def test_training_with_cudnn_lowers_for_a_gpu(keys, monkeypatch):
+    """Lowers values and gradients of two concepts without a GPU; JAX checks the shapes then."""
+    checks = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(checks, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(checks, "check_compute_capability", lambda capability: True)
+    query, key = (
+        jax.ShapeDtypeStruct((2, 1, length, 8, 40), jnp.bfloat16) for length in (4096, keys)
+    )
+    step = jax.jit(jax.vmap(partial(value_and_gradients, "cudnn")))
+    program = step.trace(query, key, key, query).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("@__cudnn$fmha") == 2
 
 
 def test_transformer_block_with_flash_equals_stock(interpreted):
