@@ -1,5 +1,6 @@
 """Checks the annotations of the pure files, shapes and dtypes of arrays included, at every call."""
 
+import importlib
 import inspect
 
 import beartype
@@ -21,7 +22,12 @@ def check(function):
 
 
 def install():
-    """Before the modules are imported."""
+    """Before the modules are imported.
+
+    What they import is imported first: within an import with a hook, Python's compiled modules
+    are not found, and two thousand are compiled again.
+    """
+    importlib.import_module("respodiff_jax.backbone")
     install_import_hook(MODULES, "annotations.check")
 
 

@@ -123,6 +123,7 @@ def test_run_in_a_bucket_can_be_exported_and_inspected(runs, bucket, tmp_path, c
     assert "a woman" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupted_waves_in_a_bucket_equal_local_waves(bucket, tmp_path):
     """Ten concepts on eight devices make two waves; the first is interrupted."""
     config = make_config(**{"train.steps": 3, "train.batch_size": 1})

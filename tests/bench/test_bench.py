@@ -135,6 +135,7 @@ def meta_training(kind="constant", num_steps=50, batch_size=1):
     return torch_side.Training([(procedure, prompts)], (4, 64, 64), batch_size, seed=0)
 
 
+@pytest.mark.slow
 def test_published_procedure_takes_59_evaluations_on_sd14(capsys):
     evaluations = meta_training().evaluations_per_sample()
     with capsys.disabled():

@@ -7,6 +7,7 @@ import re
 from functools import partial
 
 import jax
+import pytest
 
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.compiling import programs
@@ -73,6 +74,7 @@ def test_best_times_follow_from_flops_and_traffic():
         assert row["bound by"] == ("compute" if compute >= memory else "memory")
 
 
+@pytest.mark.slow  # traces SDXL
 def test_memory_table_matches_the_training_state():
     shown = {
         row[""]: int(row["bytes"].replace(",", "")) for row in table_with("bytes") if row["bytes"]

@@ -138,6 +138,7 @@ def check_against_pytorch(folder, concept, steps, stride, **changes):
     assert 0 < restarts < steps
 
 
+@pytest.mark.slow
 def test_streaming_step_equals_pytorch(sd_folder):
     check_against_pytorch(sd_folder, WOMAN, steps=12, stride=1)
 

@@ -114,7 +114,7 @@ def test_accuracy_is_reported_and_a_low_one_warns(gender, lines, tiny_backbone):
     assert "below" not in line
     config = recipes.task_config("gender")
     config.reading.people, config.reading.things = (
-        config.reading[kind][:60] for kind in ("people", "things")
+        config.reading[kind][:20] for kind in ("people", "things")
     )
     untrained = []
     train_reading(config, concepts_from(config), tiny_backbone, untrained.append)
