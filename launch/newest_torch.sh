@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests an adapter with the newest diffusers and transformers and without JAX: runs the example of its
 # model card, compares 50 guided steps with stored latents that JAX computed, then checks which samples
-# the adapter steers however the UNet is called (tests/test_torch_calls.py).
+# the adapter steers however the UNet is called (tests/test_torch_calls.py, tests/test_torch_unets.py).
 #
 #   launch/newest_torch.sh [MODEL] [STORED]
 #
@@ -27,4 +27,5 @@ python -m venv --clear "$venv"
 "$venv/bin/python" "$root/launch/newest_torch.py" check "$model" "$stored"
 cd "$root/tests"
 PYTHONPATH="$root:$root/tests" "$venv/bin/python" -m pytest --quiet --noconftest -c /dev/null \
-    --rootdir . -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning test_torch_calls.py
+    --rootdir . -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning test_torch_calls.py \
+    test_torch_unets.py

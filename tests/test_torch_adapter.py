@@ -1,9 +1,7 @@
 """Adapters in PyTorch equal Flax sampling, for every way to use a diffusers pipeline."""
 
 import functools
-import importlib.util
 
-import accelerate
 import diffusers
 import jax
 import numpy as np
@@ -11,21 +9,27 @@ import pytest
 import torch
 import torch._dynamo.testing
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
-from torch_adapters import with_small_unet
+from torch_pipelines import (
+    PROMPTS,
+    ROWS,
+    SHAPE,
+    assert_close,
+    make_load,
+    people,
+    pipeline,
+    torch_latents,
+)
 
-from respodiff_jax import torch_adapter
-from respodiff_jax.adapters import combine, save_adapter, steerings
+from respodiff_jax.adapters import combine, steerings
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.generation.sampling import denoise, initial_noise
 from respodiff_jax.method.modules import KINDS
 from respodiff_jax.method.schedule import Schedule
-from respodiff_jax.torch_adapter import RespoDiffAdapter
 
+load = pytest.fixture(make_load)
 # diffusers' schedulers give this warning with the newest releases of numpy and torch.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SHAPE = (4, 4, 64)  # of the tiny models' mid-blocks
-PROMPTS = ["a person", "two women on a boat"]
 NAMES = ("a woman", "a man", "anti-violence")
 # By default one model for each kind.
 CASES = [("sd_folder", "constant"), ("sdxl_folder", "mlp")]
@@ -42,12 +46,6 @@ CASES += [
 
 
 @functools.cache
-def pipeline(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @functools.cache
 def flax_sampler(folder, kind):
     """An adapter for the model, noise, and `sample(weights) -> z_0` with weights (4, 3): two images
@@ -69,44 +67,6 @@ def flax_sampler(folder, kind):
         return np.asarray(sample(backbone.params, noise, cond, uncond, steering, 7.5))
 
     return adapter, np.asarray(noise), run
-
-
-NOISE = np.asarray(initial_noise(range(4), (8, 8, 4)))  # for the tiny models
-
-
-def torch_latents(pipe, prompts=PROMPTS, noise=NOISE, steps=50, guidance_scale=7.5, **options):
-    """z_0, (B, h, w, c), of a text-to-image pipeline; each prompt gets equally many images."""
-    latents = pipe(
-        prompts,
-        latents=torch.tensor(noise).permute(0, 3, 1, 2).to(pipe.unet.dtype),
-        num_images_per_prompt=len(noise) // len(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-        **options,
-    ).images
-    return latents.permute(0, 2, 3, 1).float().numpy()
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Saves a Flax adapter and loads it in PyTorch."""
-    folders = map(str, range(100))
-
-    def load(adapter):
-        folder = tmp_path / next(folders)
-        save_adapter(adapter, folder)
-        return RespoDiffAdapter.from_pretrained(folder)
-
-    return load
-
-
-def people(kind="constant", shape=SHAPE, **options):
-    return make_adapter(kind, (WOMAN, MAN, VIOLENCE), shape=shape, **options)
-
-
-def assert_close(ours, theirs, tolerance=1e-3):
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
 def choices():
@@ -190,7 +150,6 @@ def with_explicit_hook(pipe, hook, run):
         handle.remove()
 
 
-ROWS = [{"a woman": 1.0}, {"a man": 0.5}, {"a woman": 0.3, "anti-violence": 1.0}, {}]
 WEIGHTS = [[1, 0, 0], [0, 0.5, 0], [0.3, 0, 1], [0, 0, 0]]
 
 
@@ -383,199 +342,3 @@ def test_half_precision_pipelines_add_in_float32(sd_folder, load, kind, dtype):
     torch.testing.assert_close(steered, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     latents = torch_latents(pipe, steps=2)
     assert np.isfinite(latents).all()
-
-
-def one_level_pipeline(folder):
-    """A folder's pipeline with a mid-block of (8, 8, 64)."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return with_small_unet(pipe)
-
-
-@pytest.mark.parametrize("attach_first", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_torch_compile_follows_every_change(sd_folder, load, attach_first):
-    """`fullgraph=True` would refuse a graph break; new scales and guidance add few graphs."""
-    pipe = one_level_pipeline(sd_folder)
-    run = functools.partial(torch_latents, pipe, steps=2)
-    adapter = load(people("mlp", shape=(8, 8, 64)))
-    base = run()
-    adapter.attach(pipe).set_concepts(ROWS)
-    eager, eager_unguided = run(), run(guidance_scale=1.0)
-    adapter.set_concepts({"a man": 1.0})
-    eager_man = run()
-    adapter.detach()
-
-    adapter.set_concepts(ROWS)
-    counter = torch._dynamo.testing.CompileCounter()
-    if attach_first:
-        adapter.attach(pipe)
-    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counter)
-    if not attach_first:
-        assert_close(run(), base, 1e-6)
-        adapter.attach(pipe)
-    assert_close(run(), eager, 1e-6)
-    assert_close(run(guidance_scale=1.0), eager_unguided, 1e-6)
-    adapter.set_concepts({"a man": 1.0})
-    assert_close(run(), eager_man, 1e-6)
-    graphs = counter.frame_count
-    for scale in (0.5, 0.25, 2.0):
-        adapter.set_concepts({"a woman": scale})
-        run(guidance_scale=3 + scale)
-    assert counter.frame_count <= graphs + 1
-    with adapter.disabled():
-        assert_close(run(), base, 1e-6)
-    adapter.detach()
-    assert_close(run(), base, 1e-6)
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_cpu_offload(sd_folder, load, offload):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
-    pipe.set_progress_bar_config(disable=True)
-    adapter = load(people("conv"))
-    adapter.set_concepts(ROWS)
-    adapter.attach(pipe)
-    expected = torch_latents(pipe, steps=2)
-    adapter.detach()
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device="cpu")
-    else:  # as in the pipeline's own method, which needs a GPU for CLIP's buffers
-        accelerate.cpu_offload(pipe.unet, execution_device="cpu")
-    assert isinstance(pipe.unet._hf_hook, accelerate.hooks.ModelHook)
-    weight = pipe.unet.mid_block.resnets[0].conv1.weight
-    assert weight.device.type == ("meta" if offload == "sequential" else "cpu")
-    adapter.attach(pipe)
-    for _ in range(2):  # after a call the pipeline installs its hooks again
-        np.testing.assert_array_equal(torch_latents(pipe, steps=2), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"shape": (4, 4, 32)},
-            "some/model, whose mid-block has 32 channels and .*, this pipeline's has 64 and 4",
-        ),
-        # As for SD 1.4 and SDXL: the same number of channels, but halved once more.
-        ({"resolution": 32}, "64 channels and a position for each 8 pixels, .* has 64 and 4: use"),
-        ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'; this pipeline's scheduler"),
-    ],
-)
-def test_other_backbone_is_refused_and_nothing_is_attached(sd_folder, load, change, message):
-    pipe = pipeline(sd_folder)
-    with pytest.raises(ValueError, match=message):
-        load(make_adapter(**{"shape": SHAPE} | change)).attach(pipe)
-    assert not pipe.unet.mid_block._forward_hooks
-
-
-REFUSED = {
-    "StableDiffusionInstructPix2PixPipeline": "image_guidance_scale",
-    "StableDiffusionSAGPipeline": "sag_scale",
-    "StableDiffusionPanoramaPipeline": "view_batch_size",
-    "LEditsPPPipelineStableDiffusionXL": "editing_prompt",
-    "DDPMPipeline": "guidance_scale",
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_other_pipeline_classes_are_refused(load, name, request):
-    folder = request.getfixturevalue("sdxl_folder" if name.endswith("XL") else "sd_folder")
-    parts = pipeline(folder).components
-    wanted = ("unet", "scheduler") if name == "DDPMPipeline" else parts
-    pipe = getattr(diffusers, name)(**{key: parts[key] for key in wanted})
-    with pytest.raises(ValueError, match=f"{name} cannot take the adapter: .*{REFUSED[name]}"):
-        load(people()).attach(pipe)
-
-
-class UNetMotionModel(torch.nn.Module):
-    """A UNet for videos, which calls its mid-block with frames instead of images."""
-
-    def __init__(self, unet):
-        super().__init__()
-        self.config, self.mid_block = unet.config, unet.mid_block
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_other_unet_classes_are_refused(sd_folder, load, compiled):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
-    unet = UNetMotionModel(pipe.unet)
-    pipe.unet = torch.compile(unet, backend="eager") if compiled else unet
-    with pytest.raises(
-        ValueError, match=r"its unet is a UNetMotionModel; .* is a UNet2DConditionModel"
-    ):
-        load(people()).attach(pipe)
-
-
-def test_other_hub_model_gives_a_warning(sd_folder, load):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
-    pipe.register_to_config(_name_or_path="other/model")
-    with pytest.warns(UserWarning, match="trained on some/model, the pipeline is other/model"):
-        load(people()).attach(pipe)
-
-
-def test_wrong_batch_or_image_size_is_refused(sd_folder, load):
-    pipe = pipeline(sd_folder)
-    adapter = load(people()).attach(pipe)
-    adapter.fair("gender", 3)
-    with pytest.raises(ValueError, match="chosen for 3 images, but the batch has 4"):
-        torch_latents(pipe, steps=1)
-    adapter.set_concepts({"a man": 1.0})
-    noise = np.zeros((2, 16, 16, 4), np.float32)
-    with pytest.raises(ValueError, match=r"\(64, 4, 4\), but these images have \(64, 8, 8\); gen"):
-        torch_latents(pipe, noise=noise, height=32, width=32, steps=1)
-    adapter.detach()
-
-
-def test_adapters_of_pipelines_that_share_a_unet_share_a_hook(sd_folder, load):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(sd_folder)
-    twin = diffusers.StableDiffusionPipeline.from_pipe(pipe)
-    first, second = load(people()).attach(pipe), load(people("mlp")).attach(twin)
-    assert first._hook is second._hook and len(pipe.unet.mid_block._forward_hooks) == 1
-    first.detach()
-    second.detach()
-    assert not pipe.unet.mid_block._forward_hooks
-    assert type(pipe) is type(twin) is diffusers.StableDiffusionPipeline
-
-
-def test_attach_and_detach_work_in_any_order(sd_folder, load):
-    pipe, adapter = diffusers.DiffusionPipeline.from_pretrained(sd_folder), load(people())
-    pipe.set_progress_bar_config(disable=True)
-    run = functools.partial(torch_latents, pipe, steps=2)
-    base = run()
-    adapter.detach()  # not attached
-    adapter.attach(pipe).set_concepts({"a man": 1.0})
-    steered = run()
-    adapter.attach(pipe)  # attached twice, acts once
-    np.testing.assert_array_equal(run(), steered)
-    with adapter.disabled():
-        with adapter.disabled():
-            pass
-        np.testing.assert_array_equal(run(), base)
-    np.testing.assert_array_equal(run(), steered)
-    with pytest.raises(ZeroDivisionError):
-        run(callback_on_step_end=lambda *_: 1 / 0)
-    adapter.detach()
-    adapter.detach()
-    np.testing.assert_array_equal(run(), base)
-
-    adapter.attach(pipe)
-    unet, pipe.unet = pipe.unet, None
-    adapter.detach()
-    assert not unet.mid_block._forward_hooks
-
-
-def test_adapters_of_two_copies_of_the_file_share_a_hook(sd_folder, load, tmp_path):
-    """The package's file and a copy beside an adapter: both adapters get the same `h`."""
-    spec = importlib.util.spec_from_file_location("a_copy", torch_adapter.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    pipe = pipeline(sd_folder)
-    ours = load(people("mlp")).attach(pipe)
-    save_adapter(people("conv"), tmp_path / "theirs")
-    theirs = copy.RespoDiffAdapter.from_pretrained(tmp_path / "theirs").attach(pipe)
-    assert len(pipe.unet.mid_block._forward_hooks) == 1
-    assert ours._hook is theirs._hook
-    ours.detach()
-    theirs.detach()
-    assert not pipe.unet.mid_block._forward_hooks

@@ -37,6 +37,7 @@ from respodiff_jax.method.reading import (
     fit_heads,
     scores,
 )
+from respodiff_jax.progress import Progress
 from respodiff_jax.storage import local_copy, open_path, write_whole
 
 READING_FILE = "reading.safetensors"
@@ -63,7 +64,7 @@ class TrainedReading(NamedTuple):
 def train_reading(
     config: ConfigDict, concepts: Sequence[Concept], model: Backbone, say: Callable[[str], None]
 ) -> dict[str, TrainedReading]:
-    """Fits the heads of each fairness group; seconds, as only the text encoder runs.
+    """Fits the heads of each fairness group; of the model, only the text encoder runs.
 
     Args:
       config: of the training; its `reading` section is read.
@@ -79,10 +80,13 @@ def train_reading(
 
     def encode(prompts):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        for rows, count in equal_batches(len(missing), _BATCH):
-            batch = [missing[row] for row in rows]
-            context = model.encode_prompts(batch, model.default_resolution).context
-            known.update(zip(batch[:count], np.asarray(context, np.float32), strict=False))
+        bar = {"desc": "contrast prompts", "total": len(missing), "unit": "prompt"}
+        with Progress(**bar, disable=not missing) as progress:
+            for rows, count in equal_batches(len(missing), _BATCH):
+                batch = [missing[row] for row in rows]
+                context = model.encode_prompts(batch, model.default_resolution).context
+                known.update(zip(batch[:count], np.asarray(context, np.float32), strict=False))
+                progress.update(count)
         return np.stack([known[prompt] for prompt in prompts])
 
     groups: dict[str, list[Concept]] = {}
