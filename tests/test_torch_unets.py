@@ -6,6 +6,7 @@ Nothing here needs JAX: `launch/newest_torch.sh` runs this file with the newest 
 import copy
 import importlib
 import io
+import time
 
 import diffusers
 import pytest
@@ -29,6 +30,8 @@ from torch_calls import (
     separate,
     states,
 )
+
+from respodiff_jax import torch_adapter
 
 models = pytest.fixture(make_models, scope="module")
 pytestmark = [
@@ -257,3 +260,50 @@ def test_modular_pipelines_read_prompts(models):
     expected = adapter.attach(base).read(PROMPTS)
     pipe = modular(base, diffusers.ClassifierFreeGuidance())
     assert torch.equal(adapter.attach(pipe).read(PROMPTS), expected)
+
+
+def test_copies_are_compared_at_the_first_step_only(models, monkeypatch):
+    """On a GPU each comparison waits for the device."""
+    pipe, compared = fresh(models["sd"]), []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(pair) or equal(*pair))
+    adapter = make_adapter().attach(pipe)
+    draw(pipe, steps=4)
+    assert len(compared) == 1
+    draw(pipe, steps=4)
+    assert len(compared) == 1
+    draw(pipe, PROMPTS * 2, steps=4)
+    assert len(compared) == 2
+    adapter.detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["constant", "mlp"])
+def test_hooks_take_less_than_half_a_percent_of_a_unet_call(kind, monkeypatch):
+    """A UNet of SD 1.5's size with random weights, one picture under guidance, float32."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8
+    ).eval()
+    adapter = torch_adapters.make_adapter(kind, shape=(1280, 8, 8), resolution=512)
+    adapter.set_concepts({"a woman": 1.0})
+    hook = torch_adapter._UNetHook(unet)
+    hook.adapters.append(adapter)
+    spent = []
+    for part in (torch_adapter._UNetHook, torch_adapter._MidBlockHook):
+
+        def timed(self, *args, call=part.__call__):
+            start = time.perf_counter()
+            result = call(self, *args)
+            spent.append(time.perf_counter() - start)
+            return result
+
+        monkeypatch.setattr(part, "__call__", timed)
+    call = torch.randn(1, 4, 64, 64).repeat(2, 1, 1, 1), 1, torch.randn(2, 77, 768)
+    with torch.no_grad():
+        unet(*call)
+        spent.clear()
+        start = time.perf_counter()
+        unet(*call)
+        share = sum(spent) / (time.perf_counter() - start)
+    print(f"\n{kind}: {1e3 * sum(spent):.2f} ms, {share:.3%} of a UNet call")
+    assert len(spent) == 3 and share < 0.005
