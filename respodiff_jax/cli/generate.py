@@ -1,6 +1,7 @@
 """`respodiff generate`."""
 
 import argparse
+import warnings
 
 from respodiff_jax.cli import inputs
 
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
     ratio = inputs.read_scales("--ratio", args.ratio.split(",")) if args.ratio else None
 
     import respodiff_jax as rd
+    from respodiff_jax.emoji.shipped import warning_of_unknown_words
     from respodiff_jax.training.distributed import enable_compilation_cache
 
     enable_compilation_cache()
@@ -131,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
 
     def open_model():
         model = inputs.open_model(args, adapters)
+        if warning := warning_of_unknown_words(model, prompts):
+            warnings.warn(warning, stacklevel=1)
         print(f"loading {model.identity['name']}", flush=True)
         return model
 

@@ -1,10 +1,16 @@
-"""The adapters of Emoji World that come with the package.
+"""Emoji World as it comes with the package: its adapters, and the words that it knows.
 
 `gender` is from `respodiff demo`, `safety` from `respodiff train --config configs/emoji_safety.py`;
 both are saved in float16.
 """
 
 import pathlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from respodiff_jax.backbone import Backbone
 
 MODEL = "emoji-world"
 
@@ -12,3 +18,20 @@ MODEL = "emoji-world"
 def adapter_folders() -> tuple[pathlib.Path, ...]:
     """The folders of the adapters, in alphabetical order."""
     return tuple(sorted((pathlib.Path(__file__).parent / "adapters").iterdir()))
+
+
+def warning_of_unknown_words(model: "Backbone", prompts: Sequence[str]) -> str:
+    """Names the words of prompts that the model has never seen; empty if there are none.
+
+    They are those that its tokenizer splits. For another model it is empty: a vocabulary of CLIP
+    splits words that the model knows.
+    """
+    if model.identity["name"] != MODEL:
+        return ""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    (tokenizer,) = model.tokenizers
+    unknown = [word for word in words if len(tokenizer.tokenize(word)) > 1]
+    if not unknown:
+        return ""
+    shown = ", ".join(word[:20] for word in unknown[:5]) + (", …" if len(unknown) > 5 else "")
+    return f"{MODEL} does not know: {shown}. It may draw anything for such words."

@@ -215,15 +215,15 @@ class Page:
         if not settings.prompt.strip():
             raise UserError("the prompt is empty: write what the pictures are to show")
         chosen = plan(studio.painter, settings)
-        is_cut = studio.painter.read(settings.prompt).is_too_long
-        yield lambda: self._prepare(settings, chosen, is_cut)
+        warning = studio.warning(settings.prompt)
+        yield lambda: self._prepare(settings, chosen, warning)
         jobs = [job for pair in zip(chosen.base, chosen.adapted, strict=True) for job in pair]
         for i, picture in studio.painter.draw(
             jobs, settings.options, work.stop.is_set, work.on_step
         ):
             yield lambda i=i, picture=picture: self._show(i, picture)
 
-    def _prepare(self, settings: Settings, chosen: Any, is_cut: bool) -> None:
+    def _prepare(self, settings: Settings, chosen: Any, warning: str) -> None:
         self._drawn, self._plan, self._pictures = settings, chosen, {}
         for i, (card, _, _, reason) in enumerate(self._cards):
             card.set_visibility(i < settings.count)
@@ -232,8 +232,7 @@ class Page:
         self._command.set_text(
             command_line(settings, self._studio.name, self._studio.sources, self._studio.resolution)
         )
-        if is_cut:
-            self._warn("The prompt is too long for the model: its end is not read.")
+        self._warn(warning)
 
     def _show(self, i: int, picture: np.ndarray) -> None:
         self._pictures[i] = picture

@@ -81,6 +81,15 @@ class Studio:
             warnings.simplefilter("ignore")
             return Judge(self.suite)
 
+    def warning(self, prompt: str) -> str:
+        """What the model will not read in a prompt; empty if it reads everything."""
+        cut = "The prompt is too long for the model: its end is not read."
+        found = (
+            cut if self.painter.read(prompt).is_too_long else "",
+            shipped.warning_of_unknown_words(self.painter.model, [prompt]),
+        )
+        return " ".join(filter(None, found))
+
     @property
     def groups(self) -> dict[str, list[str]]:
         """Group -> its concepts, those of safety last."""

@@ -9,6 +9,7 @@ from respodiff_jax import cli
 from respodiff_jax.adapters import adapter_sha256, load_adapter
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import demo
+from respodiff_jax.emoji.shipped import warning_of_unknown_words
 from respodiff_jax.evaluation import load_results
 from respodiff_jax.evaluation.suites import load_suite
 
@@ -56,6 +57,18 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     # The training uses no profession.
     shown = " ".join(prompt for concept in adapter.concepts for prompt in concept.prompts)
     assert not any(word in shown for word in load_suite(None, "emoji-world").subjects)
+
+
+def test_words_that_the_model_has_never_seen_are_named(tiny_backbone, tmp_path, monkeypatch):
+    model = load_backbone("emoji-world", abstract=True)
+    prompts = ["A photo of a dark-skinned firefighter, 20", "a Doctor on Mars", "mars", "Zauberer"]
+    found = warning_of_unknown_words(model, prompts)
+    assert found.startswith("emoji-world does not know: mars, zauberer. It may draw anything")
+    assert not warning_of_unknown_words(model, prompts[:1])
+    assert not warning_of_unknown_words(tiny_backbone, prompts)
+    monkeypatch.setattr("respodiff_jax.generate_folder", lambda model, *args, **options: model())
+    with pytest.warns(UserWarning, match="does not know: mars"), pytest.raises(TypeError):
+        cli.main(["generate", "--model", "emoji-world", "--prompt", "Mars", "--out", str(tmp_path)])
 
 
 def test_package_contains_the_model():
