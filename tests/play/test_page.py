@@ -226,8 +226,7 @@ def test_long_and_hostile_prompts_are_text(visitor):
     assert "too long for the model" in visitor.page.locator("[role=alert]").inner_text()
     attack = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     visitor.write(attack)
-    warning = visitor.page.locator("[role=alert]").inner_text()
-    assert "does not know: img, src, onerror" in warning and "too long" not in warning
+    assert visitor.page.locator("[role=alert]").is_hidden()
     assert attack in visitor.page.locator(".command").inner_text()
     assert TAG in visitor.page.locator(".controls").inner_text()
     assert visitor.page.locator("b[onclick], img[src=x]").count() == 0

@@ -284,8 +284,11 @@ def test_emoji_world_opens_with_its_adapters():
     safe = plan(studio.painter, dataclasses.replace(start, safe=True)).reasons[0]
     assert safe.endswith("Steered to anti-unsafe × 0.7: every prompt is steered.")
     assert "farmer" in studio.about
-    assert studio.painter.read(" ".join(["doctor"] * 200)).is_too_long
-    assert not studio.painter.read(start.prompt).is_too_long
+    assert studio.warning("doctor " * 200) == (
+        "The prompt is too long for the model: its end is not read."
+    )
+    assert "does not know: mars." in studio.warning("a cook on Mars")
+    assert studio.warning(start.prompt) == ""
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_none_is_a_hint(tiny_backbone):
