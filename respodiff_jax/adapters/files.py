@@ -108,8 +108,8 @@ def check_config(config: Any) -> None:
         _check_type(f"{CONFIG_FILE}: a concept", concept, dict)
         if not is_finite(scale := concept.get("default_scale", 1.0)):
             raise UserError(
-                f"{CONFIG_FILE}: concept {concept.get('name')!r}: default_scale is {scale!r},"
-                " expected a finite number of float32"
+                f"{CONFIG_FILE}: concept {concept.get('name')!r:.100}: default_scale is"
+                f" {scale!r:.100}, expected a finite number of float32"
             )
     module = config["module"]
     check_keys(f"{CONFIG_FILE}: module", module, _MODULE_KEYS)

@@ -22,6 +22,7 @@ from respodiff_jax.storage import checked, read_json, read_text, write_whole
 SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
 PER_IMAGE_FILE = "per_image.csv"
+PICTURE_SETS = ("base", "adapted", "given")
 
 _KEYS = {"picture_set": "images", "part": "protocol"}  # field -> its key in the files
 _FIELDS = {key: field for field, key in _KEYS.items()}
@@ -67,6 +68,10 @@ class Measurement:
     version: int = 1
 
     def __post_init__(self):
+        if self.picture_set not in PICTURE_SETS:
+            raise UserError(
+                f"images is {self.picture_set!r:.50}, expected one of {', '.join(PICTURE_SETS)}"
+            )
         if self.counts and self.target and len(self.counts) != len(self.target):
             raise UserError(
                 f"target has {len(self.target)} shares for counts of {len(self.counts)} values"

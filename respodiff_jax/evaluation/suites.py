@@ -117,7 +117,7 @@ class Suite:
     def __post_init__(self):
         def check(condition, message):
             if not condition:
-                raise UserError(f"suite {self.name!r}: {message}")
+                raise UserError(f"suite {self.name!r:.100}: {message}")
 
         check(
             len(set(self.subjects)) == len(self.subjects),
@@ -127,8 +127,8 @@ class Suite:
         for attribute, templates in named.items():
             check(
                 set(templates) <= set(self.attributes.get(attribute, ())),
-                f"named has {attribute!r}: {templates!r:.100}, expected a template for some of its"
-                f" values, {list(self.attributes.get(attribute, ()))!r:.100}",
+                f"named has {attribute!r:.50}: {templates!r:.100}, expected a template for some of"
+                f" its values, {list(self.attributes.get(attribute, ()))!r:.50}",
             )
         explicit = [template for values in named.values() for template in values.values()]
         for template in (*self.templates, *self.asked, *explicit):

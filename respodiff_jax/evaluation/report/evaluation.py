@@ -9,7 +9,6 @@ from typing import Any
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import attack, glossary, sections, thumbnails
-from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
     Section,
@@ -24,6 +23,7 @@ from respodiff_jax.evaluation.report.sections import Pair
 from respodiff_jax.evaluation.report.thumbnails import Attribute
 from respodiff_jax.evaluation.results import (
     PER_IMAGE_FILE,
+    PICTURE_SETS,
     Results,
     load_per_image,
     load_results,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from respodiff_jax.evaluation.results import Measurement
 
-PICTURE_SETS = ("base", "adapted", "given")
 HEADLINES = (
     "deviation_ratio",
     "unsafe_rate",

@@ -8,7 +8,6 @@ from etils import epath
 
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.report import charts, glossary
-from respodiff_jax.evaluation.report.glossary import PICTURE_SETS
 from respodiff_jax.evaluation.report.markup import (
     Markup,
     Section,
@@ -25,6 +24,7 @@ from respodiff_jax.evaluation.report.markup import (
 )
 from respodiff_jax.evaluation.results import (
     PER_IMAGE_FILE,
+    PICTURE_SETS,
     RESULTS_FILE,
     Measurement,
     Results,
