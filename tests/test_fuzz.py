@@ -173,6 +173,21 @@ def test_results(tmp_path, count):
     assert fuzz(files, read, count, tmp_path) > count / 4
 
 
+def test_unknown_sets_of_pictures_are_refused(tmp_path):
+    folder = tmp_path / "a"
+    evaluation_folder(folder, professions=("doctor",), pictures=2, drawn=1)
+    for name, before, after in (
+        ("results.json", '"images": "base"', '"images": "bass"'),
+        ("per_image.csv", ",base,", ",bass,"),
+    ):
+        text = (folder / name).read_text()
+        assert before in text
+        (folder / name).write_text(text.replace(before, after))
+        with pytest.raises(UserError, match=f"{name}.*images.*'bass', expected one of base, adap"):
+            write_report(folder)
+        (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize("count", CASES)
 def test_suites(tmp_path, count):
     package = ROOT / "respodiff_jax"

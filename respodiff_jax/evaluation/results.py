@@ -202,13 +202,19 @@ def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
     """Reads `per_image.csv`; values are text, "" where a picture has none.
 
     Raises:
-      UserError: if a line has fewer or more cells than there are columns.
+      UserError: if a line has fewer or more cells than there are columns, or an unknown set of
+        pictures.
     """
     path = pathlib.Path(folder) / PER_IMAGE_FILE
     rows = list(csv.DictReader(io.StringIO(read_text(path, "table"), newline="")))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise UserError(f"{path} is damaged: picture {number} has not one cell for each column")
+        if "images" in row and row["images"] not in PICTURE_SETS:
+            raise UserError(
+                f"{path} is damaged: picture {number} has images {row['images']!r:.50}, expected"
+                f" one of {', '.join(PICTURE_SETS)}"
+            )
     return rows
 
 
