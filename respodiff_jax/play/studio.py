@@ -82,7 +82,7 @@ class Studio:
             return Judge(self.suite)
 
     def warning(self, prompt: str) -> str:
-        """What the model will not read in a prompt; empty if it reads everything."""
+        """What the model cannot read in a prompt; empty if it reads everything."""
         cut = "The prompt is too long for the model: its end is not read."
         found = (
             cut if self.painter.read(prompt).is_too_long else "",

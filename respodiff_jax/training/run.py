@@ -250,8 +250,9 @@ def _say_start(log: RunLog, session: Session, run: Run, step: int) -> None:
         log.say(f"step {step} of {steps} is done: nothing left to train")
     else:
         begin = f"continuing at step {step}" if step else "starting"
-        # Measured: 21 s for Emoji World on two CPU cores, 105 s for SD 1.4 with an H200.
-        expected = "about half a minute" if is_small(session.frozen) else "2 to 10 minutes"
+        # Measured (docs/performance.md): 21 s for Emoji World on two CPU cores; for SD 1.4, 105 s
+        # with an H200, and 7 minutes for a TPU on two CPU cores.
+        expected = "about half a minute" if is_small(session.frozen) else "2 to 7 minutes"
         log.say(f"{begin}; the first step compiles: {expected}, less if it is in the cache")
 
 
