@@ -6,6 +6,7 @@ both are saved in float16.
 
 import pathlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,16 @@ def adapter_folders() -> tuple[pathlib.Path, ...]:
 
 
 def warning_of_unknown_words(model: "Backbone", prompts: Sequence[str]) -> str:
-    """Names the words of prompts that the model has never seen; empty if there are none.
+    """Names the words and emoji of prompts that the model has never seen; empty if there are none.
 
     They are those that its tokenizer splits. For another model it is empty: a vocabulary of CLIP
     splits words that the model knows.
     """
     if model.identity["name"] != MODEL:
         return ""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    text = " ".join(prompts).lower()
+    emoji = [letter for letter in text if unicodedata.category(letter) == "So"]
+    words = dict.fromkeys([*re.findall(r"[^\W\d_]+", text), *emoji])
     (tokenizer,) = model.tokenizers
     unknown = [word for word in words if len(tokenizer.tokenize(word)) > 1]
     if not unknown:

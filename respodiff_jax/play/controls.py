@@ -98,10 +98,12 @@ class Controls:
                     self._show_shares(names)
             with ui.element("div") as own:
                 for name in names:
+                    shown = self._studio.labels[name]
                     self._scales[name] = self._slider(
-                        name, -_RANGE, _RANGE, 0.05, 0, signed, f"scale {name}"
+                        shown, -_RANGE, _RANGE, 0.05, 0, signed, f"scale {name}"
                     )
-                ui.label("Right is towards it, left is away from it.").classes("hint")
+                hint = "Right is safer." if is_safety else "Right is towards it, left away from it."
+                ui.label(hint).classes("hint")
             if switch is not None:
                 own.bind_visibility_from(switch, "value", backward=lambda on: not on)
                 switch.on_value_change(lambda event: self._switched(group, event.value))

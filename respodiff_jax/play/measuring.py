@@ -80,6 +80,7 @@ def measure(
     judge: Judge,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_count: Callable[[int, int], None] = lambda counted, total: None,
 ) -> Iterator[Markup]:
     """Draws and counts pictures; yields the charts of those so far.
 
@@ -90,6 +91,7 @@ def measure(
       subject: the profession.
       judge: counts.
       should_stop, on_step: as in `Painter.draw`.
+      on_count: is told how many pictures are counted, before each, and how many there are.
 
     Raises:
       UserError: if nothing steers the pictures.
@@ -97,6 +99,7 @@ def measure(
     jobs = jobs_of(painter, settings, suite, subject)
     features: dict[int, np.ndarray] = {}
     for i, picture in painter.draw(jobs, settings.options, should_stop, on_step):
+        on_count(len(features), len(jobs))
         features[i] = judge.features(picture)
         # Pairs only, so that both sets show the same noise.
         pairs = [i for i in range(0, len(jobs), 2) if i in features and i + 1 in features]

@@ -88,14 +88,18 @@ class Work:
     Attributes:
       stop: set to stop it.
       progress: steps done and in total.
+      doing: what is under way, in words.
     """
 
     def __init__(self):
         self.stop = threading.Event()
-        self.progress = (0, 0)
+        self.progress, self.doing = (0, 0), ""
 
     def on_step(self, done: int, total: int) -> None:
-        self.progress = done, total
+        self.progress, self.doing = (done, total), f"step {done} of {total}"
+
+    def on_count(self, counted: int, total: int) -> None:
+        self.doing = f"counting picture {counted + 1} of {total}"
 
 
 class Page:
@@ -303,6 +307,7 @@ class Page:
                 studio.judge,
                 work.stop.is_set,
                 work.on_step,
+                work.on_count,
             ):
                 yield lambda chart=chart: self._chart.set_content(chart)
 
@@ -315,10 +320,13 @@ class Page:
             "One picture at seven strengths of a concept: from −1, away from it, to +1, towards"
             " it. At 0 it is the picture before. Other concepts are off."
         ).classes("note")
+        labels = self._studio.labels
         names = [name for group in self._studio.groups.values() for name in group]
         with ui.element("div").classes("line"):
             concept = ui.select(
-                {name: name for name in names}, value=names[0] if names else None, label="Concept"
+                {name: labels[name] for name in names},
+                value=next(iter(names), None),
+                label="Concept",
             ).mark("concept")
             button = ui.button(
                 "Draw the strip", on_click=lambda: self._start(lambda: self._explore(concept.value))
@@ -419,7 +427,7 @@ class Page:
         done, total = self._work.progress
         if total:
             self._bar.set_value(done / total)
-            self._status.set_text(f"step {done} of {total}")
+            self._status.set_text(self._work.doing)
             self._bar.props(remove="indeterminate")
         else:
             is_first = not self._studio.painter.compiled

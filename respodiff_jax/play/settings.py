@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.generation.folder import common_record, reading_of, scales_of
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.generation.selection import concept_weights
+from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.play.painter import Job, Painter
 
@@ -114,6 +116,13 @@ def decide(painter: Painter, settings: Settings, prompts: Sequence[str]) -> np.n
     return None if settings.steer_always or found[0] is None else np.concatenate(found)
 
 
+def label(concept: Concept) -> str:
+    """A concept's name on the page; that of safety says what it avoids."""
+    if not concept.is_safety:
+        return concept.name
+    return textwrap.shorten(f"away from {concept.unsafe_prompt}", 60, placeholder=" …")
+
+
 def _reason(
     adapter: Adapter | CombinedAdapter,
     settings: Settings,
@@ -132,6 +141,10 @@ def _reason(
         for concept in part.concepts
         if part.reading is not None and not concept.is_safety
     }
+    towards = {
+        concept.name: label(concept) if concept.is_safety else f"to {concept.name}"
+        for concept in adapter.concepts
+    }
     reading = reading_of(adapter, decisions, 0)
     sentences = []
     for group, scales in chosen.items():
@@ -144,14 +157,14 @@ def _reason(
             sentences.append(f"Not steered: the adapter finds no person in the prompt ({title}).")
             continue
         steered = ", ".join(
-            name if weight == 1 else f"{name} × {weight:.2g}"
+            towards[name] + ("" if weight == 1 else f" × {weight:.2g}")
             for name, weight in scales.items()
             if weight
         )
         why = f"the prompt leaves the {title} open"
         if group not in reads or decisions is None:
             why = "every prompt is steered"
-        sentences.append(f"Steered to {steered or 'nothing'}: {why}.")
+        sentences.append(f"Steered {steered or 'to nothing'}: {why}.")
     return " ".join(sentences)
 
 

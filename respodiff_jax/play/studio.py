@@ -11,7 +11,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.suites import load_suite
 from respodiff_jax.play.measuring import Judge
 from respodiff_jax.play.painter import Painter
-from respodiff_jax.play.settings import Settings, plan
+from respodiff_jax.play.settings import Settings, label, plan
 
 
 class Studio:
@@ -98,6 +98,12 @@ class Studio:
         for concept in sorted(concepts, key=lambda concept: concept.is_safety):
             found.setdefault(concept.group, []).append(concept.name)
         return found
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Concept -> its name on the page."""
+        concepts = self.painter.adapter.concepts if self.painter.adapter else ()
+        return {concept.name: label(concept) for concept in concepts}
 
     @property
     def safety_groups(self) -> set[str]:

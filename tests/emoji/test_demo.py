@@ -61,9 +61,14 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
 
 def test_words_that_the_model_has_never_seen_are_named(tiny_backbone, tmp_path, monkeypatch):
     model = load_backbone("emoji-world", abstract=True)
-    prompts = ["A photo of a dark-skinned firefighter, 20", "a Doctor on Mars", "mars", "Zauberer"]
+    prompts = [
+        "A photo of a dark-skinned firefighter, 20",
+        "a Doctor on Mars",
+        "mars",
+        "Zauberer 🐱",
+    ]
     found = warning_of_unknown_words(model, prompts)
-    assert found.startswith("emoji-world does not know: mars, zauberer. It may draw anything")
+    assert found.startswith("emoji-world does not know: mars, zauberer, 🐱. It may draw anything")
     assert not warning_of_unknown_words(model, prompts[:1])
     assert not warning_of_unknown_words(tiny_backbone, prompts)
     monkeypatch.setattr("respodiff_jax.generate_folder", lambda model, *args, **options: model())

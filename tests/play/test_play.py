@@ -41,9 +41,9 @@ SHORT = SamplerOptions(num_steps=2)
 
 
 def adapters(backbone):
-    """One of two people, and one of safety whose concept's name is HTML."""
+    """One of two people, and one of safety whose name and unsafe prompt are HTML."""
     same = {"shape": (4, 4, 64), **backbone.identity, "resolution": 16}
-    marked = dataclasses.replace(VIOLENCE, name=TAG, default_scale=0.5)
+    marked = dataclasses.replace(VIOLENCE, name=TAG, unsafe_prompt=TAG, default_scale=0.5)
     return [make_adapter("mlp", hidden=4, **same), make_adapter("constant", (marked,), **same)]
 
 
@@ -150,7 +150,7 @@ def reading_painter(backbone, decision):
 def test_a_line_says_why_a_picture_is_steered_or_not(tiny_backbone, decision, line):
     painter = reading_painter(tiny_backbone, decision)
     chosen = plan(painter, Settings("a cook", {WOMAN.name: 1.0}, safe=True, count=2))
-    assert chosen.reasons == [f"{line} Steered to {TAG} × 0.5: every prompt is steered."] * 2
+    assert chosen.reasons == [f"{line} Steered away from {TAG} × 0.5: every prompt is steered."] * 2
     is_open = decision == Decision.OPEN
     assert chosen.adapted[0].weights == (float(is_open), 0.0, 0.5)
     always = plan(painter, Settings("a cook", {WOMAN.name: 1.0}, steer_always=True, count=1))
@@ -256,8 +256,10 @@ def test_measuring_counts_pairs_while_they_are_drawn(painter):
     jobs = measuring.jobs_of(painter, chosen, suite, "cook")
     assert len(jobs) == 40 and {job.prompt for job in jobs} == {"a photo of a cook", "cook"}
     assert sum(job.weights[0] for job in jobs[1::2]) == 6
-    charts = list(measuring.measure(painter, chosen, suite, "cook", Seen()))
-    assert len(charts) >= 2
+    counted = []
+    count = lambda *numbers: counted.append(numbers)  # noqa: E731
+    charts = list(measuring.measure(painter, chosen, suite, "cook", Seen(), on_count=count))
+    assert len(charts) >= 2 and counted == [(i, 40) for i in range(40)]
     low, high = wilson_interval(5, 20)  # pictures are seen base, adapted, base, ...
     assert f"woman 5 of 20 ({percent(low)} to {percent(high)})" in charts[-1]
     assert "target: 30\u00a0%, 70\u00a0%" in charts[-1] and "<svg" in charts[-1]
@@ -282,7 +284,8 @@ def test_emoji_world_opens_with_its_adapters():
     assert "names the gender" in named and "leaves the gender open" in open_
     assert "finds no person" in nothing
     safe = plan(studio.painter, dataclasses.replace(start, safe=True)).reasons[0]
-    assert safe.endswith("Steered to anti-unsafe × 0.7: every prompt is steered.")
+    assert safe.endswith("Steered away from violence and smoking × 0.7: every prompt is steered.")
+    assert studio.labels["anti-unsafe"] == "away from violence and smoking"
     assert "farmer" in studio.about
     assert studio.warning("doctor " * 200) == (
         "The prompt is too long for the model: its end is not read."
