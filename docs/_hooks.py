@@ -1,4 +1,4 @@
-"""Pages of the site that are made from the code, for mkdocs."""
+"""Pages of the site that are made from other files, for mkdocs."""
 
 import argparse
 import ast
@@ -9,18 +9,26 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "respodiff_jax"
+CARD = "respodiff_jax/emoji/MODEL_CARD.md"
 
 
 def on_files(files, config):
     """Adds the pages; on disk there are none."""
-    for name, content in (("cli.md", command_line()), ("deviations.md", deviations())):
+    pages = {"cli.md": command_line(), "deviations.md": deviations(), "emoji_world.md": card()}
+    for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown, **_):
     """Links to files outside docs/ name the file instead: the site has only its own pages."""
+    markdown = markdown.replace(f"](../{CARD}", "](emoji_world.md")
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)", r"\1 (`\2`)", markdown)
+
+
+def card() -> str:
+    """The page of Emoji World, its model card."""
+    return (ROOT / CARD).read_text(encoding="utf-8").replace("](../../docs/", "](")
 
 
 def command_line() -> str:

@@ -14,8 +14,8 @@ which samples these are, see `_UNetHook`. Deltas are computed and added in float
 pipeline's dtype.
 
 Reading: an adapter of format version 2 reads the text states that the UNet gets. A fairness concept
-steers no prompt that names a value of its group, or a thing and nobody. `steer_always`
-switches this off.
+steers no prompt that names a value of its group, and no prompt that names a thing but no person.
+`steer_always` switches this off.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _ROLES = ("ram", "sam")
-# Of the heads that read prompts: is somebody named, a thing, a value of the group?
+# Sharpness of the smooth maximum of each head: is a person named, a thing, a value of the group?
 _SHARPNESS = (4.0, 1.0, 4.0)
 # Options of the pipelines that call the UNet with other batches than `_UNetHook` knows.
 _REFUSED_OPTIONS = ("editing_prompt", "image_guidance_scale", "sag_scale", "view_batch_size")
@@ -218,9 +218,10 @@ class RespoDiffAdapter:
         if len(members) == 1:
             raise ValueError(f"group {group!r} has only {members[0]!r}, nothing to balance")
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if prompts is not None and num_prompts not in (None, len(prompts)):
-            raise ValueError(f"num_prompts is {num_prompts}, but prompts has {len(prompts)}")
-        num_prompts = 1 if prompts is num_prompts is None else num_prompts or len(prompts)
+        count = len(prompts) if prompts is not None else 1 if num_prompts is None else num_prompts
+        if num_prompts not in (None, count):
+            raise ValueError(f"num_prompts is {num_prompts}, but prompts has {count}")
+        num_prompts = count
         if num_images_per_prompt < 1 or num_prompts < 1:
             raise ValueError(
                 f"num_images_per_prompt is {num_images_per_prompt} and num_prompts {num_prompts},"
@@ -892,8 +893,8 @@ def _fits_together(concept: dict[str, Any]) -> bool:
     return count == 1 or not isinstance(target, str)
 
 
-# What the config has to be: mappings with these keys and no others, lists of one kind, and what a
-# text says and a function decides. A key with "?" may be missing, one with "~" may be null.
+# The schema of the config. A dict allows exactly these keys, a list has items of one kind, and a
+# tuple is (description, check). A key with "?" may be missing, one with "~" may be null.
 _TEXT = ("a text that is not empty", _is_text)
 _STRING = ("a text", lambda value: isinstance(value, str))
 _SIZE = ("a whole number of 1 or more", lambda value: type(value) is int and 1 <= value < 2**31)

@@ -145,6 +145,7 @@ def test_default_scales_are_used(tmp_path):
         (lambda a: a.fair("safety", 2), "use safe()"),
         (lambda a: a.fair("age", 2), "only 'old', nothing to balance"),
         (lambda a: a.fair("gender", 0), "num_images_per_prompt is 0"),
+        (lambda a: a.fair("gender", 1, num_prompts=0), "num_prompts 0"),
         (lambda a: a.fair("gender", 2, ratios={"old": 1}), r"ratios name \['old'\], but group"),
         (lambda a: a.fair("gender", 2, ratios={"a man": 0.4}), "ratios sum to 0.4"),
         (lambda a: a.fair("gender", 2, ratios={"a man": 2, "a woman": -1}), "shares of 0 or more"),

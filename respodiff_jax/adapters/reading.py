@@ -1,4 +1,4 @@
-"""What prompts say to an adapter: which of its concepts may steer their pictures."""
+"""Decides for each prompt which concepts of an adapter may steer its pictures."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,10 @@ _BATCH = 64
 
 def reads_prompts(adapter: Adapter | CombinedAdapter) -> bool:
     """Whether some of the adapter's concepts depend on the prompt."""
-    return any(part.reading is not None for part in adapter.parts)
+    return any(
+        part.reading is not None and not all(concept.is_safety for concept in part.concepts)
+        for part in adapter.parts
+    )
 
 
 def read_prompts(

@@ -26,10 +26,12 @@ EPILOG = """\
       --reference coco/val2014 --out evaluations/quality
 
 Parts: `all` evaluates the parts that have everything they need, and says which parts it leaves out.
-For Stable Diffusion that is fairness; quality also needs --prompts quality=FILE, safety also needs
---prompts safety=FILE and a --detector. `curves` measures fairness at guidance 1.5, 3, 5 and 7.5,
-and with the adjectives successful, poor and beautiful. `attack` searches for words, and for free
-embeddings, that make a safe model draw what its prompts ask for. `all` leaves these two out.
+For Stable Diffusion these are fairness and intent; quality also needs --prompts quality=FILE,
+safety also needs --prompts safety=FILE and a --detector. `intent` measures whether what prompts
+name is shown, and whether pictures without people stay unchanged. `curves` measures fairness at
+guidance 1.5, 3, 5 and 7.5, and with the adjectives successful, poor and beautiful. `attack`
+searches for words, and for free embeddings, that make a safe model draw what its prompts ask for.
+`all` leaves these two out.
 
 Suites say what is drawn and how it is judged: `winobias` (the paper's 36 professions in its 5
 templates), `winobias-successful` (in its 5 other templates, "image of a successful doctor"),

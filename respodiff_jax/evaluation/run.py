@@ -134,7 +134,7 @@ def evaluate(
       max_prompts: largest number of subjects, captions and safety prompts, 1 or more, evenly
         spread; by default the preset's.
       seed: seed of the first picture, 0 .. 2^32 - 10^7; each part has its own range from there.
-      sampler: "ddim", the default, "dpm++" or "euler"; see `Schedule.from_config`.
+      sampler: one of `method.schedule.SAMPLERS`; "ddim" by default.
       num_steps: sampling steps, 1 or more; by default the preset's.
       guidance_scale: scale of classifier-free guidance; by default the suite's.
       resolution: side of the square pictures in pixels; by default the adapter's, or the model's.

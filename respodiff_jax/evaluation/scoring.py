@@ -88,7 +88,8 @@ class Scorer:
         """Measures how often the classifier finds the value that a plain prompt asked for.
 
         Args:
-          pictures: the base model's, of `EvaluationSpec.check_requests`.
+          pictures: the base model's, of `EvaluationSpec.check_requests`: `CHECKED_PER_VALUE` of
+            each value, in the order of the values.
         """
         features, accuracy = _features(self._judges.clip, pictures), {}
         for attribute, classes in self._spec.suite.attributes.items():
@@ -106,6 +107,9 @@ class Scorer:
         Args:
           part: the part.
           folders: its pictures by folder; only curves and attack have more than one.
+
+        Returns:
+          The measurements of all parts so far, as they were saved.
         """
         measure = {
             "fairness": self._fairness,
@@ -287,6 +291,7 @@ def _judged_again(first: _Scored, other: _Scored, judge: str, labels: Sequence[s
 
 
 def _features(clip: Clip, pictures: Sequence[Picture]) -> np.ndarray:
+    """CLIP features `(N, D)` of N pictures."""
     return clip.image_features(Pixels(_paths(pictures)), progress=True)
 
 
@@ -297,7 +302,8 @@ def _paths(pictures: Sequence[Picture]) -> list[pathlib.Path]:
 def accuracy_notes(accuracy: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence for each attribute with a value that the classifier misses too often.
 
-    The 95 % interval of the value's share must be below 80 %.
+    Only the worst value of an attribute is named, and only if the upper end of the 95 % interval of
+    its share is below 80 %.
 
     Args:
       accuracy: attribute -> value -> share of its `CHECKED_PER_VALUE` pictures.

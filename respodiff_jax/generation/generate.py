@@ -72,7 +72,7 @@ def generate(
         keeps what a prompt names, and leaves pictures without people as they are.
       images_per_prompt: at least 1.
       seed: seed of the first image, 0 .. 2^32-1.
-      sampler: "ddim", "dpm++" or "euler"; see `Schedule.from_config`.
+      sampler: one of `method.schedule.SAMPLERS`: "ddim", "dpm++", "euler", "ddim-diffusers".
       num_steps: number of sampling steps.
       guidance_scale: scale of classifier-free guidance; 1 or below means no guidance.
       negative_prompt: prompt of the unconditional half.

@@ -76,17 +76,18 @@ def concept_weights(
 ) -> np.ndarray | None:
     """The weight of each concept in each image; the images of a prompt follow each other.
 
-    A concept steers no image whose prompt does not leave its group open. The shares of `fair` are
-    met exactly among the images of open prompts.
+    A concept steers an image only if its prompt leaves the concept's group open. The shares of
+    `fair` are met exactly among the images of open prompts.
 
     Args:
-      adapter: the concepts, or None for the base model.
+      adapter: of N concepts, or None for the base model.
       num_prompts: P.
       images_per_prompt: M.
       concepts: concept name -> scale, for every image; None is the concept's default scale.
       fair: a concept group; each image gets one of its concepts, at its default scale, by
         `fair_assignment`.
-      ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
+      ratio: concept name -> share, for the group of `fair`; the sum is 1, and a concept that is
+        not named gets 0. None is uniform.
       safe: add every safety concept at its default scale.
       seed: seed of `fair_assignment`.
       decisions: from `read_prompts`, `(P, N)`; None finds every prompt open.

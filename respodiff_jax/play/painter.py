@@ -2,7 +2,8 @@
 
 Prompts, seeds, weights, number of steps and guidance are arguments of one compiled step: no control
 of the page compiles anything, except for the first use of the sampler "dpm++". The step is
-`generation.sampling.sampling_step`, so the pictures are those of `respodiff generate`.
+`generation.sampling.sampling_step`, so the pictures are those of `respodiff generate`; a value of a
+pixel may differ by 1 of 255.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from respodiff_jax.method.schedule import Schedule
 # Larger batches would stop later and show fewer pictures early.
 _MAX_PER_DEVICE = 8
 _KEPT_PROMPTS, _KEPT_BYTES = 64, 64 * 2**20
-_WAIT = 0.1  # seconds between two looks at whether a waiting drawing is to stop
+_WAIT = 0.1  # seconds between checks of `should_stop` while waiting for a turn
 
 
 class Job(NamedTuple):
@@ -106,7 +107,11 @@ class Painter:
         return sum(step._cache_size() for step in (*self._steps.values(), self._decode))
 
     def read(self, prompt: str) -> Text:
-        """What the model and the adapter read in a prompt; recent prompts are kept."""
+        """What the model and the adapter read in a prompt; recent prompts are kept.
+
+        Raises:
+          UserError: if the adapter reads text states of another size than the model's.
+        """
         with self._memory:
             return self._encoded(prompt)
 
@@ -129,7 +134,8 @@ class Painter:
           The index of a job and its picture, uint8 `(height, width, 3)`; batch by batch.
 
         Raises:
-          UserError: if the sampler does not have so many steps, or numbers are not finite.
+          UserError: if the sampler does not have so many steps, or a picture has values that are
+            not finite.
         """
         schedule = Schedule.from_config(
             self.model.scheduler_config, options.num_steps, options.sampler
@@ -278,7 +284,7 @@ class Painter:
 
 
 def _levels(schedule: Schedule, index: int) -> dict[str, np.ndarray]:
-    """A schedule's noise levels around a step, which is number 1 of the two."""
+    """A schedule's noise levels before and at a step, which is at index 1."""
     at = [max(index - 1, 0), index]
     return {
         "timesteps": schedule.timesteps[at].astype(np.float32),

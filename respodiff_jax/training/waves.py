@@ -37,22 +37,10 @@ from respodiff_jax.training.trained import load_adapter
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> Adapter:
-    """Trains a config's concepts and reads the adapter; see `run_training`.
-
-    Returns:
-      The adapter of the concepts that have not diverged.
-    """
-    run_training(config, workdir, profile=profile)
-    workdir = open_path(workdir)
-    return load_adapter(workdir if has_waves(workdir) else workdir / "adapter")
-
-
-def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> None:
     """Trains a config's concepts, continuing from where the working directory stands.
 
-    More concepts than `train.concepts_per_device` allows at a time are trained in waves. SIGTERM
-    and Ctrl-C save and raise `Interrupted`; calling again continues bit for bit. A concept whose
-    loss, modules or optimiser states are no longer finite is reported and dropped; the others
+    More concepts than `train.concepts_per_device` allows at a time are trained in waves. A concept
+    whose loss, modules or optimiser states are no longer finite is reported and dropped; the others
     continue.
 
     Args:
@@ -61,12 +49,23 @@ def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool =
       profile: also write a trace of a few steps to `profile/` in the working directory or, with
         waves, in the folder of the first wave that is trained.
 
+    Returns:
+      The adapter of the concepts that have not diverged.
+
     Raises:
       UserError: for mistakes in config, devices, directory or model, before weights are read; if
         another training is at work in the directory; and if every concept has diverged, naming
         steps and concepts. What was saved stays.
-      Interrupted: if SIGTERM, Ctrl-C or a preemption ended it early; the state is saved.
+      Interrupted: if SIGTERM, Ctrl-C or a preemption ended it early. The state is saved; calling
+        again continues bit for bit.
     """
+    run_training(config, workdir, profile=profile)
+    workdir = open_path(workdir)
+    return load_adapter(workdir if has_waves(workdir) else workdir / "adapter")
+
+
+def run_training(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> None:
+    """As `train`, without reading the adapter."""
     validate(config)
     with locked(workdir) as folder:
         _train_all(config, folder, profile)
@@ -104,7 +103,7 @@ def _train_all(config: ConfigDict, workdir: epath.Path, profile: bool) -> None:
 
 
 def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> int:
-    """Concepts of each wave: as few waves as `per_device` allows, of about equal size.
+    """Number of concepts in each wave: as few waves as `per_device` allows, of about equal size.
 
     Fewer concepts than devices share the devices; otherwise each device has the same number.
     `per_device` None is no limit.

@@ -23,10 +23,12 @@ from respodiff_jax.adapters import (
     steerings,
 )
 from respodiff_jax.adapters import adapter as adapter_module
+from respodiff_jax.adapters.reading import reads_prompts
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import KINDS, MidBlockModule, steer
+from respodiff_jax.method.reading import always
 
 STORED = pathlib.Path(__file__).parents[1] / "data" / "emoji_gender" / "adapter"
 SHAPE = (3, 4, 8)
@@ -402,3 +404,10 @@ def test_saving_replaces_an_older_adapter(tmp_path):
     save_adapter(make_adapter("constant"), tmp_path)
     assert load_adapter(tmp_path).module.kind == "constant"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_safety_concepts_alone_read_no_prompt():
+    both = dataclasses.replace(make_adapter(concepts=(WOMAN, VIOLENCE)), reading=always(2, 8))
+    assert reads_prompts(both) and reads_prompts(select(both, ["a woman"]))
+    safety = select(both, ["anti-violence"])
+    assert safety.reading is not None and not reads_prompts(safety)

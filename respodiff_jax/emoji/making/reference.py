@@ -1,7 +1,7 @@
 """Draws pictures of the artwork for the suite's captions, to compare a model's pictures with.
 
 python -m respodiff_jax.emoji.making.reference --out DIR
-respodiff evaluate quality --model emoji-world --reference DIR --out EVALUATION
+respodiff evaluate quality --model emoji-world --reference DIR/all --out EVALUATION
 """
 
 import argparse

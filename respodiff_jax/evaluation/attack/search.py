@@ -8,7 +8,7 @@ that the steered model denoises that picture (Zhang et al., 2024, "UnlearnDiffAt
     loss(x) = mean_m w || eps(z_m, t_m, [x, y]; RAM + SAM) - eps_m ||^2
     z_m = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps_m,  at random timesteps t_m
 
-Deviations: t_m is in the noisier half of the schedule, where the prompt decides what a picture
+Deviation: t_m is in the noisier half of the schedule, where the prompt decides what a picture
 shows. In the other half the loss is that of details, on Emoji World ten times as large. And w
 weights the positions of the latents by how far the steered model's picture of the prompt is from
 z_0, so that words are not spent on what is alike.
