@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from respodiff_jax.cli import inputs
 from respodiff_jax.errors import UserError
 
 SUMMARY = "measure speed, memory and compile time"
@@ -71,6 +72,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     else:
         from respodiff_jax.bench.benchmark import benchmark
 
-        print(
-            benchmark(args.what, config, against=args.against, repeats=args.repeats, out=args.out)
-        )
+        print(inputs.call(benchmark, args, config=config))

@@ -1,7 +1,6 @@
 """`respodiff evaluate`."""
 
 import argparse
-import inspect
 import os
 
 from respodiff_jax.cli import inputs
@@ -198,15 +197,16 @@ def run(args: argparse.Namespace) -> None:
     inputs.use_cores(args)
     adapters = [rd.load_adapter(path) for path in args.adapter]
     name = args.model or (adapters[0].backbone["name"] if adapters else None)
-    options = vars(args) | {
-        "model": (lambda: inputs.open_model(args, adapters)) if name else None,
-        "adapter": adapters or None,
-        "suite": load_suite(args.suite, name),
-        "prompts": prompts,
-        "targets": targets,
-        "adapter_sources": args.adapter,
-    }
-    rd.evaluate(**{name: options[name] for name in inspect.signature(rd.evaluate).parameters})
+    inputs.call(
+        rd.evaluate,
+        args,
+        model=(lambda: inputs.open_model(args, adapters)) if name else None,
+        adapter=adapters or None,
+        suite=load_suite(args.suite, name),
+        prompts=prompts,
+        targets=targets,
+        adapter_sources=args.adapter,
+    )
     print(f"report: {os.path.join(args.out, 'report.html')}")
 
 

@@ -80,15 +80,6 @@ def run(args: argparse.Namespace) -> None:
 
     adapter = rd.load_adapter(args.source, args.step, args.only)
     metrics = overall_metrics(args.metrics, adapter) if args.metrics else None
-    grid = sample_grid(args.source, args.step)
-    exported = rd.export(
-        adapter,
-        args.out,
-        dtype=args.dtype,
-        scales=scales,
-        metrics=metrics,
-        grid=grid,
-        overwrite=args.overwrite,
-        comfyui=args.comfyui,
-    )
+    given = {"scales": scales, "metrics": metrics, "grid": sample_grid(args.source, args.step)}
+    exported = inputs.call(rd.export, args, adapter=adapter, **given)
     print(f"{args.out}: {exported.module.kind} adapter of {', '.join(exported.names)}")

@@ -138,26 +138,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"loading {model.identity['name']}", flush=True)
         return model
 
-    images_per_second = rd.generate_folder(
-        open_model if args.model or adapters else None,
-        prompts,
-        args.out,
+    images_per_second = inputs.call(
+        rd.generate_folder,
+        args,
+        model=open_model if args.model or adapters else None,
+        prompts=prompts,
         adapter=adapters or None,
         concepts=concepts,
-        fair=args.fair,
         ratio=ratio,
-        safe=args.safe,
-        steer_always=args.steer_always,
-        images_per_prompt=args.images_per_prompt,
-        seed=args.seed,
         sampler=args.sampler or "ddim",
-        num_steps=args.num_steps,
-        guidance_scale=args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        resolution=args.resolution,
-        batch_size=args.batch_size,
-        base=args.base,
-        overwrite=args.overwrite,
         adapter_sources=args.adapter,
     )
     count = len(prompts) * args.images_per_prompt * (1 + args.base)

@@ -59,14 +59,6 @@ def run(args: argparse.Namespace) -> None:
 
     import respodiff_jax as rd
 
-    adapter = rd.import_checkpoint(
-        args.checkpoint,
-        args.concepts,
-        only=args.only,
-        model=args.model,
-        revision=args.revision,
-        variant=args.variant,
-        resolution=args.resolution,
-    )
+    adapter = inputs.call(rd.import_checkpoint, args)
     rd.export(adapter, args.out)
     print(f"{args.out}: adapter of {', '.join(adapter.names)}")

@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import inspect
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from respodiff_jax.errors import UserError
@@ -37,6 +38,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
         help="dtype of the model (default: float32 on a CPU, else bfloat16)",
     )
     return add
+
+
+def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -> Any:
+    """Calls a function of the API with the options that have its parameters' names."""
+    options = vars(args) | given
+    known = inspect.signature(function).parameters
+    return function(**{name: options[name] for name in known if name in options})
 
 
 def check_file(option: str, path: str) -> None:
@@ -90,14 +98,8 @@ def open_model(args: argparse.Namespace, adapters: "Sequence[Adapter]") -> "Back
     """Opens the model, by default that of the first adapter; does not read its weights yet."""
     import respodiff_jax as rd
 
-    return rd.load_model(
-        args.model,
-        adapter=adapters[0] if adapters else None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=args.dtype,
-        abstract=True,
-    )
+    adapter = adapters[0] if adapters else None
+    return call(rd.load_model, args, name=args.model, adapter=adapter, abstract=True)
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Behind the page: what is drawn, why, what the files hold, and the server's answer."""
 
 import dataclasses
+import functools
 import io
 import json
 import shlex
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
+import respodiff_jax as rd
 from respodiff_jax import cli
 from respodiff_jax.adapters import combine, load_adapter
 from respodiff_jax.backbone import load_backbone
@@ -195,11 +197,13 @@ def test_the_command_line_makes_the_same_call(tmp_path, monkeypatch):
     )
     text = command_line(chosen, "emoji-world", ["owner/name"])
     seen = {}
-    monkeypatch.setattr(
-        "respodiff_jax.generate_folder",
-        lambda model, prompts, out, **given: seen.update(given, prompts=prompts) or 1.0,
-        raising=False,
-    )
+
+    @functools.wraps(rd.generate_folder)
+    def generate_folder(**given):
+        seen.update(given)
+        return 1.0
+
+    monkeypatch.setattr("respodiff_jax.generate_folder", generate_folder, raising=False)
     monkeypatch.setattr("respodiff_jax.load_adapter", lambda path: path, raising=False)
     monkeypatch.setattr("respodiff_jax.training.distributed.enable_compilation_cache", lambda: None)
     words = shlex.split(text.replace("\\\n", " "))
