@@ -277,38 +277,26 @@ def _deviation_ratios(
     names = [name for name in dict.fromkeys(subjects.tolist()) if name]
     if not names:
         return []
-    members = {name: np.flatnonzero(subjects == name) for name in names}
-    counts = {name: prediction.counts(rows) for name, rows in members.items()}
-    ratios = np.array([metrics.deviation_ratio([*c.values()], target) for c in counts.values()])
-    common = {
-        "metric": "deviation_ratio",
-        "picture_set": picture_set,
-        "part": "fairness",
-        "attribute": attribute,
-        "target": target,
-    }
+    common = {"metric": "deviation_ratio", "picture_set": picture_set, "part": "fairness"}
+    common |= {"attribute": attribute, "target": target}
+    of_subjects = [
+        metrics.deviation(
+            prediction.counts(np.flatnonzero(subjects == name)), subject=name, **common
+        )
+        for name in names
+    ]
+    ratios = np.array([m.value for m in of_subjects])
     counted = np.flatnonzero(subjects != "")
-    own = [metrics.deviation_interval([*c.values()], target) for c in counts.values()]
     # The mean's interval resamples subjects, not pictures: resampled pictures of a subject deviate
     # more than the pictures themselves, so their interval would lie above the mean. If all subjects
     # have one ratio, for example by exact shares, the subjects' own intervals are combined.
     overall = Measurement(
         value=float(ratios.mean()),
-        interval=metrics.mean_interval(ratios) or metrics.combined_interval(ratios, own),
+        interval=metrics.mean_interval(ratios)
+        or metrics.combined_interval(ratios, [m.interval for m in of_subjects]),
         n=len(counted),
         counts=prediction.counts(counted),
         **common,
-    )
-    of_subjects = (
-        Measurement(
-            value=value,
-            interval=interval,
-            n=len(members[name]),
-            counts=counts[name],
-            subject=name,
-            **common,
-        )
-        for name, value, interval in zip(names, ratios.tolist(), own, strict=True)
     )
     return [(overall, ratios), *((m, None) for m in of_subjects)]
 
@@ -358,15 +346,9 @@ def _alignment(pictures, clip, features, subjects, columns) -> list[Measured]:
     scores = clip_scores([pictures[i] for i in rows], clip, features[rows])
     for i, score in zip(rows, scores, strict=True):
         columns[i]["clip_score"] = round(float(score), 4)
-    found = Measurement(
-        metric="winoalign",
-        picture_set=pictures[0].picture_set,
-        part="fairness",
-        value=float(scores.mean()),
-        interval=metrics.mean_interval(scores, subjects[rows]),
-        n=len(rows),
-    )
-    return [(found, scores)]
+    interval = metrics.mean_interval(scores, subjects[rows])
+    fields = {"metric": "winoalign", "picture_set": pictures[0].picture_set, "part": "fairness"}
+    return [metrics.averaged(scores, interval, **fields)]
 
 
 def _recognition(picture_set, clip, suite, features, subjects, columns) -> list[Measured]:
@@ -378,13 +360,5 @@ def _recognition(picture_set, clip, suite, features, subjects, columns) -> list[
     rows = np.flatnonzero(np.isin(subjects, list(suite.subject_classes)))
     if not len(rows):
         return []
-    right = (seen == subjects)[rows].astype(np.float64)
-    found = Measurement(
-        metric="subject_recognised",
-        picture_set=picture_set,
-        part="fairness",
-        value=float(right.mean()),
-        interval=metrics.wilson_interval(int(right.sum()), len(rows)),
-        n=len(rows),
-    )
-    return [(found, right)]
+    fields = {"metric": "subject_recognised", "picture_set": picture_set, "part": "fairness"}
+    return [metrics.share((seen == subjects)[rows], **fields)]

@@ -15,7 +15,7 @@ from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.pictures import Picture, Pixels
 from respodiff_jax.evaluation.quality import clip_scores
-from respodiff_jax.evaluation.results import Measured, Measurement
+from respodiff_jax.evaluation.results import Measured
 from respodiff_jax.evaluation.suites import ASKED, NOBODY, OPEN, Suite, named_kind
 
 PART = "intent"
@@ -63,26 +63,18 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
     ]
     found: list[Measured] = []
 
-    def share(metric, values, rows, attribute=None, **fields):
+    common = {"picture_set": name, "part": PART}
+
+    def share(metric, values, rows, attribute=None):
         """A share of the pictures `rows`, if there are any."""
         if not len(rows):
             return
-        values = np.asarray(values, np.float64)[rows]
-        interval = metrics.wilson_interval(int(values.sum()), len(rows))
-        _add(metric, values, interval, attribute, **fields)
+        fields = {"metric": metric, "attribute": attribute}
+        found.append(metrics.share(np.asarray(values)[rows], **common | fields))
 
-    def _add(metric, values, interval, attribute=None, **fields):
-        measurement = Measurement(
-            metric=metric,
-            picture_set=name,
-            part=PART,
-            value=float(values.mean()),
-            interval=interval,
-            n=len(values),
-            attribute=attribute,
-            **fields,
-        )
-        found.append((measurement, values))
+    def mean(metric, values):
+        interval = metrics.mean_interval(values)
+        found.append(metrics.averaged(values, interval, metric=metric, **common))
 
     def of(kind):
         return np.flatnonzero(kinds == kind)
@@ -94,24 +86,12 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
             wanted[kinds == named_kind(attribute, value)] = number
         share("obeyed", prediction.labels == wanted, np.flatnonzero(wanted >= 0), attribute)
         if attribute in groups:
-            rows = np.flatnonzero([_names_another(kind, attribute) for kind in kinds])
+            rows = np.flatnonzero([_attribute_of(k) not in (None, attribute) for k in kinds])
             if len(rows):
-                counts = prediction.counts(rows)
                 target = (1 / len(classes),) * len(classes)
-                ratio = metrics.deviation_ratio([*counts.values()], target)
-                interval = metrics.deviation_interval([*counts.values()], target)
-                measurement = Measurement(
-                    metric="named_deviation_ratio",
-                    picture_set=name,
-                    part=PART,
-                    value=float(ratio),
-                    interval=interval,
-                    n=len(rows),
-                    attribute=attribute,
-                    counts=counts,
-                    target=target,
-                )
-                found.append((measurement, None))
+                fields = {"metric": "named_deviation_ratio", "attribute": attribute} | common
+                counts = prediction.counts(rows)
+                found.append((metrics.deviation(counts, target, **fields), None))
         elif name == "adapted":
             kept = prediction.labels == labels["base"][attribute].labels
             share("attribute_kept", kept, of(OPEN), attribute)
@@ -125,7 +105,7 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
             share("attribute_kept_when_typed", kept, np.arange(len(kept)), attribute)
     if len(rows := of(NOBODY)):
         scores = clip_scores([pictures[i] for i in rows], clip, features[name][rows])
-        _add("nobody_clip_score", scores, metrics.mean_interval(scores))
+        mean("nobody_clip_score", scores)
     if name == "adapted":
         rows = of(NOBODY)
         differences = np.zeros(len(pictures))
@@ -134,12 +114,12 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
             differences[row] = np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()
         share("unchanged", differences == 0, rows)
         if len(rows):
-            _add("pixel_change", differences[rows], metrics.mean_interval(differences[rows]))
+            mean("pixel_change", differences[rows])
         if groups:
             steered = np.array([bool(picture.concepts) for picture in pictures])
             for kind, rows in (
                 ("open", of(OPEN)),
-                ("named", np.flatnonzero([_names(kind, groups) for kind in kinds])),
+                ("named", np.flatnonzero([_attribute_of(k) in groups for k in kinds])),
                 ("nobody", of(NOBODY)),
             ):
                 share("steered", steered, rows, kind)
@@ -154,11 +134,3 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
 def _attribute_of(kind: str) -> str | None:
     """The attribute that prompts of a kind name, or None."""
     return kind.removeprefix("names ").split("=")[0] if kind.startswith("names ") else None
-
-
-def _names(kind: str, groups: Sequence[str]) -> bool:
-    return _attribute_of(kind) in groups
-
-
-def _names_another(kind: str, attribute: str) -> bool:
-    return _attribute_of(kind) not in (None, attribute)

@@ -4,12 +4,14 @@ Everything is numpy; nothing here knows where pictures or features come from.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
 
 from respodiff_jax.errors import UserError
+from respodiff_jax.evaluation.results import Measured, Measurement
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1000
@@ -200,3 +202,23 @@ def bootstrap(
     ]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return (float(low), float(high)) if low < high else None
+
+
+def averaged(values: np.ndarray, interval: Interval | None, **fields: Any) -> Measured:
+    """The mean of numbers as a measurement with these fields, and the numbers."""
+    mean = float(values.mean())
+    return Measurement(value=mean, interval=interval, n=len(values), **fields), values
+
+
+def share(flags: np.ndarray, **fields: Any) -> Measured:
+    """The share of pictures with a flag, with Wilson's interval, and the flags as numbers."""
+    values = np.asarray(flags, np.float64)
+    return averaged(values, wilson_interval(int(values.sum()), len(values)), **fields)
+
+
+def deviation(counts: Mapping[str, int], target: Sequence[float], **fields: Any) -> Measurement:
+    """The `deviation_ratio` of counts as a measurement with these fields."""
+    numbers = list(counts.values())
+    fields |= {"value": deviation_ratio(numbers, target), "n": sum(numbers)}
+    interval = deviation_interval(numbers, target)
+    return Measurement(interval=interval, counts=counts, target=target, **fields)

@@ -16,7 +16,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.inception import Inception
 from respodiff_jax.evaluation.pictures import Picture, check_pictures, find_pictures
-from respodiff_jax.evaluation.results import Measured, Measurement
+from respodiff_jax.evaluation.results import Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,10 @@ def measure(
       `per_image.csv`.
     """
     scores = clip_scores(pictures, clip, features)
-    common = {"picture_set": pictures[0].picture_set, "part": "quality", "n": len(pictures)}
+    common = {"picture_set": pictures[0].picture_set, "part": "quality"}
 
     def mean(metric, values):
-        interval = metrics.mean_interval(values)
-        return Measurement(metric, value=float(values.mean()), interval=interval, **common), values
+        return metrics.averaged(values, metrics.mean_interval(values), metric=metric, **common)
 
     def distances(frechet, kernel, both):
         return [

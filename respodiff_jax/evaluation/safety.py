@@ -16,7 +16,7 @@ from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation import metrics
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.pictures import Picture
-from respodiff_jax.evaluation.results import Measured, Measurement
+from respodiff_jax.evaluation.results import Measured
 from respodiff_jax.evaluation.suites import Suite
 
 
@@ -58,25 +58,12 @@ def measure(
     members = {None: np.arange(len(pictures))} | {
         name: np.flatnonzero([name in each for each in categories]) for name in names
     }
-    measured = []
+    own = {"metric": "unsafe_rate", "part": "safety", "picture_set": pictures[0].picture_set}
+    common, measured = own | fields, []
     for label, reasons_at in curve.items():
-        flags = np.array([bool(reason) for reason in reasons_at], np.float64)
-        rate = Measurement(
-            picture_set=pictures[0].picture_set,
-            value=float(flags.mean()),
-            interval=metrics.wilson_interval(int(flags.sum()), len(flags)),
-            n=len(flags),
-            **{"part": "safety"} | fields | {"metric": "unsafe_rate_at", "attribute": label},
-        )
-        measured.append((rate, flags))
+        flags = np.array([bool(reason) for reason in reasons_at])
+        at = {"metric": "unsafe_rate_at", "attribute": label}
+        measured.append(metrics.share(flags, **common | at))
     for name, rows in members.items():
-        rate = Measurement(
-            picture_set=pictures[0].picture_set,
-            value=float(unsafe[rows].mean()),
-            interval=metrics.wilson_interval(int(unsafe[rows].sum()), len(rows)),
-            n=len(rows),
-            subject=name,
-            **{"metric": "unsafe_rate", "part": "safety"} | fields,
-        )
-        measured.append((rate, unsafe[rows]))
+        measured.append(metrics.share(unsafe[rows], subject=name, **common))
     return measured, columns

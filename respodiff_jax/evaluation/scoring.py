@@ -111,14 +111,7 @@ class Scorer:
         Returns:
           The measurements of all parts so far, as they were saved.
         """
-        measure = {
-            "fairness": self._fairness,
-            "quality": self._quality,
-            "safety": self._safety,
-            "intent": self._intent,
-            "curves": self._curves,
-            "attack": self._attack,
-        }[part]
+        measure = getattr(self, f"_{part}")  # one of the methods below
         for folder, pictures in folders.items():
             names = dict.fromkeys(picture.picture_set for picture in pictures)
             sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
@@ -275,17 +268,9 @@ def _judged_again(first: _Scored, other: _Scored, judge: str, labels: Sequence[s
     shared = [name for name in labels if columns and name in columns[0]]
     for name in shared:
         same = np.array([a[name] == b[name] for a, b in zip(columns, their_columns, strict=True)])
-        agreement = Measurement(
-            metric="judges_agree",
-            picture_set=theirs[0][0].picture_set,
-            part=theirs[0][0].part,
-            value=float(same.mean()),
-            interval=metrics.wilson_interval(int(same.sum()), len(same)),
-            n=len(same),
-            attribute=name,
-            judge=judge,
-        )
-        measured.append((agreement, None))
+        of = {"picture_set": theirs[0][0].picture_set, "part": theirs[0][0].part}
+        fields = {"metric": "judges_agree", "attribute": name, "judge": judge} | of
+        measured.append((metrics.share(same, **fields)[0], None))
     named = [{f"{name} by {judge}": row[name] for name in shared} for row in their_columns]
     return measured, [a | b for a, b in zip(columns, named, strict=True)]
 

@@ -133,24 +133,12 @@ def charted(
     parts, start = [], 0  # of colours and symbols
     for attribute, classes in suite.attributes.items():
         shares = _shares(list(classes), attribute, target)
-        found = []
-        for name, predictions in sets.items():
-            counts = predictions[attribute].counts()
-            values = list(counts.values())
-            found.append(
-                Measurement(
-                    metric="deviation_ratio",
-                    picture_set=name,
-                    value=metrics.deviation_ratio(values, shares),
-                    interval=metrics.deviation_interval(values, shares),
-                    n=sum(values),
-                    part="fairness",
-                    attribute=attribute,
-                    subject=subject,
-                    counts=counts,
-                    target=shares,
-                )
-            )
+        common = {"metric": "deviation_ratio", "part": "fairness"}
+        common |= {"attribute": attribute, "subject": subject}
+        found = [
+            metrics.deviation(p[attribute].counts(), shares, picture_set=name, **common)
+            for name, p in sets.items()
+        ]
         results = Results(tuple(found), made={}, scored={}, environment={})
         parts.append(sections.fairness(results, attribute, list(classes), True, start))
         parts.append(_table(found))
