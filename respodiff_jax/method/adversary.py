@@ -1,6 +1,8 @@
 """An adversary in training: some samples are trained at prompts that undo the modules best.
 
-Not in the paper. A sample that is attacked has a change of its prompt's text states, `c + delta`.
+Deviation: the paper has no adversary.
+
+A sample that is attacked has a change of its prompt's text states, `c + delta`.
 Every few steps it is drawn again: from noise, some steps of Adam make the steered model predict
 what the base model predicts for the prompt itself,
 

@@ -19,7 +19,7 @@ from respodiff_jax.method.schedule import Schedule
 
 
 class ConceptState(flax.struct.PyTreeNode):
-    """What is trained. Every leaf has a leading concept axis N.
+    """What is trained. Every leaf has a leading concept axis N; in `algorithm_1` it has none.
 
     Attributes:
       ram, sam: parameters of RAM and of SAM.

@@ -81,11 +81,11 @@ def algorithm_1(
 ) -> tuple[ConceptState, StepValues]:
     """Algorithm 1 of the paper for one concept; no leaf has a concept axis.
 
-    RAM is updated first; SAM's loss then uses the updated RAM.
+    RAM is updated first; SAM's loss then uses the updated RAM. The paper has no adversary.
 
     Args:
       spec: static.
-      state: of one concept; leaves of `rollout` are `(B, ...)`.
+      state: of one concept; leaves of `rollout`, with an adversary an `Attacked`, are `(B, ...)`.
       frozen: the backbone's parameters, never changed.
       concept: embedded, without a concept axis.
       samples: random keys and number of prompts of B samples; `FaithfulRollout` needs `step_key`.
@@ -117,8 +117,8 @@ def algorithm_1(
     def loss_sem(sam):
         output = steered_output(spec, frozen, base, ram, sam)
         eps_ram_sam = _to_eps(spec, output, latents)
-        kept = eps_neutral if attack is None else attack.keep(eps_ram_sam, eps_neutral)
-        loss = objective.semantic_loss(eps_ram_sam, kept, concept.lambda_sem)
+        target = eps_neutral if attack is None else attack.keep(eps_ram_sam, eps_neutral)
+        loss = objective.semantic_loss(eps_ram_sam, target, concept.lambda_sem)
         return loss, (output, eps_ram_sam)
 
     (sem, (output, eps_ram_sam)), grad_sam = jax.value_and_grad(loss_sem, has_aux=True)(state.sam)
@@ -238,7 +238,8 @@ def base_predictions(
 ) -> BasePredictions:
     """Evaluates the base model for the three prompts as one batch, with one UNet pass.
 
-    With an attack, `h` and `skips` are those of the attacked neutral prompts.
+    With an attack, the batch also has the attacked neutral prompts, whose `h` and `skips` are
+    returned.
     """
     z_t, batch_size = latents.z_t, len(latents.z_t)
     neutral = _pick(concept.neutral, latents.prompt_index)
@@ -268,6 +269,7 @@ def _renewed(
     """The attack for this step, on the current modules."""
     neutral = _pick(concept.neutral, latents.prompt_index)
     t = _timesteps(spec, latents.ddim_index, len(latents.z_t))
+    # The rollout's uses of the samples' keys are 0 to 2.
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(samples.keys, 3)
 
     def predict(attack):
