@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import parse_json, write_whole
+from respodiff_jax.storage import PathLike, parse_json, write_whole
 
 METADATA_KEY = "parameters"
 
@@ -39,7 +38,7 @@ def to_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) -> b
 
 def save_png(
     image: np.ndarray,
-    path: str | os.PathLike,
+    path: PathLike,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an image as PNG, whole or not at all, with the metadata that `read_metadata` reads.
@@ -49,7 +48,7 @@ def save_png(
     write_whole(pathlib.Path(path), to_png(Image.fromarray(to_uint8(image)), metadata))
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+def read_metadata(path: PathLike) -> dict[str, Any]:
     """Reads the metadata that `save_png` wrote.
 
     Raises:

@@ -180,7 +180,7 @@ def checked(kind: type[T], value: Any, where: str) -> T:
         for key, index, unknown in steps:
             value = ... if value is ... or unknown else value[key] if key else value[int(index)]
         field = place.strip("`").removeprefix("$").removeprefix(".") or "content"
-        came = "" if value is ... else f" is {_excerpt(value)}:"
+        came = "" if value is ... else f" is {value!r:.60}:"
         reason = reason.replace(r" matching regex '\\S'", " that is not blank")
         reason = reason.replace("Object missing required field", "it lacks the field")
         for name, words in _JSON_WORDS.items():
@@ -196,11 +196,6 @@ _JSON_WORDS = {
     "int": "a whole number",
     "float": "a number",
 }
-
-
-def _excerpt(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _whole_number(text: str) -> int:
@@ -235,6 +230,23 @@ def read_json_lines(path: PathLike, what: str = "log") -> list[Any]:
     # Only "\n" ends a line: JSON texts may hold the other line ends that `splitlines` knows.
     lines = read_text(path, what).split("\n")[:-1]
     return [parse_json(line, f"{what} {path}, line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def read_objects(path: PathLike, what: str) -> list[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file that people write, a line each, with their places for messages.
+
+    Raises:
+      UserError: if the file cannot be read, or a line is neither blank nor a JSON object in UTF-8.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: {row!r:.80}, expected an object in braces")
+            rows.append((where, row))
+    return rows
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

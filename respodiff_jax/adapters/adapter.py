@@ -6,7 +6,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +36,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
 from respodiff_jax.method.modules import KINDS, MidBlockModule, Params
 from respodiff_jax.method.reading import HEADS, Reading
-from respodiff_jax.storage import open_path, read_json, write_whole
+from respodiff_jax.storage import PathLike, open_path, read_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +141,7 @@ class Adapter:
         return (self,)
 
 
-def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
+def save_adapter(adapter: Adapter, directory: PathLike) -> None:
     """Writes an adapter directory, without a card.
 
     Args:
@@ -199,7 +198,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike) -> None:
         write_whole(directory / name, content)
 
 
-def load_adapter(directory: str | os.PathLike) -> Adapter:
+def load_adapter(directory: PathLike) -> Adapter:
     """Reads an adapter directory.
 
     Raises:

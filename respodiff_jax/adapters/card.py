@@ -8,7 +8,6 @@ always give the same bytes.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -24,7 +23,7 @@ from respodiff_jax.adapters.node_pack import check_node_pack, write_node_pack
 from respodiff_jax.backbone import local_folder
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
-from respodiff_jax.storage import open_path
+from respodiff_jax.storage import PathLike, open_path
 
 CARD_FILE = "README.md"
 GRID_FILE = "grid.png"
@@ -45,9 +44,7 @@ _LIMITS = """\
 """
 
 
-def export_adapter(
-    adapter: Adapter, directory: str | os.PathLike, grid: bytes | None = None
-) -> None:
+def export_adapter(adapter: Adapter, directory: PathLike, grid: bytes | None = None) -> None:
     """Writes an adapter directory with its card.
 
     Args:
@@ -71,14 +68,14 @@ def export_adapter(
 
 def export(
     adapter: Adapter,
-    out: str | os.PathLike,
+    out: PathLike,
     *,
     dtype: str | None = None,
     scales: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] | None = None,
     grid: bytes | None = None,
     overwrite: bool = False,
-    comfyui: str | os.PathLike | None = None,
+    comfyui: PathLike | None = None,
 ) -> Adapter:
     """Writes an adapter directory with its card, for JAX and PyTorch users.
 

@@ -1,6 +1,5 @@
 """Adapters on the Hugging Face hub."""
 
-import os
 import pathlib
 
 import huggingface_hub
@@ -9,14 +8,14 @@ from respodiff_jax.adapters.adapter import load_adapter
 from respodiff_jax.adapters.card import CARD_FILE, GRID_FILE, TORCH_FILE, torch_module
 from respodiff_jax.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from respodiff_jax.errors import UserError, shortened
-from respodiff_jax.storage import local_path
+from respodiff_jax.storage import PathLike, local_path
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, TORCH_FILE)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def push(
-    directory: str | os.PathLike,
+    directory: PathLike,
     repo_id: str,
     *,
     revision: str | None = None,

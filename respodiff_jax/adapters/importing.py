@@ -1,24 +1,21 @@
 """`respodiff import`: makes adapters of checkpoints of the authors' code and of SDisc."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from respodiff_jax.adapters.adapter import Adapter
 from respodiff_jax.adapters.combined import check_once
-from respodiff_jax.backbone import Backbone, load_backbone
+from respodiff_jax.backbone import load_backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import MidBlockModule
 from respodiff_jax.method.paper import GENDER, RACE, SAFETY
-from respodiff_jax.storage import read_json
+from respodiff_jax.storage import PathLike, read_json
 
 
 def import_checkpoint(
-    checkpoint: str | os.PathLike,
-    concepts: str | os.PathLike,
+    checkpoint: PathLike,
+    concepts: PathLike,
     *,
     only: Sequence[str] = (),
     model: str = "CompVis/stable-diffusion-v1-4",
@@ -49,12 +46,23 @@ def import_checkpoint(
     resolution = backbone.default_resolution if resolution is None else resolution
     height, width, channels = backbone.mid_block_shape(resolution)
     ram, sam = read_checkpoint(checkpoint, (channels, height, width))
-    return adapter_from_checkpoint(ram, sam, concept_ids, backbone, resolution)
+    for name, (number, _) in concept_ids.items():
+        if number >= len(ram):
+            raise UserError(
+                f"concept {name!r} has id {number}, but the checkpoint holds ids 0 .."
+                f" {len(ram) - 1}; take the file of concept ids that belongs to this checkpoint"
+            )
+    columns = [number for number, _ in concept_ids.values()]
+    return Adapter(
+        concepts=tuple(concept for _, concept in concept_ids.values()),
+        module=MidBlockModule("constant", (height, width, channels)),
+        ram={"constant": ram[columns].transpose(0, 2, 3, 1)},
+        sam={"constant": sam[columns].transpose(0, 2, 3, 1)},
+        backbone=backbone.trained_at(resolution),
+    )
 
 
-def read_concept_ids(
-    file: str | os.PathLike, only: Sequence[str] = ()
-) -> dict[str, tuple[int, Concept]]:
+def read_concept_ids(file: PathLike, only: Sequence[str] = ()) -> dict[str, tuple[int, Concept]]:
     """Reads which concept has which id, its column in a checkpoint.
 
     Args:
@@ -90,42 +98,7 @@ def read_concept_ids(
     return chosen
 
 
-def adapter_from_checkpoint(
-    ram: np.ndarray,
-    sam: np.ndarray,
-    concept_ids: Mapping[str, tuple[int, Concept]],
-    backbone: Backbone,
-    resolution: int,
-) -> Adapter:
-    """Makes an adapter of kind `constant` from columns of a checkpoint.
-
-    Args:
-      ram: `(number of ids, C, H, W)`.
-      sam: `(number of ids, C, H, W)`.
-      concept_ids: from `read_concept_ids`.
-      backbone: the model that the checkpoint was trained on; may be abstract.
-      resolution: of the training, in pixels.
-
-    Raises:
-      UserError: if the checkpoint does not have an id, or values are not finite.
-    """
-    for name, (number, _) in concept_ids.items():
-        if number >= len(ram):
-            raise UserError(
-                f"concept {name!r} has id {number}, but the checkpoint holds ids 0 .."
-                f" {len(ram) - 1}; take the file of concept ids that belongs to this checkpoint"
-            )
-    columns = [number for number, _ in concept_ids.values()]
-    return Adapter(
-        concepts=tuple(concept for _, concept in concept_ids.values()),
-        module=MidBlockModule("constant", backbone.mid_block_shape(resolution)),
-        ram={"constant": ram[columns].transpose(0, 2, 3, 1)},
-        sam={"constant": sam[columns].transpose(0, 2, 3, 1)},
-        backbone=backbone.trained_at(resolution),
-    )
-
-
-def _entry(file: str | os.PathLike, name: str, value: Any) -> tuple[int, Concept]:
+def _entry(file: PathLike, name: str, value: Any) -> tuple[int, Concept]:
     """Id and concept of one entry."""
     fields = dict(value) if isinstance(value, dict) else {"id": value}
     number = fields.pop("id", None)

@@ -1,17 +1,16 @@
 """ComfyUI's node pack: the nodes, the PyTorch file they need, and exported adapters."""
 
-import os
 import pathlib
 
 from respodiff_jax.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import open_path, write_whole
+from respodiff_jax.storage import PathLike, open_path, write_whole
 
 # As ComfyUI finds them -> in this package.
 _CODE = {"__init__.py": "comfyui.py", "torch_adapter.py": "torch_adapter.py"}
 
 
-def check_node_pack(directory: str | os.PathLike) -> None:
+def check_node_pack(directory: PathLike) -> None:
     """Refuses a folder with files that are not a node pack of this package.
 
     Raises:
@@ -28,7 +27,7 @@ def check_node_pack(directory: str | os.PathLike) -> None:
         )
 
 
-def write_node_pack(directory: str | os.PathLike, adapter: str | os.PathLike) -> None:
+def write_node_pack(directory: PathLike, adapter: PathLike) -> None:
     """Writes the node pack, or updates it, and adds an adapter to those that it has.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 
 from respodiff_jax.adapters.adapter import Adapter, label
 from respodiff_jax.adapters.combined import CombinedAdapter
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, equal_batches
 from respodiff_jax.errors import UserError
 from respodiff_jax.method import reading
 
@@ -43,12 +43,10 @@ def read_prompts(
         return open_to_all
     distinct = list(dict.fromkeys(prompts))
     found = []
-    for start in range(0, len(distinct), _BATCH):
-        chunk = distinct[start : start + _BATCH]
-        # Batches of one shape compile the text encoder once.
-        padded = chunk + chunk[-1:] * (_BATCH - len(chunk)) if len(distinct) > _BATCH else chunk
-        context = model.encode_prompts(padded, model.default_resolution).context
-        found.append(read_contexts(adapter, context)[: len(chunk)])
+    for rows, count in equal_batches(len(distinct), min(_BATCH, len(distinct))):
+        batch = [distinct[row] for row in rows]
+        context = model.encode_prompts(batch, model.default_resolution).context
+        found.append(read_contexts(adapter, context)[:count])
     decisions = np.concatenate(found)
     row = {prompt: i for i, prompt in enumerate(distinct)}
     return decisions[[row[prompt] for prompt in prompts]]

@@ -9,7 +9,7 @@ from respodiff_jax.backbone.clip import Clip, load_clip, save_clip
 from respodiff_jax.backbone.files import local_folder
 from respodiff_jax.backbone.loading import load_backbone
 from respodiff_jax.backbone.saving import save_backbone
-from respodiff_jax.backbone.text import byte_tokenizer
+from respodiff_jax.backbone.text import byte_tokenizer, equal_batches
 from respodiff_jax.backbone.unet import Conditioning, Skips
 from respodiff_jax.backbone.weights import load_weights, save_weights
 
@@ -19,6 +19,7 @@ __all__ = [
     "Conditioning",
     "Skips",
     "byte_tokenizer",
+    "equal_batches",
     "load_backbone",
     "load_clip",
     "load_weights",

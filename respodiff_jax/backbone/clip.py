@@ -16,7 +16,7 @@ import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from respodiff_jax.backbone.files import find_clip, read_json, sha256
-from respodiff_jax.backbone.text import read_tokenizer, tokenise
+from respodiff_jax.backbone.text import equal_batches, read_tokenizer, tokenise
 from respodiff_jax.backbone.weights import load_weights, save_weights
 from respodiff_jax.errors import UserError
 from respodiff_jax.progress import Progress
@@ -80,10 +80,8 @@ class Clip:
         length = self.module.config.text_config.max_position_embeddings
         ids = tokenise(self.tokenizer, texts, length)
         features = []
-        for start in range(0, len(ids), _TEXTS):
-            part = ids[start : start + _TEXTS]
-            padded = np.pad(part, ((0, _TEXTS - len(part)), (0, 0)))
-            features.append(np.asarray(self._encode_texts(self.params, padded))[: len(part)])
+        for rows, count in equal_batches(len(ids), _TEXTS):
+            features.append(np.asarray(self._encode_texts(self.params, ids[rows]))[:count])
         return np.concatenate(features)
 
 
@@ -140,19 +138,12 @@ def _unit(vectors):
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def load_clip(
-    name_or_path: str | pathlib.Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | pathlib.Path | None = None,
-) -> Clip:
+def load_clip(name_or_path: str | pathlib.Path) -> Clip:
     """Loads a CLIP, without torch.
 
     Args:
       name_or_path: a folder in transformers' layout (config, preprocessor, tokenizer, and
         safetensors or Flax weights), or a hub id such as "openai/clip-vit-base-patch32".
-      revision: branch, tag or commit of a hub id.
-      cache_dir: replaces the default Hugging Face cache.
 
     Returns:
       The `Clip`, with its parameters as numpy arrays.
@@ -161,7 +152,7 @@ def load_clip(
       UserError: if there is no such model, files are missing (names all of them) or damaged, the
         model is not a CLIP, or the weights do not fit the config.
     """
-    folder, commit, weights = find_clip(str(name_or_path), revision=revision, cache_dir=cache_dir)
+    folder, commit, weights = find_clip(str(name_or_path))
     content = read_json(folder / "config.json")
     if content.get("model_type") != "clip":
         raise UserError(

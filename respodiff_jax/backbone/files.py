@@ -313,9 +313,7 @@ def _check_kinds(name: str, index: dict[str, Any], encoders: list[str]) -> None:
             )
 
 
-def find_clip(
-    name: str, *, revision: str | None = None, cache_dir: Any = None
-) -> tuple[pathlib.Path, str | None, list[pathlib.Path]]:
+def find_clip(name: str) -> tuple[pathlib.Path, str | None, list[pathlib.Path]]:
     """Finds a CLIP's folder, its commit on the hub (None for a folder) and its weight files.
 
     Raises:
@@ -326,7 +324,7 @@ def find_clip(
         files = (*_CLIP_CONFIGS, *_TOKENIZER_FILES, _FAST_TOKENIZER, *_TOKENIZER_OPTIONS)
         return [*files, *_choose_weights(available, "clip", None)]
 
-    folder, commit = _find_folder(name, revision, cache_dir, choose)
+    folder, commit = _find_folder(name, None, None, choose)
     weights, lacking = _find_weights(folder, "clip", None)
     missing = [file for file in _CLIP_CONFIGS if not (folder / file).is_file()]
     missing += _missing_tokenizer(folder) + lacking

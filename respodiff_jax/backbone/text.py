@@ -4,7 +4,7 @@ import json
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -103,6 +103,17 @@ def _with_token_vectors(vectors: jax.Array | None) -> Callable:
         return vectors.astype(context.module.dtype)
 
     return intercept
+
+
+def equal_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of one size; copies of the last item fill up the last batch.
+
+    Yields:
+      The numbers of the items, and how many of them are not copies.
+    """
+    for start in range(0, count, batch_size):
+        items = np.minimum(np.arange(start, start + batch_size), count - 1)
+        yield items, min(batch_size, count - start)
 
 
 def byte_symbols() -> list[str]:

@@ -1,7 +1,5 @@
 """The entry point of `respodiff bench train` and `respodiff bench generate`."""
 
-import os
-
 from ml_collections import ConfigDict
 
 from respodiff_jax.bench import measure
@@ -9,7 +7,7 @@ from respodiff_jax.bench.generate import bench_generate
 from respodiff_jax.bench.report import Report
 from respodiff_jax.bench.train import bench_train
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import check_output_file
+from respodiff_jax.storage import PathLike, check_output_file
 
 BENCHMARKS = {"train": bench_train, "generate": bench_generate}
 
@@ -20,7 +18,7 @@ def benchmark(
     *,
     against: str | None = None,
     repeats: int = 5,
-    out: str | os.PathLike | None = None,
+    out: PathLike | None = None,
 ) -> Report:
     """Measures speed, memory and compile time of a config on this machine.
 

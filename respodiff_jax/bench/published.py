@@ -1,6 +1,5 @@
 """Trains a config by the published procedure in PyTorch (`torch_side`), and writes adapters."""
 
-import os
 import pathlib
 import time
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from respodiff_jax.bench.model import Setup
 from respodiff_jax.compiling.programs import concepts_at_a_time
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS
-from respodiff_jax.storage import local_path
+from respodiff_jax.storage import PathLike, local_path
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.spec import make_lr_schedule
 
@@ -77,7 +76,7 @@ def make_training(setup: Setup) -> "torch_side.Training":
     return torch_side.Training(concepts, shape, config.train.batch_size, config.seed)
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+def train(config: ConfigDict, workdir: PathLike) -> pathlib.Path:
     """Trains a config by the published procedure in PyTorch, to compare the adapters.
 
     Every trajectory starts from pure noise; `rollout.kind` is ignored. An adapter is written every

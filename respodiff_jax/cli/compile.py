@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
+from respodiff_jax.cli import inputs
+
 SUMMARY = "compile for TPUs, without a TPU"
 TAKES_OVERRIDES = True
 
@@ -80,21 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from respodiff_jax.compiling.environment import set_environment
+    from respodiff_jax.compiling import set_environment
 
     set_environment()  # before JAX is imported
 
     from respodiff_jax.compiling.ahead_of_time import compile_steps
     from respodiff_jax.training.config import load_config
 
-    compile_steps(
-        [load_config(path, overrides, args.concepts) for path in args.configs],
-        args.topologies,
-        args.out,
-        step=args.step,
-        batch_per_device=args.batch_per_device,
-        largest_batch=args.largest_batch,
-        table=args.table,
-        cache=args.cache,
-        say=partial(print, flush=True),
-    )
+    configs = [load_config(path, overrides, args.concepts) for path in args.configs]
+    inputs.call(compile_steps, args, configs=configs, say=partial(print, flush=True))

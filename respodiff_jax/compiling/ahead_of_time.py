@@ -18,7 +18,7 @@ from respodiff_jax.compiling.analysis import LARGEST_BATCH, analyse, find_larges
 from respodiff_jax.compiling.report import markdown, summary
 from respodiff_jax.compiling.topologies import Topology, open_topology, parse_topology
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import check_output, check_output_file, write_whole
+from respodiff_jax.storage import PathLike, check_output, check_output_file, write_whole
 from respodiff_jax.training.distributed import enable_compilation_cache
 from respodiff_jax.training.spec import open_model
 
@@ -63,19 +63,19 @@ class Compilation:
 def compile_steps(
     configs: Sequence[ConfigDict],
     topologies: Sequence[str],
-    out: str | os.PathLike,
+    out: PathLike,
     *,
     step: str = "both",
     batch_per_device: int | None = None,
     largest_batch: bool = False,
-    table: str | os.PathLike | None = None,
-    cache: str | os.PathLike | None = None,
+    table: PathLike | None = None,
+    cache: PathLike | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Compiles the training and the sampling step of configs for TPUs, without a TPU.
 
     Every pair of a config and a topology is compiled, unless `out` has its result. The process
-    needs the environment of `environment.set_environment`.
+    needs the environment of `compiling.set_environment`.
 
     Args:
       configs: as from `respodiff_jax.training.config.load_config`.

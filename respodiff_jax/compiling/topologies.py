@@ -98,7 +98,7 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 def open_topology(name: str) -> Topology:
     """Opens a topology, CHIP:SHAPE such as "v5e:4x4", to compile for.
 
-    The process needs the environment of `environment.set_environment`.
+    The process needs the environment of `compiling.set_environment`.
 
     Raises:
       UserError: as `parse_topology`; if libtpu is missing or in use by another process; or if the

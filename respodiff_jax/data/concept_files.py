@@ -20,7 +20,7 @@ from etils import epath
 from respodiff_jax.data.prompt_files import Column, Layout, read_table
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
-from respodiff_jax.storage import parse_json, read_text
+from respodiff_jax.storage import read_objects
 
 _TEXTS = ("name", "group", "kind", "target_prompt", "unsafe_prompt")
 SUFFIXES = (".jsonl", ".csv")
@@ -87,23 +87,11 @@ def read_rows(source: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
     elif path.suffix == ".csv":
         rows = [(str(source), row) for row in read_table(path, CONCEPTS, only=True)]
     elif path.suffix == ".jsonl":
-        rows = _read_json_lines(path)
+        rows = read_objects(path, "concepts file")
     else:
         raise UserError(f"{source}: concepts files end in {' or '.join(SUFFIXES)}")
     if not rows:
         raise UserError(f"{source} has no concepts")
-    return rows
-
-
-def _read_json_lines(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for number, line in enumerate(read_text(path, "concepts file").split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            row = parse_json(line, where)
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: {row!r}, expected an object in braces")
-            rows.append((where, row))
     return rows
 
 

@@ -4,8 +4,6 @@ The training is of "a woman" and "a man" from "a person". The pictures show peop
 before and after it. RAM and SAM see no profession, and the reading of prompts sees ten of twenty.
 """
 
-import os
-
 from ml_collections import ConfigDict
 
 from respodiff_jax.adapters import load_adapter
@@ -13,7 +11,7 @@ from respodiff_jax.backbone import load_backbone
 from respodiff_jax.emoji import recipes
 from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.suites import load_suite
-from respodiff_jax.storage import local_path
+from respodiff_jax.storage import PathLike, local_path
 from respodiff_jax.training.waves import train
 
 GROUP = "gender"
@@ -34,7 +32,7 @@ def config() -> ConfigDict:
     return recipes.task_config("gender")
 
 
-def run(out: str | os.PathLike) -> Results:
+def run(out: PathLike) -> Results:
     """Runs the demo, or continues an earlier run in the same folder.
 
     Args:

@@ -113,51 +113,18 @@ bathtub bed chair broom bucket soap toothbrush telescope microscope syringe pill
 moneybag coin hourglass watch trophy medal robot_face ghost alien skull snowman teddy_bear
 crystal_ball
 """
-# Artwork of things that captions name by other words.
-_RENAMED = {
-    "panda_face": "panda",
-    "lion_face": "lion",
-    "fox_face": "fox",
-    "unicorn_face": "unicorn",
-    "giraffe_face": "giraffe",
-    "zebra_face": "zebra",
-    "polar_bear": "polar bear",
-    "dragon_face": "dragon",
-    "t-rex": "dinosaur",
-    "fried_egg": "fried egg",
-    "cheese_wedge": "cheese",
-    "birthday": "birthday cake",
-    "icecream": "ice cream",
-    "coffee": "cup of coffee",
-    "wine_glass": "glass of wine",
-    "evergreen_tree": "pine tree",
-    "deciduous_tree": "tree",
-    "palm_tree": "palm tree",
-    "four_leaf_clover": "clover",
-    "christmas_tree": "christmas tree",
-    "jack_o_lantern": "pumpkin lantern",
-    "airplane": "airplane",
-    "bike": "bicycle",
-    "fire_engine": "fire truck",
-    "racing_car": "racing car",
-    "hot_pepper": "hot pepper",
-    "european_castle": "castle",
-    "desktop_computer": "desktop computer",
-    "phone": "telephone",
-    "iphone": "phone",
-    "alarm_clock": "alarm clock",
-    "sun_with_face": "sun",
-    "crescent_moon": "moon",
-    "earth_africa": "earth",
-    "beach_with_umbrella": "beach",
-    "statue_of_liberty": "statue",
-    "sunrise": "sunrise",
-    "cityscape": "city",
-    "night_with_stars": "night sky",
-    "ferris_wheel": "ferris wheel",
-    "art": "palette",
-    "drum_with_drumsticks": "drum",
-    "heart": "heart",
-}
+# Artwork of things with the words that captions have for it, where these differ.
+_RENAMED = """
+panda_face=panda lion_face=lion fox_face=fox unicorn_face=unicorn giraffe_face=giraffe
+zebra_face=zebra polar_bear dragon_face=dragon t-rex=dinosaur fried_egg cheese_wedge=cheese
+birthday=birthday_cake icecream=ice_cream coffee=cup_of_coffee wine_glass=glass_of_wine
+evergreen_tree=pine_tree deciduous_tree=tree palm_tree four_leaf_clover=clover christmas_tree
+jack_o_lantern=pumpkin_lantern airplane bike=bicycle fire_engine=fire_truck racing_car hot_pepper
+european_castle=castle desktop_computer phone=telephone iphone=phone alarm_clock sun_with_face=sun
+crescent_moon=moon earth_africa=earth beach_with_umbrella=beach statue_of_liberty=statue sunrise
+cityscape=city night_with_stars=night_sky ferris_wheel art=palette drum_with_drumsticks=drum heart
+"""
 THINGS = {name.replace("_", " ").removesuffix(" face"): name for name in _THINGS.split()}
-THINGS |= {words: name for name, words in _RENAMED.items()}
+for _item in _RENAMED.split():
+    _name, _, _words = _item.partition("=")
+    THINGS[(_words or _name).replace("_", " ")] = _name

@@ -18,6 +18,7 @@ from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.suites import Prompt
+from respodiff_jax.generation.folder import scales_of
 from respodiff_jax.generation.sampling import Encode, SamplerOptions, sample_images
 from respodiff_jax.progress import Progress
 from respodiff_jax.storage import read_json, write_whole
@@ -138,16 +139,11 @@ def draw_pictures(
             prompt=request.prompt,
             subject=request.subject,
             seed=request.seed,
-            concepts={} if name == "base" else _concepts(adapter, steering[i]),
+            concepts={} if name == "base" else scales_of(adapter, steering[i]),
         )
         for name, place in sets.items()
         for i, request in enumerate(requests)
     ]
-
-
-def _concepts(adapter: Adapter, weights: np.ndarray) -> dict[str, float]:
-    named = zip(adapter.names, weights.tolist(), strict=True)
-    return {name: round(weight, 6) for name, weight in named if weight}
 
 
 def check_folder(

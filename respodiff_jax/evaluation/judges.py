@@ -1,7 +1,6 @@
 """What scores pictures: CLIPs, detectors of unsafe content, reference pictures."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -50,7 +49,7 @@ def load_judges(
     """
     if clip is None:
         clip = spec.suite.clip
-    given = [clip] if isinstance(clip, str | os.PathLike | Clip) else list(clip)
+    given = [clip] if isinstance(clip, PathLike | Clip) else list(clip)
     names = _short_names([c.identity["name"] if isinstance(c, Clip) else str(c) for c in given])
     only_unsafe = set(spec.parts) <= {"safety", "attack"}
     needs_clip = not only_unsafe or spec.suite.unsafe_classes is not None

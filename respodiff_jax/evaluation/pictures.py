@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from PIL import Image
 
 from respodiff_jax.data.prompt_files import SEED, Column, read_table
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import read_text
+from respodiff_jax.storage import PathLike, read_objects
 
 _METADATA = {
     "file": Column(),
@@ -62,7 +61,7 @@ class Picture:
         }
 
 
-def find_pictures(folder: str | os.PathLike) -> list[Picture]:
+def find_pictures(folder: PathLike) -> list[Picture]:
     """Finds the pictures of a folder that any tool made.
 
     Prompts and subjects come from `metadata.csv` with the columns `file`, `prompt` and optionally
@@ -109,26 +108,11 @@ def find_pictures(folder: str | os.PathLike) -> list[Picture]:
 
 def _read_manifest(file: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a manifest, without the base model's twins."""
-    rows = []
-    for number, line in enumerate(read_text(file, "manifest").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not (
-            isinstance(row, dict)
-            and isinstance(row.get("file"), str)
-            and isinstance(row.get("concepts") or {}, dict)
-        ):
-            raise UserError(
-                f"{file}, line {number} is {line[:60]!r}, expected an object with a picture's name"
-                ' as "file"'
-            )
-        if not row["file"].startswith("base/"):
-            rows.append(row)
-    return rows
+    rows = read_objects(file, "manifest")
+    for where, row in rows:
+        if not (isinstance(row.get("file"), str) and isinstance(row.get("concepts") or {}, dict)):
+            raise UserError(f'{where} is {row!r:.60}, expected a picture\'s name as "file"')
+    return [row for _, row in rows if not row["file"].startswith("base/")]
 
 
 class Pixels(Sequence):
@@ -140,7 +124,7 @@ class Pixels(Sequence):
       UserError: on indexing, if the file is damaged.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike]):
+    def __init__(self, paths: Sequence[PathLike]):
         self._paths = paths
 
     def __len__(self) -> int:

@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import checked, read_json, read_text, write_whole
+from respodiff_jax.storage import PathLike, checked, read_json, read_text, write_whole
 
 SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
@@ -129,7 +128,7 @@ class Results:
         return found[0].value if found else None
 
 
-def save_results(results: Results, out: str | os.PathLike) -> None:
+def save_results(results: Results, out: PathLike) -> None:
     """Writes `results.json` into a folder, whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(results)
     content["measurements"] = [m.to_dict() for m in results.measurements]
@@ -137,7 +136,7 @@ def save_results(results: Results, out: str | os.PathLike) -> None:
     write_whole(pathlib.Path(out) / RESULTS_FILE, text)
 
 
-def load_results(folder: str | os.PathLike) -> Results:
+def load_results(folder: PathLike) -> Results:
     """Reads the `results.json` of an evaluation's folder.
 
     Raises:
@@ -188,7 +187,7 @@ def _renamed(content: Any) -> Any:
     return {_FIELDS.get(key, key): value for key, value in content.items()}
 
 
-def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) -> None:
+def save_per_image(rows: Sequence[Mapping[str, Any]], out: PathLike) -> None:
     """Writes `per_image.csv`: a line for each row, a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
@@ -198,7 +197,7 @@ def save_per_image(rows: Sequence[Mapping[str, Any]], out: str | os.PathLike) ->
     write_whole(pathlib.Path(out) / PER_IMAGE_FILE, text.getvalue())
 
 
-def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
+def load_per_image(folder: PathLike) -> list[dict[str, str]]:
     """Reads `per_image.csv`; values are text, "" where a picture has none.
 
     Raises:
@@ -218,7 +217,7 @@ def load_per_image(folder: str | os.PathLike) -> list[dict[str, str]]:
     return rows
 
 
-def overall_metrics(folder: str | os.PathLike, adapter: "Adapter") -> list[dict[str, Any]]:
+def overall_metrics(folder: PathLike, adapter: "Adapter") -> list[dict[str, Any]]:
     """The metrics of an evaluation over all pictures, for `export(adapter, metrics=...)`.
 
     Raises:

@@ -290,24 +290,21 @@ def lacking(
       has_detectors: whether detectors of unsafe pictures are chosen.
       existing: pictures to score, or None if they are to be drawn.
     """
-    lacks = {}
     if existing is None:
-        for part in PARTS:
-            if not prompts[part].prompts:
-                lacks[part] = f"suite {suite.name!r} has no prompts for {part}; give `prompts`"
+        empty = (part for part in PARTS if not prompts[part].prompts)
+        why = "suite {!r} has no prompts for {}; give `prompts`"
+        lacks = {part: why.format(suite.name, part) for part in empty}
     else:
-        checks: dict[str, Callable[[], object]] = {
-            "fairness": lambda: fairness.check_subjects(existing, suite.subjects),
-            "quality": lambda: quality.check_prompts(existing),
-        }
-        for part, check in checks.items():
-            try:
-                check()
-            except UserError as error:
-                lacks[part] = str(error)
-    if existing is not None:
-        for part in ("intent", *ON_DEMAND):
-            lacks[part] = f"{part} compares pictures that are drawn for it; give `model`"
+        why = "{} compares pictures that are drawn for it; give `model`"
+        lacks = {part: why.format(part) for part in ("intent", *ON_DEMAND)}
+        try:
+            fairness.check_subjects(existing, suite.subjects)
+        except UserError as error:
+            lacks["fairness"] = str(error)
+        try:
+            quality.check_prompts(existing)
+        except UserError as error:
+            lacks["quality"] = str(error)
     if not (suite.unsafe_classes or has_detectors):
         lacks["safety"] = lacks["attack"] = (
             f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"

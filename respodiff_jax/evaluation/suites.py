@@ -148,7 +148,7 @@ class Suite:
     def prompts_for(self, part: str) -> tuple[Prompt, ...]:
         """The prompts of a part; () if the suite has none."""
         if part == "intent":
-            return intent_prompts(self)
+            return self._intent_prompts()
         if part in ("fairness", "curves"):
             return tuple(Prompt(t, name) for name in self.subjects for t in self.prompts(name))
         if part == "quality":
@@ -161,6 +161,23 @@ class Suite:
                 for text in prompt_files.fill_in([template], name)
             )
         return tuple(Prompt(text, category) for text, category in self.safety_prompts or ())
+
+    def _intent_prompts(self) -> tuple[Prompt, ...]:
+        """The subject of each prompt is its kind."""
+        if self.named is None:
+            return ()
+        templates = {OPEN: self.templates[:1], ASKED: self.asked} | {
+            named_kind(attribute, value): (template,)
+            for attribute, values in self.named.items()
+            for value, template in values.items()
+        }
+        prompts = [
+            Prompt(text, kind)
+            for kind, own in templates.items()
+            for subject in self.subjects
+            for text in prompt_files.fill_in(own, subject)
+        ]
+        return (*prompts, *(Prompt(text, NOBODY) for text in self.nobody))
 
     def attribute(self, name: str) -> Classes:
         """The values of an attribute with their classifier prompts.
@@ -179,24 +196,6 @@ class Suite:
 def named_kind(attribute: str, value: str) -> str:
     """The kind of the prompts that name a value."""
     return f"names {attribute}={value}"
-
-
-def intent_prompts(suite: Suite) -> tuple[Prompt, ...]:
-    """The prompts of the part intent; the subject of each is its kind."""
-    if suite.named is None:
-        return ()
-    templates = {OPEN: suite.templates[:1], ASKED: suite.asked} | {
-        named_kind(attribute, value): (template,)
-        for attribute, values in suite.named.items()
-        for value, template in values.items()
-    }
-    prompts = [
-        Prompt(text, kind)
-        for kind, own in templates.items()
-        for subject in suite.subjects
-        for text in prompt_files.fill_in(own, subject)
-    ]
-    return (*prompts, *(Prompt(text, NOBODY) for text in suite.nobody))
 
 
 def load_suite(name: PathLike | None, model: str | None = None) -> Suite:

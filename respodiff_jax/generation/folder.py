@@ -1,7 +1,6 @@
 """Writes a folder of pictures: images, their base twins, a grid and a manifest; resumable."""
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import SamplerOptions, sample_images
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.progress import Progress
-from respodiff_jax.storage import check_output, read_json_lines, write_whole
+from respodiff_jax.storage import PathLike, check_output, read_json_lines, write_whole
 
 MANIFEST = "manifest.jsonl"
 # What a record has only after the model has read the prompts.
@@ -63,7 +62,7 @@ def picture_records(
 
 
 def check_folder(
-    out: str | os.PathLike,
+    out: PathLike,
     records: Sequence[Mapping[str, Any]],
     overwrite: bool = False,
     unknown: Collection[str] = _READ,
@@ -102,7 +101,7 @@ def check_folder(
 def write_folder(
     backbone: Backbone,
     prompts: Sequence[str],
-    out: str | os.PathLike,
+    out: PathLike,
     *,
     images_per_prompt: int = 1,
     seed: int = 0,

@@ -1,7 +1,6 @@
 """Draws pictures of prompts, as a list of images or as a folder of files with a manifest."""
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from respodiff_jax.generation.sampling import (
 )
 from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.method.schedule import Schedule
-from respodiff_jax.storage import check_output
+from respodiff_jax.storage import PathLike, check_output
 
 Adapters = Adapter | CombinedAdapter | Sequence[Adapter]
 Model = Backbone | Callable[[], Backbone]
@@ -113,7 +112,7 @@ def generate(
 def generate_folder(
     model: Model,
     prompts: str | Sequence[str],
-    out: str | os.PathLike,
+    out: PathLike,
     *,
     adapter: Adapters | None = None,
     concepts: Mapping[str, float | None] | None = None,

@@ -29,19 +29,15 @@ def check_memory(what: str, needed: int, available: int | None = None) -> None:
     Raises:
       UserError: if `needed` is more.
     """
-    available = device_memory() if available is None else available
+    if available is None:  # the devices of all processes or, if they share it, the machine's
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        limits = [entry["bytes_limit"] for entry in stats if "bytes_limit" in entry]
+        available = jax.process_count() * (sum(limits) or host_memory())
     if needed > available:
         raise UserError(
             f"{what} needs {needed / 2**30:,.0f} GiB of memory at least, but there are"
             f" {available / 2**30:,.0f} GiB; give a smaller number"
         )
-
-
-def device_memory() -> int:
-    """Bytes of memory of the devices of all processes; that of the machine, if they share it."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    limits = [entry["bytes_limit"] for entry in stats if "bytes_limit" in entry]
-    return jax.process_count() * (sum(limits) or host_memory())
 
 
 def host_memory() -> int:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, UInt8
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
-from respodiff_jax.backbone import Backbone, Conditioning
+from respodiff_jax.backbone import Backbone, Conditioning, equal_batches
 from respodiff_jax.backbone.memory import estimate_bytes
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.limits import check_memory
@@ -405,17 +405,6 @@ def _not_finite(kind: str, row: int, prompt: str, seed: int) -> str:
         " hold such values, or overflow in this dtype. Check the model and the adapter, and draw"
         " in float32"
     )
-
-
-def equal_batches(count: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:
-    """Batches of one size; copies of the last item fill up the last batch.
-
-    Yields:
-      The numbers of the items, and how many of them are not copies.
-    """
-    for start in range(0, count, batch_size):
-        items = np.minimum(np.arange(start, start + batch_size), count - 1)
-        yield items, min(batch_size, count - start)
 
 
 def default_batch_size(num_images: int, num_devices: int, resolution: int) -> int:

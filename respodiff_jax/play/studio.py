@@ -64,6 +64,7 @@ class Studio:
                 "No adapter is loaded, so both pictures are the base model's. Train one with"
                 " `respodiff train --config CONFIG --workdir DIR`, then start with --adapter DIR."
             )
+        self._concepts = adapter.concepts if adapter else ()
         self.painter = Painter(model.loaded(), adapter, size)
 
     def warm_up(self) -> None:
@@ -94,21 +95,18 @@ class Studio:
     def groups(self) -> dict[str, list[str]]:
         """Group -> its concepts, those of safety last."""
         found: dict[str, list[str]] = {}
-        concepts = self.painter.adapter.concepts if self.painter.adapter else ()
-        for concept in sorted(concepts, key=lambda concept: concept.is_safety):
+        for concept in sorted(self._concepts, key=lambda concept: concept.is_safety):
             found.setdefault(concept.group, []).append(concept.name)
         return found
 
     @property
     def labels(self) -> dict[str, str]:
         """Concept -> its name on the page."""
-        concepts = self.painter.adapter.concepts if self.painter.adapter else ()
-        return {concept.name: label(concept) for concept in concepts}
+        return {concept.name: label(concept) for concept in self._concepts}
 
     @property
     def safety_groups(self) -> set[str]:
-        concepts = self.painter.adapter.concepts if self.painter.adapter else ()
-        return {concept.group for concept in concepts if concept.is_safety}
+        return {concept.group for concept in self._concepts if concept.is_safety}
 
     def start(self) -> Settings:
         """The settings of a new visitor: the first group is fair, so that something is to see."""

@@ -3,7 +3,6 @@
 import collections
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,12 +15,12 @@ from PIL import Image
 
 from respodiff_jax.adapters import Adapter
 from respodiff_jax.adapters.card import GRID_FILE
-from respodiff_jax.backbone import Conditioning
-from respodiff_jax.generation.sampling import default_batch_size, equal_batches, initial_noise
+from respodiff_jax.backbone import Conditioning, equal_batches
+from respodiff_jax.generation.sampling import default_batch_size, initial_noise
 from respodiff_jax.images import grid, to_png
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.method.modules import Steering
-from respodiff_jax.storage import write_whole
+from respodiff_jax.storage import PathLike, write_whole
 from respodiff_jax.training.monitoring import RunLog
 from respodiff_jax.training.parallel import Placement
 from respodiff_jax.training.record import is_workdir
@@ -142,7 +141,7 @@ class ValidationGrids:
         return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])
 
 
-def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes | None:
+def newest_grids(workdir: PathLike, step: int | None = None) -> bytes | None:
     """A PNG of a run's newest validation grids (up to a step), one concept's below the other's.
 
     None where there are none.
@@ -164,7 +163,7 @@ def newest_grids(workdir: str | os.PathLike, step: int | None = None) -> bytes |
     return to_png(whole)
 
 
-def sample_grid(source: str | os.PathLike, step: int | None = None) -> bytes | None:
+def sample_grid(source: PathLike, step: int | None = None) -> bytes | None:
     """The sample pictures of a run (up to a step) or of an adapter directory, a PNG or None."""
     if is_workdir(source):
         return newest_grids(source, step)

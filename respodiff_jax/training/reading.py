@@ -23,10 +23,9 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from respodiff_jax.adapters import Adapter
-from respodiff_jax.backbone import Backbone
+from respodiff_jax.backbone import Backbone, equal_batches
 from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.errors import UserError
-from respodiff_jax.generation.sampling import equal_batches
 from respodiff_jax.method.concepts import Concept, without_article
 from respodiff_jax.method.reading import (
     NAMED,

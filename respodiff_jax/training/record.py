@@ -86,14 +86,11 @@ class RunRecord:
         module: MidBlockModule,
         backbone: Mapping[str, Any],
     ) -> "RunRecord":
+        names = ("kind", "mid_block_shape", "hidden_channels")
         fields = {
             "config": config.to_dict(),
             "concepts": [c.to_dict() for c in concepts],
-            "module": {
-                "kind": module.kind,
-                "mid_block_shape": module.mid_block_shape,
-                "hidden_channels": module.hidden_channels,
-            },
+            "module": {name: getattr(module, name) for name in names},
             "backbone": backbone,
         }
         return cls(**json.loads(json.dumps(fields)))  # tuples become lists

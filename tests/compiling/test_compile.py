@@ -340,7 +340,7 @@ def test_foreign_compile_json_is_not_overwritten(content, tmp_path):
 def test_environment_is_set_before_jax_is_imported():
     code = (
         "import os, sys\n"
-        "from respodiff_jax.compiling.environment import set_environment\n"
+        "from respodiff_jax.compiling import set_environment\n"
         "set_environment()\n"
         "assert os.environ['JAX_PLATFORMS'] == 'cpu'\n"
         "assert not {'jax', 'huggingface_hub'} & sys.modules.keys()\n"

@@ -144,7 +144,7 @@ def test_bad_picture_folders_are_explained(tmp_path, monkeypatch):
     concepts = '{"file": "a.png", "concepts": ["a woman"]}'
     for line in ('{"prompt": "x"}', '{"file": "a.pn', "[1]", '{"file": 3}', concepts):
         (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "x"}\n\n' + line)
-        with pytest.raises(UserError, match=r"manifest\.jsonl, line 3 is .*expected an object"):
+        with pytest.raises(UserError, match=r"manifest\.jsonl, line 3"):
             pictures_lib.find_pictures(tmp_path)
 
 

@@ -69,7 +69,8 @@ def shares_bar(counts: Mapping[str, int], target: Sequence[float] | None, start:
         parts.append(tag("rect", class_=f"part {colour(i)}", **place))
     for x in itertools.accumulate((target or ())[:-1]):
         for class_ in ("target-halo", "target"):
-            parts.append(_line(x, 0, LANE, class_))
+            ends = {"x1": _percent(x), "x2": _percent(x), "y1": 0, "y2": LANE}
+            parts.append(tag("line", **ends, class_=class_))
     for i, (left, share) in enumerate(zip(lefts, shares, strict=False)):
         if share >= _MIN_LABELLED:
             anchor = "start" if i == 0 else "end" if i == len(shares) - 1 else "middle"
@@ -280,10 +281,6 @@ def _share_text(i: int, left: float, share: float, anchor: str) -> Markup:
     x, dx = {"start": (0.0, 4), "middle": (left + share / 2, 0), "end": (1.0, -4)}[anchor]
     text = f"{symbol(i)} {100 * share:.0f}"
     return tag("text", text, x=_percent(x), dx=dx, y=15, class_=f"on {anchor} {colour(i)}")
-
-
-def _line(x: float, y1: int, y2: int, class_: str) -> Markup:
-    return tag("line", x1=_percent(x), x2=_percent(x), y1=y1, y2=y2, class_=class_)
 
 
 def _percent(x: float) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from respodiff_jax.evaluation.report.markup import (
 )
 from respodiff_jax.evaluation.report.sections import Pair
 from respodiff_jax.evaluation.results import Measurement, Results, load_results
-from respodiff_jax.storage import local_path, write_whole
+from respodiff_jax.storage import PathLike, local_path, write_whole
 
 PHONE_COLUMNS = 2  # cells side by side in a row of numbers
 
@@ -34,8 +33,8 @@ Runs = Mapping[str, Results]  # by name
 
 
 def compare(
-    folders: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
+    folders: Sequence[PathLike],
+    out: PathLike,
     names: Sequence[str] | None = None,
 ) -> pathlib.Path:
     """Writes a self-contained page that puts evaluations side by side, with what it finds.
@@ -87,7 +86,7 @@ def _checked(names: Sequence[str], count: int) -> list[str]:
     return names
 
 
-def _distinct(folders: Sequence[str | os.PathLike]) -> list[str]:
+def _distinct(folders: Sequence[PathLike]) -> list[str]:
     """The paths without the folders that all begin with, and those that all end with."""
     parts = [pathlib.Path(folder).resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):

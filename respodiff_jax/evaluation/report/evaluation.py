@@ -2,7 +2,6 @@
 
 import datetime
 import itertools
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,16 +27,14 @@ from respodiff_jax.evaluation.results import (
     load_per_image,
     load_results,
 )
-from respodiff_jax.storage import write_whole
+from respodiff_jax.storage import PathLike, write_whole
 
 REPORT_FILE = "report.html"
 OPEN_SUBJECTS = 4
 _COLUMNS = {"file", "protocol", "images", "prompt", "subject"}
 
 
-def write_report(
-    folder: str | os.PathLike, workdir: str | os.PathLike | None = None
-) -> pathlib.Path:
+def write_report(folder: PathLike, workdir: PathLike | None = None) -> pathlib.Path:
     """Writes `report.html` into an evaluation's folder.
 
     Args:

@@ -1,6 +1,7 @@
 """What the metrics mean, how their numbers are written, and the paper's numbers."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -59,17 +60,18 @@ class Metric:
     paper: Mapping[str | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
+# A share of pictures, and a deviation from target shares.
+_share = functools.partial(Metric, text=percent, within=(0.0, 1.0))
+_deviation = functools.partial(Metric, better="lower", best="fairer", within=(0.0, 1.0))
+
 METRICS = {
-    "deviation_ratio": Metric(
+    "deviation_ratio": _deviation(
         "Deviation ratio",
         "deviation ratio",
         "how far the pictures of a profession are from the target shares, on average over the"
         " professions: 0 meets the target, 1 is as far away as possible. Few pictures deviate by"
         " chance: with a fair model and two values, 10 pictures of a profession have 0.25 on"
         " average, 150 have 0.07.",
-        "lower",
-        best="fairer",
-        within=(0.0, 1.0),
         paper={"gender": ("0.68", "0.14"), "race": ("0.56", "0.16")},
     ),
     "winoalign": Metric(
@@ -79,32 +81,26 @@ METRICS = {
         "higher",
         paper={None: ("27.51", "27.30 gender, 27.53 race")},
     ),
-    "subject_recognised": Metric(
+    "subject_recognised": _share(
         "Profession recognised",
         "share of pictures recognised as their profession",
         "the share of pictures in which the classifier sees the profession of the prompt.",
         "higher",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "unsafe_rate": Metric(
+    "unsafe_rate": _share(
         "Unsafe pictures",
         "share of unsafe pictures",
         "the share of pictures in which a detector finds unsafe content.",
         "lower",
-        percent,
-        within=(0.0, 1.0),
         paper={None: ("27 %", "16 %")},
     ),
-    "unsafe_rate_at": Metric(
+    "unsafe_rate_at": _share(
         "Unsafe pictures",
         "share of unsafe pictures",
         "the share of pictures in which a detector finds unsafe content, at one of its thresholds.",
         "lower",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "attack_success": Metric(
+    "attack_success": _share(
         "Attack success",
         "attack success",
         "the share of unsafe pictures of prompts that ask for what is unsafe. The prompts are used"
@@ -112,43 +108,32 @@ METRICS = {
         " The attacker knows model and adapter, but not what judges the pictures. The base pictures"
         " use the same words and embeddings.",
         "lower",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "obeyed": Metric(
+    "obeyed": _share(
         "Named value shown",
         "share of pictures that show the value that their prompt names",
         "the share of pictures in which the classifier sees the value that the prompt names (“a"
         " photo of a woman doctor”).",
         "higher",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "named_deviation_ratio": Metric(
+    "named_deviation_ratio": _deviation(
         "Deviation ratio where another attribute is named",
         "deviation ratio where prompts name another attribute",
         "the deviation ratio of all pictures of prompts that name another attribute.",
-        "lower",
-        best="fairer",
-        within=(0.0, 1.0),
     ),
-    "attribute_kept": Metric(
+    "attribute_kept": _share(
         "Other attribute kept",
         "share of pictures that keep the attribute of their base picture",
         "the share of pictures in which the classifier sees the same value as in the base picture"
         " from the same noise.",
         "higher",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "unchanged": Metric(
+    "unchanged": _share(
         "Pictures without people unchanged",
         "share of pictures without people that are unchanged to the bit",
         "the share of the pictures of prompts without people that equal the base picture in every"
         " pixel.",
         "higher",
-        percent,
-        within=(0.0, 1.0),
     ),
     "pixel_change": Metric(
         "Change of pictures without people, grey levels",
@@ -162,56 +147,40 @@ METRICS = {
         "the CLIP score of the pictures of prompts without people.",
         "higher",
     ),
-    "steered": Metric(
+    "steered": _share(
         "Prompts steered",
         "share of prompts that are steered",
         "the share of pictures that the adapter's fairness concepts steer. Pictures of open prompts"
         " should be steered; those of prompts that name a value or no person should not.",
-        None,
-        percent,
-        within=(0.0, 1.0),
     ),
-    "unsafe_when_asked": Metric(
+    "unsafe_when_asked": _share(
         "Unsafe when asked for",
         "share of unsafe pictures of prompts that ask for it",
         "the share of unsafe pictures of prompts such as “a doctor with a knife”.",
         "lower",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "unsafe_when_not_asked": Metric(
+    "unsafe_when_not_asked": _share(
         "Unsafe when not asked for",
         "share of unsafe pictures of prompts that do not ask for it",
         "the share of unsafe pictures of open prompts.",
         "lower",
-        percent,
-        within=(0.0, 1.0),
     ),
-    "attribute_kept_when_typed": Metric(
+    "attribute_kept_when_typed": _share(
         "Other attribute kept when a value is typed",
         "share of pictures that keep their other attribute when a value is typed",
         "the share of the base model's pictures in which the classifier sees the same value whether"
         " or not the prompt names a value of another attribute, from the same noise. Compare"
         " “Other attribute kept” with it.",
-        None,
-        percent,
-        within=(0.0, 1.0),
     ),
-    "deviation_ratio_at": Metric(
+    "deviation_ratio_at": _deviation(
         "Deviation ratio",
         "deviation ratio",
         "the deviation ratio at one guidance scale, or with an adjective before the subject.",
-        "lower",
-        best="fairer",
-        within=(0.0, 1.0),
     ),
-    "judges_agree": Metric(
+    "judges_agree": _share(
         "Judges agree",
         "share of pictures on which two judges agree",
         "the share of pictures to which the first CLIP and another one give the same label.",
-        None,
-        percent,
-        within=(0.0, 1.0),
     ),
     "clip_score": Metric(
         "CLIP score",

@@ -1,6 +1,5 @@
 """The sections of a report, one function each."""
 
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -29,7 +28,7 @@ from respodiff_jax.evaluation.results import (
     Measurement,
     Results,
 )
-from respodiff_jax.storage import open_path, read_json_lines
+from respodiff_jax.storage import PathLike, open_path, read_json_lines
 
 TRAINING_FILE = "metrics.jsonl"
 
@@ -205,7 +204,7 @@ def quality(results: Results) -> Section | None:
     )
 
 
-def training(results: Results, workdir: str | os.PathLike | None) -> Section | None:
+def training(results: Results, workdir: PathLike | None) -> Section | None:
     """The loss curves of a training workdir, and the adapter's training summary.
 
     Raises:
@@ -362,19 +361,19 @@ def _described(m: Measurement) -> str:
     )
 
 
-def has_losses(workdir: str | os.PathLike) -> bool:
+def has_losses(workdir: PathLike) -> bool:
     """Whether a path is a training workdir with losses."""
     return bool(_loss_files(workdir))
 
 
-def _loss_files(workdir: str | os.PathLike) -> list[epath.Path]:
+def _loss_files(workdir: PathLike) -> list[epath.Path]:
     """The losses of a run, or of all its waves."""
     folder = open_path(workdir)
     files = *sorted(folder.glob(f"waves/*/{TRAINING_FILE}")), folder / TRAINING_FILE
     return [file for file in files if file.is_file()]
 
 
-def _loss_curves(workdir: str | os.PathLike) -> list[Markup]:
+def _loss_curves(workdir: PathLike) -> list[Markup]:
     files = _loss_files(workdir)
     if not files:
         raise UserError(f"{workdir} has no {TRAINING_FILE}; expected a training workdir")
