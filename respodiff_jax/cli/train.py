@@ -95,5 +95,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         args.coordinator, args.num_processes, args.process_id, args.distributed == "auto"
     )
     distributed.enable_compilation_cache()
+    if not (args.coordinator or args.distributed):
+        distributed.use_cores(config.model.name, config.train.batch_size)
     with distributed.leaving_on_error():
         run_training(config, args.workdir, profile=args.profile)

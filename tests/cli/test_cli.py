@@ -17,7 +17,7 @@ from respodiff_jax.adapters import load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
 from respodiff_jax.cli import inputs
 from respodiff_jax.errors import Interrupted, UserError
-from respodiff_jax.training import distributed, trained
+from respodiff_jax.training import distributed, trained, waves
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -433,3 +433,7 @@ def test_cores_are_used_before_adapters_start_jax(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert cli.main(argv) == 2
     assert chosen == [("emoji-world", 4), ("another", None), (None, None)]
+    monkeypatch.setattr(waves, "run_training", lambda *args, **given: None)
+    train = ["train", "--config", str(ROOT / "configs/emoji_gender.py"), "--workdir", "w"]
+    assert cli.main(train) == 0
+    assert chosen[3:] == [("emoji-world", 8)]
