@@ -376,7 +376,10 @@ def sample_images(
         if adapter is None:
             return sampler(batch), None
         chosen = weights[rows]
-        return sampler(batch, chosen), sampler(batch, 0 * chosen) if base_twins else None
+        images = sampler(batch, chosen)
+        if not base_twins:
+            return images, None
+        return images, sampler(batch, 0 * chosen) if chosen.any() else images
 
     def collect(rows, count, adapted, base):
         adapted, base = jax.device_get((adapted, base))

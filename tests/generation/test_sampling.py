@@ -292,6 +292,22 @@ def test_concepts_that_steer_no_image_are_left_out(backbone, monkeypatch):
     assert sizes == [1] * 4
 
 
+def test_a_batch_that_nothing_steers_is_its_own_base(backbone, monkeypatch):
+    adapter, options = tiny_adapter(backbone), SamplerOptions(num_steps=1, batch_size=8)
+    args = backbone, ["a person"] * 16, range(16), options, adapter
+    weights = np.repeat([[1.0, 0.0], [0.0, 0.0]], 8, axis=0)
+    calls, call = [], sampling.Sampler.__call__
+    monkeypatch.setattr(
+        sampling.Sampler, "__call__", lambda *args: calls.append(args[2]) or call(*args)
+    )
+    pairs = list(sampling.sample_images(*args, weights, base_twins=True))
+    assert len(calls) == 3
+    plain = sampling.sample_images(*args, 0 * weights)
+    for i, (pair, base) in enumerate(zip(pairs, plain, strict=True)):
+        np.testing.assert_array_equal(pair.base, base.image)
+        assert np.array_equal(pair.image, base.image) == (i >= 8)
+
+
 def test_wrong_options_are_refused():
     with pytest.raises(UserError, match="batch size is 6, expected a multiple of the 8 devices"):
         SamplerOptions(batch_size=6)
