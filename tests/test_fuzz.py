@@ -235,8 +235,7 @@ def test_prompts(tmp_path, count):
     assert fuzz([tmp_path / "a.txt", tmp_path / "a.csv"], read, count, tmp_path) > count / 10
 
 
-# Each reading traces the whole model.
-@pytest.mark.parametrize("count", [8, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", CASES)
 def test_model_configs(sd_folder, tmp_path, count):
     model = shutil.copytree(sd_folder, tmp_path / "model")
 

@@ -301,7 +301,7 @@ def _check_kinds(name: str, index: dict[str, Any], encoders: list[str]) -> None:
     kind = index.get("_class_name")
     expected = "expected a Stable Diffusion 1.x, 2.x or XL base model"
     if "unet" not in index or "text_encoder" not in encoders:
-        raise UserError(f"{name}: a {kind} without a unet and a text_encoder; {expected}")
+        raise UserError(f"{name}: a {kind!s:.60} without a unet and a text_encoder; {expected}")
     classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     classes |= dict(zip(encoders, ("CLIPTextModel", "CLIPTextModelWithProjection"), strict=False))
     for part, right in classes.items():
@@ -309,7 +309,7 @@ def _check_kinds(name: str, index: dict[str, Any], encoders: list[str]) -> None:
         found = entry[-1] if isinstance(entry, list) and entry else None
         if str(found).removeprefix("Flax") != right:
             raise UserError(
-                f"{name}: a {kind} whose {part} is {found!r}, not {right!r}; {expected}"
+                f"{name}: a {kind!s:.60} whose {part} is {found!r:.60}, not {right!r}; {expected}"
             )
 
 

@@ -79,7 +79,7 @@ def _check_parts_fit(where: str, modules: Mapping[str, nn.Module]) -> None:
     is_xl = unet.addition_embed_type == "text_time"
     if len(texts) != 1 + is_xl:
         raise UserError(
-            f"{file}: addition_embed_type is {unet.addition_embed_type!r} and the model has "
+            f"{file}: addition_embed_type is {unet.addition_embed_type!r:.60} and the model has "
             f"{len(texts)} text encoder(s), expected None with one or 'text_time' with two"
         )
     if is_xl:
@@ -126,7 +126,8 @@ def build_modules(
         else:
             options.check_text_encoder(file, config)
             module_class = _TEXT_ENCODERS[part]
-            modules[part] = module_class(config=CLIPTextConfig(**config), dtype=dtype)
+            known = {k: v for k, v in config.items() if k in options.TEXT_OBEYED}
+            modules[part] = module_class(config=CLIPTextConfig(**known), dtype=dtype)
     _check_parts_fit(where, modules)
     return modules
 

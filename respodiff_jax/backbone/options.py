@@ -84,7 +84,7 @@ _SCHEDULER_HARMLESS = {
     "variance_type",
 }
 
-_TEXT_OBEYED = {
+TEXT_OBEYED = {
     *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "intermediate_size"),
     *("layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
     *("pad_token_id", "projection_dim", "vocab_size"),
@@ -111,6 +111,10 @@ _SCHEDULERS = (
 )
 
 
+_UNET_SIZES = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
+_MAX_LAYERS = 100  # in a row; the text encoder of SDXL has 32
+
+
 def check_unet(file: str, config: Mapping[str, Any], obeyed: Collection[str]) -> None:
     """Checks unet/config.json; `obeyed` has the names of the Flax module's fields.
 
@@ -120,7 +124,9 @@ def check_unet(file: str, config: Mapping[str, Any], obeyed: Collection[str]) ->
     _check(file, config, _UNET_FIXED, _UNET_HARMLESS | set(obeyed), _UNET_BLOCKS)
     for option in ("layers_per_block", "cross_attention_dim", "sample_size"):
         if not isinstance(config.get(option), int):
-            raise UserError(f"{file}: {option} is {config.get(option)!r}, expected one integer")
+            raise UserError(f"{file}: {option} is {config.get(option)!r:.80}, expected one integer")
+    _check_sizes(file, config, *_UNET_SIZES)
+    _check_layers(file, config, "layers_per_block", "transformer_layers_per_block")
     widths = config.get("block_out_channels")
     if (
         not isinstance(widths, list | tuple)
@@ -128,7 +134,7 @@ def check_unet(file: str, config: Mapping[str, Any], obeyed: Collection[str]) ->
         or any(not isinstance(width, int) or width % 32 for width in widths)
     ):
         raise UserError(
-            f"{file}: block_out_channels is {widths!r}, expected a list of multiples of 32, the"
+            f"{file}: block_out_channels is {widths!r:.80}, expected a list of multiples of 32, the"
             " number of normalisation groups"
         )
 
@@ -136,22 +142,30 @@ def check_unet(file: str, config: Mapping[str, Any], obeyed: Collection[str]) ->
 def check_vae(file: str, config: Mapping[str, Any], obeyed: Collection[str]) -> None:
     """Checks vae/config.json, as `check_unet`."""
     _check(file, config, _VAE_FIXED, _VAE_HARMLESS | set(obeyed), _VAE_BLOCKS)
+    _check_layers(file, config, "layers_per_block")
+    _check_sizes(file, config, "latent_channels", "in_channels", "out_channels", "sample_size")
 
 
 def check_text_encoder(file: str, config: Mapping[str, Any]) -> None:
     """Checks text_encoder/config.json, as `check_unet`."""
-    _check(file, config, _TEXT_FIXED, _TEXT_HARMLESS | _TEXT_OBEYED)
+    _check(file, config, _TEXT_FIXED, _TEXT_HARMLESS | TEXT_OBEYED)
+    _check_sizes(file, config, *TEXT_OBEYED - {"hidden_act", "layer_norm_eps"})
+    _check_layers(file, config, "num_hidden_layers")
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in list(ACT2FN):
-        raise UserError(f"{file}: hidden_act is {activation!r}, expected one of {sorted(ACT2FN)}")
+        raise UserError(
+            f"{file}: hidden_act is {activation!r:.80}, expected one of {sorted(ACT2FN)}"
+        )
 
 
 def check_scheduler(file: str, config: Mapping[str, Any]) -> None:
     """Checks scheduler/scheduler_config.json, as `check_unet`."""
-    if config.get("_class_name") not in _SCHEDULERS:
+    name = config.get("_class_name")
+    if name not in _SCHEDULERS:
         raise UserError(
-            f"{file}: _class_name is {config.get('_class_name')!r}, which may not have DDPM's noise"
-            f" levels; expected one of {', '.join(_SCHEDULERS)}"
+            f"{file}: _class_name is {name!r:.80}, which may not have DDPM's noise levels; expected"
+            " the scheduler of a model trained on these, such as DDIMScheduler, PNDMScheduler or"
+            " EulerDiscreteScheduler"
         )
     _check(file, config, _SCHEDULER_FIXED, _SCHEDULER_HARMLESS | _SCHEDULER_OBEYED)
     needed = ["beta_schedule", "beta_start", "beta_end"]
@@ -176,21 +190,39 @@ def _check(
     for option, value in config.items():
         if option in fixed and value not in fixed[option]:
             raise UserError(
-                f"{file}: {option} is {value!r}, this package computes only"
+                f"{file}: {option} is {value!r:.80}, this package computes only"
                 f" {' or '.join(map(repr, fixed[option]))}; {_BASE_MODELS}"
             )
         if option not in known and option not in fixed and not option.startswith("_"):
             raise UserError(
-                f"{file}: {option} is {value!r:.80}, an option that this package does not know and"
-                " that could change the pictures; remove it if it does not, or"
+                f"{file}: {option:.60} is {value!r:.80}, an option that this package does not know"
+                " and that could change the pictures; remove it if it does not, or"
                 f" {_BASE_MODELS}"
             )
     for option, accepted in (blocks or {}).items():
         kinds = config.get(option, ())
         if not isinstance(kinds, list | tuple) or any(kind not in accepted for kind in kinds):
             raise UserError(
-                f"{file}: {option} is {kinds!r}, expected a list of only"
+                f"{file}: {option} is {kinds!r:.80}, expected a list of only"
                 f" {' or '.join(map(repr, accepted))}"
+            )
+
+
+def _check_sizes(file: str, config: Mapping[str, Any], *names: str) -> None:
+    for option in names:
+        value = config.get(option, 0)
+        if not isinstance(value, int) or abs(value) >= 2**31:
+            raise UserError(f"{file}: {option} is {value!r:.80}, expected an integer of 32 bits")
+
+
+def _check_layers(file: str, config: Mapping[str, Any], *names: str) -> None:
+    """Checks numbers of layers; each layer takes time and memory, even without weights."""
+    for option in names:
+        value = config.get(option, 1)
+        counts = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(count, int) and 0 < count <= _MAX_LAYERS for count in counts):
+            raise UserError(
+                f"{file}: {option} is {value!r:.80}, expected integers from 1 to {_MAX_LAYERS}"
             )
 
 
