@@ -111,7 +111,14 @@ class Scorer:
         Returns:
           The measurements of all parts so far, as they were saved.
         """
-        measure = getattr(self, f"_{part}")  # one of the methods below
+        measure = {
+            "fairness": self._fairness,
+            "quality": self._quality,
+            "safety": self._safety,
+            "intent": self._intent,
+            "curves": self._curves,
+            "attack": self._attack,
+        }[part]
         for folder, pictures in folders.items():
             names = dict.fromkeys(picture.picture_set for picture in pictures)
             sets = {name: [p for p in pictures if p.picture_set == name] for name in names}
