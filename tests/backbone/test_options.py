@@ -1,5 +1,6 @@
 """Models as they are found: equal to diffusers' own pipeline of the same folder, or refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -272,7 +273,7 @@ def test_picture_that_is_not_finite_is_an_error_that_names_it(tiny_backbone):
     embedding = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]
     letter = tiny_backbone.tokenise(["z"])[0][0, 1]
     embedding["embedding"] = embedding["embedding"].at[letter].set(np.nan)
-    broken = tiny_backbone.__class__(**vars(tiny_backbone) | {"params": params})
+    broken = dataclasses.replace(tiny_backbone, params=params)
     found = sample_images(broken, ["a person", "a", "z", "a"], [4, 5, 6, 7], options)
     assert next(found).image.any() and next(found).image.any()
     with pytest.raises(UserError, match=r"image 2 \('z', seed 6\) has values that are not finite"):
