@@ -36,7 +36,7 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "config", short)
     monkeypatch.setattr(demo, "load_suite", few)
     monkeypatch.setattr(demo, "IMAGES_PER_SUBJECT", 4)
-    monkeypatch.setattr(demo, "NUM_STEPS", 4)
+    monkeypatch.setattr(demo, "NUM_STEPS", 2)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
 
     adapter = load_adapter(tmp_path / "run" / "adapter")
