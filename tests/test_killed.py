@@ -107,7 +107,9 @@ def same_demo(ours, theirs):
 
 
 def pictures(folder):
-    return len(list(folder.glob("out/**/*.png")))
+    # `os.walk` passes over folders that vanish, such as those of checkpoints under way.
+    walk = os.walk(folder / "out")
+    return sum(name.endswith(".png") for _, _, names in walk for name in names)
 
 
 def steps(folder):
