@@ -85,9 +85,9 @@ _SCHEDULER_HARMLESS = {
 }
 
 TEXT_OBEYED = {
-    *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "intermediate_size"),
+    *("eos_token_id", "hidden_act", "hidden_size", "intermediate_size"),
     *("layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
-    *("pad_token_id", "projection_dim", "vocab_size"),
+    *("projection_dim", "vocab_size"),
 }
 _SCHEDULER_OBEYED = {
     *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "rescale_betas_zero_snr"),
@@ -109,8 +109,6 @@ _SCHEDULERS = (
     *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
     *("LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
 )
-
-
 _UNET_SIZES = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
 _MAX_LAYERS = 100  # in a row; the text encoder of SDXL has 32
 

@@ -218,6 +218,12 @@ def test_unsupported_options_are_refused(sd_folder, tmp_path, part, changes, mes
         load_backbone(folder)
 
 
+def test_token_ids_that_nothing_reads_may_be_null(sd_folder, tmp_path):
+    folder = shutil.copytree(sd_folder, tmp_path / "model")
+    _edit(folder / "text_encoder" / "config.json", bos_token_id=None, pad_token_id=None)
+    assert load_backbone(folder, abstract=True).text_encoders
+
+
 def test_sdxl_refiner_is_refused(sdxl_folder, tmp_path):
     folder = shutil.copytree(sdxl_folder, tmp_path / "model")
     _edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=5 * 8 + 24)
