@@ -125,6 +125,7 @@ crescent_moon=moon earth_africa=earth beach_with_umbrella=beach statue_of_libert
 cityscape=city night_with_stars=night_sky ferris_wheel art=palette drum_with_drumsticks=drum heart
 """
 THINGS = {name.replace("_", " ").removesuffix(" face"): name for name in _THINGS.split()}
-for _item in _RENAMED.split():
-    _name, _, _words = _item.partition("=")
-    THINGS[(_words or _name).replace("_", " ")] = _name
+THINGS |= {
+    (words or name).replace("_", " "): name
+    for name, _, words in (item.partition("=") for item in _RENAMED.split())
+}

@@ -62,7 +62,6 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
         {a: p.values[p.labels[i]] for a, p in labels[name].items()} for i in range(len(pictures))
     ]
     found: list[Measured] = []
-
     common = {"picture_set": name, "part": PART}
 
     def share(metric, values, rows, attribute=None):

@@ -29,7 +29,7 @@ def check_memory(what: str, needed: int, available: int | None = None) -> None:
     Raises:
       UserError: if `needed` is more.
     """
-    if available is None:  # the devices of all processes or, if they share it, the machine's
+    if available is None:  # of all processes' devices; devices without memory share the machine's
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         limits = [entry["bytes_limit"] for entry in stats if "bytes_limit" in entry]
         available = jax.process_count() * (sum(limits) or host_memory())

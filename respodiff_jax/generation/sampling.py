@@ -379,6 +379,7 @@ def sample_images(
         images = sampler(batch, chosen)
         if not base_twins:
             return images, None
+        # If nothing is steered, each image is its own base twin.
         return images, sampler(batch, 0 * chosen) if chosen.any() else images
 
     def collect(rows, count, adapted, base):

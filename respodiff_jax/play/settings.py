@@ -141,7 +141,7 @@ def _reason(
         for concept in part.concepts
         if part.reading is not None and not concept.is_safety
     }
-    towards = {
+    directions = {
         concept.name: label(concept) if concept.is_safety else f"to {concept.name}"
         for concept in adapter.concepts
     }
@@ -157,7 +157,7 @@ def _reason(
             sentences.append(f"Not steered: the adapter finds no person in the prompt ({title}).")
             continue
         steered = ", ".join(
-            towards[name] + ("" if weight == 1 else f" × {weight:.2g}")
+            directions[name] + ("" if weight == 1 else f" × {weight:.2g}")
             for name, weight in scales.items()
             if weight
         )
