@@ -38,7 +38,7 @@ class Controls:
 
     def _build(self, start: Settings) -> None:
         self._prompt = ui.textarea("Prompt", value=start.prompt).props(
-            "autogrow outlined debounce=400"
+            "autogrow outlined debounce=250"
         )
         self._prompt.on_value_change(self._changed).mark("prompt")
         groups = self._studio.groups
@@ -70,7 +70,7 @@ class Controls:
             self._sampler.on_value_change(self._changed).mark("sampler")
             self._negative = ui.input(
                 "Negative prompt: what to avoid", value=start.negative_prompt
-            ).props("debounce=400")
+            ).props("debounce=250")
             self._negative.on_value_change(self._changed)
             self._always = ui.switch("Steer every prompt, as the paper does", value=False)
             self._always.on_value_change(self._changed).mark("steer-always")

@@ -37,7 +37,7 @@ from respodiff_jax.play.studio import Studio
 
 TITLE = "RespoDiff playground"
 _TICK = 0.1  # seconds between two looks into the inbox
-_PAUSE = 0.25  # seconds without a change before pictures are drawn
+_PAUSE = 0.1  # seconds without a change before pictures are drawn
 _BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
