@@ -101,7 +101,7 @@ def algorithm_1(
         rollout, attack = state.rollout
     latents = spec.rollout.draw(rollout, samples, predict)
     if attack is not None:
-        attack = _renewed(spec, frozen, concept, state, attack, samples, latents, step)
+        attack = _renew_attack(spec, frozen, concept, state, attack, samples, latents, step)
     base = base_predictions(spec, frozen, concept, latents, attack)
     eps_neutral, eps_own, eps_empty = (_to_eps(spec, y, latents) for y in base.outputs)
     eps_target = objective.target(concept, latents.prompt_index, eps_neutral, eps_own, eps_empty)
@@ -256,7 +256,7 @@ def base_predictions(
     return BasePredictions(*inner, outputs)
 
 
-def _renewed(
+def _renew_attack(
     spec: StepSpec,
     frozen: dict,
     concept: EmbeddedConcepts,

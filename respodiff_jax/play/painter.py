@@ -96,7 +96,7 @@ class Painter:
         # Dropped, so that the programs do not keep the weights alive.
         self._functions = dataclasses.replace(model, params={}, load=None)
         self._turn = threading.Lock()  # held while a batch is drawn
-        self._memory = threading.Lock()  # held while texts are read, and for what is kept
+        self._cache_lock = threading.Lock()  # held while texts are read, and for what is kept
         self._prompts: OrderedDict[str, Text] = OrderedDict()
         self._pictures: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._steps: dict[str, Callable] = {}
@@ -112,7 +112,7 @@ class Painter:
         Raises:
           UserError: if the adapter reads text states of another size than the model's.
         """
-        with self._memory:
+        with self._cache_lock:
             return self._encoded(prompt)
 
     def draw(
@@ -271,13 +271,13 @@ class Painter:
         return self._prompts[prompt]
 
     def _kept(self, key: tuple) -> np.ndarray | None:
-        with self._memory:
+        with self._cache_lock:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
             return self._pictures.get(key)
 
     def _keep(self, key: tuple, picture: np.ndarray) -> None:
-        with self._memory:
+        with self._cache_lock:
             self._pictures[key] = picture
             while sum(p.nbytes for p in self._pictures.values()) > _KEPT_BYTES:
                 self._pictures.popitem(last=False)
