@@ -154,6 +154,33 @@ def test_positions_weigh_as_the_pictures_differ():
     assert weight[0].ravel().tolist() == [2, 0] and weight[1].ravel().tolist() == [1, 1]
 
 
+def test_distance_is_that_of_the_pictures_that_the_words_get(tiny_backbone):
+    model = tiny_backbone
+    adapter = select(constant_adapter(model, 0.5), ["anti-violence"])
+    victim, case = make_case(model, adapter, np.float32([[1.0], [0.0]]))
+    sampler = Schedule.from_config(model.scheduler_config, 2)
+    noise = jax.random.normal(jax.random.key(1), case.z_0.shape)
+    uncond = model.encode_prompts([""], victim.resolution)
+    vectors = attack.look_up(model.token_tables(model.params), case.start)
+    distance = partial(attack.picture_distance, victim, sampler, model.params, (None,), case)
+    found = distance(noise, uncond, 2.0, vectors)
+
+    texts = [f"{words} {prompt}" for words, prompt in zip(WORDS, PROMPTS, strict=True)]
+    cond = model.encode_prompts(texts, victim.resolution)
+    own = model.params, noise, cond, uncond, case.steerings, 2.0
+    latents = denoise(model, victim.modules, sampler, *own)
+    squares = np.asarray(case.weight) * np.square(np.asarray(latents - case.z_0))
+    np.testing.assert_allclose(found, squares.mean((1, 2, 3)), rtol=1e-5)
+    assert abs(found[0] - found[1]) > 0.01 * found[0]
+
+
+def test_what_is_kept_of_each_prompt_is_nearest():
+    first = np.array([[1, 1], [2, 2]]), np.array([0.5, 0.1])
+    second = np.array([[3, 3], [4, 4]]), np.array([0.2, 0.3])
+    tokens, distances = found._better(found._better(None, first), second)
+    assert tokens.tolist() == [[3, 3], [2, 2]] and distances.tolist() == [0.2, 0.1]
+
+
 def test_search_begins_with_the_last_words_of_the_prompt():
     allowed = np.ones(10, bool)
     allowed[[0, 9]] = False  # begin and end
@@ -358,9 +385,7 @@ def test_attacker_reaches_unsafe_pictures_of_a_model_without_safety():
     own = model.encode_prompts(plain, 64), uncond, (), options.guidance_scale
     weight = attack.differences(z_0, base(model.params, noise, *own))
     case = attack.Case(keys, z_0, weight, ids, (), start)
-    tokens, _ = jax.jit(partial(attack.find_tokens, victim, budget))(
-        model.params, (), allowed, case
-    )
+    tokens = jax.jit(partial(attack.find_tokens, victim, budget))(model.params, (), allowed, case)
     words = [model.tokenizers[0].decode(row).strip() for row in np.asarray(tokens)]
     prompts = [f"{' '.join(w.split())} {text}" for w, text in zip(words, plain, strict=True)]
     # What is drawn after these words is what was searched for.

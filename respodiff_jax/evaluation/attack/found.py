@@ -32,7 +32,9 @@ from respodiff_jax.evaluation.attack.search import (
     encode_after,
     find_tokens,
     find_vectors,
+    look_up,
     on_devices,
+    picture_distance,
     words,
 )
 from respodiff_jax.evaluation.drawing import Request, draw_pictures
@@ -214,7 +216,7 @@ def attack(
         for start in range(len(found), len(requests), size):
             rows = np.arange(start, min(start + size, len(requests)))
             padded = np.resize(rows, size)
-            tokens, own, losses = search(
+            tokens, own, distances = search(
                 padded,
                 [requests[row] for row in padded],
                 [i[padded] for i in ids],
@@ -226,8 +228,8 @@ def attack(
                     {
                         "prompt": f"{' '.join(text.split())} {requests[row].prompt}",
                         "tokens": tokens[place].tolist(),
-                        "loss_tokens": round(float(losses[0][place]), 6),
-                        "loss_vectors": round(float(losses[1][place]), 6),
+                        "distance_tokens": round(float(distances[0][place]), 6),
+                        "distance_vectors": round(float(distances[1][place]), 6),
                     }
                 )
             parts = (vectors, own) if vectors else (own,)
@@ -247,6 +249,7 @@ def _record(
     """What the result depends on, as JSON gives it back."""
     record = {
         "budget": dataclasses.asdict(budget),
+        "chosen_by": "picture_distance",
         "seed": seed,
         "requests": [dataclasses.asdict(request) for request in requests],
     }
@@ -275,13 +278,15 @@ def _searcher(
         model.programs[name] = (
             jax.jit(partial(denoise, functions, (), sampled)),
             jax.jit(partial(denoise, functions, modules, sampled)),
+            jax.jit(partial(picture_distance, victim, sampled)),
             *(on_devices(search, victim, budget, mesh) for search in (find_tokens, find_vectors)),
         )
-    base, steered, for_tokens, for_vectors = model.programs[name]
+    base, steered, distance, for_tokens, for_vectors = model.programs[name]
     by_prompt = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     readings = tuple(part.reading if reads else None for part in parts)
     uncond = model.encode_prompts([options.negative_prompt], options.resolution, params)
+    tables = [np.asarray(table) for table in model.token_tables(model.params)]
     key = jax.random.key(seed)
 
     def search(numbers, requests, ids, weights):
@@ -296,22 +301,32 @@ def _searcher(
             own = params, noise, cond, uncond, chosen, options.guidance_scale
             weight = differences(z_0, steered(*own))
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
-        start = np.stack([last_words(row, allowed, budget.tokens) for row in ids[0]])
-        best = None
+        rngs = [np.random.default_rng([seed, number]) for number in numbers]
+        by_words = by_vectors = None
         for restart in range(budget.restarts):
             own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, restart)
-            rngs = [np.random.default_rng([seed, number, restart]) for number in numbers]
-            other = [rng.choice(np.flatnonzero(allowed), budget.tokens) for rng in rngs]
-            first = np.stack(other) if restart else start
+            if restart:
+                starts = [[rng.choice(np.flatnonzero(allowed), budget.tokens) for rng in rngs]]
+            else:
+                last = [last_words(row, allowed, budget.tokens) for row in ids[0]]
+                starts = [last, [np.full_like(row, row[-1]) for row in last]]
+            starts = [jnp.asarray(np.stack(start)) for start in starts]
             own_ids = tuple(map(jnp.asarray, ids))
-            case = Case(own_keys, z_0, weight, own_ids, chosen, jnp.asarray(first))
-            tokens, token_loss = for_tokens(params, readings, allowed, case)
-            vectors, vector_loss = for_vectors(params, readings, tokens, case)
-            result = jax.device_get(((tokens, token_loss), (vectors, vector_loss)))
-            pairs = zip(best or result, result, strict=True)
-            best = [_better(*pair) for pair in pairs]
-        (tokens, token_loss), (vectors, vector_loss) = best
-        return tokens, vectors, (token_loss, vector_loss)
+            case = Case(own_keys, z_0, weight, own_ids, chosen, starts[0])
+
+            def judge(best, found, vectors, case=case):
+                own = case, noise, uncond, options.guidance_scale
+                distances = distance(params, readings, *own, vectors)
+                return _better(best, jax.device_get((found, distances)))
+
+            tokens = for_tokens(params, readings, allowed, case)
+            for found in (*starts, tokens):
+                by_words = judge(by_words, found, look_up(tables, found))
+            vectors = for_vectors(params, readings, tokens, case)
+            by_vectors = judge(by_vectors, vectors, vectors)
+        tokens, words_distance = by_words
+        vectors, distances = _better((look_up(tables, tokens), words_distance), by_vectors)
+        return tokens, vectors, (words_distance, distances)
 
     return search
 
@@ -324,8 +339,12 @@ def last_words(ids: np.ndarray, allowed: np.ndarray, count: int) -> np.ndarray:
     return np.resize(words[::-1], count)[::-1]
 
 
-def _better(old: tuple[Any, np.ndarray], new: tuple[Any, np.ndarray]) -> tuple[Any, np.ndarray]:
-    """Of two results the one with the smaller loss, prompt by prompt."""
+def _better(
+    old: tuple[Any, np.ndarray] | None, new: tuple[Any, np.ndarray]
+) -> tuple[Any, np.ndarray]:
+    """Of two results the one with the smaller distance, prompt by prompt."""
+    if old is None:
+        return new
     is_new = new[1] < old[1]
 
     def choose(a, b):

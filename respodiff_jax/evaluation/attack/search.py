@@ -17,8 +17,10 @@ z_0, so that words are not spent on what is alike.
   vectors.
 * `find_vectors` looks among all embeddings, of which no text may exist (Pham et al., 2024, "concept
   inversion"). It is an upper bound on what prompts can do.
+* `picture_distance` judges what was found: the attacker draws the steered model's picture, as
+  everybody can, and compares it with z_0 at the same positions.
 
-Both are pure and search for B prompts at once, each of which has its own random numbers.
+All are pure and work on B prompts at once, each of which has its own random numbers.
 """
 
 import dataclasses
@@ -31,17 +33,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from respodiff_jax.backbone import Backbone, Conditioning
 from respodiff_jax.errors import UserError
+from respodiff_jax.generation.sampling import denoise
 from respodiff_jax.method import reading
 from respodiff_jax.method.diffusion import Latent, predict_eps
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 from respodiff_jax.method.schedule import Schedule
 
 VECTOR_RATE = 0.1  # Adam's learning rate, of the deviation of the vocabulary's embeddings
-_FINAL_DRAWS = 4  # times as many draws judge what was found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Budget:
       tokens: K, tokens before the prompt.
       steps: gradients of a search.
       restarts: searches; the first begins with the prompt's own last words, others with random
-        words. Of each prompt the one with the smallest loss is kept.
+        words. What is kept of each prompt has the smallest `picture_distance`.
       draws: noisy latents of a gradient.
     """
 
@@ -162,10 +164,7 @@ def denoising_loss(
     backbone, schedule = victim.backbone, victim.schedule
     count = draws.ddim_index.shape[1]
     cond = encode_after(backbone, victim.resolution, params, case.ids, vectors)
-    steerings = [
-        _gated(heads, cond.context, own)
-        for heads, own in zip(readings, case.steerings, strict=True)
-    ]
+    steerings = _all_gated(readings, cond, case)
 
     def repeated(tree):
         return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
@@ -184,10 +183,44 @@ def denoising_loss(
     return jnp.mean(errors, axis=(1, 2, 3)).reshape(-1, count).mean(1)
 
 
+def picture_distance(
+    victim: Victim,
+    sampler: Schedule,
+    params: Mapping[str, Any],
+    readings: Readings,
+    case: Case,
+    noise: Latent,
+    uncond: Conditioning,
+    guidance_scale: Float[ArrayLike, ""],
+    vectors: Vectors,
+) -> Float[Array, "B"]:
+    """The weighted distance of the steered model's pictures from z_0, in latents.
+
+    Args:
+      victim: what is attacked.
+      sampler: draws the pictures.
+      params: frozen parameters.
+      readings: of each part of the adapter.
+      case: the prompts.
+      noise, uncond, guidance_scale: as for `denoise`.
+      vectors: K vectors before each prompt.
+    """
+    cond = encode_after(victim.backbone, victim.resolution, params, case.ids, vectors)
+    steerings = _all_gated(readings, cond, case)
+    own = params, noise, cond, uncond, steerings, guidance_scale
+    pictures = denoise(victim.backbone, victim.modules, sampler, *own)
+    return jnp.mean(case.weight * jnp.square(pictures - case.z_0), axis=(1, 2, 3))
+
+
 def _total_loss(victim, params, readings, case, vectors, draws):
     """The sum of `denoising_loss` over the prompts, to be differentiated, and the loss of each."""
     each = denoising_loss(victim, params, readings, case, draws, vectors)
     return each.sum(), each
+
+
+def _all_gated(readings: Readings, cond: Conditioning, case: Case) -> list[Steering]:
+    pairs = zip(readings, case.steerings, strict=True)
+    return [_gated(heads, cond.context, own) for heads, own in pairs]
 
 
 def _gated(heads: reading.Reading | None, context: Array, steering: Steering) -> Steering:
@@ -206,6 +239,13 @@ def _gated(heads: reading.Reading | None, context: Array, steering: Steering) ->
     return steering._replace(
         ram_scale=steering.ram_scale * gate, sam_scale=steering.sam_scale * gate
     )
+
+
+def look_up(
+    tables: Sequence[Float[Array, "V D"]], tokens: Int[Array, "B K"]
+) -> list[Float[Array, "B K D"]]:
+    """The embeddings of tokens, for each text encoder."""
+    return [jnp.asarray(table)[tokens] for table in tables]
 
 
 def one_hot_gradient(
@@ -245,7 +285,7 @@ def find_tokens(
     readings: Readings,
     allowed: Bool[Array, "V"],
     case: Case,
-) -> tuple[Int[Array, "B K"], Float[Array, "B"]]:
+) -> Int[Array, "B K"]:
     """Searches for K words before each prompt.
 
     All steps of a search have the same draws, so that their losses can be compared. A step tries
@@ -258,20 +298,15 @@ def find_tokens(
       readings: of each part of the adapter.
       allowed: which words may be used.
       case: the prompts.
-
-    Returns:
-      The tokens, and their loss on draws of their own.
     """
     tables = victim.backbone.token_tables(params)
-    _, draw_key, final_key = _split(case.keys, 3)
+    _, draw_key = _split(case.keys, 2)
     draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
     loss = partial(_total_loss, victim, params, readings, case)
 
-    def look_up(tokens):
-        return [jnp.asarray(table)[tokens] for table in tables]
-
     def evaluate(tokens):
-        (_, each), gradients = jax.value_and_grad(loss, has_aux=True)(look_up(tokens), draws)
+        vectors = look_up(tables, tokens)
+        (_, each), gradients = jax.value_and_grad(loss, has_aux=True)(vectors, draws)
         return each, one_hot_gradient(gradients, tables)
 
     def step(carry, number):
@@ -292,8 +327,7 @@ def find_tokens(
     smallest = jnp.full(len(case.start), jnp.inf)
     carry = case.start, smallest, jnp.zeros(everywhere.shape), everywhere
     (tokens, *_), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
-    final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
-    return tokens, loss(look_up(tokens), final)[1]
+    return tokens
 
 
 def find_vectors(
@@ -303,15 +337,14 @@ def find_vectors(
     readings: Readings,
     tokens: Int[Array, "B K"],
     case: Case,
-) -> tuple[list[Float[Array, "B K D"]], Float[Array, "B"]]:
+) -> list[Float[Array, "B K D"]]:
     """Searches for K free embeddings before each prompt, from those of `tokens`, with Adam.
 
-    Every step has draws of its own. Where the loss at the end is no smaller, it stays at `tokens`.
-    For other arguments and results see `find_tokens`.
+    Every step has draws of its own. For other arguments see `find_tokens`.
     """
     tables = victim.backbone.token_tables(params)
-    start = vectors = [jnp.asarray(table, jnp.float32)[tokens] for table in tables]
-    draw_key, _, final_key = _split(case.keys, 3)
+    vectors = [jnp.float32(own) for own in look_up(tables, tokens)]
+    draw_key, _ = _split(case.keys, 2)
     rates = [VECTOR_RATE * jnp.std(jnp.asarray(table, jnp.float32)) for table in tables]
     optimizer = optax.scale_by_adam()
     loss = partial(_total_loss, victim, params, readings, case)
@@ -327,11 +360,7 @@ def find_vectors(
 
     carry = vectors, optimizer.init(vectors)
     (vectors, _), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
-    final = draw(final_key, _FINAL_DRAWS * budget.draws, victim.schedule, case.z_0.shape[1:])
-    before, after = (loss(v, final)[1] for v in (start, vectors))
-    is_better = (after < before)[:, None, None]
-    found = [jnp.where(is_better, new, old) for new, old in zip(vectors, start, strict=True)]
-    return found, jnp.minimum(before, after)
+    return vectors
 
 
 def _split(keys: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
