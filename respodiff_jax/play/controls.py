@@ -48,7 +48,7 @@ class Controls:
         self._count = self._slider("Pictures", 1, MAX_COUNT, 1, start.count)
         with ui.element("div").classes("line"):
             self._seed = ui.number(
-                "Seed: another one, other pictures",
+                "Seed: change it for other pictures",
                 value=start.seed,
                 min=0,
                 max=MAX_SEED,
@@ -72,7 +72,7 @@ class Controls:
                 "Negative prompt: what to avoid", value=start.negative_prompt
             ).props("debounce=250")
             self._negative.on_value_change(self._changed)
-            self._always = ui.switch("Steer every prompt, as the paper does", value=False)
+            self._always = ui.switch("Steer every prompt, also one that names a value", value=False)
             self._always.on_value_change(self._changed).mark("steer-always")
 
     def _group(self, group: str, names: list[str], start: Settings, is_open: bool) -> None:
@@ -96,6 +96,7 @@ class Controls:
                         )
                         self._shares[name].on_value_change(lambda: self._show_shares(names))
                     self._show_shares(names)
+                    ui.label("Only the ratio of these counts.").classes("hint")
             with ui.element("div") as own:
                 for name in names:
                     shown = self._studio.labels[name]
@@ -125,6 +126,8 @@ class Controls:
                 shown = ui.label().classes("value")
             slider = ui.slider(min=low, max=high, step=step, value=value)
             slider.props["aria-label"] = label
+            if low < 0 < high:
+                slider.props["selection-color"] = "transparent"  # not filled from the left end
             slider.mark(mark or label)
             if style is None:
                 self._percents[label] = shown

@@ -125,7 +125,8 @@ class Page:
                 ui.label("RespoDiff playground").classes("kicker")
                 ui.label("Before and after steering").classes("headline")
                 ui.label(
-                    "Left: what the model draws. Right: the same picture, steered by the controls."
+                    "Left: what the model draws. Right: what it draws from the same noise when the"
+                    " controls steer it. Other details may change, too."
                     f" {self._studio.about}"
                 ).classes("note")
                 if self._studio.hint:
@@ -170,7 +171,7 @@ class Page:
                 card.set_visibility(i < self._settings.count)
                 self._cards.append((card, *sides, reason))
         with ui.element("div").classes("downloads"):
-            ui.button("Download all in one", icon="grid_on", on_click=self._download_grid)
+            ui.button("Download all as one picture", icon="grid_on", on_click=self._download_grid)
             ui.button("Download the command", icon="terminal", on_click=self._download_command)
         ui.label("The same pictures from the command line:").classes("note")
         self._command = ui.label("").classes("command").mark("command")

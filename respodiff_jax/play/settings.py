@@ -123,6 +123,15 @@ def label(concept: Concept) -> str:
     return textwrap.shorten(f"away from {concept.unsafe_prompt}", 60, placeholder=" …")
 
 
+def _direction(concept: Concept, weight: float) -> str:
+    """Where a weight steers, and how strongly; a negative weight steers the other way."""
+    if concept.is_safety:
+        text = label(concept) if weight > 0 else label(concept).replace("away from", "towards", 1)
+    else:
+        text = f"to {concept.name}" if weight > 0 else f"away from {concept.name}"
+    return text if abs(weight) == 1 else f"{text} × {abs(weight):.2g}"
+
+
 def _reason(
     adapter: Adapter | CombinedAdapter,
     settings: Settings,
@@ -141,10 +150,7 @@ def _reason(
         for concept in part.concepts
         if part.reading is not None and not concept.is_safety
     }
-    directions = {
-        concept.name: label(concept) if concept.is_safety else f"to {concept.name}"
-        for concept in adapter.concepts
-    }
+    concepts = {concept.name: concept for concept in adapter.concepts}
     reading = reading_of(adapter, decisions, 0)
     sentences = []
     for group, scales in chosen.items():
@@ -157,9 +163,7 @@ def _reason(
             sentences.append(f"Not steered: the adapter finds no person in the prompt ({title}).")
             continue
         steered = ", ".join(
-            directions[name] + ("" if weight == 1 else f" × {weight:.2g}")
-            for name, weight in scales.items()
-            if weight
+            _direction(concepts[name], weight) for name, weight in scales.items() if weight
         )
         why = f"the prompt leaves the {title} open"
         if group not in reads or decisions is None:

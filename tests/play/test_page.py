@@ -183,7 +183,7 @@ def test_downloads_hold_what_the_page_shows(visitor, tmp_path):
         record = read_metadata(visitor.download(button.click, tmp_path))
         assert record["seed"] == 2 and record["num_steps"] == 20
         assert bool(record["concepts"]) == (name == "after")
-    grid = visitor.download(page.get_by_text("Download all in one").click, tmp_path)
+    grid = visitor.download(page.get_by_text("Download all as one picture").click, tmp_path)
     with Image.open(grid) as image:
         assert image.width > 8 * 128
     command = visitor.download(page.get_by_text("Download the command").click, tmp_path)

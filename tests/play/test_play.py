@@ -160,6 +160,16 @@ def test_a_line_says_why_a_picture_is_steered_or_not(tiny_backbone, decision, li
     assert always.adapted[0].weights == (1.0, 0.0, 0.0)
 
 
+def test_a_line_of_a_negative_weight_says_the_other_way(tiny_backbone):
+    painter = reading_painter(tiny_backbone, Decision.OPEN)
+    names = [concept.name for concept in painter.adapter.concepts]
+    (line,) = plan(painter, Settings("a cook", {WOMAN.name: -0.5, names[2]: -1.0}, count=1)).reasons
+    assert line == (
+        "Steered away from a woman × 0.5: the prompt leaves the gender open."
+        f" Steered towards {TAG}: every prompt is steered."
+    )
+
+
 def test_shares_are_met_and_lines_name_each_pictures_concept(painter):
     ratio = {WOMAN.name: 0.75, MAN.name: 0.25}
     chosen = plan(painter, Settings("a cook", fair="gender", ratio=ratio, count=8))
