@@ -1,8 +1,6 @@
 """The command line: what it calls, what it writes, and how it reports mistakes."""
 
-import argparse
 import errno
-import inspect
 import json
 import os
 import pathlib
@@ -14,13 +12,10 @@ import sys
 import pytest
 from test_adapters import VIOLENCE, make_adapter
 
-import respodiff_jax as rd
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter, save_adapter
 from respodiff_jax.backbone import random_backbone
-from respodiff_jax.bench.benchmark import benchmark
 from respodiff_jax.cli import inputs
-from respodiff_jax.compiling.ahead_of_time import compile_steps
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.training import distributed, trained, waves
 
@@ -442,20 +437,3 @@ def test_cores_are_used_before_adapters_start_jax(tmp_path, monkeypatch):
     train = ["train", "--config", str(ROOT / "configs/emoji_gender.py"), "--workdir", "w"]
     assert cli.main(train) == 0
     assert chosen[3:] == [("emoji-world", 8)]
-
-
-def test_every_option_reaches_the_api():
-    parser = cli._parser()
-    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    of_the_model = {"dtype", "revision", "variant"}
-    for verb, function, elsewhere in (
-        ("generate", rd.generate_folder, {*of_the_model, "prompts_file"}),
-        ("evaluate", rd.evaluate, of_the_model),
-        ("export", rd.export, {"source", "step", "only"}),
-        ("import", rd.import_checkpoint, {"out"}),
-        ("bench", benchmark, {"concepts", "workdir"}),
-        ("compile", compile_steps, {"concepts"}),
-    ):
-        options = {action.dest for action in verbs.choices[verb]._actions} - {"help"}
-        assert options - inspect.signature(function).parameters.keys() == elsewhere, verb
-    assert of_the_model <= inspect.signature(rd.load_model).parameters.keys()
