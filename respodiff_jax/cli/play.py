@@ -71,6 +71,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()  # until then, another program could take the same address
     except (OSError, OverflowError) as error:
         if listening is not None:
             listening.close()

@@ -16,7 +16,7 @@ def serve(studio: Studio, listening: socket.socket, open_browser: bool = False) 
 
     Args:
       studio: the model and its adapters.
-      listening: a bound socket.
+      listening: a socket that listens. A browser that is opened early waits for the server.
       open_browser: also open the page in a browser.
     """
     # Chromium asks for source maps and the like, which are not there.
@@ -25,7 +25,6 @@ def serve(studio: Studio, listening: socket.socket, open_browser: bool = False) 
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = uvicorn.Server(uvicorn.Config(mount(studio), log_level="warning"))
     threading.Thread(target=studio.warm_up, daemon=True).start()
-    listening.listen()  # A browser that is opened now waits for the server.
     print(f"open {address} (Ctrl-C stops)", flush=True)
     if open_browser:
         webbrowser.open(address)

@@ -16,6 +16,7 @@ import respodiff_jax as rd
 from respodiff_jax import cli
 from respodiff_jax.adapters import combine, load_adapter
 from respodiff_jax.backbone import load_backbone
+from respodiff_jax.cli import play
 from respodiff_jax.emoji import shipped
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.classifier import Prediction
@@ -279,6 +280,13 @@ def test_measuring_counts_pairs_while_they_are_drawn(painter):
     assert "target: 30\u00a0%, 70\u00a0%" in charts[-1] and "<svg" in charts[-1]
     with pytest.raises(UserError, match="nothing steers the pictures"):
         next(measuring.measure(painter, Settings("x"), suite, "cook", Seen()))
+
+
+def test_an_address_is_taken_before_anything_is_loaded():
+    with play._listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} cannot be used"):
+            play._listen("127.0.0.1", port)
 
 
 def test_emoji_world_opens_with_its_adapters():
