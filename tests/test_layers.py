@@ -101,3 +101,9 @@ def test_files_have_one_subject():
         if len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) > 450
     ]
     assert long in ([], ["torch_adapter.py"])
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports test files by their names alone."""
+    names = [path.stem for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
