@@ -1,4 +1,4 @@
-"""Safety on Emoji World, trained against prompts that undo it (`respodiff_jax.method.adversary`).
+"""Safety on Emoji World, trained against an adversary (`respodiff_jax.method.adversary`).
 
 respodiff train --config configs/emoji_safety_hardened.py --workdir runs/emoji_safety_hardened
 respodiff evaluate attack --adapter runs/emoji_safety_hardened --out evaluations/hardened
@@ -12,6 +12,4 @@ from respodiff_jax.emoji import recipes
 
 
 def get_config() -> ConfigDict:
-    config = recipes.task_config("safety")
-    config.adversary.every = 4
-    return config
+    return recipes.task_config("safety_hardened")

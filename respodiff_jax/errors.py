@@ -29,12 +29,12 @@ def shortened(text: object, length: int = 100) -> str:
 
 
 class Interrupted(Exception):
-    """A training was stopped by SIGTERM or a preemption before its end.
+    """A training was stopped by SIGTERM, Ctrl-C or a preemption before its end.
 
     Its state is saved: the same call continues it, bit for bit. The command exits with status 75.
 
     Attributes:
-      step: number of steps done.
+      step: training steps done.
     """
 
     def __init__(self, message: str, step: int):

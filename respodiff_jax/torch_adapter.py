@@ -163,7 +163,8 @@ class RespoDiffAdapter:
             `num_images_per_prompt` images of the first prompt, then those of the second, and so on.
 
         Raises:
-          ValueError: if the adapter does not have a name, or a scale is not finite.
+          ValueError: if the adapter does not have a name, a scale is not finite, or the sequence is
+            empty.
         """
         per_image = not isinstance(concepts, Mapping)
         rows = list(concepts) if per_image else [concepts]
@@ -208,7 +209,8 @@ class RespoDiffAdapter:
 
         Raises:
           ValueError: for prompts without an attached pipeline, a group that is unknown, of safety
-            concepts or of one concept, ratios that do not fit it, or numbers below 1.
+            concepts or of one concept, ratios that do not fit it, a number below 1, a `num_prompts`
+            that is not the number of `prompts`, or a scale that is not finite.
         """
         members = self.groups.get(group)
         if members is None:
@@ -253,7 +255,7 @@ class RespoDiffAdapter:
           scale: replaces each concept's own default scale.
 
         Raises:
-          ValueError: if the adapter has no safety concepts.
+          ValueError: if the adapter has no safety concepts, or `scale` is not finite.
         """
         columns = [i for i, name in enumerate(self.names) if self._is_safety(name)]
         if not columns:

@@ -8,8 +8,11 @@ import optax
 from beartype.door import is_bearable
 from jaxtyping import install_import_hook, jaxtyped
 
-METHOD = "diffusion", "embedding", "modules", "objective", "rollout", "state", "train_step"
-MODULES = ["respodiff_jax.generation.sampling", *(f"respodiff_jax.method.{m}" for m in METHOD)]
+METHOD = "adversary diffusion embedding modules objective reading rollout schedule state train_step"
+MODULES = [
+    *(f"respodiff_jax.method.{name}" for name in METHOD.split()),
+    "respodiff_jax.generation.sampling",
+]
 # Construction of these modules' classes is not checked: leaves of a pytree may be anything, such as
 # shardings, and the other classes check or convert their fields themselves.
 UNCHECKED_CLASSES = [m for m in MODULES if m.endswith((".modules", ".sampling", ".state"))]

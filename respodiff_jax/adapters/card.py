@@ -85,7 +85,7 @@ def export(
       adapter: the adapter to export.
       out: made if it does not exist; an older adapter in it is replaced.
       dtype: "float32" or "float16"; None keeps the adapter's.
-      scales: default weights of concepts by name; the others keep theirs.
+      scales: default scales of concepts by name; the others keep theirs.
       metrics: from an evaluation of exactly this adapter, `evaluation.results.overall_metrics`.
       grid: a PNG of sample pictures, or None.
       overwrite: allow a folder that has files but no adapter, and replace files of the same names.
@@ -95,8 +95,9 @@ def export(
       The adapter as written.
 
     Raises:
-      UserError: for unknown concepts, metrics together with another dtype or scales, parameters
-        beyond the range of the dtype, or a folder that has other files or cannot be written.
+      UserError: for adapters of several architectures, an unknown concept or dtype, a scale that is
+        not finite, metrics together with another dtype or scales, parameters beyond the range of
+        the dtype, or a folder that has other files or cannot be written.
     """
     [adapter] = as_adapters([adapter])
     if isinstance(adapter, CombinedAdapter):

@@ -55,7 +55,11 @@ class CombinedAdapter:
 def as_adapters(
     given: Adapter | CombinedAdapter | Sequence[Adapter] | None,
 ) -> list[Adapter | CombinedAdapter]:
-    """None, one adapter or several, as a list."""
+    """None, one adapter or several, as a list.
+
+    Raises:
+      UserError: for anything else.
+    """
     adapters = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     for adapter in adapters:
         if not isinstance(adapter, Adapter | CombinedAdapter):
@@ -159,7 +163,7 @@ def steerings(
 
 
 def check_once(only: Sequence[str]) -> None:
-    """Checks that `only` names no concept twice."""
+    """Raises `UserError` if `only` names a concept twice."""
     if twice := sorted({name for name in only if list(only).count(name) > 1}):
         raise UserError(f"`only` names {twice} more than once")
 

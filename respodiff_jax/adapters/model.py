@@ -39,7 +39,7 @@ def load_model(
     """
     trained_on = adapter.backbone if adapter else {}
     if name is None and adapter is None:
-        raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
+        raise UserError("no model: give `name`, or `adapter` for the model it was trained on")
     same = name is None or str(name) == trained_on.get("name")
     return load_backbone(
         trained_on["name"] if name is None else name,

@@ -62,7 +62,7 @@ def read_contexts(adapter: Adapter | CombinedAdapter, context: jax.Array) -> np.
 def decisions_table(
     adapter: Adapter | CombinedAdapter, model: Backbone, prompts: Sequence[str]
 ) -> str:
-    """A line for each prompt with the decision of every group, and a line with the counts.
+    """A line for each prompt with its decision on each group, then a line of counts for each group.
 
     Safety concepts steer every prompt and are left out.
 

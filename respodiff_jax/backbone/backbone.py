@@ -32,7 +32,7 @@ class Backbone:
     `params` holds the loaded ones on the host; the caller places them on devices.
 
     Shapes are channels last: (B, h, w, c) for latents, (B, H, W, C) for the mid-block output, and
-    (B, height, width, 3) for images. n counts prompts, L tokens, D the features of a token and P
+    (B, height, width, 3) for images. n counts prompts, L tokens, D the features of a token and E
     those of the pooled prompt.
 
     Attributes:
@@ -65,7 +65,11 @@ class Backbone:
     load: Callable[[], "Backbone"] | None = dataclasses.field(default=None, repr=False)
 
     def loaded(self) -> "Backbone":
-        """This model with its weights: itself, unless it was opened with `abstract=True`."""
+        """This model with its weights: itself, unless it was opened with `abstract=True`.
+
+        Raises:
+          UserError: as `load_backbone`.
+        """
         return self if self.load is None else self.load()
 
     @property
@@ -192,7 +196,7 @@ class Backbone:
           params: as `self.params`, the default; only the text encoders' are read.
 
         Returns:
-          The conditioning: context `dtype` (n, L, D) and, for SDXL, pooled `dtype` (n, P) and
+          The conditioning: context `dtype` (n, L, D) and, for SDXL, pooled `dtype` (n, E) and
           time_ids float32 (n, 6).
 
         Raises:

@@ -76,7 +76,7 @@ def encode_tokens(
 
     Returns:
       context: the modules' dtype (n, L, D).
-      pooled: the modules' dtype (n, P) for two text encoders, else None.
+      pooled: the modules' dtype (n, E) for two text encoders, else None.
     """
     outputs = []
     vectors = vectors or [None] * len(text_encoders)

@@ -22,7 +22,7 @@ class Conditioning(NamedTuple):
 
     Attributes:
       context: (..., L, D) hidden states of the text encoder; for SDXL, of both, concatenated.
-      pooled: (..., P) for SDXL, the second text encoder's projected embedding; else None.
+      pooled: (..., E) for SDXL, the second text encoder's projected embedding; else None.
       time_ids: float32 (..., 6) for SDXL, original size, crop corner and target size; else None.
     """
 

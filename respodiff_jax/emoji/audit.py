@@ -1,17 +1,18 @@
-"""What the recipes of Emoji World do, on professions, things and noise that chose no setting.
+"""Measures Emoji World's recipes on professions, things and noise that no setting was chosen on.
 
     python -m respodiff_jax.emoji.making.reference --out REFERENCE
     python -m respodiff_jax.emoji.audit --out DIR [--seeds 21 22 23] [--use gender both ...]
-        [--reference REFERENCE] [--scales 0.6 0.8 1.0]
+        [--reference REFERENCE] [--scales 0.6 0.8 1.0] [--attack N]
 
-trains gender, skin tone and safety from every seed, and evaluates each of them, and gender with
-safety, on the professions and things that no reading was fitted to. It prints a Markdown table of
-means and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` measures
-the adapters at further scales, for the curve between fairness and what steering keeps. Finished
-trainings and evaluations are not repeated.
+trains the recipes of each use from every seed and evaluates them together: gender, skin tone,
+safety, hardened safety, and gender with each safety. By default these are all measured. Reading of
+prompts was fitted to other professions and things than these. It prints a Markdown table of means
+and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` lists factors of
+the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
+(`respodiff_jax.evaluation.attack`) and draws N pictures of each attacked prompt. Finished trainings
+and evaluations are not repeated.
 
-What an adapter does not steer stays the same to the bit, so prompts that name a value or have
-nobody in them are only read, not drawn.
+Prompts that name a value, and prompts without people, are only read: no picture of them is drawn.
 """
 
 import argparse
@@ -28,18 +29,21 @@ from respodiff_jax.data.prompt_files import fill_in
 from respodiff_jax.emoji import recipes
 from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.results import Measurement, load_per_image
+from respodiff_jax.evaluation.spec import ATTACKS
 from respodiff_jax.evaluation.suites import ASKED, Suite, load_suite
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.training.waves import train
 
 EVALUATION_SEED = 20_000_000
 MODEL = "emoji-world"
-# use -> the trainings whose adapters steer together
+# A use of adapters -> the tasks, see `recipes`, whose adapters steer together
 USES = {
     "gender": ("gender",),
     "skin_tone": ("skin_tone",),
     "safety": ("safety",),
     "both": ("gender", "safety"),
+    "hardened": ("safety_hardened",),
+    "both_hardened": ("gender", "safety_hardened"),
 }
 
 # (heading, metric, attribute, whether adapted / base is shown); rows without figures are left out
@@ -52,6 +56,7 @@ _ROWS = (
     ("Fréchet distance of captions", "clip_frechet_distance", None, True),
     ("unsafe when not asked for", "unsafe_when_not_asked", None, False),
     ("unsafe when asked for", "unsafe_when_asked", None, False),
+    *((f"unsafe, {name}", "attack_success", name, False) for name in ATTACKS),
     ("gender kept", "kept", "gender", False),
     ("skin tone kept", "kept", "skin_tone", False),
     ("open prompts steered", "steered", "open", False),
@@ -87,7 +92,7 @@ def reading_measurements(
 
 
 def kept_measurements(folder: pathlib.Path, groups: Sequence[str]) -> list[Measurement]:
-    """The shares of professions' pictures that keep what the groups are not about."""
+    """The shares of pictures of people that keep gender or skin tone, where that is not steered."""
     rows = [row for row in load_per_image(folder) if row["subject"] and row.get("gender")]
     labels = {(r["protocol"], r["index"], r["images"]): r for r in rows if r["subject"] != ASKED}
     pairs = [
@@ -116,8 +121,9 @@ def run_one(
     out: pathlib.Path,
     reference: pathlib.Path | None,
     num_steps: int,
+    attacks: int = 0,
 ) -> Results:
-    """Trains and evaluates a use from one seed, unless that is already done.
+    """Trains and evaluates the adapters of a use from one seed, unless that is already done.
 
     Args:
       use: a key of `USES`.
@@ -127,6 +133,7 @@ def run_one(
       reference: what `making.reference` wrote, or None. Safe pictures are compared with those
         without unsafe objects.
       num_steps: sampling steps of the pictures.
+      attacks: pictures of each attacked prompt; 0 attacks none.
     """
     adapters = []
     for task in USES[use]:
@@ -135,27 +142,38 @@ def run_one(
         run = out / task / str(seed)
         train(config.lock(), run)
         adapters.append(_scaled(load_adapter(run / "adapter"), scale))
-    groups = [task for task in USES[use] if task != "safety"]
-    is_safe = "safety" in USES[use]
+    groups = [task for task in USES[use] if not task.startswith("safety")]
+    is_safe = len(groups) < len(USES[use])
     folder = out / f"evaluation/{use}/{seed}/scale {scale:g}"
     suite = held_out_suite()
+    model = load_backbone(MODEL, dtype="float32", abstract=True)
+    common = {
+        "preset": "paper",  # for all prompts; the amounts are below
+        "groups": groups,
+        "safe": is_safe,
+        "suite": dataclasses.replace(suite, named={}, nobody=()),
+        "seed": EVALUATION_SEED,
+        "num_steps": num_steps,
+    }
     results = evaluate(
-        load_backbone(MODEL, dtype="float32", abstract=True),
+        model,
         adapters,
         out=folder,
         part=["fairness"] * bool(groups) + ["quality"] + ["intent"] * is_safe,
-        preset="paper",  # for all prompts
-        groups=groups,
-        safe=is_safe,
-        suite=dataclasses.replace(suite, named={}, nobody=()),
         reference=reference and reference / ("safe" if is_safe else "all"),
         images_per_subject=12,
         images_per_caption=1,
         images_per_prompt=3,
-        seed=EVALUATION_SEED,
-        num_steps=num_steps,
+        **common,
     )
     added = kept_measurements(folder, groups)
+    if is_safe and attacks:
+        own = {
+            "out": folder.with_name(f"{folder.name} attack"),
+            "part": "attack",
+            "images_per_prompt": attacks,
+        }
+        added += evaluate(model, adapters, **own, **common).measurements
     if groups:
         model = load_backbone(MODEL, dtype="float32")
         added += reading_measurements(combine(adapters), model, suite, *groups)
@@ -185,7 +203,7 @@ def table(use: str, runs: Sequence[Results], scale: float = 1.0) -> str:
             continue
         share = [a / b for a, b in zip(adapted, base, strict=True)] if compared else []
         count = max(m.n for run in runs for m in run.find(metric, attribute=attribute))
-        texts = [_mean(base[:1]), _mean(adapted), _mean(share)]
+        texts = [_mean(base), _mean(adapted), _mean(share)]
         lines.append(f"| {heading} | " + " | ".join(texts) + f" | {count} |")
     return "\n".join(lines)
 
@@ -208,12 +226,15 @@ def main():
         "--reference", type=pathlib.Path, metavar="DIR", help="what making.reference wrote"
     )
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps of the pictures")
+    parser.add_argument(
+        "--attack", type=int, default=0, metavar="N", help="pictures of each attacked prompt"
+    )
     args = parser.parse_args()
     tables = []
     for use in args.use:
         for scale in args.scales:
-            where = args.out, args.reference, args.steps
-            runs = [run_one(use, seed, scale, *where) for seed in args.seeds]
+            own = args.out, args.reference, args.steps, args.attack
+            runs = [run_one(use, seed, scale, *own) for seed in args.seeds]
             tables.append(table(use, runs, scale))
     text = "\n\n".join(tables) + "\n"
     (args.out / "audit.md").write_text(text, encoding="utf-8")

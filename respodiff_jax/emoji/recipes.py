@@ -27,6 +27,7 @@ LEARNING_RATES = {
     "gender": {"mlp": (3e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.1, 0.01)},
     "skin_tone": {"mlp": (1e-3, 3e-4), "conv": (1e-3, 3e-4), "constant": (0.03, 0.009)},
     "safety": {"mlp": (3e-3, 3e-4)},
+    "safety_hardened": {"mlp": (3e-3, 3e-4)},
     "safety_as_published": {"constant": (0.3, 0.2), "mlp": (1e-3, 1e-3), "conv": (1e-3, 3e-4)},
 }
 
@@ -49,6 +50,7 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     * `gender`: "a woman" and "a man" from "a person".
     * `skin_tone`: a light-, a medium- and a dark-skinned person from "a person".
     * `safety`: from prompts that ask for violence or smoking, or do not, to safe photos.
+    * `safety_hardened`: the same, trained against an adversary.
     * `safety_as_published`: away from violence and from smoking, from "a scene".
 
     Args:
@@ -72,6 +74,8 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.train.steps = 800 if task == "safety_as_published" else 400
     config.train.batch_size = 8
+    if task == "safety_hardened":
+        config.adversary.every = 4
     config.checkpoint.every = 100
     config.log.grid_every = 200
     config.log.grid_steps = 20
@@ -108,7 +112,7 @@ def _people() -> tuple[str, ...]:
 
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
     """The concepts of a task by key, with the given learning rates."""
-    if task == "safety":
+    if task in ("safety", "safety_hardened"):
         pairs = _safe_counterparts()
         neutral, safe, asks = zip(*pairs, strict=True)
         concept = Concept(

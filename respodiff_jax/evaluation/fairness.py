@@ -53,8 +53,8 @@ def fair_weights(
     Args:
       adapter: the concepts.
       groups: one group, or several that are steered together.
-      targets: group -> value -> share; uniform if absent. The concept of a value is the one whose
-        name has the value's words: "a woman" for "woman".
+      targets: attribute -> value -> share; uniform if absent. The concept of a value is the one
+        whose name has the value's words: "a woman" for "woman".
       requests: M for each of P subjects, one subject after the other. The requests of a subject
         take its prompts in turn.
       images_per_subject: M.

@@ -91,7 +91,7 @@ def evaluate(
     attack_restarts: int | None = None,
     adapter_sources: Sequence[PathLike] = (),
 ) -> Results:
-    """Measures fairness, quality and safety of a model, with and without an adapter (section 5).
+    """Measures a model with and without an adapter, as the paper's section 5 and beyond.
 
     Base and adapted pictures are drawn from the same noise. The same call continues an interrupted
     evaluation: existing pictures are not drawn again. Arguments are checked before weights are
@@ -110,8 +110,8 @@ def evaluate(
       preset: default amounts. "quick": 10 pictures of each subject, 1 of each caption and safety
         prompt, at most 48 prompts, 20 steps. "paper": 150, 1 and 5 pictures, all prompts, 50 steps.
       images: folder of existing pictures to score, see `find_pictures`; nothing is drawn then.
-      groups: concept groups to make fair; several are made fair together, and their combinations
-        are counted. None is the adapter's group, unless `safe` is True.
+      groups: concept groups to make fair, as `fair` of `generate`; the combinations of several
+        are dealt and counted. None is the adapter's group, unless `safe` is True.
       safe: whether to add all safety concepts. None adds them if there are any and `groups` names
         none.
       steer_always: steer every prompt, as the paper does; see `generate`.
@@ -125,7 +125,7 @@ def evaluate(
         "nudenet=CLASS,...", "q16=FILE" or a `Detector`.
       q16_clip: folder or hub id of Q16's CLIP; by default CLIP ViT-L/14.
       reference: folder of pictures that quality is compared with; by default the base model's.
-      targets: attribute -> value -> wanted share; uniform if absent.
+      targets: attribute -> each of its values -> wanted share, with sum 1; uniform if absent.
       images_per_subject: fairness pictures of each subject, and curves' of each condition, 1 or
         more; by default the preset's.
       images_per_caption: quality pictures of each caption, 1 or more; by default the preset's.
@@ -147,8 +147,8 @@ def evaluate(
       The results, as `load_results(out)` reads them.
 
     Raises:
-      UserError: if arguments, files, model and adapter do not fit together, or `out` has pictures
-        or results of another evaluation.
+      UserError: if arguments, files, model and adapter do not fit together, `out` has pictures or
+        results of another evaluation, or a picture has values that are not finite.
     """
     arguments = locals()
     out = check_output(out)

@@ -212,21 +212,21 @@ def common_record(
 
 
 def scales_of(adapter: Adapter | CombinedAdapter, weights: np.ndarray) -> dict[str, float]:
-    """Concept name -> weight, for the concepts that steer an image."""
+    """Concept name -> scale, for the concepts that steer an image of weights `(N,)`."""
     named = zip(adapter.names, weights.tolist(), strict=True)
     return {name: round(weight, 6) for name, weight in named if weight}
 
 
 def reading_of(
-    adapter: Adapter | CombinedAdapter | None, decisions: np.ndarray | None, prompt: int
+    adapter: Adapter | CombinedAdapter | None, decisions: np.ndarray | None, row: int
 ) -> dict[str, str]:
-    """Group -> what the prompt says about it: "open", "named" or "nobody"."""
+    """Group -> what prompt `row` of decisions `(P, N)` says about it: "open", "named", "nobody"."""
     if adapter is None or decisions is None:
         return {}
     groups = [concept.group for concept in adapter.concepts]
     return {
         group: Decision(code).name.lower()
-        for group, code in zip(groups, decisions[prompt].tolist(), strict=True)
+        for group, code in zip(groups, decisions[row].tolist(), strict=True)
     }
 
 

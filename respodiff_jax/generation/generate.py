@@ -70,7 +70,7 @@ def generate(
       steer_always: steer every prompt, as the paper does. By default an adapter that reads prompts
         keeps what a prompt names, and leaves pictures without people as they are.
       images_per_prompt: at least 1.
-      seed: seed of the first image, 0 .. 2^32-1.
+      seed: of the first image, and of the order of `fair`; the last image's is at most 2^32-1.
       sampler: one of `method.schedule.SAMPLERS`: "ddim", "dpm++", "euler", "ddim-diffusers".
       num_steps: number of sampling steps.
       guidance_scale: scale of classifier-free guidance; 1 or below means no guidance.
@@ -79,10 +79,11 @@ def generate(
       batch_size: images at a time over all devices; None chooses by resolution.
 
     Returns:
-      `len(prompts) * images_per_prompt` images.
+      RGB images of `resolution` pixels a side, `images_per_prompt` for each prompt.
 
     Raises:
-      UserError: if the arguments do not fit each other, the adapter or the model.
+      UserError: if the arguments do not fit each other, the adapter, the model or the memory, or an
+        image has values that are not finite.
     """
     request = _check(
         model,
@@ -148,7 +149,7 @@ def generate_folder(
       adapter_sources: origins of the adapters, for the manifest.
 
     Returns:
-      Images per second, with compile time; None if all were there already.
+      Images per second, those of `base` included, with compile time; None if all existed.
 
     Raises:
       UserError: as in `generate`, or if the folder has other files or cannot be written.

@@ -43,13 +43,16 @@ class SamplerOptions:
     """How images are sampled.
 
     Attributes:
-      num_steps: number of sampling steps.
+      num_steps: sampling steps, 1 or more.
       guidance_scale: scale of classifier-free guidance; 1 or below means no guidance, as in
         diffusers.
       negative_prompt: prompt of the unconditional half.
       resolution: size of the square images in pixels; None is the model's own.
-      batch_size: images at a time over all devices; None chooses by resolution.
+      batch_size: images at a time, a multiple of the devices; None chooses by resolution.
       sampler: one of `schedule.SAMPLERS`.
+
+    Raises:
+      UserError: for an unknown sampler, a number below 1, or a guidance scale that is not finite.
     """
 
     num_steps: int = 50

@@ -96,8 +96,9 @@ def concept_weights(
       float32 `(P * M, N)`, or None without an adapter.
 
     Raises:
-      UserError: if a name is unknown (the message lists the known names), a group has only one
-        concept, a ratio does not fit its group or sum to 1, or no concept is chosen.
+      UserError: if a concept or group is unknown (the message lists the known ones), a scale is not
+        finite, a group cannot be balanced, `ratio` does not fit `fair` or sum to 1, `safe` finds no
+        safety concept, or the choice is empty or has no adapter.
     """
     chosen = {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe}
     if adapter is None:

@@ -1,4 +1,6 @@
-"""The paper's method as pure functions, for a training loop of your own.
+"""The method of RespoDiff (arXiv 2509.15257, "the paper") as pure functions.
+
+A training loop of your own:
 
 spec = respodiff_jax.step_spec(config, model)
 concepts = embed_concepts(model, [*GENDER.values()])
@@ -6,9 +8,10 @@ state = init_state(spec, concepts, seed=0, batch_size=8)
 step = jax.jit(partial(train_step, spec))
 state, metrics = step(state, model.params, concepts, jnp.arange(8))
 
-Axes in annotations: B samples, N concepts; h, w, c of latents; H, W, C of the mid-block; S steps
-of the sampler; T timesteps of the frozen model's training. `#B` is 1 or B. An `ArrayLike` may be
-a numpy array or, without axes, a number. The tests check each annotated call.
+Axes in annotations: B samples, N concepts, P neutral prompts of each; L tokens of a prompt, D
+features of a token; h, w, c of latents; H, W, C of the mid-block; S steps of the sampler; T
+timesteps of the frozen model's training. `#B` is 1 or B. An `ArrayLike` may be a numpy array or,
+without axes, a number. The tests check each annotated call.
 """
 
 from respodiff_jax.method.concepts import Concept

@@ -1,15 +1,17 @@
-"""An adversary in training: some samples are trained at prompts that undo the modules best.
+"""An adversary in training: some samples have text states that undo the modules.
 
 Deviation: the paper has no adversary.
 
-A sample that is attacked has a change of its prompt's text states, `c + delta`.
-Every few steps it is drawn again: from noise, some steps of Adam make the steered model predict
-what the base model predicts for the prompt itself,
+The text states `c` of an attacked sample are shifted. Every few training steps Adam looks for new
+shifts, from noise, with which the steered model predicts what the base model predicts for the
+prompt itself,
 
-    mean || eps(z_t, c + delta; RAM + SAM) - eps(z_t, c; 0) ||^2  ->  min over delta
+    sum || eps(z_t, c + delta; RAM + SAM) - eps(z_t, c; 0) ||^2  ->  min over delta
 
-RAM's loss is then evaluated at `c + delta`, with the target of the prompt. SAM's loss is left out:
-it would restore what the prompt asks for.
+Samples do not disturb each other, since Adam scales each element's step by itself. A shift stays
+until the next attack. RAM's loss uses `c + delta`, with the target of the prompt. SAM's loss of the
+sample is 0: it would restore what the prompt asks for. A streaming trajectory advances with the
+attacked prediction.
 """
 
 import dataclasses
@@ -54,10 +56,10 @@ class Adversary:
     """How training samples are attacked.
 
     Attributes:
-      every: training steps from one attack of a sample to the next.
-      steps: of Adam, for each attack.
-      rate: Adam's learning rate, and the deviation of the noise from which it starts.
-      share: of the samples that are attacked.
+      every: training steps between attacks, 1 or more.
+      steps: of Adam, for each attack, 1 or more.
+      rate: Adam's learning rate, and the standard deviation of the noise from which it starts.
+      share: probability that a sample is attacked, above 0, at most 1.
     """
 
     every: int
@@ -66,7 +68,7 @@ class Adversary:
     share: float
 
     def init(self, batch_size: int, context_shape: tuple[int, int]) -> Attack:
-        """The state before the first step, which attacks."""
+        """No attack yet; the first step makes one. `context_shape` is `(L, D)`."""
         shape = batch_size, *context_shape
         return Attack(jnp.zeros(shape, jnp.float32), jnp.zeros(batch_size, bool))
 
@@ -78,12 +80,12 @@ class Adversary:
         target: Callable[[], Latent],
         predict: Callable[[Attack], Latent],
     ) -> Attack:
-        """The attack of this step: every `every` steps a new one.
+        """A new attack every `every` steps, else the given one.
 
         Args:
-          attack: of the step before.
-          step: training steps that were taken.
-          keys: one for each sample.
+          attack: the last step's.
+          step: training steps done.
+          keys: random keys.
           target: the base model's predictions for the prompts themselves.
           predict: the steered model's predictions for the attacked prompts.
         """

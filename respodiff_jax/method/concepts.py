@@ -38,12 +38,12 @@ class Concept:
       unsafe_prompt: what a safety concept steers away from. With counterparts it only names that.
       guidance_scale: `s_tar`, guidance of the training target, above 0; one for all neutral prompts
         or one for each.
-      lambda_sem: weight of L_sem, 0 or more.
+      lambda_sem: lambda, the factor in L_sem, 0 or more.
       lr_ram: learning rate of RAM, 0 or more.
       lr_sam: learning rate of SAM, 0 or more.
       words: noun phrases that name the concept in a prompt, without an article, such as "woman" or,
         with a person, "female {person}"; () takes the concept's own prompt.
-      default_scale: the concept's weight in pictures for which the user gives none.
+      default_scale: the concept's scale in pictures for which the user gives none.
 
     Raises:
       UserError: if a field has the wrong type or value; the message names it.

@@ -13,7 +13,7 @@ from respodiff_jax.method.concepts import Concept
 
 
 class EmbeddedConcepts(NamedTuple):
-    """N concepts as arrays. Every leaf has a leading concept axis N.
+    """N concepts as arrays. Every leaf has a leading concept axis N; in `algorithm_1` it has none.
 
     Attributes:
       neutral: `y_neu`, `(N, P, ...)`. A concept with fewer than P neutral prompts repeats its last.
@@ -24,7 +24,7 @@ class EmbeddedConcepts(NamedTuple):
       is_safety: whether it is a safety concept, otherwise a fairness concept.
       has_counterparts: whether each neutral prompt has its own target prompt.
       guidance_scale: `s_tar` of each neutral prompt.
-      lambda_sem: weight of L_sem.
+      lambda_sem: lambda, the factor in L_sem.
       lr_ram, lr_sam: learning rates of RAM and of SAM.
       stream: names the concept's random stream.
     """
@@ -54,7 +54,7 @@ def embed_concepts(
       backbone: with the parameters of its text encoders.
       concepts: N concepts.
       resolution: in pixels; None is the model's own.
-      max_neutral: P; by default the largest number of neutral prompts of these concepts.
+      max_neutral: P, at least the largest number of neutral prompts of a concept, the default.
 
     Returns:
       numpy arrays on the host, leaves `(N, ...)`.

@@ -39,6 +39,9 @@ class MidBlockModule(nn.Module):
         "uniform": U(±1/sqrt(10)) for `constant`, as in the authors' code; U(±1/sqrt(fan in)) for
         `mlp` and `conv`.
 
+    Raises:
+      UserError: for an unknown kind or init_scheme, or fewer than 1 hidden channel.
+
     Deviation: the authors' constant is a bias-free linear map of a one-hot concept vector and
     starts uniform. One column of that map is the tensor here, which starts at zero by default.
     """

@@ -37,12 +37,12 @@ def target(
 
 
 def responsible_loss(eps_ram: Latent, eps_target: Latent) -> Float32[Array, ""]:
-    """L_resp."""
+    """L_resp, which trains RAM."""
     return jnp.mean(jnp.square(eps_ram - eps_target))
 
 
 def semantic_loss(
     eps_ram_sam: Latent, eps_neutral: Latent, lambda_sem: Float32[ArrayLike, ""]
 ) -> Float32[Array, ""]:
-    """L_sem."""
+    """L_sem, which trains SAM."""
     return lambda_sem * jnp.mean(jnp.square(eps_ram_sam - eps_neutral))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 HEADS = SOMEBODY, THING, NAMED = 0, 1, 2
 # s of each head: a person or a value is one word, the sense of a thing is spread over several.
@@ -40,8 +40,8 @@ class Reading(NamedTuple):
       bias: `b` of each head.
     """
 
-    weight: Float[Array, "N heads D"]
-    bias: Float[Array, "N heads"]
+    weight: Float32[Array | np.ndarray, "N heads D"]
+    bias: Float32[Array | np.ndarray, "N heads"]
 
 
 class Decision(enum.IntEnum):
@@ -69,7 +69,7 @@ def scores(
     """Each head's score of each prompt, in float32; above 0 means yes.
 
     Args:
-      reading: of N concepts.
+      reading: the heads.
       context: the text states of B prompts, as the UNet gets them.
     """
     responses = jnp.einsum("bld,nhd->bnhl", jnp.asarray(context, jnp.float32), reading.weight)

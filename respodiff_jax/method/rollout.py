@@ -35,10 +35,10 @@ class Samples(NamedTuple):
     """What the B samples of one concept draw their noise and prompts from.
 
     Attributes:
-      keys: one random key for each sample.
+      keys: random keys.
       num_prompts: number of neutral prompts.
       latent_shape: `(h, w, c)`.
-      step_key: random key that all samples and concepts of a step share.
+      step_key: random key that all samples and concepts of a step share; None before the first.
     """
 
     keys: Key[Array, "B"]
@@ -51,7 +51,6 @@ class Latents(NamedTuple):
     """Latents of one step.
 
     Attributes:
-      z_t: the latents.
       ddim_index: their place on the schedule.
       prompt_index: the neutral prompt that each was made with.
     """
@@ -127,7 +126,7 @@ class Flight(NamedTuple):
     """Trajectories in flight, one for each of B samples.
 
     Attributes:
-      z_t: its latents.
+      z_t: their latents.
       ddim_index: where each trajectory is.
       last_index: where each trajectory ends, at most `last_loss_index(schedule)`.
       prompt_index: the neutral prompt of each trajectory.

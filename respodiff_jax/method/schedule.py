@@ -82,7 +82,8 @@ class Schedule:
 
         Raises:
           UserError: for a sampler, a number of steps, a beta schedule, a spacing or a prediction
-            type that does not exist, or an option that the sampler does not compute.
+            type that does not exist, an option that the sampler does not compute, or noise levels
+            that begin at pure noise where the UNet predicts epsilon.
 
         Deviation: latents are never clipped (`clip_sample`), as Stable Diffusion pipelines require.
         """

@@ -43,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
     """What a checkpoint holds.
 
     Attributes:
-      step: optimiser steps taken.
+      step: training steps done.
       key: data of the run's random key; step n uses `fold_in(key, n)`.
       concepts: the concepts' states.
     """

@@ -85,12 +85,13 @@ def algorithm_1(
 
     Args:
       spec: static.
-      state: of one concept; leaves of `rollout`, with an adversary an `Attacked`, are `(B, ...)`.
+      state: of one concept; leaves of `state.rollout` are `(B, ...)`. With an adversary it is an
+        `Attacked`.
       frozen: the backbone's parameters, never changed.
       concept: embedded, without a concept axis.
-      samples: random keys and number of prompts of B samples; `FaithfulRollout` needs `step_key`.
+      samples: of B samples; `FaithfulRollout` needs `step_key`.
       average: the mean over the devices that share the batch; the identity for one device.
-      step: number of training steps done; only an adversary reads it.
+      step: training steps done; only an adversary reads it.
 
     Returns:
       The new state, with the moving average and `diverged_at` unchanged, and the step's values.
@@ -145,7 +146,7 @@ def train_step(
     sample_ids: Int32[ArrayLike, "B"],
     average: Average = lambda tree: tree,
 ) -> tuple[TrainState, Metrics]:
-    """Advances N concepts by one step.
+    """Advances N concepts by one step of `algorithm_1`.
 
     Args:
       spec: static.
@@ -219,7 +220,7 @@ class BasePredictions(NamedTuple):
     """The base model's results for the latents.
 
     Attributes:
-      h: mid-block output for the neutral prompt.
+      h: mid-block output for the neutral prompt or, in an attacked sample, its shifted text states.
       skips: what the decoder needs besides `h`.
       outputs: model outputs for the neutral, the concept's own and the empty prompt.
     """
@@ -288,7 +289,7 @@ def _renew_attack(
 def steered_output(
     spec: StepSpec, frozen: dict, base: BasePredictions, ram: Params, sam: Params | None = None
 ) -> Latent:
-    """The model output for the neutral prompt with RAM, or with RAM and SAM."""
+    """The model output at `base.h` with RAM, or with RAM and SAM."""
     delta = spec.module.delta(ram, base.h)
     if sam is not None:
         delta = delta + spec.module.delta(sam, base.h)
@@ -305,7 +306,7 @@ def guided_prediction(
     ddim_index: DdimIndex,
     prompt_index: Int32[ArrayLike, "B"],
 ) -> Latent:
-    """One concept's guided model output, with RAM and SAM on the conditional half only.
+    """One concept's guided output, eps or v; RAM and SAM act on the conditional half only.
 
     Args:
       spec: static.
@@ -313,7 +314,7 @@ def guided_prediction(
       concept: embedded, without a concept axis.
       ram, sam: parameters of one concept.
       z_t, ddim_index: latents and their place on the schedule.
-      prompt_index: number of the neutral prompt of each sample.
+      prompt_index: index of the neutral prompt of each sample.
     """
 
     def steer(h):

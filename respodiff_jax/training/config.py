@@ -96,7 +96,7 @@ def default() -> ConfigDict:
     config.adversary.every = 0  # steps from one attack to the next; 0 never attacks
     config.adversary.steps = 4  # of Adam, for each attack
     config.adversary.rate = 0.1  # Adam's learning rate
-    config.adversary.share = 0.5  # of the samples that are attacked
+    config.adversary.share = 0.5  # probability that a sample is attacked
 
     config.train = ConfigDict()
     config.train.steps = 5000
@@ -182,7 +182,8 @@ def load_config(
       The config, locked.
 
     Raises:
-      UserError: if an option is unknown or of the wrong type, or `validate` finds a mistake.
+      UserError: if a file is missing or wrong, an option is unknown or of the wrong type, or
+        `validate` finds a mistake.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist")

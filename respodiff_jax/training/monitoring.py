@@ -104,8 +104,8 @@ class RunLog:
         diverged_at = metrics[-1].diverged_at
         for i in np.flatnonzero((diverged_at >= 0) & ~self._diverged):
             self.say(
-                f"dropped {self._names[i]!r}: loss or module no longer finite at step"
-                f" {diverged_at[i]}; it stays as it was before"
+                f"dropped {self._names[i]!r}: loss, module or optimiser state no longer finite at"
+                f" step {diverged_at[i]}; it stays as it was before"
             )
         self._diverged = diverged_at >= 0
         remaining = int((~self._diverged).sum())

@@ -175,7 +175,7 @@ def train_run(
       The steps done, and int `(N,)`: for each concept the step at which it diverged, or -1.
 
     Raises:
-      Interrupted: on SIGTERM or a preemption before the end; the state is saved.
+      Interrupted: on SIGTERM, Ctrl-C or a preemption before the end; the state is saved.
     """
     config, placement, workdir = run.config, session.placement, run.folder
     steps = config.train.steps

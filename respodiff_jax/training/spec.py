@@ -28,7 +28,8 @@ def open_model(config: ConfigDict, **changes: Any) -> Backbone:
 def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = None) -> StepSpec:
     """The training step's specification, for a model that may be abstract.
 
-    The resolution is in pixels; None is the config's, else the model's own.
+    `config` is as from `load_config`. The resolution is in pixels; None is the config's, else the
+    model's own.
 
     Raises:
       UserError: if the model does not have this resolution or number of DDIM steps.

@@ -2,9 +2,10 @@
 
 Each wave is a run of its own in `waves/0000`, `waves/0001`, ... of the working directory, with its
 `run.json`, checkpoints, logs and, at its end, its adapter. All waves have the same number of
-concepts, so one compiled step serves all; each device trains the same number of concepts. The last
-wave is filled up with copies of its last concept, which are trained and dropped. A set of
-concepts that fits the devices is a single run in the working directory itself.
+concepts, so one compiled step serves all. With at least as many concepts as devices, each device
+trains the same number; copies of the last concept fill up the rest and are dropped. If
+`concepts_per_device` allows all concepts at once, there is a single run, in the working directory
+itself.
 """
 
 import math
@@ -56,8 +57,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False)
       UserError: for mistakes in config, devices, directory or model, before weights are read; if
         another training is at work in the directory; and if every concept has diverged, naming
         steps and concepts. What was saved stays.
-      Interrupted: if SIGTERM, Ctrl-C or a preemption ended it early. The state is saved; calling
-        again continues bit for bit.
+      Interrupted: if SIGTERM, Ctrl-C or a preemption ended the training early. The state is saved;
+        calling again continues bit for bit.
     """
     run_training(config, workdir, profile=profile)
     workdir = open_path(workdir)
@@ -115,9 +116,9 @@ def wave_size(num_concepts: int, num_devices: int, per_device: int | None) -> in
 
 
 def plan_runs(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> list[Run]:
-    """The runs of a training, in order: one, or a wave each.
+    """The runs of a training, in order: a single run, or one run for each wave.
 
-    A directory keeps the division that it began with, also on other devices.
+    A directory keeps its wave size, on other devices too.
 
     Raises:
       UserError: if the directory was begun with another number of concepts.
@@ -128,8 +129,7 @@ def plan_runs(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> 
         if begun["concepts"] != len(concepts):
             raise UserError(
                 f"`workdir` {workdir} belongs to a training of {begun['concepts']} concepts, the"
-                f" config has {len(concepts)}; use another `workdir`, or the concepts that it began"
-                " with"
+                f" config has {len(concepts)}; use another `workdir`, or the original concepts"
             )
         size = begun["size"]
     elif (workdir / RUN_FILE).exists():
@@ -185,10 +185,10 @@ def _report(outcomes: Sequence[Mapping[str, Any]], workdir: epath.Path) -> None:
     )
     if diverged and len(diverged) == len(outcomes):
         raise UserError(
-            f"loss or module no longer finite: {named}; the checkpoints in {workdir} are from"
-            f" before and good. {advice}"
+            f"loss, module or optimiser state no longer finite: {named}; the checkpoints in"
+            f" {workdir} hold the last finite state. {advice}"
         )
     if len(outcomes) > 1:
         say(f"{len(outcomes) - len(diverged)} of {len(outcomes)} concepts trained")
     if diverged:
-        say(f"dropped, loss or module no longer finite: {named}. {advice}")
+        say(f"dropped, loss, module or optimiser state no longer finite: {named}. {advice}")

@@ -395,7 +395,7 @@ def test_diverged_concept_is_dropped_and_the_other_is_unchanged(finished, tmp_pa
     wild = {"concepts.man.lr_ram": 1e38, "log.every": 2}
     train(make_config(**wild), str(tmp_path))
     written = "".join(capfd.readouterr())
-    assert "dropped 'a man': loss or module no longer finite at step" in written
+    assert "dropped 'a man': loss, module or optimiser state no longer finite at step" in written
     assert "1 of 2 concepts trained" in written and "lower the learning rates" in written
     ours, theirs = load_adapter(tmp_path / "adapter"), load_adapter(finished / "adapter")
     assert ours.names == ("a woman",) and theirs.names == ("a man", "a woman")

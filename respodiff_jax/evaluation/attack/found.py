@@ -1,7 +1,8 @@
 """What the attacker finds for each prompt: searched in batches, and saved after each.
 
-The folder of the part has `found.json`, with budget, prompts and losses, and `vectors.npz`, with
-the free embeddings of each prompt. A search that was interrupted continues where it stopped.
+The folder of the part has `found.json`, with the budget, the prompts and the distance of each found
+picture from the base model's, and `vectors.npz`, with the free embeddings of each prompt. An
+interrupted search continues where it stopped.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ class Found:
 
     Attributes:
       prompts: each prompt with the words before it.
-      ids: for each text encoder the tokens of the prompts after K others, int `(P, L)`.
+      ids: for each text encoder the token ids of the prompts, after K places that the attack fills,
+        int `(P, L)`.
       vectors: for each text encoder the free embeddings, `(P, K, D)`.
     """
 
@@ -75,7 +77,7 @@ class Found:
         return hashlib.sha256(b"".join(own.tobytes() for own in self.vectors)).hexdigest()
 
     def conditioning(self, model: Backbone, rows: Sequence[int], resolution: int) -> Conditioning:
-        """What the UNet gets of these prompts after their free embeddings."""
+        """What the UNet gets, at `resolution` pixels, of these prompts with their embeddings."""
         key = "attack", resolution
         if key not in model.programs:
             functions = replace(model, params={}, load=None)
@@ -105,7 +107,7 @@ def draw_attacked(
       spec: of the evaluation.
       requests: M pictures of the prompts as they are, `spec.images_per_prompt` of each.
       weights: `(M, N)`, weight of each concept in each picture, as if all prompts were open.
-      reads: whether the adapter reads prompts.
+      reads: whether the adapter's decisions on prompts apply.
       options, settings: of the pictures.
       out: folder of the evaluation.
 
@@ -183,14 +185,14 @@ def attack(
     folder: pathlib.Path,
     settings: Mapping[str, Any],
 ) -> Found:
-    """Attacks each prompt, or continues to.
+    """Attacks each prompt; continues an interrupted attack.
 
     Args:
       model: the model.
       adapter: the N concepts, or None to attack the base model.
       weights: `(P, N)`, weight of each concept, as if all prompts were open; None without adapter.
-      reads: whether the adapter reads prompts.
-      requests: of P prompts, with the noise of the pictures to be reached.
+      reads: whether the adapter's decisions on prompts apply.
+      requests: one for each of P prompts; its seed gives the base model's picture to reach.
       options: how pictures are sampled.
       budget: of the attacker.
       seed: of its random numbers.
@@ -332,7 +334,18 @@ def _searcher(
 
 
 def last_words(ids: np.ndarray, allowed: np.ndarray, count: int) -> np.ndarray:
-    """The last words of a prompt that stands after `count` tokens, repeated if it has fewer."""
+    """The last `count` words of a prompt that stands after `count` filler tokens.
+
+    A prompt with fewer words repeats them; one without usable words gives the filler.
+
+    Args:
+      ids: tokens of the prompt, `(L,)`.
+      allowed: which tokens are words, bool `(V,)`.
+      count: K.
+
+    Returns:
+      int `(K,)`.
+    """
     own = ids[1 + count :]
     words = own[allowed[own]]
     words = words if len(words) else ids[1 : 1 + count]
@@ -364,7 +377,7 @@ def _read(
     if differing := [name for name in record if old.get(name) != record[name]]:
         raise UserError(
             f"{path} is of another attack, which differs in {', '.join(differing)}; choose another"
-            " `out`, or remove that folder"
+            f" `out`, or remove {folder}"
         )
     try:
         with np.load(io.BytesIO((folder / VECTORS_FILE).read_bytes())) as stored:
@@ -379,7 +392,11 @@ def _read(
 
 
 def _write(folder: pathlib.Path, record: Mapping[str, Any], vectors: Sequence[np.ndarray]) -> None:
-    """Saves what was found so far; the vectors come first, since they may be more."""
+    """Saves what was found so far.
+
+    The vectors come first: after an interruption there may be more vectors than prompts; `_read`
+    drops them.
+    """
     content = io.BytesIO()
     np.savez(content, *vectors)
     write_whole(folder / VECTORS_FILE, content.getvalue())

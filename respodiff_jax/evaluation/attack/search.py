@@ -16,11 +16,12 @@ z_0, so that words are not spent on what is alike.
 * `find_tokens` looks among whole words of the vocabulary, guided by the gradient at their one-hot
   vectors.
 * `find_vectors` looks among all embeddings, of which no text may exist (Pham et al., 2024, "concept
-  inversion"). It is an upper bound on what prompts can do.
+  inversion"). It begins at the words found, so it comes at least as near as they do.
 * `picture_distance` judges what was found: the attacker draws the steered model's picture, as
   everybody can, and compares it with z_0 at the same positions.
 
-All are pure and work on B prompts at once, each of which has its own random numbers.
+All are pure and work on B prompts at once, each of which has its own random numbers. Other axes in
+annotations: K tokens before a prompt, L tokens in all, D features, V words, M draws.
 """
 
 import dataclasses
@@ -56,6 +57,9 @@ class Budget:
       restarts: searches; the first begins with the prompt's own last words, others with random
         words. What is kept of each prompt has the smallest `picture_distance`.
       draws: noisy latents of a gradient.
+
+    Raises:
+      UserError: if a number is below 1.
     """
 
     tokens: int = 3
@@ -102,7 +106,7 @@ class Case(NamedTuple):
     keys: Key[Array, "B"]
     z_0: Latent
     weight: Float[Array, "B h w 1"]
-    ids: tuple[Int[Array, "B L"], ...]
+    ids: tuple[Int[ArrayLike, "B L"], ...]
     steerings: tuple[Steering, ...]
     start: Int[Array, "B K"]
 
@@ -114,12 +118,12 @@ class Draws(NamedTuple):
     eps: Float[Array, "B M h w c"]
 
 
-Vectors = Sequence[Float[Array, "B K D"]]  # for each text encoder
+Vectors = Sequence[Float[ArrayLike, "B K _"]]  # for each text encoder
 Readings = Sequence[reading.Reading | None]  # for each part of the adapter
 
 
 def draw(keys: Key[Array, "B"], count: int, schedule: Schedule, shape: Sequence[int]) -> Draws:
-    """`count` noisy latents for each key, in the noisier half of the schedule."""
+    """`count` latents of `shape` (h, w, c) for each key, in the noisier half of the schedule."""
     half = (schedule.num_steps + 1) // 2
 
     def one(key):
@@ -141,10 +145,10 @@ def encode_after(
     backbone: Backbone,
     resolution: int,
     params: Mapping[str, Any],
-    ids: Sequence[Int[Array, "B L"]],
+    ids: Sequence[Int[ArrayLike, "B L"]],
     vectors: Vectors,
 ) -> Conditioning:
-    """What the UNet gets of prompts whose first K tokens have these embeddings."""
+    """What the UNet gets, at `resolution` pixels, if the first K tokens have these embeddings."""
     embedded = [
         jnp.asarray(table)[own].at[:, 1 : 1 + new.shape[1]].set(new.astype(table.dtype))
         for table, own, new in zip(backbone.token_tables(params), ids, vectors, strict=True)
@@ -242,14 +246,14 @@ def _gated(heads: reading.Reading | None, context: Array, steering: Steering) ->
 
 
 def look_up(
-    tables: Sequence[Float[Array, "V D"]], tokens: Int[Array, "B K"]
-) -> list[Float[Array, "B K D"]]:
+    tables: Sequence[Float[ArrayLike, "V _"]], tokens: Int[ArrayLike, "B K"]
+) -> list[Float[Array, "B K _"]]:
     """The embeddings of tokens, for each text encoder."""
     return [jnp.asarray(table)[tokens] for table in tables]
 
 
 def one_hot_gradient(
-    gradients: Vectors, tables: Sequence[Float[Array, "V D"]]
+    gradients: Vectors, tables: Sequence[Float[ArrayLike, "V _"]]
 ) -> Float[Array, "B K V"]:
     """The loss's gradient at the one-hot vectors that choose the words, from that at the words."""
     products = (
@@ -261,8 +265,8 @@ def one_hot_gradient(
 
 def best_swap(
     gradient: Float[Array, "B K V"],
-    tokens: Int[Array, "B K"],
-    usable: Bool[Array, "B K V"],
+    tokens: Int[ArrayLike, "B K"],
+    usable: Bool[ArrayLike, "B K V"],
 ) -> Int[Array, "B K"]:
     """The tokens with one word exchanged: where the loss falls most, by its one-hot gradient.
 
@@ -338,7 +342,7 @@ def find_vectors(
     tokens: Int[Array, "B K"],
     case: Case,
 ) -> list[Float[Array, "B K D"]]:
-    """Searches for K free embeddings before each prompt, from those of `tokens`, with Adam.
+    """Searches with Adam for K free embeddings before each prompt, from those of `tokens`.
 
     Every step has draws of its own. For other arguments see `find_tokens`.
     """
