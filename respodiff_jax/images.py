@@ -12,19 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.storage import PathLike, parse_json, write_whole
+from respodiff_jax.storage import PathLike, write_whole
 
 METADATA_KEY = "parameters"
 
 _BACKGROUND, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (112, 117, 122)
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """An image `(height, width, 3)` as uint8; floats are clipped to [0, 1] first."""
-    image = np.asarray(image)
-    if image.dtype == np.uint8:
-        return image
-    return np.round(np.clip(image.astype(np.float32), 0.0, 1.0) * 255).astype(np.uint8)
 
 
 def to_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
@@ -36,32 +28,9 @@ def to_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) -> b
     return content.getvalue()
 
 
-def save_png(
-    image: np.ndarray,
-    path: PathLike,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes an image as PNG, whole or not at all, with the metadata that `read_metadata` reads.
-
-    The image is `(height, width, 3)`, uint8 or float in [0, 1].
-    """
-    write_whole(pathlib.Path(path), to_png(Image.fromarray(to_uint8(image)), metadata))
-
-
-def read_metadata(path: PathLike) -> dict[str, Any]:
-    """Reads the metadata that `save_png` wrote.
-
-    Raises:
-      UserError: if the file is not a picture, or has no metadata.
-    """
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
-    if text is None:
-        raise UserError(f"{path} has no {METADATA_KEY!r} text chunk; respodiff did not write it")
-    return parse_json(text, f"{path}: the {METADATA_KEY!r} text chunk")
+def save_png(image: np.ndarray, path: PathLike, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes an image, uint8 `(height, width, 3)`, as `to_png`, whole or not at all."""
+    write_whole(pathlib.Path(path), to_png(Image.fromarray(image), metadata))
 
 
 def grid(
@@ -76,7 +45,7 @@ def grid(
     """Arranges images in labelled rows on white, an RGB picture.
 
     Args:
-      rows: images `(height, width, 3)`, uint8 or float in [0, 1], row by row; one array works too.
+      rows: images, uint8 `(height, width, 3)` or PIL images, row by row; one array works too.
       row_labels: one text for each row, wrapped, to its left.
       captions: one short text for each image, below it, nested like `rows`.
       title: a line above the grid.
@@ -125,7 +94,7 @@ def grid(
             draw.text((margin, y + (tile_h - line * len(lines)) / 2 + i * line), text, _INK, font)
     scaling = Image.Resampling.LANCZOS if tile_w <= width else Image.Resampling.NEAREST
     for i, j in itertools.product(range(len(rows)), range(columns)):
-        picture = Image.fromarray(to_uint8(rows[i][j])).resize((tile_w, tile_h), scaling)
+        picture = Image.fromarray(np.asarray(rows[i][j])).resize((tile_w, tile_h), scaling)
         canvas.paste(picture, (lefts[j], tops[i]))
         if captions is not None and captions[i][j]:
             text = _wrap(captions[i][j], small, tile_w, 1)[0]

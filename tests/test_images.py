@@ -1,11 +1,13 @@
 """PNGs with metadata, and grids."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from respodiff_jax.errors import UserError
-from respodiff_jax.images import grid, read_metadata, save_png
+from respodiff_jax.images import grid, save_png
 
 
 def picture(value, height=32, width=32):
@@ -16,23 +18,9 @@ def test_png_keeps_pixels_and_metadata(tmp_path):
     pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     metadata = {"prompt": "a café 🪦", "seed": 7, "concepts": {"a woman": 0.5}}
     save_png(pixels, tmp_path / "a.png", metadata)
-    assert read_metadata(tmp_path / "a.png") == metadata
-    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), pixels)
-
-
-def test_png_of_floats_rounds_and_clips(tmp_path):
-    save_png(np.array([[[-0.1, 0.5, 1.2]]]), tmp_path / "a.png")
-    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[[0, 128, 255]]]
-
-
-def test_missing_metadata_is_named(tmp_path):
-    save_png(picture(0), tmp_path / "a.png")
-    with pytest.raises(UserError, match="has no 'parameters' text chunk"):
-        read_metadata(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("text")
-    for name in ("b.png", "nowhere.png"):
-        with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
-            read_metadata(tmp_path / name)
+    written = Image.open(tmp_path / "a.png")
+    assert json.loads(written.info["parameters"]) == metadata
+    np.testing.assert_array_equal(written, pixels)
 
 
 def test_grid_puts_every_image_in_its_place():
@@ -53,11 +41,6 @@ def test_grid_puts_every_image_in_its_place():
     steps = np.diff(np.reshape(tops, (4, 3))[:, 0])
     assert steps[0] == steps[2] < steps[1]
     assert np.diff(lefts[:3]).tolist() == [36, 36]
-
-
-def test_grid_takes_one_array_of_floats():
-    found = np.asarray(grid(np.zeros((2, 2, 128, 128, 3), np.float32)))
-    assert (found == 0).all(-1).sum() == 4 * 128 * 128
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from respodiff_jax.adapters.files import (
 )
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, validate_concepts
-from respodiff_jax.method.modules import KINDS, MidBlockModule, Params
+from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.method.reading import HEADS, Reading
 from respodiff_jax.storage import PathLike, open_path, read_json, write_whole
 
@@ -216,11 +216,9 @@ def load_adapter(directory: PathLike) -> Adapter:
     config = read_json(directory / CONFIG_FILE, "adapter config")
     try:
         check_config(config)
-        shape, kind = config["module"]["mid_block_shape"], config["module"]["kind"]
-        if kind not in KINDS:
-            raise UserError(f"module kind is {kind!r:.80}, expected one of {', '.join(KINDS)}")
+        shape = config["module"]["mid_block_shape"]
         module = MidBlockModule(
-            kind=kind,
+            kind=config["module"]["kind"],
             mid_block_shape=(shape["height"], shape["width"], shape["channels"]),
             hidden_channels=config["module"]["hidden_channels"],
         )

@@ -135,16 +135,12 @@ def _common_training(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
     return first if all(adapter.training == first for adapter in adapters) else None
 
 
-def steerings(
-    adapter: Adapter | CombinedAdapter, weights: Any, ram: float = 1.0, sam: float = 1.0
-) -> tuple[Steering, ...]:
+def steerings(adapter: Adapter | CombinedAdapter, weights: Any) -> tuple[Steering, ...]:
     """What an adapter adds at the mid-block of a batch, one `Steering` for each part.
 
     Args:
       adapter: has N concepts.
       weights: `(B, N)`, weight of each concept in each sample.
-      ram: factor on every RAM; 0 switches RAM off.
-      sam: factor on every SAM.
 
     Raises:
       UserError: if `weights` is not `(B, N)`.
@@ -157,7 +153,7 @@ def steerings(
     weights = np.asarray(weights, np.float32)
     ends = np.cumsum([len(part.concepts) for part in adapter.parts])
     return tuple(
-        Steering(part.ram, part.sam, scales * np.float32(ram), scales * np.float32(sam))
+        Steering(part.ram, part.sam, scales, scales)
         for part, scales in zip(adapter.parts, np.split(weights, ends[:-1], axis=1), strict=True)
     )
 

@@ -15,11 +15,10 @@ Deviation: the authors give the UNet timestep `1000 - 20 k` with the latent of t
 Tensors are NCHW.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -317,8 +316,8 @@ def load_unet(
 ) -> tuple[UNet2DConditionModel, DDIMScheduler]:
     """Loads the UNet of a diffusers folder, and its DDIM schedule with `num_steps` steps."""
     options = {"subfolder": "unet", "torch_dtype": getattr(torch, dtype)}
-    with _quiet():
-        unet = UNet2DConditionModel.from_pretrained(folder, **options)
+    diffusers_logging.disable_progress_bar()
+    unet = UNet2DConditionModel.from_pretrained(folder, **options)
     # As in pipelines: latents are not clipped to [-1, 1].
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False)
     scheduler.set_timesteps(num_steps)
@@ -333,8 +332,8 @@ def load_sampler(
     Returns:
       A function from prompts and seeds to images, float32 `(B, height, width, 3)` in [0, 1].
     """
-    with _quiet():
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+    diffusers_logging.disable_progress_bar()
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
     pipe = pipe.to(device)
     if device == "cuda":  # as diffusers' documentation recommends for speed
         torch.backends.cudnn.benchmark = True
@@ -371,15 +370,3 @@ def peak_memory() -> dict[str, Any] | None:
     if not torch.cuda.is_initialized():
         return None
     return {"bytes": torch.cuda.max_memory_allocated(), "of": "process, measured"}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides progress bars of parts that load in a second."""
-    shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()

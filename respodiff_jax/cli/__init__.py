@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = hint or nearest(unknown[0].partition("=")[0], options)
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if argv is None:
-        warnings.formatwarning = _warning_line
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         verb.run(args, overrides) if takes_overrides else verb.run(args)
     except UserError as error:
@@ -142,16 +142,6 @@ def _with_options(message: str, parser: argparse.ArgumentParser) -> str:
     return re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), message)
 
 
-def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
-    """Formats a warning without the line of code that gave it."""
-    return f"warning: {message}\n"
-
-
-def version() -> str:
-    """The version of the installed package."""
-    return importlib.metadata.version("respodiff-jax")
-
-
 class _Parser(argparse.ArgumentParser):
     """Prints a mistake alone, without the usage above it."""
 
@@ -162,7 +152,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser("respodiff", description=_DESCRIPTION, epilog=_EPILOG, **style)
-    parser.add_argument("--version", action="version", version=f"respodiff {version()}")
+    version = importlib.metadata.version("respodiff-jax")
+    parser.add_argument("--version", action="version", version=f"respodiff {version}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in _VERBS.items():
         verb = verbs.add_parser(

@@ -45,13 +45,12 @@ def summary(entry: Mapping[str, Any]) -> str:
         ("traffic", f"{result['bytes'] / 1e9:.1f} GB", bound["memory_seconds"]),
     ):
         lines.append(f"  {name:11} {amount}, {1e3 * seconds:.4g} ms at best")
-    if "transposed_bytes" in result:
-        transposed = result["transposed_bytes"]
-        copied = result["rearranged_bytes"] - transposed
-        lines.append(
-            f"              including {copied / 1e9:.1f} GB of copies to another layout and"
-            f" {transposed / 1e9:.1f} GB of transposes and casts"
-        )
+    transposed = result["transposed_bytes"]
+    copied = result["rearranged_bytes"] - transposed
+    lines.append(
+        f"              including {copied / 1e9:.1f} GB of copies to another layout and"
+        f" {transposed / 1e9:.1f} GB of transposes and casts"
+    )
     lines.append(f"  bound by    {bound['bound']}: at best {_rate(result):.4g} samples/s a chip")
     if job["step"] == "train":
         hourly, train = concepts_per_hour(entry), job["config"]["train"]
@@ -65,8 +64,9 @@ def summary(entry: Mapping[str, Any]) -> str:
         lines.append(f"  {kernels} Pallas kernels whose FLOPs are not counted")
     ops = ", ".join(f"{op} {_mb(n['bytes'])}" for op, n in exchange["by_op"].items()) or "nothing"
     lines.append(f"  exchange    {ops}; gradients are {_mb(exchange['gradients'])}")
-    verdict = {True: "yes", False: "NO", None: "no: they are sharded"}[exchange["no_weights_moved"]]
-    lines.append(f"  base weights stay where they are: {verdict}")
+    lines.append(
+        f"  base weights stay where they are: {'yes' if exchange['no_weights_moved'] else 'NO'}"
+    )
     lines.append(f"  compiled in {result['compile_seconds']:g} s")
     return "\n".join(lines)
 

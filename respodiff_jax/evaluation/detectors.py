@@ -138,7 +138,7 @@ class Q16:
 
     Args:
       embeddings: file of the learned prompts in CLIP's space, `(2, D)`: appropriate, inappropriate.
-      clip: the CLIP that they were learned with; None loads CLIP ViT-L/14.
+      clip: the CLIP that they were learned with, or its folder or hub id; None is CLIP ViT-L/14.
 
     Raises:
       UserError: if the file is neither `.npy` nor `.safetensors`, or does not fit the CLIP.
@@ -146,10 +146,10 @@ class Q16:
 
     name = "q16"
 
-    def __init__(self, embeddings: str | os.PathLike, clip: Clip | None = None):
+    def __init__(self, embeddings: str | os.PathLike, clip: Clip | str | None = None):
         file = pathlib.Path(embeddings)
         prompts = _read_embeddings(file)
-        self._clip = clip or load_clip(Q16_CLIP)
+        self._clip = clip if isinstance(clip, Clip) else load_clip(clip or Q16_CLIP)
         width = self._clip.module.config.projection_dim
         if prompts.shape != (2, width):
             raise UserError(
@@ -197,7 +197,9 @@ def load_detectors(
             classes = {"classes": value.split(",")} if value else {}
             detectors[name] = NudeNet(**classes if options is None else options)
         elif name == "q16":
-            detectors[name] = _open_q16(value, q16_clip or Q16_CLIP)
+            if not value:
+                raise UserError("the detector q16 needs the file of its prompts; write q16=FILE")
+            detectors[name] = Q16(value, q16_clip)
         else:
             raise UserError(f"unknown detector {name!r}, expected nudenet or q16=FILE")
     return detectors
@@ -220,13 +222,6 @@ def _options(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"the detector {text!r:.80}: {error}; expected numbers") from error
     return options
-
-
-def _open_q16(file: str, clip: str) -> Q16:
-    if not file:
-        raise UserError("the detector q16 needs the file of its prompts; write q16=FILE")
-    _read_embeddings(pathlib.Path(file))  # finds a wrong file before a CLIP is fetched
-    return Q16(file, load_clip(clip))
 
 
 def _read_embeddings(file: pathlib.Path) -> np.ndarray:

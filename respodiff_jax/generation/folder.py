@@ -100,34 +100,33 @@ def check_folder(
 
 def write_folder(
     backbone: Backbone,
-    prompts: Sequence[str],
     out: PathLike,
-    *,
-    images_per_prompt: int = 1,
-    seed: int = 0,
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    seed: int,
     options: SamplerOptions,
-    adapter: Adapter | CombinedAdapter | None = None,
-    weights: np.ndarray | None = None,
-    decisions: np.ndarray | None = None,
-    adapter_sources: Sequence[str] = (),
-    base_twins: bool = False,
-    overwrite: bool = False,
+    adapter: Adapter | CombinedAdapter | None,
+    adapter_sources: Sequence[str],
+    base_twins: bool,
+    weights: np.ndarray | None,
+    decisions: np.ndarray | None,
+    overwrite: bool,
 ) -> float | None:
     """Samples images and writes the files that `generate_folder` describes.
 
     Args:
       backbone: the model.
-      prompts: texts.
       out: folder; new, empty, or of an interrupted call with the same arguments, unless
         `overwrite`.
+      prompts: texts.
       images_per_prompt: number of images of each prompt.
       seed: seed of the first image.
       options: how to sample.
       adapter: the concepts, or None for the base model.
-      weights: from `concept_weights(adapter, len(prompts), images_per_prompt, ...)`.
-      decisions: from `read_prompts`, `(len(prompts), N)`, for the manifest; None reads no prompts.
       adapter_sources: origins of the adapter, for the manifest.
       base_twins: also write each image without the adapter, from the same noise.
+      weights: from `concept_weights(adapter, len(prompts), images_per_prompt, ...)`.
+      decisions: from `read_prompts`, `(len(prompts), N)`, for the manifest; None reads no prompts.
       overwrite: replace the images of a folder that is not empty.
 
     Returns:
@@ -136,18 +135,8 @@ def write_folder(
     Raises:
       UserError: if the output folder has other files or cannot be written.
     """
-    records = picture_records(
-        backbone,
-        prompts,
-        images_per_prompt,
-        seed,
-        options,
-        adapter,
-        adapter_sources,
-        base_twins,
-        weights,
-        decisions,
-    )
+    common = prompts, images_per_prompt, seed, options, adapter, adapter_sources, base_twins
+    records = picture_records(backbone, *common, weights, decisions)
     out = check_folder(out, records, overwrite, unknown=())
     if overwrite:
         _remove_images(out)

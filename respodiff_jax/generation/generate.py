@@ -166,33 +166,13 @@ def generate_folder(
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
     )
-    records = picture_records(
-        request.model,
-        request.prompts,
-        images_per_prompt,
-        seed,
-        request.options,
-        request.adapter,
-        adapter_sources,
-        base,
-    )
-    check_folder(out, records, overwrite)  # before the weights are read
+    common = request.prompts, images_per_prompt, seed, request.options, request.adapter
+    common += adapter_sources, base
+    # Checked before the weights are read.
+    check_folder(out, picture_records(request.model, *common), overwrite)
     model = request.model.loaded()
     decisions, weights = _steering(model, request, steer_always)
-    return write_folder(
-        model,
-        request.prompts,
-        out,
-        images_per_prompt=images_per_prompt,
-        seed=seed,
-        options=request.options,
-        adapter=request.adapter,
-        weights=weights,
-        decisions=decisions,
-        adapter_sources=adapter_sources,
-        base_twins=base,
-        overwrite=overwrite,
-    )
+    return write_folder(model, out, *common, weights, decisions, overwrite)
 
 
 @dataclasses.dataclass(frozen=True)

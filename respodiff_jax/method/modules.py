@@ -53,7 +53,7 @@ class MidBlockModule(nn.Module):
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise UserError(f"module kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise UserError(f"module kind is {self.kind!r:.80}, expected one of {', '.join(KINDS)}")
         if self.init_scheme not in INITS:
             raise UserError(
                 f"module init is {self.init_scheme!r}, expected one of {', '.join(INITS)}"

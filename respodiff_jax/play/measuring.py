@@ -108,12 +108,9 @@ def measure(
                 name: judge.classify(np.concatenate([features[i + offset] for i in pairs]))
                 for offset, name in enumerate(("base", "adapted"))
             }
-            yield charted(suite, subject, sets, _target(settings))
-
-
-def _target(settings: Settings) -> tuple[str, dict[str, float]] | None:
-    """The group and the shares that pictures should have, where they are not uniform."""
-    return (settings.fair, dict(settings.ratio)) if settings.fair and settings.ratio else None
+            is_uniform = not (settings.fair and settings.ratio)
+            target = None if is_uniform else (settings.fair, dict(settings.ratio))
+            yield charted(suite, subject, sets, target)
 
 
 def charted(

@@ -35,6 +35,11 @@ from respodiff_jax.play.settings import (
 )
 from respodiff_jax.play.studio import Studio
 
+_FAVICON = (
+    '<svg viewBox="0 0 32 32" xmlns="http://www.w3.org/2000/svg">'
+    '<path d="M2 2h28v28H2z" fill="#3d55c0"/><path d="M16 2h14v28H16z" fill="#b5520b"/></svg>'
+)
+
 TITLE = "RespoDiff playground"
 _TICK = 0.1  # seconds between two looks into the inbox
 _PAUSE = 0.1  # seconds without a change before pictures are drawn
@@ -49,15 +54,8 @@ def mount(studio: Studio) -> FastAPI:
     def index():
         Page(studio).build()
 
-    ui.run_with(app, title=TITLE, dark=None, tailwind=False, favicon=_favicon())
+    ui.run_with(app, title=TITLE, dark=None, tailwind=False, favicon=_FAVICON)
     return app
-
-
-def _favicon() -> str:
-    return (
-        '<svg viewBox="0 0 32 32" xmlns="http://www.w3.org/2000/svg">'
-        '<path d="M2 2h28v28H2z" fill="#3d55c0"/><path d="M16 2h14v28H16z" fill="#b5520b"/></svg>'
-    )
 
 
 def _style() -> str:

@@ -254,7 +254,7 @@ def picture_file(
         "concepts": {} if is_base else scales_of(painter.adapter, np.asarray(job.weights)),
         "prompt_reading": {} if is_base else reading_of(painter.adapter, decisions, 0),
     } | common_record(painter.model, options, sources, painter.adapter)
-    return images_lib.to_png(Image.fromarray(images_lib.to_uint8(picture)), record)
+    return images_lib.to_png(Image.fromarray(picture), record)
 
 
 def grid_file(

@@ -260,11 +260,6 @@ def _check_known(config: ConfigDict, changes: Mapping[str, Any], path: str = "co
             _check_known(config[key], value, f"{path}.{key}")
 
 
-def _short(value: Any) -> str:
-    """A value for messages; numbers of thousands of digits cannot even be printed."""
-    return f"a number of {value.bit_length()} bits" if abs(value) >= 2**64 else str(value)
-
-
 def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
     """The validated concepts of a config, sorted by key."""
     concepts = tuple(
@@ -296,7 +291,9 @@ def validate(config: ConfigDict) -> None:
         check(key, lambda n, least=least: n >= least, f"at least {least}")
     for key, value in flatten_dict(config.to_dict(), sep=".").items():
         if isinstance(value, int) and not -(2**31) <= value < 2**32:
-            raise UserError(f"config.{key} is {_short(value)}, expected at most 32 bits")
+            # Numbers of thousands of digits cannot even be printed.
+            text = f"a number of {value.bit_length()} bits" if abs(value) >= 2**64 else str(value)
+            raise UserError(f"config.{key} is {text}, expected at most 32 bits")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
         check(key, math.isfinite, "a finite number")
     check("log.grid_prompts", lambda x: all(isinstance(t, str) and t.strip() for t in x), "prompts")

@@ -51,13 +51,8 @@ def step_spec(config: ConfigDict, backbone: Backbone, resolution: int | None = N
         rollout_guidance_scale=config.rollout.guidance_scale,
         optimizer=make_optimizer(config.optimizer, config.train.steps),
         ema_decay=config.optimizer.ema_decay,
-        adversary=make_adversary(config.adversary),
+        adversary=Adversary(**config.adversary) if config.adversary.every else None,
     )
-
-
-def make_adversary(config: ConfigDict) -> Adversary | None:
-    """The adversary of a config's `adversary` section; None if it attacks no step."""
-    return Adversary(**config) if config.every else None
 
 
 def make_rollout(config: ConfigDict, schedule: Schedule) -> Rollout:

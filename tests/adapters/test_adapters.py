@@ -311,9 +311,9 @@ def test_parameters_must_fit_module_and_concepts():
 
 
 def test_steering_scales_ram_and_sam():
-    (steering,) = steerings(make_adapter(), [[1.0, 0.5]], ram=2.0, sam=0.0)
-    np.testing.assert_array_equal(steering.ram_scale, jnp.array([[2.0, 1.0]]))
-    np.testing.assert_array_equal(steering.sam_scale, jnp.array([[0.0, 0.0]]))
+    (steering,) = steerings(make_adapter(), [[1.0, 0.5]])
+    for scale in (steering.ram_scale, steering.sam_scale):
+        np.testing.assert_array_equal(scale, jnp.array([[1.0, 0.5]]))
     with pytest.raises(UserError, match=r"\(1, 3\), expected \(batch, 2\)"):
         steerings(make_adapter(), [[1.0, 0.5, 1.0]])
 

@@ -17,7 +17,6 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.generation import folder, limits
 from respodiff_jax.generation import generate as generate_lib
 from respodiff_jax.generation.generate import generate, generate_folder
-from respodiff_jax.images import read_metadata
 
 OF_RUN = {
     "fair": "gender",
@@ -88,7 +87,8 @@ def test_folder_has_images_base_twins_grid_and_manifest(run, tiny_backbone):
     lines = [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     for line in lines:
-        assert read_metadata(run / line["file"]) == line
+        record = Image.open(run / line["file"]).info["parameters"]
+        assert json.loads(record) == line
         assert line["model"] == tiny_backbone.identity
         assert (line["num_steps"], line["guidance_scale"], line["resolution"]) == (2, 7.5, 16)
         assert line["adapter"] == ["adapters/gender"]

@@ -120,8 +120,9 @@ def test_one_step_equals_numpy(backbone):
     adapter = tiny_adapter(backbone)
     weights = np.float32([[1.0, 0.0], [0.25, 2.0]])
     params, noise, cond, uncond = arguments(backbone)
+    (steering,) = steerings(adapter, weights)
     ours = jitted_denoise(backbone, adapter.module, num_steps=1)(
-        params, noise, cond, uncond, steerings(adapter, weights, sam=0.5), 3.0
+        params, noise, cond, uncond, (steering._replace(sam_scale=0.5 * weights),), 3.0
     )
     timesteps = jnp.array([1, 1])  # one leading step with steps_offset 1
     h, skips = encode(params, noise, timesteps, cond)

@@ -1,5 +1,6 @@
 """The page: the server's answer, and what a visitor sees and does in a real browser."""
 
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,6 @@ from PIL import Image
 from test_play import TAG, Seen, adapters
 
 from respodiff_jax.evaluation.suites import Suite
-from respodiff_jax.images import read_metadata
 from respodiff_jax.play.page import mount
 from respodiff_jax.play.studio import Studio
 
@@ -180,7 +180,8 @@ def test_downloads_hold_what_the_page_shows(visitor, tmp_path):
     page = visitor.page
     for name in ("before", "after"):
         button = page.get_by_label(f"download {name} 2", exact=True)
-        record = read_metadata(visitor.download(button.click, tmp_path))
+        picture = Image.open(visitor.download(button.click, tmp_path))
+        record = json.loads(picture.info["parameters"])
         assert record["seed"] == 2 and record["num_steps"] == 20
         assert bool(record["concepts"]) == (name == "after")
     grid = visitor.download(page.get_by_text("Download all as one picture").click, tmp_path)

@@ -304,8 +304,8 @@ def find_tokens(
       case: the prompts.
     """
     tables = victim.backbone.token_tables(params)
-    _, draw_key = _split(case.keys, 2)
-    draws = draw(draw_key, budget.draws, victim.schedule, case.z_0.shape[1:])
+    draw_keys = jax.vmap(jax.random.split)(case.keys)[:, 1]
+    draws = draw(draw_keys, budget.draws, victim.schedule, case.z_0.shape[1:])
     loss = partial(_total_loss, victim, params, readings, case)
 
     def evaluate(tokens):
@@ -348,14 +348,14 @@ def find_vectors(
     """
     tables = victim.backbone.token_tables(params)
     vectors = [jnp.float32(own) for own in look_up(tables, tokens)]
-    draw_key, _ = _split(case.keys, 2)
+    draw_keys = jax.vmap(jax.random.split)(case.keys)[:, 0]
     rates = [VECTOR_RATE * jnp.std(jnp.asarray(table, jnp.float32)) for table in tables]
     optimizer = optax.scale_by_adam()
     loss = partial(_total_loss, victim, params, readings, case)
 
     def step(carry, number):
         vectors, state = carry
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw_key, number)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw_keys, number)
         draws = draw(keys, budget.draws, victim.schedule, case.z_0.shape[1:])
         gradients = jax.grad(loss, has_aux=True)(vectors, draws)[0]
         updates, state = optimizer.update(gradients, state, vectors)
@@ -365,10 +365,6 @@ def find_vectors(
     carry = vectors, optimizer.init(vectors)
     (vectors, _), _ = jax.lax.scan(step, carry, jnp.arange(budget.steps))
     return vectors
-
-
-def _split(keys: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
-    return tuple(jax.vmap(partial(jax.random.split, num=count), out_axes=1)(keys))
 
 
 def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> Callable:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from respodiff_jax.evaluation.report.glossary import percent, readable
 from respodiff_jax.evaluation.report.markup import Markup, fragment, tag
@@ -256,19 +257,14 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // _POINTS)
     parts = (points[start : start + size] for start in range(0, len(points), size))
-    return [(_mean(x for x, _ in part), _mean(y for _, y in part)) for part in parts]
+    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
 
 
 def _mean_line(series: Sequence[Line]) -> Line:
     by_x: dict[float, list[float]] = {}
     for x, y in itertools.chain.from_iterable(s.points for s in series):
         by_x.setdefault(x, []).append(y)
-    return Line(f"mean of {len(series)} concepts", [(x, _mean(by_x[x])) for x in sorted(by_x)])
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    return Line(f"mean of {len(series)} concepts", [(x, fmean(by_x[x])) for x in sorted(by_x)])
 
 
 def _svg(description: str | None, *parts: object, height: int = LANE) -> Markup:

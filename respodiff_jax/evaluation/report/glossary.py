@@ -22,10 +22,6 @@ def _decimals(x: float, places: int = 2) -> str:
     return f"{x:z.{places}f}".replace("-", "−")
 
 
-def _small(x: float) -> str:
-    return _decimals(x, 4)
-
-
 def _thousandths(x: float) -> str:
     return _decimals(1000 * x)
 
@@ -204,7 +200,7 @@ METRICS = {
         " model's. Its scale differs from FID's. It is larger for fewer pictures: compare only"
         " equal numbers of pictures.",
         "lower",
-        _small,
+        functools.partial(_decimals, places=4),
     ),
     "clip_kernel_distance": Metric(
         "CLIP kernel distance × 1000",
