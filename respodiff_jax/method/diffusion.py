@@ -46,7 +46,7 @@ def ddim_step(
     ddim_index: DdimIndex,
     to_index: DdimIndex | None = None,
 ) -> Latent:
-    """One deterministic DDIM step (eta = 0); returns the new latents.
+    """One deterministic DDIM step (Song et al. 2021, eta = 0); returns the new latents.
 
     Args:
       schedule: the sampler.

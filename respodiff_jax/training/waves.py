@@ -38,7 +38,7 @@ from respodiff_jax.training.trained import load_adapter
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, profile: bool = False) -> Adapter:
-    """Trains a config's concepts, continuing from where the working directory stands.
+    """Trains a config's concepts by Algorithm 1, from where the working directory stands.
 
     More concepts than `train.concepts_per_device` allows at a time are trained in waves. A concept
     whose loss, modules or optimiser states are no longer finite is reported and dropped; the others
