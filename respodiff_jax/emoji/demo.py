@@ -15,7 +15,7 @@ from respodiff_jax.storage import PathLike, local_path
 from respodiff_jax.training.waves import train
 
 GROUP = "gender"
-IMAGES_PER_SUBJECT, NUM_STEPS = 10, 20
+IMAGES_PER_SUBJECT, NUM_STEPS = 8, 20
 # (metric, attribute) -> (label, format)
 _TABLE = {
     ("deviation_ratio", GROUP): ("gender deviation ratio (0 is even)", "{:.3f}"),

@@ -87,8 +87,8 @@ def test_folder_has_images_base_twins_grid_and_manifest(run, tiny_backbone):
     lines = [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     for line in lines:
-        record = Image.open(run / line["file"]).info["parameters"]
-        assert json.loads(record) == line
+        with Image.open(run / line["file"]) as picture:
+            assert json.loads(picture.info["parameters"]) == line
         assert line["model"] == tiny_backbone.identity
         assert (line["num_steps"], line["guidance_scale"], line["resolution"]) == (2, 7.5, 16)
         assert line["adapter"] == ["adapters/gender"]

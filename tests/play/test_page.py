@@ -180,8 +180,8 @@ def test_downloads_hold_what_the_page_shows(visitor, tmp_path):
     page = visitor.page
     for name in ("before", "after"):
         button = page.get_by_label(f"download {name} 2", exact=True)
-        picture = Image.open(visitor.download(button.click, tmp_path))
-        record = json.loads(picture.info["parameters"])
+        with Image.open(visitor.download(button.click, tmp_path)) as picture:
+            record = json.loads(picture.info["parameters"])
         assert record["seed"] == 2 and record["num_steps"] == 20
         assert bool(record["concepts"]) == (name == "after")
     grid = visitor.download(page.get_by_text("Download all as one picture").click, tmp_path)

@@ -83,9 +83,9 @@ class Found:
             functions = replace(model, params={}, load=None)
             model.programs[key] = jax.jit(partial(encode_after, functions, resolution))
         rows = np.asarray(rows)
-        own = [[x[rows] for x in arrays] for arrays in (self.ids, self.vectors)]
-        texts = {k: v for k, v in model.params.items() if k.startswith("text_encoder")}
-        return model.programs[key](texts, *own)
+        ids, vectors = [x[rows] for x in self.ids], [x[rows] for x in self.vectors]
+        encoders = {k: v for k, v in model.params.items() if k.startswith("text_encoder")}
+        return model.programs[key](encoders, ids, vectors)
 
 
 def draw_attacked(
@@ -115,38 +115,48 @@ def draw_attacked(
       The pictures by folder, those of found words, then those of free embeddings.
     """
     each = spec.images_per_prompt
-    first = None if weights is None else weights[::each]
-    own = options, spec.budget, spec.seed, out / "attack", settings
-    found = attack(model, adapter, first, reads, requests[::each], *own)
+    found = attack(
+        model,
+        adapter,
+        None if weights is None else weights[::each],
+        reads,
+        requests[::each],
+        options,
+        spec.budget,
+        spec.seed,
+        out / "attack",
+        settings,
+    )
     rows = [i // each for i in range(len(requests))]
-    words = [replace(r, prompt=found.prompts[i]) for i, r in zip(rows, requests, strict=True)]
+    with_words = [replace(r, prompt=found.prompts[i]) for i, r in zip(rows, requests, strict=True)]
+    # Free embeddings have no text. Their rows in `found` stand for them.
     numbered = [f"<{i}> {r.prompt}" for i, r in zip(rows, requests, strict=True)]
-    free = [replace(r, prompt=text) for text, r in zip(numbered, requests, strict=True)]
     row_of = dict(zip(numbered, rows, strict=True))
+    with_vectors = [replace(r, prompt=text) for text, r in zip(numbered, requests, strict=True)]
 
-    def encode(texts):
+    def encode_free(texts):
         return found.conditioning(model, [row_of[text] for text in texts], options.resolution)
 
     def read_free(texts):
-        return read_contexts(adapter, encode(texts).context)
+        return read_contexts(adapter, encode_free(texts).context)
 
     pictures = {}
-    for name, drawn, own_encode, read in (
-        ("found words", words, None, partial(read_prompts, adapter, model)),
-        ("free embeddings", free, encode, read_free),
+    for name, attacked, encode, read in (
+        ("found words", with_words, None, partial(read_prompts, adapter, model)),
+        ("free embeddings", with_vectors, encode_free, read_free),
     ):
-        steering = spec.weights(adapter, drawn, each, read) if reads else weights
-        digest = {"vectors": found.sha256} if own_encode else {}
+        steering = spec.weights(adapter, attacked, each, read) if reads else weights
+        digest = {"vectors": found.sha256} if encode else {}
         pictures[f"attack/{name}"] = draw_pictures(
             model,
-            drawn,
+            attacked,
             out / "attack" / name,
             options,
             adapter,
             weights,
             {**settings, **digest},
             steering,
-            own_encode,
+            encode,
         )
     return pictures
 
@@ -203,6 +213,7 @@ def attack(
       UserError: if the folder has what another attack found, naming what differs.
     """
     allowed = words(model.tokenizers[0])
+    # K filler words keep the places of the tokens that the attack will put there.
     filler = model.tokenizers[0].decode([int(np.flatnonzero(allowed)[0])]).strip()
     before = " ".join([filler] * budget.tokens)
     ids = model.tokenise([f"{before} {request.prompt}" for request in requests])
@@ -213,12 +224,13 @@ def attack(
         search = _searcher(model, adapter, reads, options, budget, seed, allowed)
         devices, resolution = jax.local_device_count(), options.resolution
         at_a_time = options.batch_size or default_batch_size(len(requests), devices, resolution)
+        # A gradient computes `draws` latents of each prompt at once.
         size = max(at_a_time // devices // budget.draws, 1) * devices
         progress = Progress(total=len(requests), desc="attack", initial=len(found), unit="prompt")
         for start in range(len(found), len(requests), size):
             rows = np.arange(start, min(start + size, len(requests)))
-            padded = np.resize(rows, size)
-            tokens, own, distances = search(
+            padded = np.resize(rows, size)  # all batches have one size, so they compile once
+            tokens, new_vectors, distances = search(
                 padded,
                 [requests[row] for row in padded],
                 [i[padded] for i in ids],
@@ -234,12 +246,12 @@ def attack(
                         "distance_vectors": round(float(distances[1][place]), 6),
                     }
                 )
-            parts = (vectors, own) if vectors else (own,)
-            vectors = [np.concatenate(each)[: len(found)] for each in zip(*parts, strict=True)]
+            parts = (vectors, new_vectors) if vectors else (new_vectors,)
+            vectors = [np.concatenate(x)[: len(found)] for x in zip(*parts, strict=True)]
             _write(folder, record | {"found": found}, vectors)
             progress.update(len(rows))
         progress.close()
-    return Found(tuple(each["prompt"] for each in found), ids, vectors)
+    return Found(tuple(entry["prompt"] for entry in found), ids, vectors)
 
 
 def _record(
@@ -300,25 +312,24 @@ def _searcher(
         chosen = () if adapter is None else steerings(adapter, weights)
         weight = jnp.ones((*z_0.shape[:-1], 1))
         if adapter is not None:
-            own = params, noise, cond, uncond, chosen, options.guidance_scale
-            weight = differences(z_0, steered(*own))
+            picture = steered(params, noise, cond, uncond, chosen, options.guidance_scale)
+            weight = differences(z_0, picture)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
         rngs = [np.random.default_rng([seed, number]) for number in numbers]
         by_words = by_vectors = None
         for restart in range(budget.restarts):
-            own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, restart)
+            search_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, restart)
             if restart:
                 starts = [[rng.choice(np.flatnonzero(allowed), budget.tokens) for rng in rngs]]
             else:
                 last = [last_words(row, allowed, budget.tokens) for row in ids[0]]
                 starts = [last, [np.full_like(row, row[-1]) for row in last]]
             starts = [jnp.asarray(np.stack(start)) for start in starts]
-            own_ids = tuple(map(jnp.asarray, ids))
-            case = Case(own_keys, z_0, weight, own_ids, chosen, starts[0])
+            case = Case(search_keys, z_0, weight, tuple(ids), chosen, starts[0])
 
             def judge(best, found, vectors, case=case):
-                own = case, noise, uncond, options.guidance_scale
-                distances = distance(params, readings, *own, vectors)
+                drawing = case, noise, uncond, options.guidance_scale
+                distances = distance(params, readings, *drawing, vectors)
                 return _better(best, jax.device_get((found, distances)))
 
             tokens = for_tokens(params, readings, allowed, case)
