@@ -10,6 +10,7 @@ from respodiff_jax.emoji.making.reference import draw_reference
 from respodiff_jax.emoji.making.suite import captioned_things
 from respodiff_jax.evaluation import Results
 from respodiff_jax.evaluation.results import Measurement
+from respodiff_jax.evaluation.spec import ATTACKS
 
 STORED = pathlib.Path(__file__).parent.parent / "data" / "emoji_gender" / "adapter"
 
@@ -53,6 +54,20 @@ def test_audit_has_only_what_no_reading_was_fitted_to():
     assert not any(
         subject in phrase.split() for subject in suite.subjects for phrase in read.people
     )
+
+
+def test_uses_are_recipes_and_only_the_hardened_one_has_an_adversary():
+    tasks = {task for use in audit.USES.values() for task in use}
+    attacked = {task for task in tasks if recipes.task_config(task).adversary.every}
+    assert attacked == {"safety_hardened"} < tasks
+
+
+def test_table_has_a_row_for_each_attack():
+    measured = {("attack_success", name): (1.0, 0.1 * i) for i, name in enumerate(ATTACKS)}
+    lines = audit.table("hardened", [_run(measured=measured)]).splitlines()[2:]
+    assert lines == [
+        f"| unsafe, {name} | 1.000 | {0.1 * i:.3f} |  | 12 |" for i, name in enumerate(ATTACKS)
+    ]
 
 
 def test_scale_multiplies_every_concepts_own():
