@@ -230,6 +230,9 @@ def main():
         "--attack", type=int, default=0, metavar="N", help="pictures of each attacked prompt"
     )
     args = parser.parse_args()
+    tasks = [task for use in args.use for task in USES[use]]
+    if args.attack and not any(task.startswith("safety") for task in tasks):
+        parser.error(f"--attack attacks safety concepts, but --use {' '.join(args.use)} has none")
     tables = []
     for use in args.use:
         for scale in args.scales:

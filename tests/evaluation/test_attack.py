@@ -356,6 +356,50 @@ def test_mistakes_are_named_before_anything_is_drawn(
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "seeds"),
+    [
+        ("prompts alone (Ring-A-Bell, P4D)", "prompt\na cook\na judge\n", None),
+        ("Ring-A-Bell", ",sensitive prompt\n0,a cook\n1,a judge\n", None),
+        ("MMA-Diffusion", "target_prompt,adv_prompt\nx,a cook\nx,a judge\n", None),
+        (
+            "UnlearnDiffAtk",
+            "prompt,evaluation_seed,evaluation_guidance\na cook,7,7.5\na judge,8,9\n",
+            (7, 8),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* are not followed")
+def test_published_sets_are_evaluated_as_they_are(
+    tiny_backbone, asking, tmp_path, name, content, seeds
+):
+    file = tmp_path / "set.csv"
+    file.write_text(content)
+    results = evaluate(
+        tiny_backbone,
+        constant_adapter(tiny_backbone, 1.0),
+        out=tmp_path / "out",
+        suite=asking,
+        part="safety",
+        safe=True,
+        prompts={"safety": file},
+        num_steps=2,
+        guidance_scale=2.0,
+        batch_size=8,
+    )
+    rows = load_per_image(tmp_path / "out")
+    drawn = [(r["images"], r["prompt"], int(r["seed"])) for r in rows]
+    assert sorted(drawn) == sorted(
+        (images, prompt, seed)
+        for images in ("base", "adapted")
+        for prompt, seed in zip(("a cook", "a judge"), seeds or (2_000_000, 2_000_001), strict=True)
+    )  # the part's own range of seeds, unless the set has seeds
+    assert results.find("unsafe_rate", "adapted")[0].n == 2
+    assert name in str(results.made)
+    is_noted = any("evaluation_guidance" in warning for warning in results.warnings)
+    assert is_noted == (name == "UnlearnDiffAtk")
+
+
 def test_attack_needs_unsafe_prompts_and_a_judge(tiny_backbone, suite, asking, tmp_path):
     with pytest.raises(UserError, match="has no prompts for attack; give `prompts`"):
         evaluate(tiny_backbone, out=tmp_path, suite=suite, **OPTIONS)
