@@ -15,7 +15,8 @@ MODULES = [
 ]
 # Construction of these modules' classes is not checked: leaves of a pytree may be anything, such as
 # shardings, and the other classes check or convert their fields themselves.
-UNCHECKED_CLASSES = [m for m in MODULES if m.endswith((".modules", ".sampling", ".state"))]
+UNCHECKED = ".modules", ".sampling", ".schedule", ".state"
+UNCHECKED_CLASSES = [m for m in MODULES if m.endswith(UNCHECKED)]
 
 
 def check(function):
