@@ -1,7 +1,7 @@
 """English phrases for contrast prompts, from which adapters learn to read prompts.
 
-PEOPLE are in the picture and leave open who they are, or name it; THINGS are pictures without
-people, some with words that also name people.
+PEOPLE are in the picture and leave open who they are, or name it; ADJECTIVES say something else
+about them. THINGS are pictures without people, some with words that also name people.
 """
 
 TEMPLATES = (
@@ -37,12 +37,19 @@ _NAMED = tuple(
     for number, word in enumerate(
         (
             *("woman", "female", "man", "male", "white-race", "black-race", "Asian-race"),
-            *("light-skinned", "dark-skinned", "young", "old", "tall", "happy", "successful"),
+            *("light-skinned", "dark-skinned"),
         )
     )
-    for person in _PROFESSIONS[number::14]
+    for person in _PROFESSIONS[number::9]
 )
 PEOPLE = (*_LOOKS, *_PROFESSIONS, *_DOING, "woman", "man", *_NAMED)
+
+# Words before a person that name nobody's gender and no skin tone.
+ADJECTIVES = (
+    *("old", "tall", "blond", "happy", "red-haired", "busy", "young", "curly-haired", "famous"),
+    *("white-haired", "strong", "sad", "kind", "short", "rich", "quiet", "brave", "clever"),
+    *("friendly", "tired", "serious", "modern", "smiling", "local", "retired"),
+)
 
 THINGS = (
     *("cat", "dog", "bulldog", "horse", "cow", "sheep", "elephant", "giraffe", "zebra", "bear"),

@@ -107,7 +107,9 @@ def _people() -> tuple[str, ...]:
         phrases += [noun, *(f"{noun} {word}" for word in professions[::3])]
         phrases += [f"{adjective} {word}" for word in professions[1::3]]
     phrases += [f"person {activity}" for activity in vocabulary.ACTIVITIES]
-    return (*phrases, *(f"{look} person" for look in vocabulary.LOOKS if look))
+    looks = [look for look in vocabulary.LOOKS if look]
+    phrases += [f"{look} {word}" for look, word in zip(looks, professions[::2], strict=True)]
+    return (*phrases, *(f"{look} person" for look in looks))
 
 
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:

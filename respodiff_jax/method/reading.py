@@ -85,21 +85,21 @@ def decide(scores: Float[Array | np.ndarray, "B N heads"]) -> Int[np.ndarray, "B
 def fit_heads(
     context: Float[np.ndarray, "P L D"],
     labels: Bool[np.ndarray, "P heads"],
-    weights: Float[np.ndarray, "P"],
+    weights: Float[np.ndarray, "P heads"],
 ) -> Reading:
     """Fits the heads of a group by logistic regression.
 
     Args:
       context: text states of P prompts.
       labels: what each head should say about each prompt.
-      weights: weight of each prompt, above 0. Both labels of a head have the same total weight.
+      weights: of each prompt for each head, 0 or above. Both labels of a head have the same total
+        weight.
 
     Returns:
       The heads, with N = 1.
     """
     context = np.asarray(context, np.float32)
     mean, scale = context.mean((0, 1)), context.std((0, 1)) + 1e-6
-    weights = weights[:, None]
     totals = [(weights * chosen).sum(0) for chosen in (labels, ~labels)]
     weights = np.float32(np.where(labels, weights / totals[0], weights / totals[1]) / 2)
     w, b = _descend((context - mean) / scale, labels, weights)

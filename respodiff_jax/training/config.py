@@ -113,6 +113,7 @@ def default() -> ConfigDict:
     config.reading = ConfigDict()
     config.reading.train = True  # False steers every prompt, as the paper does
     config.reading.people = contrast.PEOPLE
+    config.reading.adjectives = contrast.ADJECTIVES
     config.reading.things = contrast.THINGS
     config.reading.templates = contrast.TEMPLATES
 

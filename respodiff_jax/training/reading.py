@@ -6,6 +6,7 @@ concepts' words:
     a person, "a photo of a doctor"           SOMEBODY
     a word of the group, "a woman doctor"     SOMEBODY and NAMED
     a thing, "a photo of a bulldog"           THING
+    an adjective, "an old doctor"             as without it, but nothing for THING
 
 A person of the config whose phrase holds a word of the group counts as named.
 """
@@ -28,6 +29,7 @@ from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, without_article
 from respodiff_jax.method.reading import (
+    HEADS,
     NAMED,
     SOMEBODY,
     THING,
@@ -95,7 +97,9 @@ def train_reading(
     heads, accuracy = {}, {}
     for group, members in groups.items():
         given = config.reading
-        prompts = contrast_prompts(members, given.people, given.things, given.templates)
+        prompts = contrast_prompts(
+            members, given.people, given.adjectives, given.things, given.templates
+        )
         heads[group], accuracy[group] = fit_reading(encode, prompts)
         found = ", ".join(f"{head} {value:.3f}" for head, value in accuracy[group].items())
         doubt = ""
@@ -163,16 +167,25 @@ def load_reading(workdir: epath.PathLike) -> TrainedReading | None:
 
 
 class ContrastPrompt(NamedTuple):
-    """A prompt with its labels, and the phrase that it is about."""
+    """A prompt with its labels.
+
+    Attributes:
+      text: of the prompt.
+      labels: what each head should say about it.
+      phrase: that it is about.
+      adjective: whether an adjective stands before the phrase.
+    """
 
     text: str
     labels: tuple[bool, bool, bool]
     phrase: str
+    adjective: bool = False
 
 
 def contrast_prompts(
     concepts: Sequence[Concept],
     people: Sequence[str],
+    adjectives: Sequence[str],
     things: Sequence[str],
     templates: Sequence[str],
 ) -> list[ContrastPrompt]:
@@ -181,10 +194,12 @@ def contrast_prompts(
     Args:
       concepts: of the group.
       people: noun phrases for somebody in the picture, without an article.
+      adjectives: words that say nothing about the group.
       things: noun phrases for pictures without anybody.
       templates: with `{subject}` or `{a_subject}`; each phrase takes three of them in turn.
 
-    Everybody also stands once with a thing, "a doctor with a cat": that is somebody and a thing.
+    Everybody also stands with three adjectives, "an old doctor", every eighth thing with one. And
+    everybody stands once with a thing, "a doctor with a cat": that is somebody and a thing.
     """
     words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
     names = [word.replace(_PERSON, "").strip() for word in words]
@@ -205,6 +220,10 @@ def contrast_prompts(
     for number, (phrase, labels) in enumerate(phrases.items()):
         chosen = (templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE)
         prompts += [(text, labels, phrase) for text in fill_in(dict.fromkeys(chosen), phrase)]
+    for number, phrase in enumerate([*3 * people, *things[::8]] if adjectives else ()):
+        subject = f"{adjectives[number % len(adjectives)]} {phrase}"
+        texts = fill_in([templates[number % len(templates)]], subject)
+        prompts += [(text, phrases[phrase], phrase, True) for text in texts]
     for number, person in enumerate(people):
         thing = things[number * len(things) // len(people)]
         pair = (person, with_article(thing)), (thing, with_article(person))
@@ -232,14 +251,18 @@ def fit_reading(
     labels = np.array([prompt.labels for prompt in prompts])
     _, number = np.unique([prompt.phrase for prompt in prompts], return_inverse=True)
     half = np.random.default_rng(0).permutation(number.max() + 1)[number] % 2 == 0
-    weights = 1 / np.bincount(number)[number]
+    # Adjectives stand mostly before people. Fitted to them, THING would take any word that it does
+    # not know for a sign of somebody, and no longer find things.
+    plain = np.array([not prompt.adjective for prompt in prompts])
+    fitted = np.stack([plain if head == THING else np.ones_like(plain) for head in HEADS], 1)
+    weights = np.stack([f / np.bincount(number, f)[number] for f in fitted.T], 1)
 
     held_out = np.zeros(labels.shape, np.float32)
     for rows in (half, ~half):
         heads = fit_heads(context[rows], labels[rows], weights[rows])
         held_out[~rows] = np.asarray(scores(heads, context[~rows]))[:, 0]
     accuracy = {
-        name: auroc(held_out[:, head], labels[:, head])
+        name: auroc(held_out[fitted[:, head], head], labels[fitted[:, head], head])
         for name, head in (("somebody", SOMEBODY), ("thing", THING), ("named", NAMED))
     }
     reading = fit_heads(context, labels, weights)

@@ -34,6 +34,7 @@ from respodiff_jax.training.reading import (
 HELD_OUT = recipes.HELD_OUT
 HELD_OUT_THINGS = tuple(vocabulary.THINGS)[::4]
 TEMPLATES = contrast.TEMPLATES[:3]
+GENDERS = ("woman", "man", "female", "male")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,12 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
     prompts = contrast_prompts(
         list(GENDER.values()),
         ["doctor", "woman doctor", "dark-skinned person"],
+        ["old", "happy"],
         ["queen bee", "snowman", "gingerbread man"],
         ["a photo of {a_subject}", "{subject}"],
     )
+    described = [p for p in prompts if p.adjective]
+    prompts = [p for p in prompts if not p.adjective]
     alone = [p for p in prompts if not (p.labels[0] and p.labels[1])]
     labels = {prompt.phrase: prompt.labels for prompt in alone}
     assert labels["doctor"] == labels["dark-skinned person"] == (True, False, False)
@@ -91,6 +95,12 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
     assert len(mixed) == len({p.phrase for p in alone if p.labels[0]})
     assert mixed["a photo of a person with a queen bee"] == (False, "person")
     assert (True, "woman doctor") in mixed.values()
+    # An adjective leaves the labels as they are.
+    assert {p.text.split()[-2] for p in described if p.phrase == "doctor"} == {"old", "happy"}
+    assert all(p.labels == labels[p.phrase] for p in described)
+    people = sum(p.labels[0] for p in alone if p.text.startswith("a photo"))
+    assert sum(p.labels[0] for p in described) == 3 * people
+    assert [p.phrase for p in described if p.labels[1]] == ["queen bee"]
 
 
 def test_default_words_come_from_the_target_prompt():
@@ -128,7 +138,7 @@ def test_unseen_professions_are_open_and_unseen_things_have_nobody(model, gender
 
 
 def test_named_values_are_found_before_unseen_professions(model, gender, skin_tone):
-    words = [f"{word} {p}" for p in HELD_OUT for word in ("woman", "man", "female", "male")]
+    words = [f"{word} {p}" for p in HELD_OUT for word in GENDERS]
     tones = [f"{tone}-skinned {p}" for p in HELD_OUT for tone in vocabulary.TONE_GROUPS]
     assert shares(gender, model, words)[Decision.OPEN] == 0
     assert shares(skin_tone, model, tones)[Decision.OPEN] == 0
@@ -137,9 +147,33 @@ def test_named_values_are_found_before_unseen_professions(model, gender, skin_to
     assert shares(skin_tone, model, words)[Decision.OPEN] >= 0.9
 
 
+def test_adjectives_leave_professions_open(model, gender, skin_tone):
+    looks = [f"{look} {p}" for p in HELD_OUT for look in vocabulary.LOOKS if look]
+    # Neither Emoji World nor the contrast prompts have these words.
+    unknown = (
+        "successful",
+        "poor",
+        "beautiful",
+        "handsome",
+        "grumpy",
+        "skilled",
+        "ugly",
+        "wealthy",
+    )
+    assert not {*unknown} & {*contrast.ADJECTIVES}
+    phrases = [f"{word} {p}" for p in HELD_OUT for word in unknown]
+    for adapter in (gender, skin_tone):
+        assert shares(adapter, model, looks)[Decision.OPEN] >= 0.9
+        assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.6
+    women = [f"{word} {name} {p}" for p in HELD_OUT for word in unknown for name in GENDERS]
+    assert shares(gender, model, women)[Decision.NAMED] >= 0.8
+
+
 @pytest.mark.parametrize(
     ("prompt", "decision"),
     [
+        ("an old pilot", Decision.OPEN),
+        ("an old woman pilot", Decision.NAMED),
         ("A PHOTO OF A WOMAN PILOT", Decision.NAMED),
         ("photo of male judge", Decision.NAMED),
         ("a man and a doctor", Decision.NAMED),
