@@ -183,14 +183,14 @@ class RespoDiffAdapter:
         num_prompts: int | None = None,
         *,
         prompts: str | Sequence[str] | None = None,
-        ratios: Mapping[str, float] | None = None,
+        ratio: Mapping[str, float] | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> list[str | None]:
-        """Gives each image of a batch one concept of a group, in exact ratios.
+        """Gives each image of a batch one concept of a group, in exact shares.
 
-        With `prompts`, the ratios hold among those that leave the group open, and the images of the
-        others get none. Concept k gets the share `ratios[k]` of all `P * M` images, and of each
+        With `prompts`, the shares hold among those that leave the group open, and the images of the
+        others get none. Concept k gets the share `ratio[k]` of all `P * M` images, and of each
         prompt's M images, rounded down or up. The order is random: call `fair` before every batch.
         The choice of concepts outside the group does not change.
 
@@ -199,7 +199,7 @@ class RespoDiffAdapter:
           num_images_per_prompt: M >= 1, as given to the pipeline.
           num_prompts: P >= 1; the number of `prompts`, else 1.
           prompts: the P prompts of the batch. The adapter must be attached to the pipeline.
-          ratios: shares by name of the group's concepts, with sum 1; equal by default.
+          ratio: shares by name of the group's concepts, with sum 1; equal by default.
           scale: replaces each concept's own default scale.
           generator: makes the order repeatable.
 
@@ -209,7 +209,7 @@ class RespoDiffAdapter:
 
         Raises:
           ValueError: for prompts without an attached pipeline, a group that is unknown, of safety
-            concepts or of one concept, ratios that do not fit it, a number below 1, a `num_prompts`
+            concepts or of one concept, a ratio that does not fit it, a number below 1, a `num_prompts`
             that is not the number of `prompts`, or a scale that is not finite.
         """
         members = self.groups.get(group)
@@ -229,7 +229,7 @@ class RespoDiffAdapter:
                 f"num_images_per_prompt is {num_images_per_prompt} and num_prompts {num_prompts},"
                 " expected 1 or more"
             )
-        shares = _shares(group, members, ratios)
+        shares = _shares(group, members, ratio)
         columns = [self._index(name) for name in members]
         is_open = [True] * num_prompts
         if prompts is not None:
@@ -716,19 +716,19 @@ def _heads(
 
 
 def _shares(
-    group: str, members: Sequence[str], ratios: Mapping[str, float] | None
+    group: str, members: Sequence[str], ratio: Mapping[str, float] | None
 ) -> list[Fraction]:
     """The exact share of each member."""
-    if ratios is None:
+    if ratio is None:
         return [Fraction(1, len(members))] * len(members)
-    if outside := sorted(set(ratios) - set(members)):
-        raise ValueError(f"ratios name {outside}, but group {group!r} has {list(members)}")
-    if not all(math.isfinite(share) and share >= 0 for share in ratios.values()):
-        raise ValueError(f"ratios are {dict(ratios)}, expected shares of 0 or more")
-    if abs(sum(ratios.values()) - 1) > 5e-3:
-        raise ValueError(f"ratios sum to {sum(ratios.values()):g}, expected 1: {dict(ratios)}")
+    if outside := sorted(set(ratio) - set(members)):
+        raise ValueError(f"`ratio` names {outside}, but group {group!r} has {list(members)}")
+    if not all(math.isfinite(share) and share >= 0 for share in ratio.values()):
+        raise ValueError(f"`ratio` is {dict(ratio)}, expected shares of 0 or more")
+    if abs(sum(ratio.values()) - 1) > 5e-3:
+        raise ValueError(f"`ratio` sums to {sum(ratio.values()):g}, expected 1: {dict(ratio)}")
     # Fractions, so that 0.29 of 100 is 29.
-    exact = [Fraction(float(ratios.get(name, 0))).limit_denominator(10**6) for name in members]
+    exact = [Fraction(float(ratio.get(name, 0))).limit_denominator(10**6) for name in members]
     return [share / sum(exact) for share in exact]
 
 

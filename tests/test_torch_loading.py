@@ -44,11 +44,11 @@ def adapter(tmp_path):
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.29, 0.71), (1.0, 0.0), (0.33, 0.67)])
 @pytest.mark.parametrize(("images", "prompts"), [(1, 1), (7, 3), (100, 1), (3, 10), (1, 9)])
 def test_fair_quotas_equal_those_of_flax(adapter, shares, images, prompts):
-    ratios = dict(zip(("a woman", "a man"), shares, strict=True))
+    ratio = dict(zip(("a woman", "a man"), shares, strict=True))
     generator = torch.Generator().manual_seed(1)
-    picks = adapter.fair("gender", images, prompts, ratios=ratios, generator=generator)
+    picks = adapter.fair("gender", images, prompts, ratio=ratio, generator=generator)
     flax = fair_assignment(images, prompts, shares, seed=0)
-    counts = [picks.count(name) for name in ratios]
+    counts = [picks.count(name) for name in ratio]
     if 0.5 not in shares:  # ties are broken at random
         assert counts == np.bincount(flax.reshape(-1), minlength=2).tolist()
     assert all(
@@ -65,7 +65,7 @@ def test_fair_quotas_equal_those_of_flax(adapter, shares, images, prompts):
 @pytest.mark.parametrize(("images", "prompts"), [(7, 3), (3, 10), (5, 4)])
 def test_fair_spreads_the_remainder_over_the_prompts(adapter, shares, images, prompts):
     names = [concept.name for concept in ELEMENTS]
-    picks = adapter.fair("element", images, prompts, ratios=dict(zip(names, shares, strict=True)))
+    picks = adapter.fair("element", images, prompts, ratio=dict(zip(names, shares, strict=True)))
     assert len(picks) == images * prompts
     for name, share in zip(names, shares, strict=True):
         assert abs(picks.count(name) - share * images * prompts) < 1
@@ -146,9 +146,9 @@ def test_default_scales_are_used(tmp_path):
         (lambda a: a.fair("age", 2), "only 'old', nothing to balance"),
         (lambda a: a.fair("gender", 0), "num_images_per_prompt is 0"),
         (lambda a: a.fair("gender", 1, num_prompts=0), "num_prompts 0"),
-        (lambda a: a.fair("gender", 2, ratios={"old": 1}), r"ratios name \['old'\], but group"),
-        (lambda a: a.fair("gender", 2, ratios={"a man": 0.4}), "ratios sum to 0.4"),
-        (lambda a: a.fair("gender", 2, ratios={"a man": 2, "a woman": -1}), "shares of 0 or more"),
+        (lambda a: a.fair("gender", 2, ratio={"old": 1}), r"`ratio` names \['old'\], but group"),
+        (lambda a: a.fair("gender", 2, ratio={"a man": 0.4}), "`ratio` sums to 0.4"),
+        (lambda a: a.fair("gender", 2, ratio={"a man": 2, "a woman": -1}), "shares of 0 or more"),
     ],
 )
 def test_wrong_choices_change_nothing(adapter, choose, message):

@@ -55,7 +55,7 @@ class Adapter:
       dtype: dtype of the saved parameters, one of `DTYPES`.
       reading: the heads that read prompts, float32 numpy; None steers every prompt, as the paper
         does.
-      reading_accuracy: group -> head ("somebody", "thing", "named") -> held-out AUROC, where it is
+      reading_accuracy: group -> head ("somebody", "thing", "value") -> held-out AUROC, where it is
         known.
 
     Raises:

@@ -7,7 +7,7 @@ The paper adds the same modules whatever the prompt says. Here each group of con
 
 * SOMEBODY: does the prompt name somebody whom the group is about, "a doctor"?
 * THING: does it name something else, "a cat"?
-* NAMED: does it name a value of the group, "a woman"?
+* VALUE: does it name a value of the group, "a woman"?
 
 A picture is steered unless its prompt names a value, or a thing and nobody. The score follows the
 token with the largest response, as in EquiSteer (arXiv 2607.01147): the place of a word in the
@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-HEADS = SOMEBODY, THING, NAMED = 0, 1, 2
+HEADS = SOMEBODY, THING, VALUE = 0, 1, 2
 # s of each head: a person or a value is one word, the sense of a thing is spread over several.
 SHARPNESS = (4.0, 1.0, 4.0)
 

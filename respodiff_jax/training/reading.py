@@ -4,7 +4,7 @@ Each group of concepts has its own contrast prompts, from the config's `reading`
 concepts' words:
 
     a person, "a photo of a doctor"           SOMEBODY
-    a word of the group, "a woman doctor"     SOMEBODY and NAMED
+    a word of the group, "a woman doctor"     SOMEBODY and VALUE
     a thing, "a photo of a bulldog"           THING
     an adjective, "an old doctor"             as without it, but nothing for THING
 
@@ -30,9 +30,9 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, without_article
 from respodiff_jax.method.reading import (
     HEADS,
-    NAMED,
     SOMEBODY,
     THING,
+    VALUE,
     Reading,
     always,
     fit_heads,
@@ -55,7 +55,7 @@ class TrainedReading(NamedTuple):
 
     Attributes:
       heads: of the concepts.
-      accuracy: group -> head ("somebody", "thing", "named") -> held-out AUROC.
+      accuracy: group -> head ("somebody", "thing", "value") -> held-out AUROC.
     """
 
     heads: Reading
@@ -229,7 +229,7 @@ def contrast_prompts(
         pair = (person, with_article(thing)), (thing, with_article(person))
         subject = (" with ", " and ")[number % 2].join(pair[number % 2])
         template = templates[number % len(templates)]
-        labels = True, True, phrases[person][NAMED]
+        labels = True, True, phrases[person][VALUE]
         prompts += [(text, labels, person) for text in fill_in([template], subject)]
     return [ContrastPrompt(*prompt) for prompt in prompts]
 
@@ -263,14 +263,14 @@ def fit_reading(
         held_out[~rows] = np.asarray(scores(heads, context[~rows]))[:, 0]
     accuracy = {
         name: auroc(held_out[fitted[:, head], head], labels[fitted[:, head], head])
-        for name, head in (("somebody", SOMEBODY), ("thing", THING), ("named", NAMED))
+        for name, head in (("somebody", SOMEBODY), ("thing", THING), ("value", VALUE))
     }
     reading = fit_heads(context, labels, weights)
-    # A word that no contrast prompt has is rather not taken for a name. So the threshold of NAMED
+    # A word that no contrast prompt has is rather not taken for a value. So the threshold of VALUE
     # lies midway between the mean scores of both sides (EquiSteer), not where the fit puts it.
-    named = labels[:, NAMED]
-    middle = (held_out[named, NAMED].mean() + held_out[~named, NAMED].mean()) / 2
-    reading.bias[:, NAMED] -= middle
+    named = labels[:, VALUE]
+    middle = (held_out[named, VALUE].mean() + held_out[~named, VALUE].mean()) / 2
+    reading.bias[:, VALUE] -= middle
     return reading, accuracy
 
 

@@ -51,7 +51,7 @@ def test_demo_trains_measures_and_reports(tmp_path, monkeypatch, capsys):
     [unchanged] = [line for line in printed.splitlines() if line.startswith("pictures of things")]
     assert unchanged.split()[:5] == ["pictures", "of", "things", "unchanged", "100.0%"]
     assert results.value("steered", "adapted", attribute="named") == 0
-    assert adapter.reading_accuracy["gender"]["named"] > 0.95
+    assert adapter.reading_accuracy["gender"]["value"] > 0.95
     report = (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert "doctor" in report and report.count("data:image/") >= 16
     # The training uses no profession.
