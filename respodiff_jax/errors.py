@@ -22,6 +22,13 @@ class UserError(ValueError):
     """
 
 
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises `UserError` unless the value of what is named is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{name} is {value!r:.80}, expected one of {', '.join(choices)}")
+
+
 def shortened(text: object, length: int = 100) -> str:
     """A text for a message: one line, cut off after so many characters."""
     line = " ".join(str(text).split())

@@ -209,8 +209,8 @@ class RespoDiffAdapter:
 
         Raises:
           ValueError: for prompts without an attached pipeline, a group that is unknown, of safety
-            concepts or of one concept, a ratio that does not fit it, a number below 1, a `num_prompts`
-            that is not the number of `prompts`, or a scale that is not finite.
+            concepts or of one concept, a ratio that does not fit it, a number below 1, a
+            `num_prompts` that is not the number of `prompts`, or a scale that is not finite.
         """
         members = self.groups.get(group)
         if members is None:

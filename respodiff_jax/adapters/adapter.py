@@ -32,7 +32,7 @@ from respodiff_jax.adapters.files import (
     read_weights,
     tensor_key,
 )
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 from respodiff_jax.method.concepts import Concept, validate_concepts
 from respodiff_jax.method.modules import MidBlockModule, Params
 from respodiff_jax.method.reading import HEADS, Reading
@@ -76,8 +76,7 @@ class Adapter:
 
     def __post_init__(self):
         validate_concepts(self.concepts)
-        if self.dtype not in DTYPES:
-            raise UserError(f"adapter dtype is {self.dtype!r:.80}, expected one of {DTYPES}")
+        check_choice("adapter dtype", self.dtype, DTYPES)
         check_backbone(self.backbone)
         if not isinstance(self.training, Mapping | None):
             raise UserError(f"adapter training is {self.training!r:.80}, not a mapping or null")

@@ -13,7 +13,7 @@ from respodiff_jax.backbone import flax_models
 from respodiff_jax.backbone.backbone import Backbone
 from respodiff_jax.backbone.text import byte_tokenizer
 from respodiff_jax.backbone.weights import aligned_empty
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import check_choice
 
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -209,10 +209,7 @@ def random_backbone(
     Raises:
       UserError: for an unknown architecture or dtype.
     """
-    if architecture not in _ARCHITECTURES:
-        raise UserError(
-            f"unknown architecture {architecture!r}; expected one of {', '.join(_ARCHITECTURES)}"
-        )
+    check_choice("architecture", architecture, _ARCHITECTURES)
     kind = flax_models.compute_dtype(dtype)
     configs = dict(_ARCHITECTURES[architecture])
     scheduler_config = dict(configs.pop("scheduler"))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "flash", "cudnn", "stock")
 
@@ -46,10 +46,7 @@ def choose_attention(implementation: str, dtype: np.dtype) -> str:
     Raises:
       UserError: for an unknown name, or if this backend or dtype does not have the implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"`attention` is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    check_choice("`attention`", implementation, IMPLEMENTATIONS)
     backend = jax.default_backend()
     fastest = "flash" if backend == "tpu" else "cudnn" if _has_cudnn(dtype) else "chunked"
     if implementation == "auto":

@@ -49,7 +49,7 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
 
 from respodiff_jax.backbone import options  # noqa: E402
 from respodiff_jax.backbone.attention import attention  # noqa: E402
-from respodiff_jax.errors import UserError  # noqa: E402
+from respodiff_jax.errors import UserError, check_choice  # noqa: E402
 
 LAYER = "layer"  # the name that `name_layers` gives
 
@@ -235,6 +235,5 @@ def _traced_params(module: nn.Module) -> dict:
 
 def compute_dtype(dtype: str) -> np.dtype:
     """The numpy dtype of "float32" or "bfloat16"; raises `UserError` for another name."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"`dtype` is {dtype!r}, expected 'float32' or 'bfloat16'")
+    check_choice("`dtype`", dtype, ("float32", "bfloat16"))
     return jnp.dtype(dtype)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.modeling_flax_utils import ACT2FN
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 
 _BASE_MODELS = "use a Stable Diffusion 1.x, 2.x or XL base model"
 
@@ -149,11 +149,7 @@ def check_text_encoder(file: str, config: Mapping[str, Any]) -> None:
     _check(file, config, _TEXT_FIXED, _TEXT_HARMLESS | TEXT_OBEYED)
     _check_sizes(file, config, *TEXT_OBEYED - {"hidden_act", "layer_norm_eps"})
     _check_layers(file, config, "num_hidden_layers")
-    activation = config.get("hidden_act", "quick_gelu")
-    if activation not in list(ACT2FN):
-        raise UserError(
-            f"{file}: hidden_act is {activation!r:.80}, expected one of {sorted(ACT2FN)}"
-        )
+    check_choice(f"{file}: hidden_act", config.get("hidden_act", "quick_gelu"), sorted(ACT2FN))
 
 
 def check_scheduler(file: str, config: Mapping[str, Any]) -> None:

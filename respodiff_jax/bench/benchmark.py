@@ -6,7 +6,7 @@ from respodiff_jax.bench import measure
 from respodiff_jax.bench.generate import bench_generate
 from respodiff_jax.bench.report import Report
 from respodiff_jax.bench.train import bench_train
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 from respodiff_jax.storage import PathLike, check_output_file
 
 BENCHMARKS = {"train": bench_train, "generate": bench_generate}
@@ -38,8 +38,7 @@ def benchmark(
       UserError: for a wrong argument, before anything is measured; for a mistake in the config or
         the model; if PyTorch is missing.
     """
-    if what not in BENCHMARKS:
-        raise UserError(f"`what` is {what!r}, expected one of {', '.join(BENCHMARKS)}")
+    check_choice("`what`", what, BENCHMARKS)
     if against not in (None, "torch"):
         raise UserError(f"`against` is {against!r}, expected 'torch' or None")
     if repeats < 1:

@@ -157,28 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attack-steps", type=int, metavar="N", help="gradients of a search (default: 40)")
     add("--attack-restarts", type=int, metavar="N", help="searches of each prompt (default: 1)")
 
-    add = parser.add_argument_group("sampling").add_argument
-    add("--steps", dest="num_steps", type=int, metavar="N", help="sampling steps")
-    inputs.add_sampler(add)
-    add(
-        "--guidance",
-        dest="guidance_scale",
-        type=float,
-        metavar="SCALE",
-        help="guidance scale (default: the suite's)",
-    )
-    add(
-        "--resolution",
-        type=int,
-        metavar="PIXELS",
-        help="of the pictures (default: the adapter's, or the model's)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="pictures at a time over all devices (default: by resolution)",
-    )
+    inputs.add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

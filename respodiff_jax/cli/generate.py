@@ -89,32 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " names, and leaves pictures without people as they are",
     )
 
-    add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--steps",
-        dest="num_steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="sampling steps (default: %(default)s)",
-    )
-    inputs.add_sampler(add)
-    add(
-        "--guidance",
-        dest="guidance_scale",
-        type=float,
-        default=7.5,
-        metavar="SCALE",
-        help="guidance scale (default: %(default)s)",
-    )
+    add = inputs.add_sampling_arguments(parser, steps=50, guidance=7.5)
     add("--negative-prompt", default="", metavar="TEXT", help="default: empty")
-    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, or the model's")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="images at a time over all devices (default: by resolution)",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -65,15 +65,50 @@ def check_sources(sources: Sequence[str]) -> None:
             )
 
 
-def add_sampler(add: Any) -> None:
-    """Adds the option `--sampler` to a group, given its `add_argument`."""
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, steps: int | None = None, guidance: float | None = None
+) -> Any:
+    """Adds the options of sampling.
+
+    Args:
+      parser: of a verb.
+      steps: default number of steps; None is that of `--preset`.
+      guidance: default guidance scale; None is that of `--suite`.
+
+    Returns:
+      `add_argument` of their group, to add more options.
+    """
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--steps",
+        dest="num_steps",
+        type=int,
+        default=steps,
+        metavar="N",
+        help="sampling steps (default: " + str(steps or "the preset's") + ")",
+    )
     add(
         "--sampler",
         choices=("ddim", "ddim-diffusers", "dpm++", "euler"),
-        default=None,
         help="ddim is the paper's (default); dpm++ needs fewer steps; ddim-diffusers differs from"
         " ddim where diffusers' timesteps are uneven",
     )
+    add(
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        default=guidance,
+        metavar="SCALE",
+        help="guidance scale (default: " + str(guidance or "the suite's") + ")",
+    )
+    add("--resolution", type=int, metavar="PIXELS", help="default: the adapter's, or the model's")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images at a time over all devices (default: by resolution)",
+    )
+    return add
 
 
 def use_cores(args: argparse.Namespace) -> None:

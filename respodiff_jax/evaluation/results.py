@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 from respodiff_jax.storage import PathLike, checked, read_json, read_text, write_whole
 
 SCHEMA_VERSION = 2
@@ -67,10 +67,7 @@ class Measurement:
     version: int = 1
 
     def __post_init__(self):
-        if self.picture_set not in PICTURE_SETS:
-            raise UserError(
-                f"images is {self.picture_set!r:.50}, expected one of {', '.join(PICTURE_SETS)}"
-            )
+        check_choice("images", self.picture_set, PICTURE_SETS)
         if self.counts and self.target and len(self.counts) != len(self.target):
             raise UserError(
                 f"target has {len(self.target)} shares for counts of {len(self.counts)} values"

@@ -22,7 +22,7 @@ from respodiff_jax.adapters import (
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 from respodiff_jax.evaluation import fairness
 from respodiff_jax.evaluation.attack.found import check_attack, draw_attacked
 from respodiff_jax.evaluation.attack.search import Budget
@@ -161,8 +161,7 @@ def evaluate(
         for attribute, shares in (targets or {}).items()
     }
     adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
-    if preset not in PRESETS:
-        raise UserError(f"`preset` is {preset!r}, expected one of {', '.join(PRESETS)}")
+    check_choice("`preset`", preset, PRESETS)
     existing = None
     if images is not None:
         drawing = arguments | {"preset": preset != "quick"}

@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, UInt8
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning, equal_batches
 from respodiff_jax.backbone.memory import estimate_bytes
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 from respodiff_jax.generation.limits import check_memory
 from respodiff_jax.method.diffusion import (
     Latent,
@@ -32,7 +32,7 @@ from respodiff_jax.method.diffusion import (
     predict_z_0,
 )
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
-from respodiff_jax.method.schedule import Schedule, check_sampler
+from respodiff_jax.method.schedule import SAMPLERS, Schedule
 
 Images = UInt8[Array, "B height width 3"]
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -63,7 +63,7 @@ class SamplerOptions:
     sampler: str = "ddim"
 
     def __post_init__(self):
-        check_sampler(self.sampler)
+        check_choice("`sampler`", self.sampler, SAMPLERS)
         for field in ("num_steps", "resolution", "batch_size"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, int(getattr(self, field)))

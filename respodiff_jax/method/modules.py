@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Key
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 
 KINDS = ("constant", "mlp", "conv")
 INITS = ("zeros", "uniform")
@@ -52,12 +52,8 @@ class MidBlockModule(nn.Module):
     init_scheme: str = "zeros"
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"module kind is {self.kind!r:.80}, expected one of {', '.join(KINDS)}")
-        if self.init_scheme not in INITS:
-            raise UserError(
-                f"module init is {self.init_scheme!r}, expected one of {', '.join(INITS)}"
-            )
+        check_choice("module kind", self.kind, KINDS)
+        check_choice("module init", self.init_scheme, INITS)
         if self.hidden_channels is not None and self.hidden_channels < 1:
             raise UserError(
                 f"module hidden_channels is {self.hidden_channels}, expected at least 1"

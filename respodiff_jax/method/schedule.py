@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Real
 
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_choice
 
 SAMPLERS = ("ddim", "ddim-diffusers", "dpm++", "euler")
 
@@ -88,12 +88,8 @@ class Schedule:
         Deviation: latents are never clipped (`clip_sample`), as Stable Diffusion pipelines require.
         """
         prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"scheduler prediction_type is {prediction_type!r},"
-                " expected 'epsilon' or 'v_prediction'"
-            )
-        check_sampler(sampler)
+        check_choice("scheduler prediction_type", prediction_type, ("epsilon", "v_prediction"))
+        check_choice("`sampler`", sampler, SAMPLERS)
         is_ddim = sampler.startswith("ddim")
         if not is_ddim:
             _check_plain(config, sampler)
@@ -139,12 +135,6 @@ class Schedule:
             sampler=sampler,
             initial_scale=float(np.sqrt(1 - levels[0])) if starts_short else 1.0,
         )
-
-
-def check_sampler(sampler: str) -> None:
-    """Raises `UserError` for a sampler that does not exist."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"`sampler` is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
 
 
 def _check_plain(config: Mapping[str, Any], sampler: str) -> None:

@@ -112,9 +112,13 @@ def test_only_needed_files_are_downloaded(sd_folder, tmp_path, monkeypatch):
         ("owner/absent", {}, "neither a folder nor in the Hugging Face cache.*HF_HUB_OFFLINE"),
         ("./absent/folder/model", {}, "no such folder, and not a hub id"),
         ("/absent/model", {}, "no such folder, and not a hub id"),
-        ("random/small", {}, "unknown architecture 'small'; expected one of sd14, sd21"),
+        ("random/small", {}, "architecture is 'small', expected one of sd14, sd21"),
         ("random/tiny", {"revision": "main"}, "`revision` is 'main', expected 'seed-0'"),
-        ("random/tiny", {"dtype": "float16"}, "`dtype` is 'float16', expected 'float32' or"),
+        (
+            "random/tiny",
+            {"dtype": "float16"},
+            "`dtype` is 'float16', expected one of float32, bfloat16",
+        ),
     ],
 )
 def test_missing_model_is_refused(name, options, message, tmp_path):
