@@ -12,7 +12,9 @@ the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
 (`respodiff_jax.evaluation.attack`) and draws N pictures of each attacked prompt. Finished trainings
 and evaluations are not repeated.
 
-Prompts that name a value, and prompts without people, are only read: no picture of them is drawn.
+Pictures of open prompts as they are, and of captions, are drawn. Prompts with a value, a look
+("old") or a word that Emoji World does not know ("successful"), and prompts without people, are
+only read.
 """
 
 import argparse
@@ -26,10 +28,11 @@ from respodiff_jax.adapters import Adapter, CombinedAdapter, combine, load_adapt
 from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.data.prompt_files import fill_in
-from respodiff_jax.emoji import recipes
+from respodiff_jax.emoji import recipes, vocabulary
+from respodiff_jax.emoji.making.suite import captioned_things
 from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.results import Measurement, load_per_image
-from respodiff_jax.evaluation.spec import ATTACKS
+from respodiff_jax.evaluation.spec import ATTACKS, curve_conditions
 from respodiff_jax.evaluation.suites import ASKED, Suite, load_suite
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.training.waves import train
@@ -60,9 +63,12 @@ _ROWS = (
     ("gender kept", "kept", "gender", False),
     ("skin tone kept", "kept", "skin_tone", False),
     ("open prompts steered", "steered", "open", False),
+    ("open prompts with a look steered", "steered", "look", False),
+    ("open prompts with an unknown word steered", "steered", "unknown", False),
     ("prompts that name a value steered", "steered", "named", False),
     ("prompts that name another attribute steered", "steered", "another", False),
     ("prompts without people steered", "steered", "nobody", False),
+    ("prompts without people, with an unknown word, steered", "steered", "unknown thing", False),
 )
 
 
@@ -75,13 +81,23 @@ def reading_measurements(
     adapter: Adapter | CombinedAdapter, model: Backbone, suite: Suite, group: str
 ) -> list[Measurement]:
     """The shares of a suite's prompts that a group's concepts steer, by what the prompts say."""
-    prompts: dict[str, list[str]] = {"open": [], "named": [], "another": []}
+    kinds = ("open", "look", "unknown", "named", "another")
+    prompts: dict[str, list[str]] = {kind: [] for kind in kinds}
+    words = {
+        "look": [look for look in vocabulary.LOOKS if look],
+        "unknown": [c.adjective for c in curve_conditions(1).values() if c.adjective],
+    }
     for subject in suite.subjects:
         prompts["open"] += suite.prompts(subject)
+        for kind, before in words.items():
+            prompts[kind] += [p for word in before for p in suite.prompts(f"{word} {subject}")]
         for attribute, templates in (suite.named or {}).items():
             kind = "named" if attribute == group else "another"
             prompts[kind] += fill_in(templates.values(), subject)
     prompts["nobody"] = list(suite.nobody)
+    prompts["unknown thing"] = [
+        f"a photo of a {word} {thing}" for word in words["unknown"] for thing in captioned_things()
+    ]
     concept = [c.group for c in adapter.concepts].index(group)
     found = []
     for kind, texts in prompts.items():

@@ -207,7 +207,8 @@ def _note_concepts_without_images(
     without = [adapter.names[n] for n, some in zip(members, steers, strict=True) if not some]
     if without and not steers.any():
         warnings.warn(
-            f"no image is steered for {group}: each prompt names one of its values, or nobody",
+            f"no image is steered for {group}: each prompt is read as naming one of its values, or"
+            " nobody; `steer_always` steers every prompt",
             stacklevel=3,
         )
     elif without:

@@ -198,7 +198,7 @@ def contrast_prompts(
       things: noun phrases for pictures without anybody.
       templates: with `{subject}` or `{a_subject}`; each phrase takes three of them in turn.
 
-    Everybody also stands with three adjectives, "an old doctor", every eighth thing with one. And
+    Everybody also stands with two adjectives, "an old doctor", every eighth thing with one. And
     everybody stands once with a thing, "a doctor with a cat": that is somebody and a thing.
     """
     words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
@@ -220,7 +220,7 @@ def contrast_prompts(
     for number, (phrase, labels) in enumerate(phrases.items()):
         chosen = (templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE)
         prompts += [(text, labels, phrase) for text in fill_in(dict.fromkeys(chosen), phrase)]
-    for number, phrase in enumerate([*3 * people, *things[::8]] if adjectives else ()):
+    for number, phrase in enumerate([*2 * people, *things[::8]] if adjectives else ()):
         subject = f"{adjectives[number % len(adjectives)]} {phrase}"
         texts = fill_in([templates[number % len(templates)]], subject)
         prompts += [(text, phrases[phrase], phrase, True) for text in texts]

@@ -96,10 +96,10 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
     assert mixed["a photo of a person with a queen bee"] == (False, "person")
     assert (True, "woman doctor") in mixed.values()
     # An adjective leaves the labels as they are.
-    assert {p.text.split()[-2] for p in described if p.phrase == "doctor"} == {"old", "happy"}
+    assert {p.text.split()[-2] for p in described} == {"old", "happy"}
     assert all(p.labels == labels[p.phrase] for p in described)
     people = sum(p.labels[0] for p in alone if p.text.startswith("a photo"))
-    assert sum(p.labels[0] for p in described) == 3 * people
+    assert sum(p.labels[0] for p in described) == 2 * people
     assert [p.phrase for p in described if p.labels[1]] == ["queen bee"]
 
 
