@@ -13,6 +13,7 @@ import pytest
 
 import respodiff_jax as rd
 from respodiff_jax import cli
+from respodiff_jax.data import contrast
 from respodiff_jax.method import objective
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def test_readme_script_trains_draws_and_evaluates_on_emoji_world(tmp_path):
     small = small.replace(
         '"batch_size": 1}',
         '"batch_size": 1}, optimizer={"warmup_steps": 0},\n'
-        '    reading={"things": ("cat", "bulldog"), "people": ("person", "cook", "pilot")}',
+        f"    reading={ {'things': contrast.THINGS[:20], 'people': contrast.PEOPLE[:20]} }",
     )
     run(small, tmp_path)
     assert (tmp_path / "cook.png").stat().st_size > 0

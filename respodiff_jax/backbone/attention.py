@@ -27,11 +27,11 @@ from respodiff_jax.errors import UserError, check_choice
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "flash", "cudnn", "stock")
 
-# From here on a fused kernel pays: fewer scores, 1 MiB a head in float32, stay on the chip anyway.
-# 64 × 64 positions attending to the 77 tokens of a prompt have more, 32 × 32 positions fewer.
+# From this many scores a head on, a fused kernel pays: fewer, 1 MiB in float32, stay on the chip
+# anyway. 64 × 64 positions attending to the 77 tokens of a prompt have more, 32 × 32 fewer.
 _FUSED_FROM_SCORES = 2**18
-# From here on, for each head, `chunked` works in chunks: 2048 × 2048 positions. Shorter sequences,
-# as in models of less than 384 pixels, keep the bits of `plain`.
+# From this many scores a head on, `chunked` works in chunks: 2048 × 2048 positions. Shorter
+# sequences, as in models of less than 384 pixels, keep the bits of `plain`.
 _CHUNKED_FROM_SCORES = 2**22
 _CHUNK_SCORES = 2**24  # of all heads and pictures in a chunk: 64 MiB in float32
 _CUDNN_TILE = 64  # keys that cuDNN's kernels read together
@@ -80,7 +80,7 @@ def attention(
       key, value: (batch, S, heads, head_dim), in the dtype of the query.
       scale: the factor of the scores.
       implementation: "plain", "chunked", "flash" or "cudnn"; small attentions are plain in any
-        case.
+        case, and "cudnn" is chunked for head dimensions that cuDNN cannot take.
 
     Returns:
       (batch, T, heads, head_dim), in the dtype of the query.

@@ -41,7 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
 
 
 def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -> Any:
-    """Calls a function of the API with the options that have its parameters' names."""
+    """Calls a function of the API with the options named like its parameters."""
     options = vars(args) | given
     known = inspect.signature(function).parameters
     return function(**{name: options[name] for name in known if name in options})
@@ -54,7 +54,7 @@ def check_file(option: str, path: str) -> None:
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Checks that adapters, working directories or hub ids can be what they are given as."""
+    """Checks that each source is a folder, on gs:// or like a hub id, and is given once."""
     if twice := sorted({source for source in sources if sources.count(source) > 1}):
         raise UserError(f"--adapter {twice[0]} is given twice; give each adapter once")
     for source in sources:
@@ -114,8 +114,8 @@ def add_sampling_arguments(
 def use_cores(args: argparse.Namespace) -> None:
     """Makes each core a device if the model is small; see `distributed.use_cores`.
 
-    It comes before adapters are loaded, since that may start JAX, so it reads their model's name
-    from the file of a local adapter or working directory.
+    Call it before adapters are loaded, since loading may start JAX. It reads the model's name from
+    the file of a local adapter or working directory.
     """
     from respodiff_jax.storage import read_json
     from respodiff_jax.training import distributed

@@ -1,7 +1,7 @@
 """English phrases for contrast prompts, from which adapters learn to read prompts.
 
-PEOPLE are in the picture and leave open who they are, or name it; ADJECTIVES say something else
-about them. THINGS are pictures without people, some with words that also name people.
+PEOPLE are phrases for people, with or without a gender or skin tone; ADJECTIVES say neither. THINGS
+are without people; some contain words that also name people.
 """
 
 TEMPLATES = (
@@ -25,7 +25,7 @@ _PROFESSIONS = (
     *("singer", "social worker", "software engineer", "soldier", "surgeon", "taxi driver"),
     *("translator", "veterinarian", "waiter", "welder", "zookeeper"),
 )
-_LOOKS = ("person", "human", "face", "child", "teenager", "adult", "elderly person", "student")
+_GENERAL = ("person", "human", "face", "child", "teenager", "adult", "elderly person", "student")
 _DOING = (
     *("person riding a bike", "person reading a book", "person walking a dog", "person cooking"),
     *("person with an umbrella", "person on a beach", "person playing tennis", "crowd of people"),
@@ -42,7 +42,7 @@ _NAMED = tuple(
     )
     for person in _PROFESSIONS[number::9]
 )
-PEOPLE = (*_LOOKS, *_PROFESSIONS, *_DOING, "woman", "man", *_NAMED)
+PEOPLE = (*_GENERAL, *_PROFESSIONS, *_DOING, "woman", "man", *_NAMED)
 
 # Words before a person that name nobody's gender and no skin tone.
 ADJECTIVES = (

@@ -12,9 +12,9 @@ the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
 (`respodiff_jax.evaluation.attack`) and draws N pictures of each attacked prompt. Finished trainings
 and evaluations are not repeated.
 
-Pictures of open prompts as they are, and of captions, are drawn. Prompts with a value, a look
-("old") or a word that Emoji World does not know ("successful"), and prompts without people, are
-only read.
+Pictures are drawn of open prompts without added words, of captions and, for safety, of prompts that
+ask for unsafe objects. Prompts that name a value, prompts with a look ("old") or an unknown word
+("successful"), and prompts without people, are only read.
 """
 
 import argparse

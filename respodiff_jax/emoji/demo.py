@@ -23,7 +23,7 @@ _TABLE = {
     ("winoalign", None): ("CLIP score picture-prompt", "{:.2f}"),
     ("obeyed", GROUP): ("gender that a prompt names is shown", "{:.1%}"),
     ("attribute_kept", "skin_tone"): ("skin tone kept", "{:.1%}"),
-    ("attribute_kept_when_typed", "skin_tone"): ("the same if the gender is typed", "{:.1%}"),
+    ("attribute_kept_when_typed", "skin_tone"): ("skin tone kept if gender is typed", "{:.1%}"),
     ("unchanged", None): ("pictures of things unchanged", "{:.1%}"),
 }
 

@@ -9,8 +9,8 @@ The paper adds the same modules whatever the prompt says. Here each group of con
 * THING: does it name something else, "a cat"?
 * VALUE: does it name a value of the group, "a woman"?
 
-A picture is steered unless its prompt names a value, or a thing and nobody. The score follows the
-token with the largest response, as in EquiSteer (arXiv 2607.01147): the place of a word in the
+A picture is not steered if its prompt names a value, or names a thing but nobody. The score follows
+the token with the largest response, as in EquiSteer (arXiv 2607.01147): the place of a word in the
 prompt does not matter.
 
 Deviation: the paper steers every prompt.

@@ -199,19 +199,18 @@ def _unless_diverged(
     trained = (new.ram, new.sam, new.opt_ram, new.opt_sam)
     finite = _all_finite((values.loss_resp, values.loss_sem, *trained))
     healthy = finite & (old.diverged_at < 0)
-    diverged_at = jnp.where(healthy | (old.diverged_at >= 0), old.diverged_at, step)
+    diverged_at = jnp.where(finite | (old.diverged_at >= 0), old.diverged_at, step)
     kept = jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
     return kept.replace(diverged_at=diverged_at)
 
 
 def _metrics(values: StepValues, state: ConceptState, average: Average) -> Metrics:
-    mean_index = jnp.mean(jnp.asarray(values.latents.ddim_index, jnp.float32))
     return Metrics(
         loss_resp=values.loss_resp,
         loss_sem=values.loss_sem,
         grad_norm_ram=optax.tree.norm(values.grad_ram),
         grad_norm_sam=optax.tree.norm(values.grad_sam),
-        ddim_index=average(mean_index),
+        ddim_index=average(jnp.mean(values.latents.ddim_index, dtype=jnp.float32)),
         diverged_at=state.diverged_at,
     )
 

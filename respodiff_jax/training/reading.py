@@ -6,9 +6,10 @@ concepts' words:
     a person, "a photo of a doctor"           SOMEBODY
     a word of the group, "a woman doctor"     SOMEBODY and VALUE
     a thing, "a photo of a bulldog"           THING
-    an adjective, "an old doctor"             as without it, but nothing for THING
+    a person and a thing, "a doctor with a cat"   as the person, and THING
+    an adjective, "an old doctor"             as without it; THING is not fitted to it
 
-A person of the config whose phrase holds a word of the group counts as named.
+A person of the config whose phrase contains a word of the group also has VALUE.
 """
 
 import dataclasses
@@ -29,7 +30,6 @@ from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import Concept, without_article
 from respodiff_jax.method.reading import (
-    HEADS,
     SOMEBODY,
     THING,
     VALUE,
@@ -46,7 +46,7 @@ WARN_BELOW = 0.95  # held-out AUROC
 
 _PERSON = "{person}"
 _PEOPLE_PER_WORD = 12
-_TEMPLATES_PER_PHRASE = range(3)
+_TEMPLATES_PER_PHRASE = 3
 _BATCH = 64
 
 
@@ -113,7 +113,10 @@ def train_reading(
     if not groups:
         return {}
     safety = always(1, next(iter(heads.values())).weight.shape[-1])
-    return {c.name: TrainedReading(heads.get(c.group, safety), accuracy) for c in concepts}
+    return {
+        c.name: TrainedReading(safety if c.is_safety else heads[c.group], accuracy)
+        for c in concepts
+    }
 
 
 def join(readings: Sequence[TrainedReading]) -> TrainedReading:
@@ -144,8 +147,11 @@ def with_reading(
     )
 
 
-def write_reading(workdir: epath.PathLike, reading: TrainedReading) -> None:
-    """Keeps the reading of a run's concepts in its folder."""
+def write_reading(workdir: epath.PathLike, reading: TrainedReading | None) -> None:
+    """Keeps the reading of a run's concepts in its folder; None removes an earlier one."""
+    if reading is None:
+        (open_path(workdir) / READING_FILE).unlink(missing_ok=True)
+        return
     metadata = {"accuracy": json.dumps(reading.accuracy)}
     content = safetensors.numpy.save(reading.heads._asdict(), metadata)
     write_whole(open_path(workdir) / READING_FILE, content)
@@ -205,6 +211,12 @@ def contrast_prompts(
     names = [word.replace(_PERSON, "").strip() for word in words]
     named = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
     open_people = [person for person in people if not named.search(person)]
+    if not open_people:
+        found = ", ".join(dict.fromkeys(names))
+        raise UserError(
+            f"config.reading.people has nobody without a word of the group ({found}); add for"
+            ' example "doctor"'
+        )
     neutral = [without_article(p) for c in concepts for p in c.neutral_prompts]
     people = [*dict.fromkeys((*neutral, *people))]
     phrases = {person: (True, False, bool(named.search(person))) for person in people}
@@ -217,21 +229,22 @@ def contrast_prompts(
     people = list(phrases)
     phrases |= dict.fromkeys(things, (False, True, False))
     prompts = []
+
+    def add(numbers, subject, *rest):
+        chosen = dict.fromkeys(templates[number % len(templates)] for number in numbers)
+        prompts.extend(ContrastPrompt(text, *rest) for text in fill_in(chosen, subject))
+
     for number, (phrase, labels) in enumerate(phrases.items()):
-        chosen = (templates[(number + i) % len(templates)] for i in _TEMPLATES_PER_PHRASE)
-        prompts += [(text, labels, phrase) for text in fill_in(dict.fromkeys(chosen), phrase)]
+        add(range(number, number + _TEMPLATES_PER_PHRASE), phrase, labels, phrase)
     for number, phrase in enumerate([*2 * people, *things[::8]] if adjectives else ()):
         subject = f"{adjectives[number % len(adjectives)]} {phrase}"
-        texts = fill_in([templates[number % len(templates)]], subject)
-        prompts += [(text, phrases[phrase], phrase, True) for text in texts]
+        add([number], subject, phrases[phrase], phrase, True)
     for number, person in enumerate(people):
         thing = things[number * len(things) // len(people)]
-        pair = (person, with_article(thing)), (thing, with_article(person))
-        subject = (" with ", " and ")[number % 2].join(pair[number % 2])
-        template = templates[number % len(templates)]
+        first, link, second = (thing, "and", person) if number % 2 else (person, "with", thing)
         labels = True, True, phrases[person][VALUE]
-        prompts += [(text, labels, person) for text in fill_in([template], subject)]
-    return [ContrastPrompt(*prompt) for prompt in prompts]
+        add([number], f"{first} {link} {with_article(second)}", labels, person)
+    return prompts
 
 
 def fit_reading(
@@ -251,11 +264,18 @@ def fit_reading(
     labels = np.array([prompt.labels for prompt in prompts])
     _, number = np.unique([prompt.phrase for prompt in prompts], return_inverse=True)
     half = np.random.default_rng(0).permutation(number.max() + 1)[number] % 2 == 0
-    # Adjectives stand mostly before people. Fitted to them, THING would take any word that it does
-    # not know for a sign of somebody, and no longer find things.
-    plain = np.array([not prompt.adjective for prompt in prompts])
-    fitted = np.stack([plain if head == THING else np.ones_like(plain) for head in HEADS], 1)
+    # Adjectives stand mostly before people. Fitted to them, THING would read any unknown word as a
+    # person, and miss things.
+    fitted = np.ones(labels.shape, bool)
+    fitted[:, THING] = [not prompt.adjective for prompt in prompts]
     weights = np.stack([f / np.bincount(number, f)[number] for f in fitted.T], 1)
+
+    for rows in (half, ~half):
+        if not (labels[rows].any(0) & (~labels[rows]).any(0)).all():
+            raise UserError(
+                "config.reading has too few people or things to fit its classifiers to one half of"
+                " them and measure them on the other; give at least a dozen of each"
+            )
 
     held_out = np.zeros(labels.shape, np.float32)
     for rows in (half, ~half):
@@ -266,8 +286,8 @@ def fit_reading(
         for name, head in (("somebody", SOMEBODY), ("thing", THING), ("value", VALUE))
     }
     reading = fit_heads(context, labels, weights)
-    # A word that no contrast prompt has is rather not taken for a value. So the threshold of VALUE
-    # lies midway between the mean scores of both sides (EquiSteer), not where the fit puts it.
+    # An unknown word should not be read as a value. So VALUE's threshold is midway between the mean
+    # scores of prompts with and without a value (EquiSteer), not where the fit puts it.
     named = labels[:, VALUE]
     middle = (held_out[named, VALUE].mean() + held_out[~named, VALUE].mean()) / 2
     reading.bias[:, VALUE] -= middle

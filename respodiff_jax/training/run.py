@@ -199,8 +199,8 @@ def train_run(
         step = first_step = int(placement.fetch(state.step))
         if jax.process_index() == 0:
             record.write(workdir)
-            if session.reading:
-                write_reading(workdir, join([session.reading[c.name] for c in run.concepts]))
+            readings = [session.reading[c.name] for c in run.concepts] if session.reading else []
+            write_reading(workdir, join(readings) if readings else None)
         with (
             RunLog(
                 workdir, run.concepts, config.train, first_step, placement.fetch, run.label
@@ -250,7 +250,7 @@ def _say_start(log: RunLog, session: Session, run: Run, step: int) -> None:
         log.say(f"step {step} of {steps} is done: nothing left to train")
     else:
         begin = f"continuing at step {step}" if step else "starting"
-        # Measured (docs/performance.md): 21 s for Emoji World on two CPU cores; for SD 1.4, 105 s
+        # Measured (docs/performance.md): 25.6 s for Emoji World on one CPU core; for SD 1.4, 105 s
         # with an H200, and 7 minutes for a TPU on two CPU cores.
         expected = "about half a minute" if is_small(session.frozen) else "2 to 7 minutes"
         log.say(f"{begin}; the first step compiles: {expected}, less if it is in the cache")
@@ -299,7 +299,7 @@ def _draw(
     """Draws the grids of a state's step, unless all concepts have diverged."""
     step = int(session.placement.fetch(state.step))
     adapter, _ = _fetch_adapter(session, record, state)
-    if adapter is not None and not (only_missing and not grids.missing(step, adapter)):
+    if adapter is not None and (not only_missing or grids.missing(step, adapter)):
         grids.write(step, session.frozen, adapter, log)
 
 

@@ -37,6 +37,10 @@ from respodiff_jax.backbone.architectures import _ARCHITECTURES
 from respodiff_jax.backbone.files import find_pipeline
 from respodiff_jax.backbone.text import byte_symbols
 from respodiff_jax.backbone.weights import load_weights
+from respodiff_jax.data import contrast
+from respodiff_jax.method import GENDER
+from respodiff_jax.method.reading import Decision, decide, scores
+from respodiff_jax.training.reading import contrast_prompts, fit_reading
 
 OPEN_CLIP = importlib.util.find_spec("open_clip")
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -212,6 +216,31 @@ def command(*args):
     print(f"\n{args[0]}: {time.perf_counter() - start:.0f} s, at most {peak:.1f} GiB")
     assert done.returncode == 0, done.stderr[-2000:]
     return peak
+
+
+def test_reading_finds_words_with_the_published_vocabulary(tmp_path):
+    """Random weights know no word's meaning, but keep which words a prompt has."""
+    tokenizer = clip_tokenizer(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(**_ARCHITECTURES["sd14"]["text_encoder"])).eval()
+
+    def encode(prompts):
+        batches = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        with torch.no_grad():
+            states = [encoder(tokenizer(b, **options).input_ids)[0].numpy() for b in batches]
+        return np.concatenate(states)
+
+    phrases = contrast.PEOPLE, contrast.ADJECTIVES, contrast.THINGS
+    prompts = contrast_prompts(list(GENDER.values()), *phrases, contrast.TEMPLATES)
+    heads, accuracy = fit_reading(encode, prompts)
+    print("held-out AUROC", {name: round(value, 3) for name, value in accuracy.items()})
+    assert accuracy["value"] > 0.95
+    unseen = ("baker", "lawyer", "nurse", "tailor", "carpenter", "librarian", "cashier", "clerk")
+    assert not {*unseen} & {*contrast.PEOPLE}
+    named = [f"a picture of a {word} {job}" for job in unseen for word in ("woman", "man")]
+    decisions = decide(np.asarray(scores(heads, encode(named))))
+    assert (decisions == Decision.NAMED).mean() >= 0.9
 
 
 def test_sd15_is_trained_exported_and_drawn_within_14_gib(tmp_path):

@@ -53,7 +53,7 @@ def test_each_fitted_head_finds_its_direction_in_any_token():
     labels = np.stack([np.arange(200) % n == 0 for n in (4, 3, 5)], axis=1)
     for head, place in enumerate((0, 4, 2)):
         context[labels[:, head], place, head] += 3
-    heads = fit_heads(context[:100], labels[:100], np.ones(100))
+    heads = fit_heads(context[:100], labels[:100], np.ones((100, 3)))
     unseen = 0.3 * RNG.normal(size=(100, 5, 8)).astype(np.float32)
     for head in range(3):
         unseen[labels[100:, head], 1 + head, head] += 3

@@ -16,7 +16,7 @@ from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.emoji import recipes, vocabulary
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.selection import concept_weights
-from respodiff_jax.method import GENDER
+from respodiff_jax.method import GENDER, Concept
 from respodiff_jax.method.reading import Decision
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.reading import (
@@ -96,11 +96,27 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
     assert mixed["a photo of a person with a queen bee"] == (False, "person")
     assert (True, "woman doctor") in mixed.values()
     # An adjective leaves the labels as they are.
-    assert {p.text.split()[-2] for p in described} == {"old", "happy"}
+    assert all("old " in p.text or "happy " in p.text for p in described)
+    assert {p.text.split()[-2] for p in described if p.phrase == "doctor"} == {"old", "happy"}
     assert all(p.labels == labels[p.phrase] for p in described)
     people = sum(p.labels[0] for p in alone if p.text.startswith("a photo"))
     assert sum(p.labels[0] for p in described) == 2 * people
     assert [p.phrase for p in described if p.labels[1]] == ["queen bee"]
+
+
+def test_nobody_without_a_word_of_the_group_is_an_error():
+    message = r"config.reading.people has nobody without a word of the group \(woman, man\)"
+    with pytest.raises(UserError, match=message):
+        contrast_prompts(list(GENDER.values()), ["woman doctor"], [], ["cat"], ["{subject}"])
+
+
+def test_safety_concepts_find_every_prompt_open(model):
+    config = recipes.task_config("gender")
+    config.reading.things = config.reading.things[:20]
+    safety = Concept("anti-x", "gender", ("a scene",), unsafe_prompt="violence")
+    readings = train_reading(config, [*concepts_from(config), safety], model, lambda _: None)
+    assert not readings["anti-x"].heads.weight.any()
+    assert readings["a man"].heads.weight.any()
 
 
 def test_default_words_come_from_the_target_prompt():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
+from respodiff_jax.data import contrast
 from respodiff_jax.errors import Interrupted, UserError
 from respodiff_jax.method.concepts import Concept
 from respodiff_jax.training import checkpoint, monitoring, parallel, spec, trained
@@ -109,6 +110,15 @@ def test_run_writes_logs_grids_record_and_adapter(finished):
     jax.tree.map(np.testing.assert_array_equal, exported.ram, held.ram)
     assert [c.name for c in exported.concepts] == ["a man", "a woman"]
     assert np.abs(exported.ram["constant"]).max() > 0
+
+
+def test_a_run_that_goes_on_without_a_reading_loses_it(tmp_path):
+    words = {"reading.people": contrast.PEOPLE[:20], "reading.things": contrast.THINGS[:20]}
+    train(make_config(**{"train.steps": 1, "reading.train": True}, **words), tmp_path)
+    assert trained.load_adapter(tmp_path).reading is not None
+    train(make_config(**{"train.steps": 1}), tmp_path)
+    assert trained.load_adapter(tmp_path).reading is None
+    assert load_adapter(tmp_path / "adapter").reading is None
 
 
 def test_all_exports_of_a_run_have_the_same_bytes(finished, tmp_path):

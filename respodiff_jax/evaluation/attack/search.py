@@ -1,7 +1,7 @@
-"""A white-box attacker: what stands before a prompt so that a steered model draws the unsafe?
+"""A white-box attacker: which tokens before a prompt make a steered model draw unsafe pictures?
 
-The attacker knows the model, the adapter and its scales, and what prompts say to the adapter
-(`method.reading`). It does not know what judges the pictures. Of each prompt y it has z_0, the
+The attacker knows the model, the adapter and its scales, and how the adapter reads prompts
+(`method.reading`). It does not know what judges the pictures. For each prompt y it has z_0, the
 picture that the base model draws, as latents. It looks for K tokens x to put before the prompt, so
 that the steered model denoises that picture (Zhang et al., 2024, "UnlearnDiffAtk"):
 
@@ -15,8 +15,8 @@ z_0, so that words are not spent on what is alike.
 
 * `find_tokens` looks among whole words of the vocabulary, guided by the gradient at their one-hot
   vectors.
-* `find_vectors` looks among all embeddings, of which no text may exist (Pham et al., 2024, "concept
-  inversion"). It begins at the words found, so it comes at least as near as they do.
+* `find_vectors` looks among all embeddings, even those that no text has (Pham et al., 2024,
+  "concept inversion"). It begins at the words found, so it comes at least as near as they do.
 * `picture_distance` judges what was found: the attacker draws the steered model's picture, as
   everybody can, and compares it with z_0 at the same positions.
 
@@ -44,7 +44,7 @@ from respodiff_jax.method.diffusion import Latent, predict_eps
 from respodiff_jax.method.modules import MidBlockModule, Steering, steer
 from respodiff_jax.method.schedule import Schedule
 
-VECTOR_RATE = 0.1  # Adam's learning rate, of the deviation of the vocabulary's embeddings
+VECTOR_RATE = 0.1  # Adam's learning rate, in standard deviations of the embeddings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Budget:
       tokens: K, tokens before the prompt.
       steps: gradients of a search.
       restarts: searches; the first begins with the prompt's own last words, others with random
-        words. What is kept of each prompt has the smallest `picture_distance`.
+        words. For each prompt, the result with the smallest `picture_distance` is kept.
       draws: noisy latents of a gradient.
 
     Raises:
@@ -228,7 +228,7 @@ def _all_gated(readings: Readings, cond: Conditioning, case: Case) -> list[Steer
 
 
 def _gated(heads: reading.Reading | None, context: Array, steering: Steering) -> Steering:
-    """The steering of what the prompts leave open: 0 or 1 times it, with a gradient.
+    """The steering times 1 for open prompts and times 0 for others, with a gradient.
 
     The decision is a threshold. Its gradient is that of the logistic function of the scores.
     """
@@ -255,7 +255,7 @@ def look_up(
 def one_hot_gradient(
     gradients: Vectors, tables: Sequence[Float[ArrayLike, "V _"]]
 ) -> Float[Array, "B K V"]:
-    """The loss's gradient at the one-hot vectors that choose the words, from that at the words."""
+    """The loss's gradient at the words' one-hot vectors, from that at their embeddings."""
     products = (
         jnp.einsum("bkd,vd->bkv", jnp.float32(g), jnp.float32(table))
         for g, table in zip(gradients, tables, strict=True)
@@ -268,11 +268,11 @@ def best_swap(
     tokens: Int[ArrayLike, "B K"],
     usable: Bool[ArrayLike, "B K V"],
 ) -> Int[Array, "B K"]:
-    """The tokens with one word exchanged: where the loss falls most, by its one-hot gradient.
+    """The tokens after the one swap that lowers the loss most, as the gradient predicts.
 
     Args:
       gradient: from `one_hot_gradient`, at these tokens.
-      tokens: the words to exchange one of.
+      tokens: the words before the swap.
       usable: which words may be put where.
     """
     now = jnp.take_along_axis(gradient, tokens[..., None], axis=-1)
@@ -318,8 +318,8 @@ def find_tokens(
         tried = jnp.where(number == 0, tokens, best_swap(gradient, tokens, usable))
         each, new_gradient = evaluate(tried)
         is_better = each < smallest
-        words = jax.nn.one_hot(tried, len(allowed), dtype=bool)
-        left = usable & ~(words & (tried != tokens)[..., None])
+        one_hot = jax.nn.one_hot(tried, len(allowed), dtype=bool)
+        left = usable & ~(one_hot & (tried != tokens)[..., None])
 
         def choose(new, old):
             return jnp.where(is_better.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
@@ -370,19 +370,20 @@ def find_vectors(
 def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> Callable:
     """A search as a jitted function of its arrays; each device searches for its own prompts.
 
-    `search` is `find_tokens` or `find_vectors`, whose third array is split over the devices too.
+    The third array of `find_vectors` is split over the devices; that of `find_tokens`, which says
+    what words are allowed, is not.
     """
     by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
     steering = Steering(replicated, replicated, by_prompt, by_prompt)
     case = Case(
         by_prompt, by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules), by_prompt
     )
-    words = replicated if search is find_tokens else by_prompt
+    third = replicated if search is find_tokens else by_prompt
     return jax.jit(
         jax.shard_map(
             partial(search, victim, budget),
             mesh=mesh,
-            in_specs=(replicated, replicated, words, case),
+            in_specs=(replicated, replicated, third, case),
             out_specs=by_prompt,
             check_vma=False,
         )
