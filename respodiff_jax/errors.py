@@ -29,6 +29,12 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise UserError(f"{name} is {value!r:.80}, expected one of {', '.join(choices)}")
 
 
+def check_least(name: str, value: int, least: int = 1) -> None:
+    """Raises `UserError` unless the value of what is named is large enough."""
+    if value < least:
+        raise UserError(f"{name} is {value}, expected at least {least}")
+
+
 def shortened(text: object, length: int = 100) -> str:
     """A text for a message: one line, cut off after so many characters."""
     line = " ".join(str(text).split())

@@ -6,7 +6,7 @@ from respodiff_jax.bench import measure
 from respodiff_jax.bench.generate import bench_generate
 from respodiff_jax.bench.report import Report
 from respodiff_jax.bench.train import bench_train
-from respodiff_jax.errors import UserError, check_choice
+from respodiff_jax.errors import UserError, check_choice, check_least
 from respodiff_jax.storage import PathLike, check_output_file
 
 BENCHMARKS = {"train": bench_train, "generate": bench_generate}
@@ -41,8 +41,7 @@ def benchmark(
     check_choice("`what`", what, BENCHMARKS)
     if against not in (None, "torch"):
         raise UserError(f"`against` is {against!r}, expected 'torch' or None")
-    if repeats < 1:
-        raise UserError(f"`repeats` is {repeats}, expected at least 1")
+    check_least("`repeats`", repeats)
     file = None if out is None else check_output_file(out, "out")
     if against:
         measure.leave_gpu_memory_to_torch()

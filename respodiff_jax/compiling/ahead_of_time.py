@@ -17,7 +17,7 @@ from respodiff_jax.compiling import programs
 from respodiff_jax.compiling.analysis import LARGEST_BATCH, analyse, find_largest_batch
 from respodiff_jax.compiling.report import markdown, summary
 from respodiff_jax.compiling.topologies import Topology, open_topology, parse_topology
-from respodiff_jax.errors import UserError, check_choice
+from respodiff_jax.errors import UserError, check_choice, check_least
 from respodiff_jax.storage import PathLike, check_output, check_output_file, write_whole
 from respodiff_jax.training.distributed import enable_compilation_cache
 from respodiff_jax.training.spec import open_model
@@ -97,8 +97,8 @@ def compile_steps(
     Raises:
       UserError: for a wrong topology, model, batch or file, before anything is compiled.
     """
-    if batch_per_device is not None and batch_per_device < 1:
-        raise UserError(f"`batch_per_device` is {batch_per_device}, expected at least 1")
+    if batch_per_device is not None:
+        check_least("`batch_per_device`", batch_per_device)
     check_choice("`step`", step, (*STEPS, "both"))
     table_file = None if table is None else check_output_file(table, "table")
     steps = STEPS if step == "both" else (step,)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import scipy.special
 
 from respodiff_jax.backbone import Clip
 from respodiff_jax.evaluation.suites import Classes
@@ -39,8 +40,7 @@ def classify(clip: Clip, features: np.ndarray, classes: Classes) -> Prediction:
     centres = np.stack([rows.mean(0) for rows in np.split(texts, ends[:-1])])
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     logits = np.exp(clip.params["logit_scale"]) * features @ centres.T
-    logits -= logits.max(1, keepdims=True)
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    probabilities = scipy.special.softmax(logits, axis=1)
     return Prediction(tuple(classes), logits.argmax(1), probabilities.max(1))
 
 

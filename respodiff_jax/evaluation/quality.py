@@ -53,19 +53,6 @@ def open_inception() -> tuple[Inception | None, str]:
         return None, f"no FID and no KID: {error}; distances of CLIP features are on another scale"
 
 
-def check_prompts(pictures: Sequence[Picture]) -> None:
-    """Checks that every picture has a prompt, as a CLIP score needs.
-
-    Raises:
-      UserError: naming a picture that has none.
-    """
-    if lost := [picture.path for picture in pictures if not picture.prompt]:
-        raise UserError(
-            f"{len(lost)} pictures have no prompt, for example {lost[0]}; a CLIP score needs one:"
-            " list them in metadata.csv with the columns file, prompt"
-        )
-
-
 def clip_scores(pictures: Sequence[Picture], clip: Clip, features: np.ndarray) -> np.ndarray:
     """Each picture's CLIP score with its own prompt, `(N,)`.
 

@@ -22,7 +22,7 @@ from respodiff_jax.adapters import (
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
-from respodiff_jax.errors import UserError, check_choice
+from respodiff_jax.errors import UserError, check_choice, check_least
 from respodiff_jax.evaluation import fairness
 from respodiff_jax.evaluation.attack.found import check_attack, draw_attacked
 from respodiff_jax.evaluation.attack.search import Budget
@@ -177,8 +177,8 @@ def evaluate(
         for name, default in PRESETS[preset].items()
     }
     max_prompts, num_steps = amounts.pop("max_prompts"), amounts.pop("num_steps")
-    if max_prompts is not None and max_prompts < 1:
-        raise UserError(f"`max_prompts` is {max_prompts}, expected at least 1")
+    if max_prompts is not None:
+        check_least("`max_prompts`", max_prompts)
     prompts = prompts or {}
     wanted = wanted_parts(part)
     spent = {"tokens": attack_tokens, "steps": attack_steps, "restarts": attack_restarts}

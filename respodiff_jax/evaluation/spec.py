@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from respodiff_jax.adapters import Adapter
-from respodiff_jax.errors import UserError, nearest, shortened
-from respodiff_jax.evaluation import fairness, quality
+from respodiff_jax.errors import UserError, check_least, nearest, shortened
+from respodiff_jax.evaluation import fairness
 from respodiff_jax.evaluation.attack.search import Budget
 from respodiff_jax.evaluation.detectors import Detector
 from respodiff_jax.evaluation.drawing import Request, requests_per_prompt, requests_per_subject
@@ -114,8 +114,7 @@ class EvaluationSpec:
         if len(set(self.groups)) < len(self.groups):
             raise UserError(f"`groups` are {self.groups}, expected each once")
         for name in ("images_per_subject", "images_per_caption", "images_per_prompt"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}` is {getattr(self, name)}, expected at least 1")
+            check_least(f"`{name}`", getattr(self, name))
         for part, given in self.prompts.items():
             own = {prompt.subject for prompt in given.prompts}
             check_count(self.images_each(part) * len(own if part == "fairness" else given.prompts))
@@ -301,10 +300,11 @@ def lacking(
             fairness.check_subjects(existing, suite.subjects)
         except UserError as error:
             lacks["fairness"] = str(error)
-        try:
-            quality.check_prompts(existing)
-        except UserError as error:
-            lacks["quality"] = str(error)
+        if without := [picture.path for picture in existing if not picture.prompt]:
+            lacks["quality"] = (
+                f"{len(without)} pictures have no prompt, for example {without[0]}; a CLIP score"
+                " needs one: list them in metadata.csv with the columns file, prompt"
+            )
     if not (suite.unsafe_classes or has_detectors):
         lacks["safety"] = lacks["attack"] = (
             f"suite {suite.name!r} has no unsafe_classes and no detector is chosen; give"

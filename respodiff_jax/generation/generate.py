@@ -14,7 +14,7 @@ from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.backbone.memory import is_small, nbytes, report_memory
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import UserError, check_least
 from respodiff_jax.generation.folder import check_folder, picture_records, write_folder
 from respodiff_jax.generation.limits import check_count, check_memory, host_memory
 from respodiff_jax.generation.sampling import (
@@ -231,8 +231,7 @@ def _check(
     """Checks everything that needs no weights; opens the model last."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UserError(f"`prompts` is {prompts!r}, expected a text or a non-empty list of texts")
-    if images_per_prompt < 1:
-        raise UserError(f"`images_per_prompt` is {images_per_prompt}, expected at least 1")
+    check_least("`images_per_prompt`", images_per_prompt)
     count = len(prompts) * images_per_prompt
     check_count(count)
     last = _MAX_SEED - count + 1

@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, UInt8
 from respodiff_jax.adapters import Adapter, CombinedAdapter, select, steerings
 from respodiff_jax.backbone import Backbone, Conditioning, equal_batches
 from respodiff_jax.backbone.memory import estimate_bytes
-from respodiff_jax.errors import UserError, check_choice
+from respodiff_jax.errors import UserError, check_choice, check_least
 from respodiff_jax.generation.limits import check_memory
 from respodiff_jax.method.diffusion import (
     Latent,
@@ -68,8 +68,7 @@ class SamplerOptions:
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, int(getattr(self, field)))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
-        if self.num_steps < 1:
-            raise UserError(f"number of sampling steps is {self.num_steps}, expected at least 1")
+        check_least("number of sampling steps", self.num_steps)
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"guidance scale is {self.guidance_scale}, expected a finite number")
         if self.resolution is not None and self.resolution < 1:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Key
 
-from respodiff_jax.errors import UserError, check_choice
+from respodiff_jax.errors import check_choice, check_least
 
 KINDS = ("constant", "mlp", "conv")
 INITS = ("zeros", "uniform")
@@ -54,10 +54,8 @@ class MidBlockModule(nn.Module):
     def __post_init__(self):
         check_choice("module kind", self.kind, KINDS)
         check_choice("module init", self.init_scheme, INITS)
-        if self.hidden_channels is not None and self.hidden_channels < 1:
-            raise UserError(
-                f"module hidden_channels is {self.hidden_channels}, expected at least 1"
-            )
+        if self.hidden_channels is not None:
+            check_least("module hidden_channels", self.hidden_channels)
         super().__post_init__()
 
     @nn.compact

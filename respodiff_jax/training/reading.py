@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -296,8 +297,6 @@ def fit_reading(
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """The share of pairs of a positive and a negative in which the positive scores higher."""
-    positive, negative = np.sort(scores[labels]), np.sort(scores[~labels])
-    below = np.searchsorted(negative, positive, "left") + np.searchsorted(
-        negative, positive, "right"
-    )
-    return float(below.sum() / (2 * len(positive) * len(negative)))
+    positives, ranks = labels.sum(), scipy.stats.rankdata(scores)[labels]
+    below = ranks.sum() - positives * (positives + 1) / 2
+    return float(below / (positives * (~labels).sum()))

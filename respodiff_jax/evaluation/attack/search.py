@@ -37,7 +37,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from respodiff_jax.backbone import Backbone, Conditioning
-from respodiff_jax.errors import UserError
+from respodiff_jax.errors import check_least
 from respodiff_jax.generation.sampling import denoise
 from respodiff_jax.method import reading
 from respodiff_jax.method.diffusion import Latent, predict_eps
@@ -69,9 +69,7 @@ class Budget:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise UserError(f"`attack_{field.name}` is {value}, expected at least 1")
+            check_least(f"`attack_{field.name}`", getattr(self, field.name))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
