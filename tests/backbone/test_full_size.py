@@ -239,8 +239,7 @@ def test_reading_finds_words_with_the_published_vocabulary(tmp_path):
     unseen = ("baker", "lawyer", "nurse", "tailor", "carpenter", "librarian", "cashier", "clerk")
     assert not {*unseen} & {*contrast.PEOPLE}
     named = [f"a picture of a {word} {job}" for job in unseen for word in ("woman", "man")]
-    decisions = decide(np.asarray(scores(heads, encode(named))))
-    assert (decisions == Decision.NAMED).mean() >= 0.9
+    assert Decision.OPEN not in decide(np.asarray(scores(heads, encode(named))))
 
 
 def test_sd15_is_trained_exported_and_drawn_within_14_gib(tmp_path):
