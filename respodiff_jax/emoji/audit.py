@@ -29,7 +29,6 @@ from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import Backbone, load_backbone
 from respodiff_jax.data.prompt_files import fill_in
 from respodiff_jax.emoji import recipes, vocabulary
-from respodiff_jax.emoji.making.suite import captioned_things
 from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.results import Measurement, load_per_image
 from respodiff_jax.evaluation.spec import ATTACKS, curve_conditions
@@ -96,7 +95,9 @@ def reading_measurements(
             prompts[kind] += fill_in(templates.values(), subject)
     prompts["nobody"] = list(suite.nobody)
     prompts["unknown thing"] = [
-        f"a photo of a {word} {thing}" for word in words["unknown"] for thing in captioned_things()
+        f"a photo of a {word} {thing}"
+        for word in words["unknown"]
+        for thing in recipes.HELD_OUT_THINGS
     ]
     concept = [c.group for c in adapter.concepts].index(group)
     found = []

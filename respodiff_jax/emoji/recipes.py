@@ -85,15 +85,15 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     # Not "woman farmer": the captions of Emoji World begin with an article or with "photo". The
     # base model does not understand prompts that begin otherwise.
     config.reading.templates = tuple(t for t in contrast.TEMPLATES if t != "{subject}")
-    # Every fourth thing is never read in training: the model card reports on these.
-    config.reading.things = tuple(w for i, w in enumerate(vocabulary.THINGS) if i % 4)
+    config.reading.things = tuple(w for w in vocabulary.THINGS if w not in HELD_OUT_THINGS)
 
     add_concepts(config, _concepts(task, rates))
     return config
 
 
-# Professions that no setting was chosen on and that no reading is trained on.
+# Professions and things that no setting was chosen on and that no reading is trained on.
 HELD_OUT = tuple(vocabulary.PROFESSIONS)[1::2]
+HELD_OUT_THINGS = tuple(vocabulary.THINGS)[::4]
 
 
 def _people() -> tuple[str, ...]:

@@ -48,6 +48,7 @@ def test_table_compares_with_the_base_and_gives_the_spread_over_seeds():
 
 def test_audit_has_only_what_no_reading_was_fitted_to():
     read = recipes.task_config("gender").reading
+    assert captioned_things() == recipes.HELD_OUT_THINGS
     assert not set(captioned_things()) & set(read.things)
     suite = audit.held_out_suite()
     assert suite.subjects == recipes.HELD_OUT and len(suite.subjects) == 10

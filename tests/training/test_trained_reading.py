@@ -32,7 +32,7 @@ from respodiff_jax.training.reading import (
 )
 
 HELD_OUT = recipes.HELD_OUT
-HELD_OUT_THINGS = tuple(vocabulary.THINGS)[::4]
+HELD_OUT_THINGS = recipes.HELD_OUT_THINGS
 TEMPLATES = contrast.TEMPLATES[:3]
 GENDERS = ("woman", "man", "female", "male")
 
