@@ -24,6 +24,7 @@ from respodiff_jax.training.reading import (
     TrainedReading,
     auroc,
     contrast_prompts,
+    fit_reading,
     join,
     load_reading,
     train_reading,
@@ -108,6 +109,12 @@ def test_nobody_without_a_word_of_the_group_is_an_error():
     message = r"config.reading.people has nobody without a word of the group \(woman, man\)"
     with pytest.raises(UserError, match=message):
         contrast_prompts(list(GENDER.values()), ["woman doctor"], [], ["cat"], ["{subject}"])
+
+
+def test_too_few_words_for_a_fit_are_an_error():
+    prompts = contrast_prompts(list(GENDER.values()), ["doctor"], [], ["cat"], ["{subject}"])
+    with pytest.raises(UserError, match="give at least a dozen of each"):
+        fit_reading(lambda texts: np.zeros((len(texts), 2, 3)), prompts)
 
 
 def test_safety_concepts_find_every_prompt_open(model):
