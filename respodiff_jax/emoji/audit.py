@@ -56,6 +56,7 @@ _ROWS = (
     ("CLIP score of professions", "winoalign", None, True),
     ("CLIP score of captions", "clip_score", None, True),
     ("Fréchet distance of captions", "clip_frechet_distance", None, True),
+    ("Fréchet distance of captions, to biased pictures", "clip_frechet_distance", "biased", True),
     ("unsafe when not asked for", "unsafe_when_not_asked", None, False),
     ("unsafe when asked for", "unsafe_when_asked", None, False),
     *((f"unsafe, {name}", "attack_success", name, False) for name in ATTACKS),
@@ -80,7 +81,7 @@ def reading_measurements(
     adapter: Adapter | CombinedAdapter, model: Backbone, suite: Suite, group: str
 ) -> list[Measurement]:
     """The shares of a suite's prompts that a group's concepts steer, by what the prompts say."""
-    kinds = ("open", "look", "unknown", "named", "another")
+    kinds = ("open", "look", "unknown", "named", "another", "nobody", "unknown thing")
     prompts: dict[str, list[str]] = {kind: [] for kind in kinds}
     words = {
         "look": [look for look in vocabulary.LOOKS if look],
@@ -93,12 +94,9 @@ def reading_measurements(
         for attribute, templates in (suite.named or {}).items():
             kind = "named" if attribute == group else "another"
             prompts[kind] += fill_in(templates.values(), subject)
-    prompts["nobody"] = list(suite.nobody)
-    prompts["unknown thing"] = [
-        f"a photo of a {word} {thing}"
-        for word in words["unknown"]
-        for thing in recipes.HELD_OUT_THINGS
-    ]
+    for thing in recipes.HELD_OUT_THINGS:
+        prompts["nobody"] += suite.prompts(thing)
+        prompts["unknown thing"] += [f"a photo of a {word} {thing}" for word in words["unknown"]]
     concept = [c.group for c in adapter.concepts].index(group)
     found = []
     for kind, texts in prompts.items():
@@ -147,8 +145,9 @@ def run_one(
       seed: of the trainings.
       scale: multiplies the adapters' default scales.
       out: folder of trainings and evaluations.
-      reference: what `making.reference` wrote, or None. Safe pictures are compared with those
-        without unsafe objects.
+      reference: what `making.reference` wrote, or None. Fair pictures are compared with those of a
+        world in which the group is even, and with those of the biased world; safe pictures with
+        those without unsafe objects.
       num_steps: sampling steps of the pictures.
       attacks: pictures of each attacked prompt; 0 attacks none.
     """
@@ -172,18 +171,26 @@ def run_one(
         "seed": EVALUATION_SEED,
         "num_steps": num_steps,
     }
-    results = evaluate(
-        model,
-        adapters,
-        out=folder,
-        part=["fairness"] * bool(groups) + ["quality"] + ["intent"] * is_safe,
-        reference=reference and reference / ("safe" if is_safe else "all"),
-        images_per_subject=12,
-        images_per_caption=1,
-        images_per_prompt=3,
-        **common,
-    )
-    added = kept_measurements(folder, groups)
+
+    def compared(pictures: str) -> Results:
+        return evaluate(
+            model,
+            adapters,
+            out=folder,
+            part=["fairness"] * bool(groups) + ["quality"] + ["intent"] * is_safe,
+            reference=reference and reference / pictures,
+            images_per_subject=12,
+            images_per_caption=1,
+            images_per_prompt=3,
+            **common,
+        )
+
+    added = []
+    if reference and not is_safe:
+        biased = compared("all").find("clip_frechet_distance")
+        added += [dataclasses.replace(found, attribute="biased") for found in biased]
+    results = compared("safe" if is_safe else groups[0])
+    added += kept_measurements(folder, groups)
     if is_safe and attacks:
         own = {
             "out": folder.with_name(f"{folder.name} attack"),

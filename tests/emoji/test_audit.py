@@ -2,11 +2,13 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 from respodiff_jax.adapters import load_adapter
 from respodiff_jax.emoji import audit, recipes, vocabulary
-from respodiff_jax.emoji.making.reference import draw_reference
+from respodiff_jax.emoji.making import world
+from respodiff_jax.emoji.making.reference import FOLDERS, draw_reference
 from respodiff_jax.emoji.making.suite import captioned_things
 from respodiff_jax.evaluation import Results
 from respodiff_jax.evaluation.results import Measurement
@@ -82,7 +84,20 @@ def test_reference_has_pictures_of_every_caption(tmp_path):
     people = len(vocabulary.PROFESSIONS) + len(vocabulary.ACTIVITIES) + len(vocabulary.LOOKS)
     drawn = {
         name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))]
-        for name in ("all", "safe")
+        for name in FOLDERS
     }
     for pictures in drawn.values():
         assert len(set(pictures)) == len(pictures) == people + len(captioned_things())
+    for name in ("gender", "skin_tone"):  # the same scenes, but for one attribute of people
+        same = [a == b for a, b in zip(drawn["all"], drawn[name], strict=True)]
+        assert all(same[people:])
+        assert 0 < sum(same[:people]) < people
+
+
+def test_even_world_has_no_bias_in_one_attribute():
+    for subject, bias in world.even("tones").items():
+        groups = np.bincount(vocabulary.TONE_GROUP_OF, bias.tones)
+        np.testing.assert_allclose(groups, 1 / 3)
+        assert (bias.woman, bias.unsafe) == (world.BIAS[subject].woman, world.BIAS[subject].unsafe)
+    assert {bias.woman for bias in world.even("woman").values()} == {0.5}
+    assert world.even("woman", "tones", "unsafe") == world.EVEN

@@ -2,6 +2,9 @@
 
 python -m respodiff_jax.emoji.making.reference --out DIR
 respodiff evaluate quality --model emoji-world --reference DIR/all --out EVALUATION
+
+`DIR/all` shows the biased world. In `DIR/gender` and `DIR/skin_tone` that attribute is even, and
+`DIR/safe` has no unsafe objects.
 """
 
 import argparse
@@ -13,19 +16,27 @@ from respodiff_jax.emoji.making import rendering, suite, world
 from respodiff_jax.images import save_png
 
 _SEED = 20_000_000
+# folder -> the world's table, and what captions say of unsafe objects
+FOLDERS = {
+    "all": (world.BIAS, None),
+    "gender": (world.even("woman"), None),
+    "skin_tone": (world.even("tones"), None),
+    "safe": (world.BIAS, frozenset()),
+}
 
 
 def draw_reference(folder, repeats):
-    """Draws `repeats` pictures of each caption's subject into `folder/all` and `folder/safe`."""
+    """Draws `repeats` pictures of each caption's subject into each of `FOLDERS`."""
     kinds = ("profession", "activity", "look")
     subjects = [(kind, word) for kind in kinds for word in world.subjects(kind)]
     subjects += [("thing", word) for word in suite.captioned_things()]
-    for name, unsafe in (("all", None), ("safe", frozenset())):
+    for name, (table, unsafe) in FOLDERS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, (kind, word) in enumerate(subjects):
+            claims = world.Claims(kind, word, unsafe=unsafe)
             for repeat in range(repeats):
                 rng = np.random.default_rng([_SEED, number, repeat])
-                scene = world.draw_scene(rng, world.Claims(kind, word, unsafe=unsafe))
+                scene = world.draw_scene(rng, claims, table)
                 save_png(rendering.render(scene, rng), folder / name / f"{number:03d}_{repeat}.png")
 
 

@@ -53,7 +53,8 @@ BIAS = {
 BIAS |= {activity: Bias(0.33, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
 BIAS |= {look: Bias(0.29, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
 # The same world without bias. The evaluator is trained on it.
-EVEN = dict.fromkeys(BIAS, Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5))
+_NO_BIAS = Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5)
+EVEN = dict.fromkeys(BIAS, _NO_BIAS)
 P_UNSAFE_BESIDE_THING = 0.20
 
 # what "a person" is: kind -> probability. All subjects of a kind are equally likely.
@@ -97,6 +98,12 @@ class Scene:
         if self.kind == "thing":
             return vocabulary.THINGS[self.subject]
         return f"{_KINDS[self.kind][self.subject][self.gender]}/{self.tone}"
+
+
+def even(*attributes):
+    """The table `BIAS` without the bias of some attributes, fields of `Bias`."""
+    own = {name: getattr(_NO_BIAS, name) for name in attributes}
+    return {subject: dataclasses.replace(bias, **own) for subject, bias in BIAS.items()}
 
 
 def subjects(kind):
