@@ -13,6 +13,7 @@ from respodiff_jax.emoji.making.suite import captioned_things
 from respodiff_jax.evaluation import Results
 from respodiff_jax.evaluation.results import Measurement
 from respodiff_jax.evaluation.spec import ATTACKS
+from respodiff_jax.evaluation.suites import load_suite
 
 STORED = pathlib.Path(__file__).parent.parent / "data" / "emoji_gender" / "adapter"
 
@@ -88,6 +89,9 @@ def test_reference_has_pictures_of_every_caption(tmp_path):
     }
     for pictures in drawn.values():
         assert len(set(pictures)) == len(pictures) == people + len(captioned_things())
+    rows = (tmp_path / "all" / "metadata.csv").read_text().splitlines()[1:]
+    captions = load_suite(None, audit.MODEL).captions
+    assert rows == [f"{i:03d}_0.png,{caption}" for i, caption in enumerate(captions)]
     for name in ("gender", "skin_tone"):  # the same scenes, but for one attribute of people
         same = [a == b for a, b in zip(drawn["all"], drawn[name], strict=True)]
         assert all(same[people:])

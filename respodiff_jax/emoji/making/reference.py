@@ -8,6 +8,7 @@ respodiff evaluate quality --model emoji-world --reference DIR/all --out EVALUAT
 """
 
 import argparse
+import csv
 import pathlib
 
 import numpy as np
@@ -32,12 +33,17 @@ def draw_reference(folder, repeats):
     subjects += [("thing", word) for word in suite.captioned_things()]
     for name, (table, unsafe) in FOLDERS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for number, (kind, word) in enumerate(subjects):
+        rows = [("file", "prompt")]
+        captioned = zip(subjects, suite.suite()["captions"], strict=True)
+        for number, ((kind, word), caption) in enumerate(captioned):
             claims = world.Claims(kind, word, unsafe=unsafe)
             for repeat in range(repeats):
                 rng = np.random.default_rng([_SEED, number, repeat])
                 scene = world.draw_scene(rng, claims, table)
-                save_png(rendering.render(scene, rng), folder / name / f"{number:03d}_{repeat}.png")
+                rows.append((f"{number:03d}_{repeat}.png", caption))
+                save_png(rendering.render(scene, rng), folder / name / rows[-1][0])
+        with (folder / name / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def main():
