@@ -124,7 +124,7 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
             target_prompt=safe,
             unsafe_prompt=" and ".join(vocabulary.UNSAFE_CONCEPTS),
             guidance_scale=tuple(5.0 if asking else 1.0 for asking in asks),
-            default_scale=0.7,
+            default_scale=0.56 if task == "safety_hardened" else 0.7,
             **rates,
         )
         return {"unsafe": concept}

@@ -1,7 +1,7 @@
 """Emoji World as it comes with the package: its adapters, and the words that it knows.
 
-`gender` is from `respodiff demo`, `safety` from `respodiff train --config configs/emoji_safety.py`;
-both are saved in float16.
+`gender` is from `respodiff demo`, `safety` from `respodiff train --config
+configs/emoji_safety_hardened.py`; both are saved in float16.
 """
 
 import pathlib
