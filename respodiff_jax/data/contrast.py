@@ -70,5 +70,6 @@ THINGS = (
     *("mountain", "lake", "river", "waterfall", "forest", "desert", "beach", "island", "volcano"),
     *("sunset", "rainbow", "snowflake", "cloud", "moon", "tree", "rose", "sunflower", "cactus"),
     *("mushroom", "pumpkin", "carrot", "broccoli", "stack of books", "bowl of oranges"),
+    *("knife", "gun", "bomb", "cigarette", "candle", "bottle of beer", "syringe"),
     *("abstract painting", "empty room", "landscape", "bouquet of flowers", "kettle", "toaster"),
 )

@@ -5,10 +5,10 @@
         [--reference REFERENCE] [--scales 0.6 0.8 1.0] [--attack N]
 
 trains the recipes of each use from every seed and evaluates them together: gender, skin tone,
-safety, hardened safety, and gender with each safety. By default these are all measured. Reading of
-prompts was fitted to other professions and things than these. It prints a Markdown table of means
-and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` lists factors of
-the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
+safety, hardened safety, and gender with hardened safety. By default these are all measured. Reading
+of prompts was fitted to other professions and things than these. It prints a Markdown table of
+means and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` lists
+factors of the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
 (`respodiff_jax.evaluation.attack`) and draws N pictures of each attacked prompt. Finished trainings
 and evaluations are not repeated.
 
@@ -43,9 +43,8 @@ USES = {
     "gender": ("gender",),
     "skin_tone": ("skin_tone",),
     "safety": ("safety",),
-    "both": ("gender", "safety"),
     "hardened": ("safety_hardened",),
-    "both_hardened": ("gender", "safety_hardened"),
+    "both": ("gender", "safety_hardened"),
 }
 
 # (heading, metric, attribute, whether adapted / base is shown); rows without figures are left out

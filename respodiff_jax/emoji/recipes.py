@@ -85,7 +85,8 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     # Not "woman farmer": the captions of Emoji World begin with an article or with "photo". The
     # base model does not understand prompts that begin otherwise.
     config.reading.templates = tuple(t for t in contrast.TEMPLATES if t != "{subject}")
-    config.reading.things = tuple(w for w in vocabulary.THINGS if w not in HELD_OUT_THINGS)
+    things = [word for word in vocabulary.THINGS if word not in HELD_OUT_THINGS]
+    config.reading.things = (*things, *vocabulary.UNSAFE)
 
     add_concepts(config, _concepts(task, rates))
     return config

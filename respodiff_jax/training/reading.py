@@ -7,6 +7,7 @@ concepts' words:
     a word of the group, "a woman doctor"     SOMEBODY and VALUE
     a thing, "a photo of a bulldog"           THING
     a person and a thing, "a doctor with a cat"   as the person, and THING
+    two things, "a car and a cat"             THING
     an adjective, "an old doctor"             as without it; THING is not fitted to it
 
 A person of the config whose phrase contains a word of the group also has VALUE.
@@ -47,7 +48,6 @@ WARN_BELOW = 0.95  # held-out AUROC
 
 _PERSON = "{person}"
 _PEOPLE_PER_WORD = 12
-_TEMPLATES_PER_PHRASE = 3
 _BATCH = 64
 
 
@@ -203,10 +203,11 @@ def contrast_prompts(
       people: noun phrases for somebody in the picture, without an article.
       adjectives: words that say nothing about the group.
       things: noun phrases for pictures without anybody.
-      templates: with `{subject}` or `{a_subject}`; each phrase takes three of them in turn.
+      templates: with `{subject}` or `{a_subject}`; each phrase takes all of them.
 
-    Everybody also stands with two adjectives, "an old doctor", every eighth thing with one. And
-    everybody stands once with a thing, "a doctor with a cat": that is somebody and a thing.
+    In one template each, everybody also stands with two adjectives, "an old doctor", and every
+    eighth thing with one. And each phrase stands twice with a thing, "a doctor with a cat" and "a
+    dog and a doctor": that is somebody and a thing, or two things.
     """
     words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
     names = [word.replace(_PERSON, "").strip() for word in words]
@@ -231,20 +232,21 @@ def contrast_prompts(
     phrases |= dict.fromkeys(things, (False, True, False))
     prompts = []
 
-    def add(numbers, subject, *rest):
-        chosen = dict.fromkeys(templates[number % len(templates)] for number in numbers)
-        prompts.extend(ContrastPrompt(text, *rest) for text in fill_in(chosen, subject))
+    def add(number, subject, *rest):
+        template = templates[number % len(templates)]
+        prompts.extend(ContrastPrompt(text, *rest) for text in fill_in([template], subject))
 
-    for number, (phrase, labels) in enumerate(phrases.items()):
-        add(range(number, number + _TEMPLATES_PER_PHRASE), phrase, labels, phrase)
+    for phrase, labels in phrases.items():
+        for number in range(len(templates)):
+            add(number, phrase, labels, phrase)
     for number, phrase in enumerate([*2 * people, *things[::8]] if adjectives else ()):
         subject = f"{adjectives[number % len(adjectives)]} {phrase}"
-        add([number], subject, phrases[phrase], phrase, True)
-    for number, person in enumerate(people):
-        thing = things[number * len(things) // len(people)]
-        first, link, second = (thing, "and", person) if number % 2 else (person, "with", thing)
-        labels = True, True, phrases[person][VALUE]
-        add([number], f"{first} {link} {with_article(second)}", labels, person)
+        add(number, subject, phrases[phrase], phrase, True)
+    for number, (phrase, labels) in enumerate(phrases.items()):
+        thing = things[(7 * number + 3) % len(things)]
+        pairs = f"{phrase} with {with_article(thing)}", f"{thing} and {with_article(phrase)}"
+        for shift, subject in enumerate(pairs):
+            add(number + shift, subject, (labels[SOMEBODY], True, labels[VALUE]), phrase)
     return prompts
 
 

@@ -84,18 +84,22 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
     )
     described = [p for p in prompts if p.adjective]
     prompts = [p for p in prompts if not p.adjective]
-    alone = [p for p in prompts if not (p.labels[0] and p.labels[1])]
+    pairs = [p for p in prompts if " with " in p.text or " and " in p.text]
+    alone = [p for p in prompts if p not in pairs]
     labels = {prompt.phrase: prompt.labels for prompt in alone}
     assert labels["doctor"] == labels["dark-skinned person"] == (True, False, False)
     assert labels["woman doctor"] == labels["woman"] == labels["man doctor"] == (True, False, True)
     nobody = (False, True, False)
     assert labels["queen bee"] == labels["snowman"] == labels["gingerbread man"] == nobody
     assert {p.text for p in alone if p.phrase == "doctor"} == {"a photo of a doctor", "doctor"}
-    # Everybody stands once with a thing, and belongs to the same half of the held-out accuracy.
-    mixed = {p.text: (p.labels[2], p.phrase) for p in prompts if p not in alone}
-    assert len(mixed) == len({p.phrase for p in alone if p.labels[0]})
-    assert mixed["a photo of a person with a queen bee"] == (False, "person")
-    assert (True, "woman doctor") in mixed.values()
+    # Everybody and everything also stands twice with a thing: that is somebody and a thing, or two
+    # things. Both belong to the same half of the held-out accuracy.
+    assert len(pairs) == 2 * len(labels)
+    assert all(p.labels == (labels[p.phrase][0], True, labels[p.phrase][2]) for p in pairs)
+    assert {p.text for p in pairs if p.phrase == "person"} == {
+        "a photo of a person with a queen bee",
+        "queen bee and a person",
+    }
     # An adjective leaves the labels as they are.
     assert all("old " in p.text or "happy " in p.text for p in described)
     assert {p.text.split()[-2] for p in described if p.phrase == "doctor"} == {"old", "happy"}
@@ -219,6 +223,17 @@ def test_people_with_things_are_open(model, gender, skin_tone):
     phrases += [f"{t} and {with_article(person)}" for person in HELD_OUT[4:8] for t in things]
     for adapter in (gender, skin_tone):
         assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.6
+
+
+def test_two_things_are_nobody(model, gender, skin_tone):
+    things = HELD_OUT_THINGS[::4]
+    others = HELD_OUT_THINGS[2::4]
+    phrases = [f"{a} and {with_article(b)}" for a, b in zip(things, others, strict=False)]
+    phrases += [
+        f"{thing} with {with_article(word)}" for thing in things for word in vocabulary.UNSAFE
+    ]
+    for adapter in (gender, skin_tone):
+        assert shares(adapter, model, phrases)[Decision.NOBODY] >= 0.8
 
 
 def test_composed_adapters_read_each_group_by_itself(model, gender, skin_tone):
