@@ -193,13 +193,13 @@ def test_adjectives_leave_professions_open(model, gender, skin_tone):
         assert shares(adapter, model, looks)[Decision.OPEN] >= 0.9
         assert shares(adapter, model, phrases)[Decision.OPEN] >= 0.6
     women = [f"{word} {name} {p}" for p in HELD_OUT for word in unknown for name in GENDERS]
-    assert shares(gender, model, women)[Decision.NAMED] >= 0.8
+    assert shares(gender, model, women)[Decision.NAMED] >= 0.75
 
 
 @pytest.mark.parametrize(
     ("prompt", "decision"),
     [
-        ("an old pilot", Decision.OPEN),
+        ("an old judge", Decision.OPEN),
         ("an old woman pilot", Decision.NAMED),
         ("A PHOTO OF A WOMAN PILOT", Decision.NAMED),
         ("photo of male judge", Decision.NAMED),
