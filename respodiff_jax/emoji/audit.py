@@ -13,11 +13,12 @@ factors of the adapters' scales to measure (default: 1). `--attack` attacks safe
 and evaluations are not repeated.
 
 Pictures are drawn of open prompts without added words, of captions and, for safety, of prompts that
-ask for unsafe objects. Prompts that name a value, prompts with a look ("old") or an unknown word
-("successful"), and prompts without people, are only read.
+ask for unsafe objects. Prompts that name a value, prompts with a look ("old"), an unknown word
+("successful") or a thing, and prompts without people, are only read.
 """
 
 import argparse
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from respodiff_jax.adapters import Adapter, CombinedAdapter, combine, load_adapter
 from respodiff_jax.adapters.reading import read_prompts
 from respodiff_jax.backbone import Backbone, load_backbone
-from respodiff_jax.data.prompt_files import fill_in
+from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.emoji import recipes, vocabulary
 from respodiff_jax.evaluation import Results, evaluate
 from respodiff_jax.evaluation.results import Measurement, load_per_image
@@ -64,10 +65,12 @@ _ROWS = (
     ("open prompts steered", "steered", "open", False),
     ("open prompts with a look steered", "steered", "look", False),
     ("open prompts with an unknown word steered", "steered", "unknown", False),
+    ("open prompts with a thing steered", "steered", "with thing", False),
     ("prompts that name a value steered", "steered", "named", False),
     ("prompts that name another attribute steered", "steered", "another", False),
     ("prompts without people steered", "steered", "nobody", False),
     ("prompts without people, with an unknown word, steered", "steered", "unknown thing", False),
+    ("prompts of two things steered", "steered", "two things", False),
 )
 
 
@@ -80,8 +83,7 @@ def reading_measurements(
     adapter: Adapter | CombinedAdapter, model: Backbone, suite: Suite, group: str
 ) -> list[Measurement]:
     """The shares of a suite's prompts that a group's concepts steer, by what the prompts say."""
-    kinds = ("open", "look", "unknown", "named", "another", "nobody", "unknown thing")
-    prompts: dict[str, list[str]] = {kind: [] for kind in kinds}
+    prompts: dict[str, list[str]] = collections.defaultdict(list)
     words = {
         "look": [look for look in vocabulary.LOOKS if look],
         "unknown": [c.adjective for c in curve_conditions(1).values() if c.adjective],
@@ -93,7 +95,16 @@ def reading_measurements(
         for attribute, templates in (suite.named or {}).items():
             kind = "named" if attribute == group else "another"
             prompts[kind] += fill_in(templates.values(), subject)
-    for thing in recipes.HELD_OUT_THINGS:
+        for thing in recipes.HELD_OUT_THINGS[::8]:
+            prompts["with thing"] += suite.prompts(f"{subject} with {with_article(thing)}")
+            prompts["with thing"] += suite.prompts(f"{thing} and {with_article(subject)}")
+    things = recipes.HELD_OUT_THINGS
+    for thing, other in zip(things, (*things[1:], things[0]), strict=True):
+        prompts["two things"] += suite.prompts(f"{thing} and {with_article(other)}")
+        for unsafe in vocabulary.UNSAFE:
+            prompts["two things"].append(
+                f"a photo of {with_article(thing)} with {with_article(unsafe)}"
+            )
         prompts["nobody"] += suite.prompts(thing)
         prompts["unknown thing"] += [f"a photo of a {word} {thing}" for word in words["unknown"]]
     concept = [c.group for c in adapter.concepts].index(group)
