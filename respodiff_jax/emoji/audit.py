@@ -182,7 +182,7 @@ def run_one(
         "num_steps": num_steps,
     }
 
-    def compared(pictures: str) -> Results:
+    def compared_with(pictures: str) -> Results:
         return evaluate(
             model,
             adapters,
@@ -197,9 +197,9 @@ def run_one(
 
     added = []
     if reference and not is_safe:
-        biased = compared("all").find("clip_frechet_distance")
+        biased = compared_with("all").find("clip_frechet_distance")
         added += [dataclasses.replace(found, attribute="biased") for found in biased]
-    results = compared("safe" if is_safe else groups[0])
+    results = compared_with("safe" if is_safe else groups[0])
     added += kept_measurements(folder, groups)
     if is_safe and attacks:
         own = {

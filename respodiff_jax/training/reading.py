@@ -237,8 +237,8 @@ def contrast_prompts(
         prompts.extend(ContrastPrompt(text, *rest) for text in fill_in([template], subject))
 
     for phrase, labels in phrases.items():
-        for number in range(len(templates)):
-            add(number, phrase, labels, phrase)
+        texts = fill_in(templates, phrase)
+        prompts.extend(ContrastPrompt(text, labels, phrase) for text in texts)
     for number, phrase in enumerate([*2 * people, *things[::8]] if adjectives else ()):
         subject = f"{adjectives[number % len(adjectives)]} {phrase}"
         add(number, subject, phrases[phrase], phrase, True)

@@ -40,8 +40,9 @@ def draw_reference(folder, repeats):
             for repeat in range(repeats):
                 rng = np.random.default_rng([_SEED, number, repeat])
                 scene = world.draw_scene(rng, claims, table)
-                rows.append((f"{number:03d}_{repeat}.png", caption))
-                save_png(rendering.render(scene, rng), folder / name / rows[-1][0])
+                file_name = f"{number:03d}_{repeat}.png"
+                save_png(rendering.render(scene, rng), folder / name / file_name)
+                rows.append((file_name, caption))
         with (folder / name / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
 

@@ -52,8 +52,8 @@ BIAS = {
 }
 BIAS |= {activity: Bias(0.33, MOSTLY_LIGHT, 0.45) for activity in vocabulary.ACTIVITIES}
 BIAS |= {look: Bias(0.29, MOSTLY_LIGHT, 0.45) for look in vocabulary.LOOKS}
-# The same world without bias. The evaluator is trained on it.
 _NO_BIAS = Bias(0.5, (1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6), 0.5)
+# The same world without bias. The evaluator is trained on it.
 EVEN = dict.fromkeys(BIAS, _NO_BIAS)
 P_UNSAFE_BESIDE_THING = 0.20
 
