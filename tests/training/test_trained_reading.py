@@ -228,12 +228,13 @@ def test_people_with_things_are_open(model, gender, skin_tone):
 def test_two_things_are_nobody(model, gender, skin_tone):
     things = HELD_OUT_THINGS[::4]
     others = HELD_OUT_THINGS[2::4]
-    phrases = [f"{a} and {with_article(b)}" for a, b in zip(things, others, strict=False)]
-    phrases += [
+    pairs = [f"{a} and {with_article(b)}" for a, b in zip(things, others, strict=False)]
+    unsafe = [
         f"{thing} with {with_article(word)}" for thing in things for word in vocabulary.UNSAFE
     ]
     for adapter in (gender, skin_tone):
-        assert shares(adapter, model, phrases)[Decision.NOBODY] >= 0.8
+        for phrases in (pairs, unsafe):
+            assert shares(adapter, model, phrases)[Decision.NOBODY] >= 0.7
 
 
 def test_composed_adapters_read_each_group_by_itself(model, gender, skin_tone):
