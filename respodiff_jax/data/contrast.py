@@ -1,7 +1,7 @@
 """English phrases for contrast prompts, from which adapters learn to read prompts.
 
 PEOPLE are phrases for people, with or without a gender or skin tone; ADJECTIVES say neither. THINGS
-are without people; some contain words that also name people.
+are without people; some contain words that also name people or a race.
 """
 
 TEMPLATES = (
@@ -71,5 +71,6 @@ THINGS = (
     *("sunset", "rainbow", "snowflake", "cloud", "moon", "tree", "rose", "sunflower", "cactus"),
     *("mushroom", "pumpkin", "carrot", "broccoli", "stack of books", "bowl of oranges"),
     *("knife", "gun", "bomb", "cigarette", "candle", "bottle of beer", "syringe"),
+    *("white horse", "black cat", "black car", "white van", "African elephant"),
     *("abstract painting", "empty room", "landscape", "bouquet of flowers", "kettle", "toaster"),
 )

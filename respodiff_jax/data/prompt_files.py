@@ -11,6 +11,7 @@ import hashlib
 import io
 import pathlib
 import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from respodiff_jax.errors import UserError, shortened
 from respodiff_jax.storage import read_text
 
 MAX_SEED = 2**32 - 1
+_SUBJECT = ("subject", "a_subject")  # what templates have in braces
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 
 
@@ -206,3 +208,15 @@ def fill_in(templates: Iterable[str], subject: str) -> list[str]:
     """Puts a subject into templates: `{subject}` becomes "teacher", `{a_subject}` "a teacher"."""
     words = {"subject": subject, "a_subject": with_article(subject)}
     return [template.format(**words) for template in templates]
+
+
+def is_template(text: str) -> bool:
+    """Whether a text has `{subject}` or `{a_subject}`, and nothing else that formatting changes.
+
+    A width is not allowed: "{subject:>2000000000}" would make 2 GB.
+    """
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+    except ValueError:
+        return False
+    return bool(parts) and all(f in _SUBJECT and not spec and not how for f, spec, how in parts)

@@ -30,7 +30,6 @@ ON_DEMAND = ("curves", "attack")  # parts that "all" leaves out
 # Kinds of prompts of the part intent, see `evaluation.intent`; and `named_kind`.
 OPEN, NOBODY, ASKED = "open", "nobody", "asked"
 SUITE_FILE = "suite.json"
-_FIELDS = ("subject", "a_subject")
 # part -> the columns of its prompt files, and the column that pictures are counted under
 _LAYOUTS = {
     "fairness": (prompt_files.PROFESSIONS, "profession"),
@@ -133,7 +132,7 @@ class Suite:
         explicit = [template for values in named.values() for template in values.values()]
         for template in (*self.templates, *self.asked, *explicit):
             check(
-                _is_template(template),
+                prompt_files.is_template(template),
                 f"template {template!r:.100}, expected a text with {{subject}} or {{a_subject}},"
                 " and no other braces",
             )
@@ -326,15 +325,3 @@ def _category(template: str) -> str:
     """What a template asks for: its words after the subject, or before it if there are none."""
     parts = [text for text, *_ in string.Formatter().parse(template)]
     return (parts[-1].strip() if len(parts) > 1 else "") or parts[0].strip() or template
-
-
-def _is_template(text: str) -> bool:
-    """Whether a text has `{subject}` or `{a_subject}`, and nothing else that formatting changes.
-
-    A width is not allowed: "{subject:>2000000000}" would make 2 GB.
-    """
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
-    except ValueError:
-        return False
-    return bool(parts) and all(f in _FIELDS and not spec and not how for f, spec, how in parts)

@@ -23,6 +23,10 @@ from typing import Any
 
 from respodiff_jax.errors import UserError
 
+# The words for gender in English, by which concepts without `words` are found, too.
+_SYNONYMS = {"woman": "female", "female": "woman", "man": "male", "male": "man"}
+_SYNONYM = re.compile(rf"\b({'|'.join(_SYNONYMS)})\b", re.IGNORECASE)
+
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
@@ -42,7 +46,7 @@ class Concept:
       lr_ram: learning rate of RAM, 0 or more.
       lr_sam: learning rate of SAM, 0 or more.
       words: noun phrases that name the concept in a prompt, without an article, such as "woman" or,
-        with a person, "female {person}"; () takes the concept's own prompt.
+        with a person, "female {person}"; () takes the concept's own prompts.
       default_scale: the concept's scale in pictures for which the user gives none.
 
     Raises:
@@ -142,12 +146,23 @@ class Concept:
 
     @property
     def reading_words(self) -> tuple[str, ...]:
-        """`words` or, without any, those of the concept's own prompt."""
+        """`words` or, without any, those of the concept's own prompts.
+
+        For "a woman" they are "woman", "woman {person}", "female" and "female {person}". Of a
+        counterpart, only what its neutral prompt does not say names the concept.
+        """
         if self.words:
             return self.words
-        own = without_article(self.own_prompts[0])
-        with_person = re.sub(r"\bperson\b", "{person}", own)
-        return (own, with_person if with_person != own else f"{own} {{person}}")
+        words = []
+        for neutral, own in zip(self.neutral_prompts, self.own_prompts, strict=True):
+            own = without_article(own)
+            if len(set(self.own_prompts)) > 1:
+                said = {*neutral.split()} - {"person"}
+                own = " ".join(word for word in own.split() if word not in said) or own
+            for phrase in (own, _SYNONYM.sub(lambda found: _SYNONYMS[found[0].lower()], own)):
+                with_person = re.sub(r"\bperson\b", "{person}", phrase)
+                words += [phrase, with_person if with_person != phrase else f"{phrase} {{person}}"]
+        return tuple(dict.fromkeys(words))
 
     @property
     def stream(self) -> int:

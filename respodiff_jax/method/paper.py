@@ -37,11 +37,12 @@ RACE = MappingProxyType(
             lambda_sem=0.3,
             lr_ram=1e-1,
             lr_sam=1e-2,
+            words=tuple(f"{word} {{person}}" for word in words),
         )
-        for key, name in (
-            ("white", "a white-race person"),
-            ("black", "a black-race person"),
-            ("asian", "an Asian-race person"),
+        for key, name, words in (
+            ("white", "a white-race person", ("white-race", "white", "Caucasian")),
+            ("black", "a black-race person", ("black-race", "Black", "African")),
+            ("asian", "an Asian-race person", ("Asian-race", "Asian")),
         )
     }
 )

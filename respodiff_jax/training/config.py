@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 from respodiff_jax.backbone.attention import IMPLEMENTATIONS
 from respodiff_jax.data import contrast
 from respodiff_jax.data.concept_files import read_concepts
+from respodiff_jax.data.prompt_files import is_template
 from respodiff_jax.errors import UserError
 from respodiff_jax.method.concepts import HYPER_PARAMETERS, Concept, validate_concepts
 from respodiff_jax.method.modules import INITS, KINDS
@@ -157,7 +158,8 @@ def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict
 
 
 def _entry(concept: Concept) -> ConfigDict:
-    fields = concept.to_dict() | {"neutral_prompts": concept.neutral_prompts}
+    fields = concept.to_dict()  # lists become tuples, so that flags can replace them
+    fields |= {key: getattr(concept, key) for key in ("neutral_prompts", "words", "default_scale")}
     return ConfigDict(
         {name: placeholder(str) if value is None else value for name, value in fields.items()}
     )
@@ -270,6 +272,12 @@ def concepts_from(config: ConfigDict) -> tuple[Concept, ...]:
     return concepts
 
 
+def _are_texts(values: Any) -> bool:
+    """Whether there is a list of texts, none of them blank."""
+    is_list = isinstance(values, list | tuple)
+    return is_list and all(isinstance(text, str) and text.strip() for text in values)
+
+
 def validate(config: ConfigDict) -> None:
     """Checks everything that needs no model.
 
@@ -297,7 +305,16 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {text}, expected at most 32 bits")
     for key in ("rollout.guidance_scale", "log.grid_guidance_scale"):
         check(key, math.isfinite, "a finite number")
-    check("log.grid_prompts", lambda x: all(isinstance(t, str) and t.strip() for t in x), "prompts")
+    check("log.grid_prompts", _are_texts, "prompts")
+    if config.reading.train:
+        check(
+            "reading.templates",
+            lambda x: bool(x) and _are_texts(x) and all(map(is_template, x)),
+            "at least one text with {subject} or {a_subject}, and no other braces",
+        )
+        check("reading.adjectives", _are_texts, "words")
+        for key in ("reading.people", "reading.things"):
+            check(key, lambda x: len(x) >= 12 and _are_texts(x), "at least a dozen phrases")
     steps = config.train.steps
     check(
         "optimizer.warmup_steps",

@@ -220,6 +220,9 @@ def contrast_prompts(
             ' example "doctor"'
         )
     neutral = [without_article(p) for c in concepts for p in c.neutral_prompts]
+    # A word of the group is no mere adjective, and nobody that is steered is a thing.
+    adjectives = [adjective for adjective in adjectives if not named.search(adjective)]
+    things = [thing for thing in things if thing not in {*neutral, *names}]
     people = [*dict.fromkeys((*neutral, *people))]
     phrases = {person: (True, False, bool(named.search(person))) for person in people}
     for number, word in enumerate(words):

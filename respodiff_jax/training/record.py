@@ -23,7 +23,7 @@ RUN_FILE = "run.json"
 # Sections and options that do not change what is trained; they may differ when a run is continued.
 # The concepts already hold what they took from `concept_defaults`.
 _FREE_OPTIONS = (
-    "reading",  # of prompts; it is fitted again
+    "reading",  # of prompts; it is fitted again, see `describes`
     *("parallel", "checkpoint", "log", "concept_defaults"),
     *("train.concepts_per_device", "train.remat", "model.attention"),
 )
@@ -160,9 +160,29 @@ def check_same_config(config: ConfigDict, workdir: epath.PathLike) -> None:
         _check_equal({"config": _binding(ours)}, {"config": _binding(saved.config)}, workdir)
 
 
+def describes(config: ConfigDict, workdir: epath.PathLike) -> bool:
+    """Whether a directory's adapter reads prompts, and describes its concepts, as this config says.
+
+    The options that decide it may differ when a run is continued, even after the last step.
+    """
+    saved = RunRecord.read(workdir)
+    ours = json.loads(json.dumps(config.to_dict()))
+    return (
+        saved is not None
+        and saved.config.get("reading") == ours["reading"]
+        and _concepts(saved.config) == _concepts(ours)
+    )
+
+
+def _concepts(config: Mapping[str, Any], **changes: Any) -> dict[str, dict[str, Any]]:
+    """The config's concepts; those of older versions lack some fields."""
+    entries = config["concepts"].items()
+    return {key: Concept.from_dict(c | changes).to_dict() for key, c in entries}
+
+
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options, "section.option", that must not change when a run is continued."""
-    concepts = {key: Concept.from_dict(c).to_dict() for key, c in config["concepts"].items()}
+    concepts = _concepts(config, words=(), default_scale=1.0)  # neither changes what is trained
     # A config that an older version saved lacks some options; they have their defaults.
     options = _flatten(default().to_dict()) | _flatten({**config, "concepts": concepts})
     free = set(_FREE_OPTIONS)

@@ -32,7 +32,7 @@ from respodiff_jax.training.outcomes import (
     write_waves,
 )
 from respodiff_jax.training.parallel import Placement
-from respodiff_jax.training.record import RUN_FILE, check_same_config
+from respodiff_jax.training.record import RUN_FILE, check_same_config, describes
 from respodiff_jax.training.run import Run, open_session, say, train_run
 from respodiff_jax.training.trained import load_adapter
 
@@ -151,10 +151,17 @@ def plan_runs(workdir: epath.PathLike, config: ConfigDict, num_devices: int) -> 
 
 
 def is_done(run: Run) -> bool:
-    """Whether each concept of a run was trained as long as the config says, or diverged."""
+    """Whether each concept of a run was trained as long as the config says, or diverged.
+
+    A run whose adapter should read prompts in another way is not done.
+    """
     outcomes = read_outcomes(run.folder)
-    return bool(outcomes) and all(
-        o["steps"] == run.config.train.steps or o["diverged_at"] is not None for o in outcomes
+    return (
+        bool(outcomes)
+        and describes(run.config, run.folder)
+        and all(
+            o["steps"] == run.config.train.steps or o["diverged_at"] is not None for o in outcomes
+        )
     )
 
 

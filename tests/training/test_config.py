@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import pytest
 
@@ -53,6 +54,8 @@ def test_overrides_reach_every_level_and_type():
         "module.kind=mlp",
         "concepts.woman.lr_ram=0.03",
         "concepts.woman.neutral_prompts=('a person','someone')",
+        "concepts.woman.words=('lady','female {person}')",
+        "concepts.woman.default_scale=0.5",
     )
     assert (config.train.steps, config.model.resolution, config.optimizer.ema_decay) == (
         7,
@@ -62,6 +65,7 @@ def test_overrides_reach_every_level_and_type():
     man, woman = concepts_from(config)  # sorted by key
     assert woman.lr_ram == 0.03 and man.lr_ram == 0.01
     assert woman.neutral_prompts == ("a person", "someone")
+    assert woman.words == ("lady", "female {person}") and woman.default_scale == 0.5
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,11 @@ def test_overrides_reach_every_level_and_type():
         ),
         ("train.steps=99999999999", "config.train.steps is 99999999999, expected at most 32 bits"),
         ("seed=" + "9" * 400, "config.seed is a number of 1329 bits, expected at most 32 bits"),
+        ("reading.templates=()", r"config.reading.templates is (), expected at least one text"),
+        ("reading.templates=('a {person}',)", "expected at least one text with {subject}"),
+        ("reading.people=('doctor',)", "config.reading.people is ('doctor',), expected at least"),
+        ("reading.things=()", "config.reading.things is (), expected at least a dozen phrases"),
+        ("reading.adjectives=('old', ' ')", "config.reading.adjectives is ('old', ' '), expected"),
         ("optimizer.clip_norm=0.0", "config.optimizer.clip_norm is 0.0"),
         ("optimizer.ema_decay=1.0", "config.optimizer.ema_decay is 1.0"),
         ("checkpoint.every=0", "config.checkpoint.every is 0"),
@@ -108,7 +117,7 @@ def test_overrides_reach_every_level_and_type():
     ],
 )
 def test_wrong_overrides_are_refused(override, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         load("sd14_gender", override)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from respodiff_jax.data.prompt_files import fill_in, with_article
 from respodiff_jax.emoji import recipes, vocabulary
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.selection import concept_weights
-from respodiff_jax.method import GENDER, Concept
-from respodiff_jax.method.reading import Decision
+from respodiff_jax.method import GENDER, RACE, Concept
+from respodiff_jax.method.reading import SOMEBODY, VALUE, Decision
 from respodiff_jax.training.config import concepts_from
 from respodiff_jax.training.reading import (
     READING_FILE,
@@ -110,7 +111,7 @@ def test_contrast_prompts_are_labelled_by_the_groups_words():
 
 
 def test_nobody_without_a_word_of_the_group_is_an_error():
-    message = r"config.reading.people has nobody without a word of the group \(woman, man\)"
+    message = r"config.reading.people has nobody without a word of the group \(woman, female,"
     with pytest.raises(UserError, match=message):
         contrast_prompts(list(GENDER.values()), ["woman doctor"], [], ["cat"], ["{subject}"])
 
@@ -131,11 +132,52 @@ def test_safety_concepts_find_every_prompt_open(model):
 
 
 def test_default_words_come_from_the_target_prompt():
-    assert GENDER["woman"].reading_words == ("woman", "woman {person}")
+    woman = ("woman", "woman {person}", "female", "female {person}")
+    assert GENDER["woman"].reading_words == woman
+    female = dataclasses.replace(GENDER["woman"], target_prompt="a Female person")
+    assert female.reading_words == (
+        *("Female person", "Female {person}"),
+        *("woman person", "woman {person}"),
+    )
     tone = dataclasses.replace(GENDER["woman"], name="t", target_prompt="A dark-skinned person")
     assert tone.reading_words == ("dark-skinned person", "dark-skinned {person}")
     named = dataclasses.replace(tone, words=("lady",))
     assert named.reading_words == ("lady",)
+    # Of counterparts, only what the neutral prompt does not say is the concept.
+    counterparts = dataclasses.replace(
+        GENDER["woman"],
+        neutral_prompts=["a dark-skinned person", "an old person", "a person"],
+        target_prompt=["a dark-skinned woman", "an old woman", "a woman"],
+    )
+    assert counterparts.reading_words == woman
+
+
+@pytest.mark.parametrize(
+    ("group", "named", "open_words"),
+    [
+        (GENDER, ("woman", "female", "man", "male"), ("white-race", "dark-skinned")),
+        (RACE, ("white", "white-race", "Black", "Asian"), ("woman", "female", "light-skinned")),
+    ],
+)
+def test_contrast_prompts_know_the_words_for_the_papers_groups(group, named, open_words):
+    shipped = contrast.PEOPLE, contrast.ADJECTIVES, contrast.THINGS, contrast.TEMPLATES
+    prompts = contrast_prompts(list(group.values()), *shipped)
+    for word in (*named, *open_words):
+        phrase = re.compile(rf"(an?|photo of|picture of) {word} (?!horse|cat|car|van)")
+        labels = {p.labels[VALUE] for p in prompts if phrase.match(p.text) and p.labels[SOMEBODY]}
+        assert labels == {word in named}
+
+
+def test_words_of_a_group_are_neither_adjectives_nor_things():
+    look = Concept("old", "look", ("a person",), target_prompt="an old person")
+    prompts = contrast_prompts(
+        [look], ["doctor", "cook"], ["old", "tall"], ["cat", "car"], ["{a_subject}"]
+    )
+    assert {p.labels[VALUE] for p in prompts if "old " in p.text} == {True}
+    breed = Concept("poodle", "breed", ("a dog",), target_prompt="a poodle")
+    prompts = contrast_prompts([breed], ["doctor"], [], ["cat", "dog", "poodle"], ["{a_subject}"])
+    labels = {p.text: p.labels for p in prompts}
+    assert labels["a dog"] == (True, False, False) and labels["a poodle"] == (True, False, True)
 
 
 def test_auroc_is_the_share_of_ordered_pairs():

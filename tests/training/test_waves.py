@@ -259,6 +259,22 @@ def test_finished_waves_are_not_trained_again(twenty, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_finished_wave_whose_concepts_get_words_writes_its_adapter_again(twenty, tmp_path):
+    concepts, finished = twenty
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    rows = [json.loads(line) for line in pathlib.Path(concepts).read_text().splitlines()]
+    rows[0]["words"] = ["zero"]
+    (tmp_path / "concepts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = workdir / "waves/0002/adapter/config.json"
+    before = other.stat().st_mtime_ns
+    assert cli.main(train_command(str(tmp_path / "concepts.jsonl"), workdir)) == 0
+    assert load_adapter(workdir / "waves/0000/adapter").concepts[0].words == ("zero",)
+    assert other.stat().st_mtime_ns == before
+    for name, modules in modules_of(workdir).items():
+        np.testing.assert_array_equal(modules, modules_of(finished)[name])
+
+
 def test_outcomes_lost_by_a_kill_at_the_end_are_gathered_again(twenty, tmp_path):
     concepts, finished = twenty
     workdir = tmp_path / "run"
