@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -19,7 +20,7 @@ from respodiff_jax.errors import UserError
 from respodiff_jax.generation.selection import concept_weights
 from respodiff_jax.method import GENDER, RACE, Concept
 from respodiff_jax.method.reading import SOMEBODY, VALUE, Decision
-from respodiff_jax.training.config import concepts_from
+from respodiff_jax.training.config import concepts_from, load_config
 from respodiff_jax.training.reading import (
     READING_FILE,
     TrainedReading,
@@ -33,6 +34,7 @@ from respodiff_jax.training.reading import (
     write_reading,
 )
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 HELD_OUT = recipes.HELD_OUT
 HELD_OUT_THINGS = recipes.HELD_OUT_THINGS
 TEMPLATES = contrast.TEMPLATES[:3]
@@ -166,6 +168,19 @@ def test_contrast_prompts_know_the_words_for_the_papers_groups(group, named, ope
         phrase = re.compile(rf"(an?|photo of|picture of) {word} (?!horse|cat|car|van)")
         labels = {p.labels[VALUE] for p in prompts if phrase.match(p.text) and p.labels[SOMEBODY]}
         assert labels == {word in named}
+
+
+def test_a_combination_is_named_by_either_of_its_attributes():
+    concepts = load_config(
+        str(CONFIGS / "emoji_gender.py"), (), str(CONFIGS / "emoji_concepts.jsonl")
+    )
+    pairs = [c for c in concepts_from(concepts) if c.group == "gender_and_skin_tone"]
+    shipped = contrast.PEOPLE, contrast.ADJECTIVES, contrast.THINGS, contrast.TEMPLATES
+    prompts = contrast_prompts(pairs, *shipped)
+    for word in ("female", "man", "dark-skinned"):
+        labels = [p.labels for p in prompts if p.text.startswith(f"a photo of a {word} ")]
+        assert labels and all(named for *_, named in labels)
+    assert (True, False, False) in {p.labels for p in prompts if p.text == "a photo of a pilot"}
 
 
 def test_words_of_a_group_are_neither_adjectives_nor_things():
