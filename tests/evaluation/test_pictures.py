@@ -1,6 +1,7 @@
 """Pictures that are drawn for an evaluation, and pictures of other tools."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -54,6 +55,22 @@ def test_failure_while_drawing_loses_no_finished_picture(tiny_backbone, tmp_path
     assert [np.asarray(Image.open(p.path))[0, 0, 0] for p in pictures] == [5, 6, 7]
     with pytest.raises(UserError, match="differs in requests"):
         make(6)
+
+
+@pytest.mark.parametrize("old", ["ddim", "dpm++", "euler", "ddim-diffusers"])
+def test_folder_is_continued_with_its_own_sampler_only(tmp_path, old):
+    def settings(sampler):
+        own = {} if sampler == "ddim" else {"sampler": sampler}  # as `evaluate` records it
+        return {"sampling": {"num_steps": 2, **own}}
+
+    requests = drawing.requests_per_prompt([Prompt("a")], 1, seed=0)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/00000.png").touch()
+    (tmp_path / "plan.json").write_text(json.dumps(drawing._record(requests, None, settings(old))))
+    drawing.check_folder(tmp_path, requests, settings=settings(old))
+    for new in {"ddim", "dpm++"} - {old}:
+        with pytest.raises(UserError, match="differs in sampling"):
+            drawing.check_folder(tmp_path, requests, settings=settings(new))
 
 
 @pytest.mark.filterwarnings("ignore:the classifier was not checked:UserWarning")
