@@ -248,7 +248,7 @@ def measure(
     picture_set = pictures[0].picture_set
     found = []
     for names, prediction in counted.items():
-        target = _target_shares(names, suite, targets)
+        target = target_shares(names, suite, targets)
         found += _deviation_ratios(picture_set, " x ".join(names), prediction, subjects, target)
     found += _alignment(pictures, clip, features, subjects, columns)
     if suite.subject_classes is not None:
@@ -256,7 +256,7 @@ def measure(
     return found, columns
 
 
-def _target_shares(names: Sequence[str], suite: Suite, targets: Targets) -> tuple[float, ...]:
+def target_shares(names: Sequence[str], suite: Suite, targets: Targets) -> tuple[float, ...]:
     """The target shares of all combinations of the attributes' values, in `intersect`'s order."""
     shares = []
     for name in names:
@@ -324,7 +324,7 @@ def curve_point(
         prediction = classify(clip, features, suite.attribute(attribute))
         for column, label in zip(columns, prediction.labels, strict=True):
             column[attribute] = prediction.values[label]
-        target = _target_shares((attribute,), suite, targets)
+        target = target_shares((attribute,), suite, targets)
         (mean, ratios), *_ = _deviation_ratios(
             pictures[0].picture_set, attribute, prediction, subjects, target
         )

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from respodiff_jax.backbone import Clip
-from respodiff_jax.evaluation import metrics
+from respodiff_jax.evaluation import fairness, metrics
 from respodiff_jax.evaluation.classifier import classify
 from respodiff_jax.evaluation.pictures import Picture, Pixels
 from respodiff_jax.evaluation.quality import clip_scores
 from respodiff_jax.evaluation.results import Measured
-from respodiff_jax.evaluation.suites import ASKED, NOBODY, OPEN, Suite, named_kind
+from respodiff_jax.evaluation.spec import EvaluationSpec
+from respodiff_jax.evaluation.suites import ASKED, NOBODY, OPEN, named_kind
 
 PART = "intent"
 
@@ -25,9 +26,8 @@ def measure(
     base: Sequence[Picture],
     adapted: Sequence[Picture],
     clip: Clip,
-    suite: Suite,
+    spec: EvaluationSpec,
     features: Mapping[str, np.ndarray],
-    groups: Sequence[str],
     unsafe: Mapping[str, np.ndarray],
 ) -> list[tuple[list[Measured], list[dict[str, object]]]]:
     """Measures the base pictures and the adapted pictures; `adapted` may be ().
@@ -36,9 +36,8 @@ def measure(
       base: N pictures; the subject of each is the kind of its prompt.
       adapted: the N pictures from the same prompts and noise.
       clip: classifies and scores.
-      suite: attributes with their classifier prompts.
+      spec: attributes with their classifier prompts, what the adapter makes fair, target shares.
       features: set of pictures -> CLIP features, `(N, D)`.
-      groups: what the adapter makes fair.
       unsafe: set of pictures -> whether each is unsafe, bool `(N,)`; empty without a judge.
 
     Returns:
@@ -47,17 +46,18 @@ def measure(
     """
     kinds = np.array([picture.subject for picture in base])
     labels = {
-        name: {a: classify(clip, f, classes) for a, classes in suite.attributes.items()}
+        name: {a: classify(clip, f, classes) for a, classes in spec.suite.attributes.items()}
         for name, f in features.items()
     }
     sets = {"base": base} | ({"adapted": adapted} if len(adapted) else {})
     return [
-        _measure_set(name, pictures, base, kinds, clip, suite, features, labels, groups, unsafe)
+        _measure_set(name, pictures, base, kinds, clip, spec, features, labels, unsafe)
         for name, pictures in sets.items()
     ]
 
 
-def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, groups, unsafe):
+def _measure_set(name, pictures, base, kinds, clip, spec, features, labels, unsafe):
+    suite, groups = spec.suite, spec.groups
     columns = [
         {a: p.values[p.labels[i]] for a, p in labels[name].items()} for i in range(len(pictures))
     ]
@@ -87,7 +87,7 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
         if attribute in groups:
             rows = np.flatnonzero([_attribute_of(k) not in (None, attribute) for k in kinds])
             if len(rows):
-                target = (1 / len(classes),) * len(classes)
+                target = fairness.target_shares((attribute,), suite, spec.targets)
                 fields = {"metric": "named_deviation_ratio", "attribute": attribute} | common
                 counts = prediction.counts(rows)
                 found.append((metrics.deviation(counts, target, **fields), None))
@@ -115,7 +115,8 @@ def _measure_set(name, pictures, base, kinds, clip, suite, features, labels, gro
         if len(rows):
             mean("pixel_change", differences[rows])
         if groups:
-            steered = np.array([bool(picture.concepts) for picture in pictures])
+            fair = set(spec.fair_concepts)
+            steered = np.array([not fair.isdisjoint(picture.concepts) for picture in pictures])
             for kind, rows in (
                 ("open", of(OPEN)),
                 ("named", np.flatnonzero([_attribute_of(k) in groups for k in kinds])),

@@ -212,12 +212,14 @@ def evaluate(
     groups, safe = choose_concepts(adapter, suite, groups, safe)
     if adapter is not None and "intent" in prompt_sets:
         prompt_sets["intent"] = relevant(prompt_sets["intent"], groups, safe)
+    concepts = () if adapter is None else adapter.concepts
     spec = EvaluationSpec(
         suite=suite,
         parts=parts,
         prompts={name: prompt_sets[name] for name in parts if name in prompt_sets},
         conditions={} if existing is not None else curve_conditions(options.guidance_scale),
         groups=groups,
+        fair_concepts=tuple(c.name for c in concepts if c.group in groups and not c.is_safety),
         safe=safe,
         targets=targets,
         seed=seed,

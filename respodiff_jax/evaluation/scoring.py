@@ -211,9 +211,7 @@ class Scorer:
             for name, found in features.items():
                 reasons = safety.zero_shot_reasons(clip, spec.suite, found)
                 unsafe[name] = np.array([bool(reason) for reason in reasons])
-        return intent.measure(
-            sets["base"], sets.get("adapted", ()), clip, spec.suite, features, spec.groups, unsafe
-        )
+        return intent.measure(sets["base"], sets.get("adapted", ()), clip, spec, features, unsafe)
 
     def _add(
         self,

@@ -83,6 +83,7 @@ class EvaluationSpec:
       conditions: name -> condition of the part curves.
       groups: the concept groups that are made fair together; () leaves the choice to the base
         model.
+      fair_concepts: names of the adapter's concepts of these groups.
       safe: whether all safety concepts are added.
       images_per_subject: fairness pictures of each subject, and curves' of each condition.
       images_per_caption: quality pictures of each caption.
@@ -101,6 +102,7 @@ class EvaluationSpec:
     prompts: Mapping[str, PromptSet] = dataclasses.field(default_factory=dict)
     conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    fair_concepts: tuple[str, ...] = ()
     safe: bool = False
     images_per_subject: int = 10
     images_per_caption: int = 1

@@ -9,10 +9,12 @@ from evaluations import constant_adapter
 
 from respodiff_jax.backbone import load_clip
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import evaluate
+from respodiff_jax.evaluation import evaluate, intent
+from respodiff_jax.evaluation.classifier import Prediction
+from respodiff_jax.evaluation.pictures import Picture
 from respodiff_jax.evaluation.report import write_report
 from respodiff_jax.evaluation.results import load_per_image
-from respodiff_jax.evaluation.spec import curve_conditions
+from respodiff_jax.evaluation.spec import EvaluationSpec, curve_conditions
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,35 @@ def test_kinds_of_prompts_share_their_noise(evaluated):
     assert seeds["open"] == seeds["names gender=woman"] == seeds["names gender=man"]
     assert len(set(seeds["open"])) == 4 and len(set(seeds["nobody"])) == 6
     assert "asked" not in seeds  # no safety concept is chosen
+    assert evaluated[1].value("steered", "adapted", attribute="open") == 1
+
+
+def test_steered_and_deviation_follow_the_groups_and_their_targets(suite, monkeypatch):
+    """Pictures of four open prompts, and of four that name an age."""
+    genders = Prediction(("woman", "man"), np.array([0, 1, 0, 1, 0, 0, 0, 1]), np.ones(8))
+    monkeypatch.setattr(intent, "classify", lambda *args: genders)
+    spec = EvaluationSpec(
+        suite,
+        ("intent",),
+        groups=("gender",),
+        fair_concepts=("a woman", "a man"),
+        targets={"gender": {"man": 0.2, "woman": 0.8}},
+    )
+    # Safety concepts are added to all pictures, and steer nobody towards a gender.
+    scales = [{"a woman": 1.0}] * 3 + [{}] * 5
+    base = [Picture(None, "base", i, "a", "names age=old" if i > 3 else "open") for i in range(8)]
+    adapted = [
+        dataclasses.replace(p, picture_set="adapted", concepts=own | {"anti-violence": 0.5})
+        for p, own in zip(base, scales, strict=True)
+    ]
+    _, (measured, _) = intent.measure(
+        base, adapted, None, spec, {"base": None, "adapted": None}, {}
+    )
+    found = {(m.metric, m.attribute): m for m, _ in measured}
+    assert found["steered", "open"].value == 3 / 4
+    deviation = found["named_deviation_ratio", "gender"]
+    assert deviation.target == (0.8, 0.2)
+    assert deviation.value == pytest.approx((0.8 - 3 / 4) / 0.8)
 
 
 def test_typed_value_is_the_baseline_of_what_steering_keeps(evaluated):
