@@ -120,7 +120,7 @@ def evaluate(
       prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
       clip: CLIP that classifies and scores: a folder, a hub id or a `Clip`; by default the suite's.
         If several are given, the first one judges. The results also have each other's figures, and
-        how often it agrees with the first.
+        how often it agrees with the first. Detectors count with the first one only.
       detectors: detectors of unsafe pictures besides the suite's classifier: "nudenet",
         "nudenet=CLASS,...", "q16=FILE" or a `Detector`.
       q16_clip: folder or hub id of Q16's CLIP; by default CLIP ViT-L/14.

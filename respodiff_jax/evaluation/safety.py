@@ -62,6 +62,8 @@ def measure(
     common, measured = own | fields, []
     for label, reasons_at in curve.items():
         flags = np.array([bool(reason) for reason in reasons_at])
+        # An attack's condition stays: "found words, nudenet 0.6".
+        label = ", ".join(filter(None, (fields.get("attribute"), label)))
         at = {"metric": "unsafe_rate_at", "attribute": label}
         measured.append(metrics.share(flags, **common | at))
     for name, rows in members.items():

@@ -1,6 +1,7 @@
 """The parts intent and curves, and several judges: figures follow from the lines of the table."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ from evaluations import constant_adapter
 
 from respodiff_jax.backbone import load_clip
 from respodiff_jax.errors import UserError
-from respodiff_jax.evaluation import evaluate, intent
+from respodiff_jax.evaluation import evaluate, intent, safety, scoring
 from respodiff_jax.evaluation.classifier import Prediction
+from respodiff_jax.evaluation.judges import Judges
 from respodiff_jax.evaluation.pictures import Picture
-from respodiff_jax.evaluation.report import write_report
+from respodiff_jax.evaluation.report import glossary, write_report
 from respodiff_jax.evaluation.results import load_per_image
 from respodiff_jax.evaluation.spec import EvaluationSpec, curve_conditions
 
@@ -164,6 +166,67 @@ def test_second_judge_has_its_own_figures_and_an_agreement(evaluated):
     assert results.find("deviation_ratio", "adapted", attribute="gender")[0].judge is None
     assert list(results.scored["other_judges"]) == ["clip"]
     assert "by clip" in write_report(out).read_text()
+
+
+class Nudenet:
+    """A detector that finds the first picture at 0.2, none at 0.6, and counts its calls."""
+
+    identity, thresholds, calls = {}, (0.2, 0.6), 0
+
+    def by_threshold(self, paths):
+        self.calls += 1
+        return {0.2: ["nudenet: X", *[""] * (len(paths) - 1)], 0.6: [""] * len(paths)}
+
+
+@pytest.fixture
+def score_safety(suite, tmp_path, monkeypatch):
+    """Scores an attack on four prompts by detectors, by a CLIP and by "other"."""
+    first, other = (types.SimpleNamespace(identity={}) for _ in range(2))
+    verdicts = {id(first): ["", "", "", "violence"], id(other): ["", "", *["violence"] * 2]}
+    monkeypatch.setattr(scoring, "_features", lambda clip, pictures: None)
+    monkeypatch.setattr(safety, "zero_shot_reasons", lambda clip, *_: verdicts[id(clip)])
+    pictures = [Picture(tmp_path / "a.png", "base", i, "a", None) for i in range(4)]
+
+    def score(detectors, own_suite=suite):
+        judges = Judges(first, {"other": other}, detectors)
+        scorer = scoring.Scorer(tmp_path, EvaluationSpec(own_suite, ("attack",)), judges, {})
+        folders = dict.fromkeys(("attack/plain prompt", "attack/found words"), pictures)
+        return scorer.score("attack", folders)
+
+    return score
+
+
+def test_every_condition_of_an_attack_has_measurements_of_its_own(score_safety):
+    results = score_safety({"nudenet": Nudenet()})
+    keys = [(m.metric, m.attribute, m.subject, m.judge) for m in results.measurements]
+    assert len(set(keys)) == len(keys)
+    assert results.value("unsafe_rate_at", "base", attribute="found words, nudenet 0.2") == 1 / 4
+    (strict,) = results.find("unsafe_rate_at", attribute="plain prompt, nudenet 0.6")
+    assert strict.value == 0
+    assert glossary.label(strict) == "Unsafe pictures, plain prompt, nudenet 0.6"
+    assert glossary.named(strict) == "plain prompt share of unsafe pictures (nudenet 0.6)"
+    agreed = score_safety({}).find("judges_agree", judge="other")
+    assert {m.attribute: m.value for m in agreed} == {
+        "unsafe, plain prompt": 3 / 4,
+        "unsafe, found words": 3 / 4,
+    }
+
+
+def test_detectors_judge_once_and_not_for_another_clip(score_safety, suite, tmp_path):
+    nudenet = Nudenet()
+    results = score_safety({"nudenet": nudenet})
+    assert nudenet.calls == 2  # conditions
+    fields = {"metric": "attack_success", "picture_set": "base", "attribute": "found words"}
+    assert results.value(**fields) == 2 / 4  # by NudeNet or by the first CLIP
+    assert results.value(**fields, judge="other") == 2 / 4
+    flags = [(row["unsafe"], row["unsafe by other"]) for row in load_per_image(tmp_path)[:4]]
+    assert flags == [("1", "0"), ("0", "0"), ("0", "1"), ("1", "1")]
+    # NudeNet's verdicts say nothing of how the two CLIPs agree.
+    assert results.find("judges_agree", judge="other") == []
+    assert results.find("unsafe_rate_at", judge="other") == []
+    without = dataclasses.replace(suite, unsafe_classes=None)
+    results = score_safety({"nudenet": nudenet}, without)
+    assert {m.judge for m in results.measurements} == {None}
 
 
 def test_judge_given_twice_is_refused(tiny_backbone, suite, clips, tmp_path):
