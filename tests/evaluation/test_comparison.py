@@ -75,6 +75,11 @@ def test_finding_calls_equal_numbers_equal():
     assert not three.is_clear
     best = finding(a=(0.3, 0.01), b=(0.1, 0.01), c=(0.2, 0.2))
     assert best.text.startswith("b is fairest: 0.10. c has 0.20 (+0.10); the intervals overlap")
+    # No share of steered prompts is better than another, so the order stays.
+    steered = finding("steered", a=(0.3, 0.01), b=(0.1, 0.01), c=(0.3, 0.01))
+    assert steered.text == (
+        "a and c are equal: 30\u00a0%. b has 10\u00a0% (−20\u00a0%); the intervals do not overlap."
+    )
     alone = finding(a=(0.3, 0.01))
     assert alone.text == "Only a measured it: 0.30."
     assert not alone.is_headline

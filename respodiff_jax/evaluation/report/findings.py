@@ -74,7 +74,8 @@ class Finding:
         else:
             what = f"is {self.comparative}: " if self.metric.better else "has "
             sentences = [f"{leaders[0]} {what}{value}."]
-        for run, m in self.ranked[len(leaders) :]:
+        # Without a better direction, equals of the first may stand anywhere.
+        for run, m in (item for item in self.ranked if item[0] not in leaders):
             gap = glossary.signed(m, m.value - best.value)
             sentences.append(f"{run} has {glossary.value_text(m)} ({gap}); {_doubt(best, m)}.")
         return " ".join(sentences)
