@@ -232,8 +232,8 @@ def evaluate(
         raise UserError(
             "quality of one picture, expected two or more; give more captions or pictures"
         )
-    _check_no_results_are_lost(out, parts)
     if existing is not None:
+        _check_no_results_are_lost(out, parts, {"images": str(images)})
         check_pictures(existing)
         judges = load_judges(spec, clip, detectors, q16_clip, reference)
         results = _score_existing(images, existing, spec, judges, out)
@@ -249,6 +249,7 @@ def evaluate(
         reads = adapter is not None and reads_prompts(adapter) and not steer_always
         if reads:
             settings["reads_prompts"] = True
+        _check_no_results_are_lost(out, parts, settings)
         _check_folders(out, spec, requests, weights, settings)
         if "attack" in parts:
             check_attack(out, spec, requests, model)
@@ -277,15 +278,36 @@ def evaluate(
     return results
 
 
-def _check_no_results_are_lost(out: pathlib.Path, parts: Sequence[str]) -> None:
+def _check_no_results_are_lost(
+    out: pathlib.Path, parts: Sequence[str], made: Mapping[str, Any]
+) -> None:
+    """Checks that results in `out` are of the same parts, and of pictures that are `made` so."""
     if not (out / RESULTS_FILE).is_file():
         return
-    found = {m.part for m in load_results(out).measurements}
-    if lost := sorted(found - set(parts)):
+    old = load_results(out)
+    if lost := sorted({m.part for m in old.measurements} - set(parts)):
         raise UserError(
             f"{out} has results of {', '.join(lost)}, which would be lost; choose another `out`, or"
             " evaluate all parts in one call"
         )
+    adapter = (old.made.get("adapter") or {}).get("sha256")
+    before, now = _origin({**old.made, "adapter": adapter}), _origin(made)
+    if differing := [name for name in now if before[name] != now[name]]:
+        raise UserError(
+            f"{out} has results of other pictures, which would be lost: they differ in"
+            f" {', '.join(differing)}; choose another `out`, or remove its {RESULTS_FILE}"
+        )
+
+
+def _origin(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Where pictures come from: a folder of existing ones, or model and adapter."""
+    images, model = made.get("images"), dict(made.get("model") or {})
+    model.pop("parts_sha256", None)  # is known only after the weights are loaded
+    return {
+        "images": None if images is None else pathlib.Path(str(images)).resolve(),
+        "model": model,
+        "adapter": made.get("adapter"),
+    }
 
 
 def _score_existing(

@@ -1,6 +1,7 @@
 """Pictures that are drawn for an evaluation, and pictures of other tools."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from respodiff_jax import images as images_lib
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation import drawing, evaluate, load_results
 from respodiff_jax.evaluation import pictures as pictures_lib
-from respodiff_jax.evaluation.results import load_per_image
+from respodiff_jax.evaluation.results import load_per_image, save_results
 from respodiff_jax.evaluation.suites import Prompt
 from respodiff_jax.generation.sampling import ImagePair, SamplerOptions
 
@@ -97,6 +98,32 @@ def test_pictures_of_another_tool_are_scored(suite, tmp_path):
     results = score("quality", tmp_path / "quality")
     assert results.find("clip_score", "given")[0].n == 2
     assert results.value("clip_frechet_distance", "given") is None  # nothing to compare with
+
+
+def test_results_of_other_pictures_are_kept(tiny_backbone, suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        grey_pictures(tmp_path / name, {"x.png": 24})
+
+    def detect(paths):
+        return ["" for _ in paths]
+
+    detect.name, detect.identity = "none", {}
+    own = dataclasses.replace(suite, unsafe_classes=None)
+    common = {"part": "safety", "suite": own, "detectors": [detect], "out": "out"}
+    results = evaluate(images="a", **common)
+    assert evaluate(images=tmp_path / "a", **common).measurements == results.measurements
+    drawing = {"model": tiny_backbone, "num_steps": 2}
+    for other, what in (({"images": "b"}, "images"), (drawing, "images, model")):
+        with pytest.raises(UserError, match=rf"out has results of other .* in {what}; choose"):
+            evaluate(**other, **common)
+    assert load_results("out").made["images"] == str(tmp_path / "a")
+    made = {"model": tiny_backbone.identity | {"parts_sha256": "1"}, "adapter": {"sha256": "2"}}
+    save_results(dataclasses.replace(results, made=made), "out")
+    with pytest.raises(UserError, match="differ in images, model, adapter; choose"):
+        evaluate(images="a", **common)
+    with pytest.raises(UserError, match="differ in adapter; choose"):
+        evaluate(**drawing, **common)
 
 
 @pytest.mark.filterwarnings("ignore:the classifier was not checked:UserWarning")
