@@ -40,33 +40,42 @@ def requests_per_subject(
 ) -> list[Request]:
     """`images_per_subject` requests for each subject, one subject after the other.
 
-    A subject takes its prompts in turn. Seeds count up from `seed`, unless a prompt has its own.
+    A subject takes its prompts in turn. Seeds count up from `seed`, unless a prompt has its own. No
+    two requests have the same prompt and seed: the later one takes the next seed that is free.
     """
     subjects: dict[str | None, list[Prompt]] = {}
     for prompt in prompts:
         subjects.setdefault(prompt.subject, []).append(prompt)
     requests: list[Request] = []
+    taken: set[tuple[str, int]] = set()
     for own in subjects.values():
         for number in range(images_per_subject):
             repeat, which = divmod(number, len(own))
-            requests.append(_request(own[which], repeat, seed + len(requests)))
+            requests.append(_request(own[which], repeat, seed + len(requests), taken))
     return requests
 
 
 def requests_per_prompt(
     prompts: Sequence[Prompt], images_per_prompt: int, seed: int
 ) -> list[Request]:
-    """`images_per_prompt` requests for each prompt; seeds count up, unless a prompt has its own."""
+    """`images_per_prompt` requests for each prompt, with seeds as in `requests_per_subject`."""
+    taken: set[tuple[str, int]] = set()
     return [
-        _request(prompt, repeat, seed + row * images_per_prompt + repeat)
+        _request(prompt, repeat, seed + row * images_per_prompt + repeat, taken)
         for row, prompt in enumerate(prompts)
         for repeat in range(images_per_prompt)
     ]
 
 
-def _request(prompt: Prompt, repeat: int, seed: int) -> Request:
-    """Picture number `repeat` of a prompt; `seed` is for a prompt that has none."""
+def _request(prompt: Prompt, repeat: int, seed: int, taken: set[tuple[str, int]]) -> Request:
+    """Picture number `repeat` of a prompt; `seed` is for a prompt that has none.
+
+    Prompts and seeds that are `taken` would give the same picture again; this one's are added.
+    """
     own = seed if prompt.seed is None else (prompt.seed + repeat) % 2**32
+    while (prompt.text, own) in taken:
+        own = (own + 1) % 2**32
+    taken.add((prompt.text, own))
     return Request(prompt.text, own, prompt.subject)
 
 

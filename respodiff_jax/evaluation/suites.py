@@ -46,7 +46,8 @@ class Prompt:
     Attributes:
       text: the prompt.
       subject: what its pictures are counted under, or None.
-      seed: the seed of its first picture; None takes the next of the evaluation's seeds.
+      seed: the seed of its first picture, or the next one that no earlier picture of the same text
+        has; None takes the next of the evaluation's seeds.
     """
 
     text: str

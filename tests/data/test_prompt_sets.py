@@ -162,6 +162,24 @@ def test_seeds_of_prompts_are_used_and_others_count_up(files, tmp_path):
     ]
 
 
+def test_no_prompt_is_drawn_twice_from_one_seed():
+    """Rows of one prompt have nearby seeds, and only their pictures clash."""
+    rows = [Prompt("a", "x", 5), Prompt("a", "y", 6), Prompt("b", "y", 5), Prompt("a", "z", 5)]
+    assert [(r.prompt, r.seed) for r in requests_per_prompt(rows, 2, seed=100)] == [
+        *(("a", 5), ("a", 6)),
+        *(("a", 7), ("a", 8)),
+        *(("b", 5), ("b", 6)),
+        *(("a", 9), ("a", 10)),
+    ]
+    assert [(r.prompt, r.seed) for r in requests_per_subject(rows, 2, seed=100)] == [
+        *(("a", 5), ("a", 6)),
+        *(("a", 7), ("b", 5)),
+        *(("a", 8), ("a", 9)),
+    ]
+    last = [Prompt("a", seed=2**32 - 1), Prompt("a", seed=2**32 - 1)]
+    assert [r.seed for r in requests_per_prompt(last, 1, seed=0)] == [2**32 - 1, 0]
+
+
 @pytest.mark.parametrize(
     ("protocol", "content", "message"),
     [
