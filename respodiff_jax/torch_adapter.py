@@ -192,7 +192,7 @@ class RespoDiffAdapter:
         With `prompts`, the shares hold among those that leave the group open, and the images of the
         others get none. Concept k gets the share `ratio[k]` of all `P * M` images, and of each
         prompt's M images, rounded down or up. The order is random: call `fair` before every batch.
-        The choice of concepts outside the group does not change.
+        An earlier choice of the group's concepts is dropped, that of others does not change.
 
         Args:
           group: for example "gender".
@@ -249,7 +249,9 @@ class RespoDiffAdapter:
         return names
 
     def safe(self, scale: float | None = None) -> None:
-        """Adds all safety concepts to every image; the choice of other concepts does not change.
+        """Chooses all safety concepts for every image, and drops every earlier choice of them.
+
+        The choice of other concepts does not change.
 
         Args:
           scale: replaces each concept's own default scale.

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=SHARE,...",
         help="proportions for --fair; their sum is 1 (default: equal)",
     )
-    add("--safe", action="store_true", help="add all safety concepts")
+    add("--safe", action="store_true", help="add all safety concepts, at their default scales")
     add(
         "--steer-always",
         action="store_true",

@@ -66,7 +66,7 @@ def generate(
       concepts: concept name -> scale, for every image; None is the concept's default scale.
       fair: a concept group; each image gets one of its concepts, in exact proportions.
       ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
-      safe: add every safety concept.
+      safe: add every safety concept at its default scale; `concepts` then names none of them.
       steer_always: steer every prompt, as the paper does. By default an adapter that reads prompts
         keeps what a prompt names, and leaves pictures without people as they are.
       images_per_prompt: at least 1.

@@ -98,7 +98,8 @@ def concept_weights(
     Raises:
       UserError: if a concept or group is unknown (the message lists the known ones), a scale is not
         finite, a group cannot be balanced, `ratio` does not fit `fair` or sum to 1, `safe` finds no
-        safety concept, or the choice is empty or has no adapter.
+        safety concept, `concepts` names one that `fair` or `safe` chooses, or the choice is empty
+        or has no adapter.
     """
     chosen = {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe}
     if adapter is None:
@@ -151,6 +152,11 @@ def concept_weights(
         members = [i for i, concept in enumerate(adapter.concepts) if concept.is_safety]
         if not members:
             raise UserError(f"`safe`: the adapter has no safety concepts. {_inventory(adapter)}")
+        if clash := [adapter.names[i] for i in members if adapter.names[i] in (concepts or {})]:
+            raise UserError(
+                "`safe` chooses all safety concepts at their default scales; drop"
+                f" {clash[0]!r} from `concepts`, or drop `safe`"
+            )
         weights[:, members] += np.float32(adapter.default_scales)[members]
     is_open = np.repeat(decisions == Decision.OPEN, images_per_prompt, axis=0)
     return np.where(is_open, weights, np.float32(0))

@@ -86,6 +86,7 @@ def test_weights_of_named_fair_and_safety_concepts_add_up():
         ({"fair": "safety"}, "use `safe`"),
         ({"fair": "age"}, "only the concept 'young'"),
         ({"fair": "gender", "concepts": {"a man": 1.0}}, "drop 'a man' from `concepts`"),
+        ({"safe": True, "concepts": {"anti-violence": 0.3}}, "drop 'anti-violence' from"),
         ({"ratio": {"a man": 1.0}}, "name the group with `fair`"),
         ({"fair": "gender", "ratio": {"a man": 0.9}}, "sums to 0.9, expected 1"),
         ({"fair": "gender", "ratio": {"young": 1.0}}, r"names \['young'\], but group 'gender'"),
