@@ -281,7 +281,8 @@ class RespoDiffAdapter:
             return torch.ones(len(prompts), len(self.names), dtype=torch.bool)
         if self._pipe is None:
             raise ValueError("reading prompts needs the pipeline's text encoders: attach() first")
-        options = {"device": self._pipe.device, "num_images_per_prompt": 1}
+        # `device` is "meta" where weights are offloaded one by one.
+        options = {"device": self._pipe._execution_device, "num_images_per_prompt": 1}
         with torch.no_grad():
             if _is_modular(self._pipe):
                 encode = self._pipe.blocks.sub_blocks["text_encoder"].encode_prompt

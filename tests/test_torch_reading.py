@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from importlib.resources import files
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -99,6 +100,16 @@ def test_fair_deals_among_open_prompts(attached):
         attached.fair("gender", 4, 2, prompts=PROMPTS)
     attached.steer_always = True
     assert None not in attached.fair("gender", 2, prompts=PROMPTS)
+
+
+def test_prompts_are_read_with_offloaded_weights(attached, emoji_folder):
+    expected = attached.read(PROMPTS)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(emoji_folder)
+    for name in ("vae", "text_encoder", "unet"):  # as enable_sequential_cpu_offload does
+        accelerate.cpu_offload(pipe.components[name], execution_device="cpu")
+    assert pipe.device.type == "meta"
+    assert torch.equal(attached.attach(pipe).read(PROMPTS), expected)
+    assert attached.fair("gender", 1, prompts=PROMPTS)[1:] == [None, None]
 
 
 def test_reading_prompts_needs_a_pipeline(adapter, tmp_path):
