@@ -125,8 +125,8 @@ class RespoDiffAdapter:
           This adapter.
 
         Raises:
-          ValueError: if the pipeline has no such UNet or batch, or if its mid-block or prediction
-            type is not that of the training.
+          ValueError: if the pipeline has no such UNet or batch, or if its mid-block, prediction
+            type or, for an adapter that reads prompts, text states are not those of the training.
         """
         self._check_fits(pipe, getattr(pipe, "unet", None))
         self.detach()
@@ -274,7 +274,8 @@ class RespoDiffAdapter:
           prompts: P texts, which the attached pipeline's text encoders encode.
 
         Raises:
-          ValueError: if the adapter reads prompts and is not attached.
+          ValueError: if the adapter reads prompts and is not attached, or the pipeline's text
+            states have another width than those of the training.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self._reading is None or self.steer_always:
@@ -295,6 +296,7 @@ class RespoDiffAdapter:
 
     def _is_open(self, states: torch.Tensor) -> torch.Tensor:
         """Whether each concept may steer, bool (B, N), from text states (B, L, D)."""
+        self._check_reads(states.shape[-1])
         weight, bias = (value.to(states.device) for value in self._reading)
         with _without_autocast(states.device.type):
             responses = torch.einsum("bld,nhd->blnh", states.float(), weight)
@@ -327,8 +329,9 @@ class RespoDiffAdapter:
           images.
 
         Raises:
-          ValueError: if concepts were chosen for another number of images, or if `h` does not have
-            the shape that a `constant` adapter was trained at.
+          ValueError: if concepts were chosen for another number of images, if `h` does not have the
+            shape that a `constant` adapter was trained at, or `states` not the width that the
+            adapter reads.
         """
         if self._weights.device != h.device:
             self._weights = self._weights.to(h.device)
@@ -410,6 +413,9 @@ class RespoDiffAdapter:
                 f" channels and a position for each {ours[1]} pixels, this pipeline's has"
                 f" {theirs[0]} and {theirs[1]}: use {trained['name']} or a fine-tune of it"
             )
+        if self._reading is not None and not self.steer_always:
+            width = unet.config.cross_attention_dim  # a number, or a list with one for each level
+            self._check_reads(width if isinstance(width, int) else width[-1])
         ours = trained["prediction_type"]
         theirs = pipe.scheduler.config.get("prediction_type", ours)
         if ours != theirs:
@@ -423,6 +429,15 @@ class RespoDiffAdapter:
                 f"the adapter was trained on {trained['name']}, the pipeline is {name}: its effect"
                 " may be weaker or different",
                 stacklevel=3,
+            )
+
+    def _check_reads(self, features: int) -> None:
+        ours, name = self._reading[0].shape[-1], self.config["backbone"]["name"]
+        if features != ours:
+            raise ValueError(
+                f"the adapter reads text states of {ours} features, this model's have {features};"
+                f" use the model that it was trained on, {name}, or steer every prompt:"
+                " `adapter.steer_always = True`"
             )
 
 

@@ -112,6 +112,22 @@ def test_prompts_are_read_with_offloaded_weights(attached, emoji_folder):
     assert attached.fair("gender", 1, prompts=PROMPTS)[1:] == [None, None]
 
 
+def test_a_model_with_text_states_of_another_width_is_refused(adapter, pipe, tmp_path):
+    heads = adapter.reading._replace(weight=adapter.reading.weight[..., :64])
+    save_adapter(dataclasses.replace(adapter, reading=heads), tmp_path)
+    loaded = RespoDiffAdapter.from_pretrained(tmp_path)
+    message = "reads text states of 64 features, this model's have 192; use .* `adapter.steer_alw"
+    with pytest.raises(ValueError, match=message):
+        loaded.attach(pipe)
+    loaded.steer_always = True
+    loaded.attach(pipe).set_concepts({"a woman": 1.0})
+    torch_latents(pipe, PROMPTS[:1], noise=np.zeros((1, 16, 16, 4)), steps=1)
+    loaded.steer_always = False
+    with pytest.raises(ValueError, match=message):
+        torch_latents(pipe, PROMPTS[:1], noise=np.zeros((1, 16, 16, 4)), steps=1)
+    loaded.detach()
+
+
 def test_reading_prompts_needs_a_pipeline(adapter, tmp_path):
     save_adapter(adapter, tmp_path / "reads")
     with pytest.raises(ValueError, match=r"needs the pipeline's text encoders: attach\(\) first"):
