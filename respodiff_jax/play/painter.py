@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter, steerings
-from respodiff_jax.adapters.reading import read_prompts, reads_prompts
+from respodiff_jax.adapters.reading import read_contexts, reads_prompts
 from respodiff_jax.backbone import Backbone
 from respodiff_jax.errors import UserError
 from respodiff_jax.generation.sampling import (
@@ -52,17 +52,15 @@ class Job(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A prompt as the model and the adapter read it.
+    """A prompt as the model reads it.
 
     Attributes:
       cond: its conditioning, leading axis 1, numpy.
       is_too_long: whether the text encoder does not read the whole prompt.
-      decisions: from `read_prompts`, `(1, N)`; None without an adapter that reads prompts.
     """
 
     cond: Any
     is_too_long: bool
-    decisions: np.ndarray | None
 
 
 class Painter:
@@ -107,13 +105,20 @@ class Painter:
         return sum(step._cache_size() for step in (*self._steps.values(), self._decode))
 
     def read(self, prompt: str) -> Text:
-        """What the model and the adapter read in a prompt; recent prompts are kept.
+        """What the model reads in a prompt; recent prompts are kept."""
+        with self._cache_lock:
+            return self._encoded(prompt)
+
+    def decisions(self, prompts: Sequence[str]) -> np.ndarray | None:
+        """The adapter's decisions on prompts, as `read_prompts`; None if it reads none.
 
         Raises:
           UserError: if the adapter reads text states of another size than the model's.
         """
-        with self._cache_lock:
-            return self._encoded(prompt)
+        if self.adapter is None or not reads_prompts(self.adapter):
+            return None
+        contexts = [self.read(prompt).cond.context for prompt in prompts]
+        return read_contexts(self.adapter, np.concatenate(contexts))
 
     def draw(
         self,
@@ -260,11 +265,8 @@ class Painter:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 cond = self.model.encode_prompts([prompt], self.resolution, self._params)
-                decisions = None
-                if self.adapter is not None and reads_prompts(self.adapter):
-                    decisions = read_prompts(self.adapter, self.model, [prompt])
             too_long = any("the text encoder reads" in str(w.message) for w in caught)
-            self._prompts[prompt] = Text(jax.device_get(cond), too_long, decisions)
+            self._prompts[prompt] = Text(jax.device_get(cond), too_long)
             if len(self._prompts) > _KEPT_PROMPTS:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(prompt)

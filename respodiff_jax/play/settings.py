@@ -112,8 +112,7 @@ def plan(painter: Painter, settings: Settings) -> Plan:
 
 def decide(painter: Painter, settings: Settings, prompts: Sequence[str]) -> np.ndarray | None:
     """The decisions on prompts, `(len(prompts), N)`; None if every prompt is steered."""
-    found = [painter.read(prompt).decisions for prompt in prompts]
-    return None if settings.steer_always or found[0] is None else np.concatenate(found)
+    return None if settings.steer_always else painter.decisions(prompts)
 
 
 def label(concept: Concept) -> str:

@@ -26,7 +26,7 @@ from respodiff_jax.evaluation.suites import Suite
 from respodiff_jax.generation.generate import generate
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.images import METADATA_KEY
-from respodiff_jax.method.reading import Decision, Reading
+from respodiff_jax.method.reading import Decision, Reading, always
 from respodiff_jax.play import measuring, settings
 from respodiff_jax.play.painter import Job, Painter
 from respodiff_jax.play.settings import (
@@ -156,9 +156,21 @@ def test_a_line_says_why_a_picture_is_steered_or_not(tiny_backbone, decision, li
     assert chosen.reasons == [f"{line} Steered away from {TAG} × 0.5: every prompt is steered."] * 2
     is_open = decision == Decision.OPEN
     assert chosen.adapted[0].weights == (float(is_open), 0.0, 0.5)
-    always = plan(painter, Settings("a cook", {WOMAN.name: 1.0}, steer_always=True, count=1))
-    assert always.reasons == ["Steered to a woman: every prompt is steered."]
-    assert always.adapted[0].weights == (1.0, 0.0, 0.0)
+    steered = plan(painter, Settings("a cook", {WOMAN.name: 1.0}, steer_always=True, count=1))
+    assert steered.reasons == ["Steered to a woman: every prompt is steered."]
+    assert steered.adapted[0].weights == (1.0, 0.0, 0.0)
+
+
+def test_only_steering_by_prompts_needs_text_states_that_the_adapter_reads(tiny_backbone):
+    people, safety = adapters(tiny_backbone)
+    narrow = dataclasses.replace(people, reading=always(2, 3))
+    painter = Painter(tiny_backbone, combine([narrow, safety]), 16)
+    painter.batch_size = 8
+    with pytest.raises(UserError, match=r"reads text states of 3 features.* `steer_always`"):
+        plan(painter, Settings("a cook", fair="gender"))
+    steered = plan(painter, Settings("a cook", fair="gender", steer_always=True, count=1))
+    jobs = [*steered.adapted, *plan(painter, Settings("a cook", count=1)).base]
+    assert len(drawn(painter, jobs, SamplerOptions(num_steps=1))) == 2
 
 
 def test_a_line_of_a_negative_weight_says_the_other_way(tiny_backbone):
