@@ -61,6 +61,7 @@ class RespoDiffAdapter:
       config: the contents of adapter_config.json.
       names: the names of the concepts.
       groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
+      default_scales: each concept's scale for choices that give none, in the order of `names`.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]):
@@ -70,7 +71,7 @@ class RespoDiffAdapter:
         for concept in config["concepts"]:
             group = concept["group"]
             self.groups[group] = (*self.groups.get(group, ()), concept["name"])
-        self._scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
+        self.default_scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
         self._reading = _heads(len(self.names), tensors) if config.get("reading") else None
         self.steer_always = False
@@ -154,13 +155,16 @@ class RespoDiffAdapter:
         finally:
             self._enabled = before
 
-    def set_concepts(self, concepts: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
+    def set_concepts(
+        self, concepts: Mapping[str, float | None] | Sequence[Mapping[str, float | None]]
+    ) -> None:
         """Chooses weighted concepts, and drops every earlier choice.
 
         Args:
-          concepts: scales by name, for every image; `{}` chooses none. Or a sequence of such
-            mappings, one for each image of a batch, in the order of diffusers: the
-            `num_images_per_prompt` images of the first prompt, then those of the second, and so on.
+          concepts: scales by name, for every image; None is the concept's default scale, `{}`
+            chooses none. Or a sequence of such mappings, one for each image of a batch, in the
+            order of diffusers: the `num_images_per_prompt` images of the first prompt, then those
+            of the second, and so on.
 
         Raises:
           ValueError: if the adapter does not have a name, a scale is not finite, or the sequence is
@@ -173,7 +177,9 @@ class RespoDiffAdapter:
         weights = torch.zeros(len(rows), len(self.names))
         for row, chosen in zip(weights, rows, strict=True):
             for name, scale in chosen.items():
-                row[self._index(name)] = _finite(f"scale of {name!r}", scale)
+                i = self._index(name)
+                scale = self.default_scales[i] if scale is None else scale
+                row[i] = _finite(f"scale of {name!r}", scale)
         self._set_weights(weights, per_image)
 
     def fair(
@@ -244,7 +250,7 @@ class RespoDiffAdapter:
         for row, name in zip(weights, names, strict=True):
             if name is not None:
                 i = self._index(name)
-                row[i] = self._scales[i] if scale is None else _finite("scale", scale)
+                row[i] = self.default_scales[i] if scale is None else _finite("scale", scale)
         self._set_weights(weights, per_image=True)
         return names
 
@@ -264,7 +270,7 @@ class RespoDiffAdapter:
             raise ValueError(f"the adapter has no safety concepts. {self._inventory()}")
         weights = self._weights.clone()
         for i in columns:
-            weights[:, i] = self._scales[i] if scale is None else _finite("scale", scale)
+            weights[:, i] = self.default_scales[i] if scale is None else _finite("scale", scale)
         self._set_weights(weights, self._per_image)
 
     def read(self, prompts: str | Sequence[str]) -> torch.Tensor:

@@ -127,6 +127,8 @@ def test_default_scales_are_used(tmp_path):
     adapter = RespoDiffAdapter.from_pretrained(tmp_path)
     adapter.fair("gender", 2)
     np.testing.assert_allclose(adapter._weights.sum(0), [0.8, 0.5])
+    adapter.set_concepts([{"a man": None}, {"a woman": None, "a man": 2.0}, {}])
+    np.testing.assert_allclose(adapter._weights, [[0, 0.5], [0.8, 2.0], [0, 0]])
 
 
 @pytest.mark.parametrize(

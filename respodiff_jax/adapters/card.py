@@ -305,7 +305,7 @@ def _choice(adapter: Adapter) -> tuple[str, str, Concept]:
     if sum(concept.group == first.group for concept in adapter.concepts) > 1:
         python = f"adapter.fair({_literal(first.group)}, num_images_per_prompt=4)"
         return python, f"--fair {_argument(first.group)}", first
-    python = f"adapter.set_concepts({{{_literal(first.name)}: 1.0}})"
+    python = f"adapter.set_concepts({{{_literal(first.name)}: {first.default_scale}}})"
     return python, f"--concept {_argument(first.name)}", first
 
 

@@ -168,6 +168,8 @@ def test_card_has_metadata_sections_and_snippets():
     assert 'adapter.fair("gender", num_images_per_prompt=4)' in text
     alone = card(make_adapter(concepts=(WOMAN,), name="/models/sd"), with_grid=False)
     assert 'set_concepts({"a woman": 1.0})' in alone and "base_model" not in alone
+    weaker = with_scales(make_adapter(concepts=(WOMAN,)), 0.5)
+    assert 'set_concepts({"a woman": 0.5})' in card(weaker, with_grid=False)
     assert "adapter.safe()" in card(make_adapter(concepts=(VIOLENCE,)), with_grid=False)
 
 
