@@ -26,13 +26,24 @@ _PREDICTION_TYPES = {"epsilon": "EPS", "v_prediction": "V_PREDICTION"}
 class Choice:
     """An adapter and what a node chose of it.
 
+    Args:
+      adapter: it is copied, since several nodes choose of one adapter.
+      fair: group and seed, where each batch is dealt its concepts by `fair`.
+      scale: multiplies the default scales of the concepts.
+
     Attributes:
       adapter: with the chosen concepts.
-      fair: group, seed and scale, where each batch is dealt its concepts by `fair`.
+      fair: as given.
     """
 
-    def __init__(self, adapter: RespoDiffAdapter, fair: tuple[str, int, float] | None = None):
-        self.adapter = copy.copy(adapter)  # several nodes choose of one adapter
+    def __init__(
+        self,
+        adapter: RespoDiffAdapter,
+        fair: tuple[str, int] | None = None,
+        scale: float = 1.0,
+    ):
+        self.adapter = copy.copy(adapter)
+        self.adapter.default_scales = [scale * default for default in adapter.default_scales]
         self.adapter.set_concepts({})
         self.fair = fair
         self._dealt = 0
@@ -40,10 +51,10 @@ class Choice:
     def deal(self, num_images: int) -> None:
         """Gives each image of a batch its concept; the same seed gives the same concepts."""
         if self.fair is not None and self._dealt != num_images:
-            group, seed, scale = self.fair
+            group, seed = self.fair
             generator = torch.Generator().manual_seed(seed)
             self.adapter.set_concepts({})
-            self.adapter.fair(group, num_images, scale=scale, generator=generator)
+            self.adapter.fair(group, num_images, generator=generator)
             self._dealt = num_images
 
 
@@ -188,6 +199,13 @@ class _Node:
 
 
 _MODEL = {"model": ("MODEL",), "adapter": ("RESPODIFF",)}
+_SCALE = (
+    "FLOAT",
+    {
+        **{"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05},
+        "tooltip": "multiplies the default scales of the adapter's concepts",
+    },
+)
 
 
 class LoadAdapter(_Node):
@@ -238,12 +256,12 @@ class Fair(_Node):
                 **_MODEL,
                 "group": ("STRING", {"default": "gender"}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
-                "scale": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
+                "scale": _SCALE,
             }
         }
 
     def run(self, model, adapter, group: str, seed: int, scale: float):
-        choice = Choice(adapter, (group, seed, scale))
+        choice = Choice(adapter, (group, seed), scale)
         choice.deal(1)  # refuses an unknown group now, not while sampling
         return (patched(model, choice),)
 
@@ -253,12 +271,11 @@ class Safe(_Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        scale = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05})
-        return {"required": {**_MODEL, "scale": scale}}
+        return {"required": {**_MODEL, "scale": _SCALE}}
 
     def run(self, model, adapter, scale: float):
-        choice = Choice(adapter)
-        choice.adapter.safe(scale)
+        choice = Choice(adapter, scale=scale)
+        choice.adapter.safe()
         return (patched(model, choice),)
 
 

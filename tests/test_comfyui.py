@@ -77,13 +77,26 @@ def test_fair_deals_each_batch_by_its_seed():
     h, options = random(8, 192, 4, 4), {"cond_or_uncond": [1, 0]}
     picks = []
     for seed in range(6):
-        choice = comfyui.Choice(adapter, ("gender", seed, 1.0))
+        choice = comfyui.Choice(adapter, ("gender", seed))
         first = comfyui.steer([choice], h, None, options)
         assert torch.equal(comfyui.steer([choice], h, None, options), first)
         picks.append(choice.adapter._weights.tolist())
         assert choice.adapter._weights.sum(0).tolist() == [2.0, 2.0, 0.0]
     assert len(set(map(str, picks))) > 1
     assert comfyui.steer([choice], h[:4], None, options).shape == (4, 192, 4, 4)  # deals again
+
+
+def test_scales_of_fair_and_safe_multiply_the_default_scales(monkeypatch):
+    adapter = load()
+    adapter.default_scales = [0.5, 0.25, 0.6]
+    monkeypatch.setattr(comfyui, "patched", lambda model, choice: choice)
+    for scale in (1.0, 2.0):
+        [fair] = comfyui.Fair().run(None, adapter, "gender", 0, scale)
+        fair.deal(2)
+        assert fair.adapter._weights.sum(0).tolist() == [scale * 0.5, scale * 0.25, 0.0]
+        [safe] = comfyui.Safe().run(None, adapter, scale)
+        assert safe.adapter._weights[0].tolist() == pytest.approx([0.0, 0.0, scale * 0.6])
+    assert adapter.default_scales == [0.5, 0.25, 0.6]
 
 
 def test_what_does_not_fit_is_refused():
