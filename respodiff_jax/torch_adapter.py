@@ -74,6 +74,8 @@ class RespoDiffAdapter:
         self.default_scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
         self._reading = _heads(len(self.names), tensors) if config.get("reading") else None
+        owners = [(c["group"], self._is_safety(c["name"])) for c in config["concepts"]]
+        self._decide_together = torch.tensor([[a == b for b in owners] for a in owners])
         self.steer_always = False
         self._weights = torch.zeros(1, len(self.names))  # a row for all images, or one for each
         self._per_image = False
@@ -301,7 +303,10 @@ class RespoDiffAdapter:
         return self._is_open(states).cpu()
 
     def _is_open(self, states: torch.Tensor) -> torch.Tensor:
-        """Whether each concept may steer, bool (B, N), from text states (B, L, D)."""
+        """Whether each concept may steer, bool (B, N), from text states (B, L, D).
+
+        A group is open only if all its concepts find it open.
+        """
         self._check_reads(states.shape[-1])
         weight, bias = (value.to(states.device) for value in self._reading)
         with _without_autocast(states.device.type):
@@ -309,7 +314,8 @@ class RespoDiffAdapter:
             sharpness = torch.tensor(_SHARPNESS, device=states.device)
             pooled = (sharpness * responses).logsumexp(1) - math.log(states.shape[1])
             somebody, thing, named = (pooled / sharpness + bias > 0).unbind(-1)
-        return ~named & (somebody | ~thing)
+        is_closed = named | (thing & ~somebody)
+        return ~(is_closed[:, None] & self._decide_together.to(states.device)).any(-1)
 
     def __repr__(self) -> str:
         kind, model = self.config["module"]["kind"], self.config["backbone"]["name"]

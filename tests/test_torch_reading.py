@@ -13,7 +13,7 @@ from test_adapters import make_adapter
 from test_torch_adapter import torch_latents
 
 from respodiff_jax.adapters import load_adapter, save_adapter, steerings
-from respodiff_jax.adapters.reading import read_prompts
+from respodiff_jax.adapters.reading import read_contexts, read_prompts
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.data import contrast
 from respodiff_jax.data.prompt_files import fill_in
@@ -135,3 +135,16 @@ def test_reading_prompts_needs_a_pipeline(adapter, tmp_path):
     save_adapter(dataclasses.replace(adapter, reading=None), tmp_path / "paper")
     paper = RespoDiffAdapter.from_pretrained(tmp_path / "paper")
     assert None not in paper.fair("gender", 2, prompts=["a cat"])
+
+
+def test_concepts_of_a_group_decide_together(adapter, tmp_path):
+    bias = adapter.reading.bias.copy()
+    bias[0] = 1e3, -1e3, -1e3  # as a concept that was trained without a reading
+    mixed = dataclasses.replace(adapter, reading=adapter.reading._replace(bias=bias))
+    save_adapter(mixed, tmp_path)
+    loaded = RespoDiffAdapter.from_pretrained(tmp_path)
+    states = torch.randn(64, 5, 192, generator=torch.Generator().manual_seed(0))
+    is_open = loaded._is_open(states)
+    ours = read_contexts(mixed, states.numpy()) == Decision.OPEN
+    assert 0 < ours.mean() < 1 and (ours[:, 0] == ours[:, 1]).all()
+    np.testing.assert_array_equal(is_open.numpy(), ours)

@@ -27,6 +27,9 @@ def read_prompts(
 ) -> np.ndarray:
     """The decision on each prompt for each concept.
 
+    A group is open only if all its concepts find it open; else each of them gets the first decision
+    that is not. Safety concepts decide apart from others.
+
     Args:
       adapter: of N concepts. Concepts without a reading find every prompt open.
       model: with the parameters of its text encoders.
@@ -56,7 +59,14 @@ def read_contexts(adapter: Adapter | CombinedAdapter, context: jax.Array) -> np.
     """As `read_prompts`, from the prompts' text states, `(P, L, D)`."""
     heads = (part.reading or reading.always(len(part.concepts), 1) for part in adapter.parts)
     scores = [_scores(part, h, context) for part, h in zip(adapter.parts, heads, strict=True)]
-    return reading.decide(np.concatenate(scores, axis=1))
+    decisions = reading.decide(np.concatenate(scores, axis=1))
+    groups = [(concept.group, concept.is_safety) for concept in adapter.concepts]
+    for group in set(groups):
+        members = [i for i, other in enumerate(groups) if other == group]
+        own = decisions[:, members]
+        first = (own != reading.Decision.OPEN).argmax(1)
+        decisions[:, members] = np.take_along_axis(own, first[:, None], axis=1)
+    return decisions
 
 
 def decisions_table(

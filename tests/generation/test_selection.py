@@ -1,13 +1,18 @@
 """The concepts of each image: exact quotas, weights, and requests that cannot be met."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 from test_adapters import MAN, VIOLENCE, WOMAN, make_adapter
 
+from respodiff_jax.adapters import combine
+from respodiff_jax.adapters.reading import decisions_table, read_prompts
 from respodiff_jax.errors import UserError
+from respodiff_jax.generation.folder import reading_of
 from respodiff_jax.generation.selection import concept_weights, fair_assignment
+from respodiff_jax.method.reading import Decision, Reading
 
 YOUNG = dataclasses.replace(WOMAN, name="young", group="age")
 
@@ -104,3 +109,28 @@ def test_requests_without_safety_concepts_or_adapter_are_refused():
         concept_weights(make_adapter(), 1, 2, safe=True)
     with pytest.raises(UserError, match="`fair`, `safe` given but no adapter"):
         concept_weights(None, 1, 2, fair="gender", safe=True)
+
+
+def test_adapters_that_share_a_group_decide_together():
+    context = np.zeros((1, 2, 4), np.float32)
+    model = types.SimpleNamespace(
+        default_resolution=16, encode_prompts=lambda *_: types.SimpleNamespace(context=context)
+    )
+    nobody, named = (
+        Reading(np.zeros((1, 3, 4), np.float32), np.float32([bias]))
+        for bias in [(-1, 1, -1), (1, -1, 1)]
+    )
+    readings = {MAN: None, WOMAN: named, dataclasses.replace(WOMAN, name="a person"): nobody}
+    both = combine(
+        [
+            dataclasses.replace(make_adapter(concepts=(concept,)), reading=reading)
+            for concept, reading in (readings | {VIOLENCE: None, YOUNG: None}).items()
+        ]
+    )
+    decisions = read_prompts(both, model, ["x"])
+    assert decisions.tolist() == [[Decision.NAMED] * 3 + [Decision.OPEN] * 2]
+    for choice in ({"fair": "gender"}, {"concepts": {"a man": 1.0}}):
+        assert not concept_weights(both, 1, 3, decisions=decisions, **choice).any()
+    expected = {"gender": "named", "safety": "open", "age": "open"}
+    assert reading_of(both, decisions, 0) == expected
+    assert "gender: 0 open, 1 named, 0 nobody" in decisions_table(both, model, ["x"])
