@@ -232,9 +232,7 @@ class Page:
             card.set_visibility(i < settings.count)
             if i < settings.count:
                 reason.set_text(f"Seed {settings.seed + i}. {chosen.reasons[i]}")
-        self._command.set_text(
-            command_line(settings, self._studio.name, self._studio.sources, self._studio.resolution)
-        )
+        self._command.set_text(command_line(self._studio.painter, settings, self._studio.sources))
         self._warn(warning)
 
     def _show(self, i: int, picture: np.ndarray) -> None:

@@ -191,18 +191,20 @@ def strip(painter: Painter, settings: Settings, concept: str) -> tuple[list[Job]
     return jobs, _reason(painter.adapter, fixed, decisions, weights)
 
 
-def command_line(
-    settings: Settings, model: str, sources: Sequence[str], resolution: int | None = None
-) -> str:
+def command_line(painter: Painter, settings: Settings, sources: Sequence[str]) -> str:
     """The command that makes the same pictures, for a POSIX shell.
 
+    It names everything that `generate` could otherwise choose by the adapter or the device.
+
     Args:
+      painter: has the model and the resolution.
       settings: the controls.
-      model: name of the model.
       sources: where the adapters are.
-      resolution: in pixels; None is the adapter's or the model's own.
     """
-    words = [["respodiff", "generate"], ["--model", model]]
+    model = painter.model
+    words = [["respodiff", "generate"], ["--model", model.identity["name"]]]
+    words += [[f"--{n}", v] for n in ("revision", "variant") if (v := model.identity[n])]
+    words += [["--dtype", np.dtype(model.dtype)], ["--resolution", painter.resolution]]
     if sources and settings.steers:
         words += [["--adapter", _near(source)] for source in sources]
         words += [["--concept", f"{n}={s:g}"] for n, s in settings.concepts.items()]
@@ -223,8 +225,6 @@ def command_line(
     ]
     if settings.negative_prompt:
         words.append([f"--negative-prompt={settings.negative_prompt}"])
-    if resolution is not None:
-        words.append(["--resolution", resolution])
     words.append(["--out", "pictures"])
     return " \\\n    ".join(shlex.join(map(str, word)) for word in words)
 

@@ -27,7 +27,7 @@ class Studio:
       painter: draws.
       name: of the model.
       about: what the model is, for a visitor.
-      sources, resolution: as given.
+      sources: as given.
       suite: professions and classifier prompts.
       hint: how to get an adapter, or None if there is one.
 
@@ -49,7 +49,7 @@ class Studio:
         if adapter is not None:
             check_fits(adapter, model, size)
         model.latent_shape(size)
-        self.name, self.sources, self.resolution = model.identity["name"], sources, resolution
+        self.name, self.sources = model.identity["name"], sources
         self.suite = load_suite(None, self.name)
         self.about = f"The model is {self.name}."
         if self.name == shipped.MODEL:

@@ -6,7 +6,9 @@ import io
 import json
 import shlex
 import socket
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -208,7 +210,10 @@ def test_a_strip_goes_from_minus_one_to_one(painter):
     np.testing.assert_array_equal(middle, base)
 
 
-def test_the_command_line_makes_the_same_call(tmp_path, monkeypatch):
+def test_the_command_line_makes_the_same_call(tiny_backbone, monkeypatch):
+    identity = {"name": "owner/model", "revision": "abc", "variant": "fp16", "unet_sha256": "0"}
+    model = dataclasses.replace(tiny_backbone, identity=identity, dtype=jnp.bfloat16)
+    painter = types.SimpleNamespace(model=model, resolution=24)
     chosen = Settings(
         "a 'cook' $HOME; --safe",
         {WOMAN.name: 0.5},
@@ -218,15 +223,21 @@ def test_the_command_line_makes_the_same_call(tmp_path, monkeypatch):
         sampler="euler",
         negative_prompt="-ugly",
     )
-    text = command_line(chosen, "emoji-world", ["owner/name"])
-    seen = {}
+    text = command_line(painter, chosen, ["owner/name"])
+    seen, opened = {}, {}
 
     @functools.wraps(rd.generate_folder)
     def generate_folder(**given):
         seen.update(given)
         return 1.0
 
+    @functools.wraps(rd.load_model)
+    def load_model(**given):
+        opened.update(given)
+        return model
+
     monkeypatch.setattr("respodiff_jax.generate_folder", generate_folder, raising=False)
+    monkeypatch.setattr("respodiff_jax.load_model", load_model, raising=False)
     monkeypatch.setattr("respodiff_jax.load_adapter", lambda path: path, raising=False)
     monkeypatch.setattr("respodiff_jax.training.distributed.enable_compilation_cache", lambda: None)
     words = shlex.split(text.replace("\\\n", " "))
@@ -235,11 +246,16 @@ def test_the_command_line_makes_the_same_call(tmp_path, monkeypatch):
     for name in ("safe", "steer_always", "seed", "num_steps", "sampler", "negative_prompt"):
         assert seen[name] == getattr(chosen, name), name
     assert seen["concepts"] == chosen.concepts and seen["images_per_prompt"] == 8 and seen["base"]
+    assert seen["resolution"] == 24 and seen["model"]() is model
+    expected = {"name": "owner/model", "revision": "abc", "variant": "fp16", "dtype": "bfloat16"}
+    assert expected.items() <= opened.items()
     shares = Settings("x", fair="gender", ratio={"a woman": 0.25, "a man": 0.75})
     assert "--fair gender \\\n    --ratio 'a woman=0.25,a man=0.75'" in command_line(
-        shares, "m", ["a"]
+        painter, shares, ["a"]
     )
-    assert "--adapter" not in command_line(Settings("x"), "m", ["a"])
+    unsteered = command_line(painter, Settings("x"), ["a"])
+    assert "--adapter" not in unsteered
+    assert "--revision abc" in unsteered and "--resolution 24" in unsteered
 
 
 def test_a_downloaded_picture_says_how_it_was_made(painter):
