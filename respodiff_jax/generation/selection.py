@@ -13,6 +13,7 @@ import numpy as np
 
 from respodiff_jax.adapters import Adapter, CombinedAdapter
 from respodiff_jax.errors import UserError, nearest, shortened
+from respodiff_jax.method.concepts import is_number
 from respodiff_jax.method.reading import Decision
 
 
@@ -131,8 +132,8 @@ def concept_weights(
             )
         index = adapter.names.index(name)
         scale = adapter.default_scales[index] if scale is None else scale
-        if not math.isfinite(scale):
-            raise UserError(f"concept {name!r}: scale is {scale}, expected a finite number")
+        if not is_number(scale):
+            raise UserError(f"concept {name!r}: scale is {scale!r}, expected a finite number")
         weights[:, index] += scale
     if ratio and fair is None:
         raise UserError("`ratio` divides a group's concepts; name the group with `fair`")
@@ -185,7 +186,7 @@ def _fair_shares(
         return members, [1 / len(members)] * len(members)
     if outside := sorted(set(ratio) - set(names)):
         raise UserError(f"`ratio` names {outside}, but group {group!r} has {names}")
-    if not all(math.isfinite(share) and share >= 0 for share in ratio.values()):
+    if not all(is_number(share) and share >= 0 for share in ratio.values()):
         raise UserError(f"`ratio` is {dict(ratio)}, expected shares of 0 or more")
     if abs(sum(ratio.values()) - 1) > 5e-3:
         raise UserError(f"`ratio` sums to {sum(ratio.values()):g}, expected 1: {dict(ratio)}")

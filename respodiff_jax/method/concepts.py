@@ -91,7 +91,7 @@ class Concept:
         for field, is_right, each in (
             ("target_prompt", _is_text, "a non-empty Unicode prompt"),
             ("unsafe_prompt", _is_text, "a non-empty Unicode prompt"),
-            ("guidance_scale", lambda s: _is_number(s) and s > 0, "a positive number"),
+            ("guidance_scale", lambda s: is_number(s) and s > 0, "a positive number"),
         ):
             value = getattr(self, field)
             if isinstance(value, list | tuple) and field != "unsafe_prompt":
@@ -111,8 +111,8 @@ class Concept:
         object.__setattr__(self, "words", tuple(words))
         for field in ("lambda_sem", "lr_ram", "lr_sam"):
             value = getattr(self, field)
-            check(_is_number(value) and value >= 0, field, "zero or a positive number")
-        check(_is_number(self.default_scale), "default_scale", "a finite number")
+            check(is_number(value) and value >= 0, field, "zero or a positive number")
+        check(is_number(self.default_scale), "default_scale", "a finite number")
         if self.is_safety:
             expected = "one counterpart for each of the neutral_prompts, or none"
             check(not isinstance(self.target_prompt, str), "target_prompt", expected)
@@ -233,7 +233,8 @@ def validate_concepts(concepts: Sequence[Concept]) -> None:
         seen[concept.stream] = concept.name
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number, and no truth value."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and abs(value) <= sys.float_info.max
 

@@ -70,7 +70,10 @@ class Studio:
     def warm_up(self) -> None:
         """Compiles, and draws what a new visitor sees first."""
         settings = self.start()
-        chosen = plan(self.painter, settings)
+        try:
+            chosen = plan(self.painter, settings)
+        except UserError:  # the page shows it to the visitor
+            return
         jobs = [job for pair in zip(chosen.base, chosen.adapted, strict=True) for job in pair]
         for _ in self.painter.draw(jobs, settings.options):
             pass

@@ -85,6 +85,8 @@ def test_weights_of_named_fair_and_safety_concepts_add_up():
         ({}, "none of its concepts is chosen; .*gender: a woman, a man; safety: anti-violence"),
         ({"concepts": {"a cat": 1.0}}, "'a cat' is not in the adapter; did you mean 'a man'?"),
         ({"concepts": {"a man": np.inf}}, "scale is inf"),
+        ({"concepts": {"a man": "0.6"}}, "scale is '0.6', expected a finite number"),
+        ({"fair": "gender", "ratio": {"a man": "0.5", "a woman": "0.5"}}, "shares of 0 or more"),
         ({"concepts": ["a man"]}, "`concepts` is .'a man'., expected {name: number}"),
         ({"fair": "gender", "ratio": (0.5, 0.5)}, "`ratio` is .* expected {name: number}"),
         ({"fair": "race"}, "no group 'race'. The adapter has gender"),

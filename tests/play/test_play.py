@@ -173,6 +173,8 @@ def test_only_steering_by_prompts_needs_text_states_that_the_adapter_reads(tiny_
     steered = plan(painter, Settings("a cook", fair="gender", steer_always=True, count=1))
     jobs = [*steered.adapted, *plan(painter, Settings("a cook", count=1)).base]
     assert len(drawn(painter, jobs, SamplerOptions(num_steps=1))) == 2
+    unread = types.SimpleNamespace(painter=painter, start=lambda: Settings("a", fair="gender"))
+    Studio.warm_up(unread)  # the page starts; it shows the error when it draws
 
 
 def test_a_line_of_a_negative_weight_says_the_other_way(tiny_backbone):
