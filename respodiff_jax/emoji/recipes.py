@@ -72,7 +72,8 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     config.optimizer.eps = 1e-5
     config.optimizer.lr_schedule = "cosine"
     config.optimizer.warmup_steps = 100
-    config.train.steps = 800 if task == "safety_as_published" else 400
+    # After 400 steps, 17 of 360 pictures show a wrong skin tone; after 800, 11.
+    config.train.steps = 800 if task in ("skin_tone", "safety_as_published") else 400
     config.train.batch_size = 8
     if task == "safety_hardened":
         config.adversary.every = 4
