@@ -266,7 +266,7 @@ def test_finished_wave_whose_concepts_get_words_writes_its_adapter_again(twenty,
     rows = [json.loads(line) for line in pathlib.Path(concepts).read_text().splitlines()]
     rows[0]["words"] = ["zero"]
     (tmp_path / "concepts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = workdir / "waves/0002/adapter/config.json"
+    other = workdir / "waves/0002/adapter/adapter_config.json"
     before = other.stat().st_mtime_ns
     assert cli.main(train_command(str(tmp_path / "concepts.jsonl"), workdir)) == 0
     assert load_adapter(workdir / "waves/0000/adapter").concepts[0].words == ("zero",)
