@@ -127,7 +127,7 @@ class Scorer:
             labels = (*self._spec.suite.attributes, "unsafe")
             # With detectors, a verdict on safety is not the first CLIP's alone.
             detected = part in ("safety", "attack") and self._judges.detectors
-            compared = labels[:-1] if detected else labels
+            compared = [name for name in labels if not (detected and name == "unsafe")]
             for name, clip in self._judges.others.items():
                 pairs = zip(found, measure(sets, clip, folder), strict=True)
                 found = [_judged_again(*p, name, labels, compared, condition) for p in pairs]

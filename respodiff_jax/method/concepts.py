@@ -23,7 +23,7 @@ from typing import Any
 
 from respodiff_jax.errors import UserError
 
-# The words for gender in English, by which concepts without `words` are found, too.
+# Pairs of words for a gender: one in a concept's prompt also brings the other.
 _SYNONYMS = {"woman": "female", "female": "woman", "man": "male", "male": "man"}
 _SYNONYM = re.compile(rf"\b({'|'.join(_SYNONYMS)})\b", re.IGNORECASE)
 

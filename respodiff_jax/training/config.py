@@ -158,7 +158,8 @@ def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict
 
 
 def _entry(concept: Concept) -> ConfigDict:
-    fields = concept.to_dict()  # lists become tuples, so that flags can replace them
+    fields = concept.to_dict()
+    # Flags replace tuples, and only options that are there.
     fields |= {key: getattr(concept, key) for key in ("neutral_prompts", "words", "default_scale")}
     return ConfigDict(
         {name: placeholder(str) if value is None else value for name, value in fields.items()}

@@ -220,7 +220,7 @@ def contrast_prompts(
             ' example "doctor"'
         )
     neutral = [without_article(p) for c in concepts for p in c.neutral_prompts]
-    # A word of the group is no mere adjective, and nobody that is steered is a thing.
+    # The group's words are not neutral adjectives, and what is steered is not a thing.
     adjectives = [adjective for adjective in adjectives if not named.search(adjective)]
     things = [thing for thing in things if thing not in {*neutral, *names}]
     people = [*dict.fromkeys((*neutral, *people))]

@@ -171,10 +171,10 @@ def test_contrast_prompts_know_the_words_for_the_papers_groups(group, named, ope
 
 
 def test_a_combination_is_named_by_either_of_its_attributes():
-    concepts = load_config(
+    config = load_config(
         str(CONFIGS / "emoji_gender.py"), (), str(CONFIGS / "emoji_concepts.jsonl")
     )
-    pairs = [c for c in concepts_from(concepts) if c.group == "gender_and_skin_tone"]
+    pairs = [c for c in concepts_from(config) if c.group == "gender_and_skin_tone"]
     shipped = contrast.PEOPLE, contrast.ADJECTIVES, contrast.THINGS, contrast.TEMPLATES
     prompts = contrast_prompts(pairs, *shipped)
     for word in ("female", "man", "dark-skinned"):
