@@ -146,13 +146,16 @@ class Concept:
 
     @property
     def reading_words(self) -> tuple[str, ...]:
-        """`words` or, without any, those of the concept's own prompts.
+        """`words` or, without any, `own_words`."""
+        return self.words or self.own_words
+
+    @property
+    def own_words(self) -> tuple[str, ...]:
+        """Noun phrases of the concept's own prompts, as `words`.
 
         For "a woman" they are "woman", "woman {person}", "female" and "female {person}". Of a
         counterpart, only what its neutral prompt does not say names the concept.
         """
-        if self.words:
-            return self.words
         words = []
         for neutral, own in zip(self.neutral_prompts, self.own_prompts, strict=True):
             own = without_article(own)

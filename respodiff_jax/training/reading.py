@@ -210,7 +210,9 @@ def contrast_prompts(
     dog and a doctor": that is somebody and a thing, or two things.
     """
     words = list(dict.fromkeys(word for concept in concepts for word in concept.reading_words))
-    names = [word.replace(_PERSON, "").strip() for word in words]
+    # A concept's own prompt names it, whatever its `words` are.
+    own = [word for concept in concepts for word in concept.own_words]
+    names = [word.replace(_PERSON, "").strip() for word in dict.fromkeys((*words, *own))]
     named = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
     open_people = [person for person in people if not named.search(person)]
     if not open_people:

@@ -183,6 +183,15 @@ def test_a_combination_is_named_by_either_of_its_attributes():
     assert (True, False, False) in {p.labels for p in prompts if p.text == "a photo of a pilot"}
 
 
+def test_words_do_not_hide_what_the_target_prompt_names():
+    lady = dataclasses.replace(GENDER["woman"], words=["lady"])
+    people = ["doctor", "woman doctor", "female cook", "man"]
+    prompts = contrast_prompts([lady, GENDER["man"]], people, [], ["cat"], ["{a_subject}"])
+    labels = {p.text: p.labels[VALUE] for p in prompts}
+    assert labels["a woman doctor"] and labels["a female cook"] and labels["a lady"]
+    assert not labels["a doctor"]
+
+
 def test_words_of_a_group_are_neither_adjectives_nor_things():
     look = Concept("old", "look", ("a person",), target_prompt="an old person")
     prompts = contrast_prompts(
