@@ -63,6 +63,7 @@ def steer(
     h: torch.Tensor,
     context: torch.Tensor | None,
     options: Mapping[str, Any],
+    timesteps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds the deltas of all choices, each computed from the same `h`, to the positive chunks.
 
@@ -71,36 +72,46 @@ def steer(
       h: mid-block output (B, C, H, W).
       context: text states (B, L, D); None where a host does not tell them.
       options: `transformer_options`, with "cond_or_uncond".
+      timesteps: (B,); None where a host does not tell them.
 
     Raises:
       ValueError: if an adapter does not fit the model or the number of images, or if it reads
-        prompts and there are none.
+        prompts or timesteps and there are none.
     """
     chunks = options["cond_or_uncond"]
     size = len(h) // len(chunks)
     steered = h.clone()
     for start in (i * size for i, entry in enumerate(chunks) if entry == 0):
         part = h[start : start + size]
-        text = None if context is None else context[start : start + size]
+        text, times = (x if x is None else x[start : start + size] for x in (context, timesteps))
         deltas = []
         for choice in choices:
             adapter = choice.adapter
-            _check_fits(adapter, part, text)
+            _check_fits(adapter, part, text, times)
             choice.deal(size)
-            deltas.append(adapter.delta(part, text))
+            deltas.append(adapter.delta(part, text, times))
         steered[start : start + size] = (part.float() + sum(deltas)).to(h.dtype)
     return steered
 
 
-def _check_fits(adapter: RespoDiffAdapter, h: torch.Tensor, text: torch.Tensor | None) -> None:
+def _check_fits(
+    adapter: RespoDiffAdapter,
+    h: torch.Tensor,
+    text: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+) -> None:
     channels, name = adapter.config["module"]["mid_block_shape"]["channels"], adapter
     if h.shape[1] != channels:
         raise ValueError(
             f"{name}: its mid-block has {channels} channels, this model's has {h.shape[1]}; use the"
             " model that the adapter was trained on, or a fine-tune of it"
         )
+    if adapter.steer_always:
+        return
+    if timesteps is None and adapter.is_limited:
+        raise ValueError(f"{name} steers at some timesteps, unknown here; set steer_always")
     reading = adapter.config.get("reading")
-    if reading is None or adapter.steer_always:
+    if reading is None:
         return
     if text is None:
         raise ValueError(f"{name} reads prompts, which are unknown here; set steer_always")
@@ -120,7 +131,7 @@ class Wrapper:
     def __call__(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         # The layers of the mid-block are called one by one, so the hook is on the last.
         handle = executor.class_obj.middle_block[-1].register_forward_hook(
-            lambda module, args, h: steer(self.choices, h, context, transformer_options)
+            lambda module, args, h: steer(self.choices, h, context, transformer_options, timesteps)
         )
         try:
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
@@ -131,8 +142,8 @@ class Wrapper:
 def output_block_patch(choices: Sequence[Choice]):
     """The same for `set_model_output_block_patch`, which Forge has.
 
-    It gets no text states, so adapters that read prompts need `steer_always`; and with a ControlNet
-    it acts after the ControlNet's mid-block residual.
+    It gets no text states and no timesteps, so adapters that read prompts or have a `max_timestep`
+    need `steer_always`; and with a ControlNet it acts after the ControlNet's mid-block residual.
     """
 
     def patch(h, skipped, options):

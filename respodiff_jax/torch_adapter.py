@@ -13,9 +13,10 @@ output `h` of the *conditional* samples only (RespoDiff, section 4.4). Each call
 which samples these are, see `_UNetHook`. Deltas are computed and added in float32, whatever the
 pipeline's dtype.
 
-Reading: an adapter of format version 2 reads the text states that the UNet gets. A fairness concept
-steers no prompt that names a value of its group, and no prompt that names a thing but no person.
-`steer_always` switches this off.
+Reading: from format version 2 on, an adapter may read the text states that the UNet gets. A
+fairness concept then steers no prompt that names a value of its group, and none that names a thing
+but no person. From version 3 on, a concept may have a `max_timestep`, up to which it steers.
+`steer_always` switches both off.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
 FORMAT = "respodiff-adapter"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -57,11 +58,12 @@ class RespoDiffAdapter:
     several adapters of any kinds; each adds its own concepts, computed from the same `h`.
 
     Attributes:
-      steer_always: whether to steer every prompt, as the paper does, whatever it says.
+      steer_always: whether to steer every prompt at every timestep, as the paper does.
       config: the contents of adapter_config.json.
       names: the names of the concepts.
       groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
       default_scales: each concept's scale for choices that give none, in the order of `names`.
+      max_timesteps: the timestep up to which each concept steers; None steers at all.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]):
@@ -73,6 +75,7 @@ class RespoDiffAdapter:
             self.groups[group] = (*self.groups.get(group, ()), concept["name"])
         self.default_scales = [concept.get("default_scale", 1.0) for concept in config["concepts"]]
         self._params = _stack(config["module"]["kind"], len(self.names), tensors)
+        self.max_timesteps = [concept.get("max_timestep") for concept in config["concepts"]]
         self._reading = _heads(len(self.names), tensors) if config.get("reading") else None
         owners = [(c["group"], self._is_safety(c["name"])) for c in config["concepts"]]
         self._decide_together = torch.tensor([[a == b for b in owners] for a in owners])
@@ -329,12 +332,23 @@ class RespoDiffAdapter:
         """Whether the adapter changes images: it is enabled and a concept is chosen."""
         return self._enabled and self._chosen
 
-    def delta(self, h: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def is_limited(self) -> bool:
+        """Whether a concept steers only at some of the timesteps."""
+        return any(last is not None for last in self.max_timesteps)
+
+    def delta(
+        self,
+        h: torch.Tensor,
+        states: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The delta to add to mid-block outputs, computed in float32 even under `torch.autocast`.
 
         Args:
           h: (B, C, H, W), of any float dtype.
           states: (B, L, D) text states that the UNet gets; None reads no prompts.
+          timesteps: (B,) or (1,); None steers whatever the timestep.
 
         Returns:
           float32 (B, C, H, W), or (1, C, H, W) for a `constant` adapter with one choice for all
@@ -356,6 +370,9 @@ class RespoDiffAdapter:
             )
         if states is not None and self._reading is not None and not self.steer_always:
             weights = weights * self._is_open(states)
+        if timesteps is not None and self.is_limited and not self.steer_always:
+            last = [math.inf if timestep is None else timestep for timestep in self.max_timesteps]
+            weights = weights * (timesteps.to(h.device)[:, None] <= torch.tensor(last).to(h.device))
         if "constant" in params:
             trained, came = tuple(params["constant"].shape[1:]), tuple(h.shape[1:])
             if trained != came:
@@ -480,6 +497,7 @@ class _UNetHook(_Hook):
         self.unet = _inner(unet)
         # Whether each chunk of the call that runs is steered; None before and after.
         self.steered: tuple[bool, ...] | None = None
+        self.timesteps = torch.zeros(1)  # of the call that runs, (B,) or (1,)
         self._checked: Any = None
         self._last: Any = None
         middle = _inner(unet.mid_block)
@@ -513,6 +531,7 @@ class _UNetHook(_Hook):
             call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
             call |= kwargs
             self.steered = self._find(call["sample"], call["encoder_hidden_states"])
+            self.timesteps = torch.as_tensor(call["timestep"]).reshape(-1)
 
     def _find(self, sample: torch.Tensor, states: torch.Tensor) -> tuple[bool, ...]:
         pipe = _calling_pipeline(self.unet)
@@ -573,12 +592,13 @@ class _MidBlockHook(_Hook):
             )
         states = kwargs.get("encoder_hidden_states")
         states = states[0] if isinstance(states, tuple) else states  # with an IP-Adapter
-        size = len(h) // len(steered)
+        size, timesteps = len(h) // len(steered), self.unet_hook.timesteps
         chunks = []
         for i, is_steered in enumerate(steered):
             chunk, text = (x if x is None else x[i * size :][:size] for x in (h, states))
+            times = timesteps if len(timesteps) == 1 else timesteps[i * size :][:size]
             if is_steered:
-                delta = sum(adapter.delta(chunk, text) for adapter in adapters)
+                delta = sum(adapter.delta(chunk, text, times) for adapter in adapters)
                 chunk = (chunk.float() + delta).to(h.dtype)
             chunks.append(chunk)
         return torch.cat(chunks)
@@ -961,6 +981,10 @@ _CONFIG = {
                 lambda value: _all(lambda number: _is_rate(number) and number > 0, value),
             ),
             "words?": _TEXTS,
+            "max_timestep?~": (
+                "a whole number of 0 or more",
+                lambda value: type(value) is int and 0 <= value < 2**24,
+            ),
         }
     ],
     "training~": _MAPPING,

@@ -72,6 +72,21 @@ def test_choices_of_several_nodes_add_up_from_the_same_h():
     assert half.dtype == torch.float16
 
 
+def test_concepts_steer_up_to_their_max_timestep():
+    adapter, h, options = load(), random(4, 192, 4, 4), {"cond_or_uncond": [1, 0]}
+    adapter.max_timesteps = [900, None, None]
+    choice = node_choice(adapter, ROWS)
+    whole = comfyui.steer([choice], h, None, options, torch.tensor([900.0, 900.0] * 2))
+    assert (whole != h).flatten(1).any(1).tolist() == [False, False, True, True]
+    late = comfyui.steer([choice], h, None, options, torch.tensor([901.0, 901.0] * 2))
+    assert torch.equal(late[2], h[2]) and torch.equal(late[3], whole[3])
+    with pytest.raises(ValueError, match="steers at some timesteps, unknown here; set steer_alw"):
+        comfyui.steer([choice], h, None, options)
+    choice.adapter.steer_always = True
+    for timesteps in (None, torch.tensor([901.0] * 4)):
+        assert torch.equal(comfyui.steer([choice], h, None, options, timesteps), whole)
+
+
 def test_fair_deals_each_batch_by_its_seed():
     adapter = load()
     h, options = random(8, 192, 4, 4), {"cond_or_uncond": [1, 0]}

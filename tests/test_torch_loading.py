@@ -182,7 +182,7 @@ def write_config(content):
         (truncate, "damaged or truncated"),
         (put_pickle, "not a whole safetensors file"),
         (edit_config(lambda c: c.update(format="lora")), "respodiff-adapter"),
-        (edit_config(lambda c: c.update(format_version=3)), "get a newer respodiff_jax"),
+        (edit_config(lambda c: c.update(format_version=4)), "get a newer respodiff_jax"),
         (edit_config(lambda c: c.update(format_version=True)), "format_version is True"),
         (edit_config(lambda c: c.pop("format_version")), "format_version is missing"),
         (edit_config(lambda c: c.pop("guidance")), "guidance is missing"),

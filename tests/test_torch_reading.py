@@ -12,7 +12,7 @@ import torch
 from test_adapters import make_adapter
 from test_torch_adapter import torch_latents
 
-from respodiff_jax.adapters import load_adapter, save_adapter, steerings
+from respodiff_jax.adapters import load_adapter, save_adapter, steerings, unconditional
 from respodiff_jax.adapters.reading import read_contexts, read_prompts
 from respodiff_jax.backbone import load_backbone
 from respodiff_jax.data import contrast
@@ -89,6 +89,39 @@ def test_hook_steers_only_open_prompts_as_jax_does(adapter, model, attached, pip
     attached.set_concepts({"a woman": 1.0})
     always = torch_latents(pipe, PROMPTS, noise=np.asarray(noise), steps=4)
     assert (np.abs(always - base).max((1, 2, 3)) > 1e-2).all()
+
+
+def test_concepts_steer_up_to_their_max_timestep_as_in_jax(adapter, model, pipe, tmp_path):
+    noise = np.asarray(initial_noise(range(2), model.latent_shape(64)))
+    prompts = PROMPTS[:1] * 2
+    schedule = Schedule.from_config(model.scheduler_config, 4)
+    np.testing.assert_array_equal(schedule.timesteps, [751, 501, 251, 1])
+    cond, uncond = model.encode_prompts(prompts, 64), model.encode_prompts([""], 64)
+
+    def both(*last, steer_always=False):
+        concepts = zip(adapter.concepts, last, strict=True)
+        concepts = tuple(dataclasses.replace(c, max_timestep=own) for c, own in concepts)
+        limited = dataclasses.replace(adapter, concepts=concepts)
+        save_adapter(limited, tmp_path)
+        attached = RespoDiffAdapter.from_pretrained(tmp_path).attach(pipe)
+        attached.steer_always = steer_always
+        attached.set_concepts([{adapter.names[i]: 1.0} for i in range(2)])
+        found = torch_latents(pipe, prompts, noise=noise, steps=4)
+        attached.detach()
+        ours = unconditional(limited) if steer_always else load_adapter(tmp_path)
+        expected = denoise(
+            *(model, (adapter.module,), schedule, model.params, noise, cond, uncond),
+            *(steerings(ours, np.eye(2)), 7.5),
+        )
+        assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
+        return found
+
+    whole, base = both(None, 1000), torch_latents(pipe, prompts, noise=noise, steps=4)
+    some = both(501, 0)
+    np.testing.assert_array_equal(some[1], base[1])
+    assert min(np.abs(some[0] - other[0]).max() for other in (base, whole)) > 1e-2
+    np.testing.assert_array_equal(both(501, 0, steer_always=True), both(None, None))
+    np.testing.assert_array_equal(both(None, None), whole)
 
 
 def test_fair_deals_among_open_prompts(attached):

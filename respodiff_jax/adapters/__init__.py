@@ -9,6 +9,7 @@ from respodiff_jax.adapters.combined import (
     combine,
     select,
     steerings,
+    unconditional,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "save_adapter",
     "select",
     "steerings",
+    "unconditional",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float32
 
 from respodiff_jax.adapters.files import (
     CFG_RULE,
@@ -135,6 +136,12 @@ class Adapter:
         return tuple(concept.default_scale for concept in self.concepts)
 
     @property
+    def max_timesteps(self) -> Float32[np.ndarray, "N"] | None:
+        """The largest timestep at which each concept steers, maybe infinite; None if all are."""
+        last = [np.inf if c.max_timestep is None else c.max_timestep for c in self.concepts]
+        return None if min(last) == np.inf else np.float32(last)
+
+    @property
     def parts(self) -> tuple["Adapter", ...]:
         """Itself: an adapter is a `combined.CombinedAdapter` of one part."""
         return (self,)
@@ -166,9 +173,10 @@ def save_adapter(adapter: Adapter, directory: PathLike) -> None:
             tensors[tensor_key(i, "reading", key)] = np.ascontiguousarray(stacked[i])
     height, width, channels = adapter.module.mid_block_shape
     slugs = _slugs(adapter.names)
+    version = 1 if adapter.reading is None else 2
     config = {
         "format": FORMAT,
-        "format_version": 1 if adapter.reading is None else FORMAT_VERSION,
+        "format_version": version if adapter.max_timesteps is None else FORMAT_VERSION,
         "module": {
             "kind": adapter.module.kind,
             "mid_block_shape": {"channels": channels, "height": height, "width": width},

@@ -166,7 +166,7 @@ def describe(adapter: Adapter) -> str:
     lines = [f"{key:<{width}}  {value}" for key, value in facts.items()]
     for concept, scale in zip(adapter.concepts, adapter.default_scales, strict=True):
         neutral = _listed(concept.neutral_prompts)
-        lines += ["", f"{concept.name}  ({concept.group}, scale {scale:g})"]
+        lines += ["", f"{concept.name}  ({concept.group}, scale {scale:g}{_up_to(concept)})"]
         lines.append(f"  from {neutral!r} {_direction(concept)}")
     return "\n".join(map(_printable, lines))
 
@@ -180,6 +180,11 @@ def _reading(adapter: Adapter) -> str:
         for group, heads in adapter.reading_accuracy.items()
     )
     return f"yes; held-out AUROC {'; '.join(groups) or 'not recorded'}"
+
+
+def _up_to(concept: Concept) -> str:
+    last = concept.max_timestep
+    return "" if last is None else f", at timesteps up to {last}"
 
 
 def card(adapter: Adapter, with_grid: bool) -> str:
@@ -209,12 +214,18 @@ def card(adapter: Adapter, with_grid: bool) -> str:
         _table(
             ("name", "group", "from", "steered", "default scale"),
             [
-                (c.name, c.group, _listed(c.neutral_prompts), _direction(c), f"{scale:g}")
+                (
+                    c.name,
+                    c.group,
+                    _listed(c.neutral_prompts),
+                    _direction(c),
+                    f"{scale:g}{_up_to(c)}",
+                )
                 for c, scale in zip(adapter.concepts, adapter.default_scales, strict=True)
             ],
         ),
-        "The modules act on the conditional half of the guidance batch only, at every sampling"
-        " step.\n",
+        "The modules act on the conditional half of the guidance batch only, at every sampling step"
+        " unless a largest timestep is given.\n",
         f"## Intended use\n\n{_INTENDED_USE}",
         f"## Limits\n\n{_LIMITS}",
         "## Training\n",

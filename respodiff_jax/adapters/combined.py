@@ -152,9 +152,14 @@ def steerings(adapter: Adapter | CombinedAdapter, weights: Any) -> tuple[Steerin
         )
     weights = np.asarray(weights, np.float32)
     ends = np.cumsum([len(part.concepts) for part in adapter.parts])
+    limits = [
+        jax.tree.map(lambda x: np.tile(x, (len(weights), 1)), p.max_timesteps)
+        for p in adapter.parts
+    ]
+    scales = np.split(weights, ends[:-1], axis=1)
     return tuple(
-        Steering(part.ram, part.sam, scales, scales)
-        for part, scales in zip(adapter.parts, np.split(weights, ends[:-1], axis=1), strict=True)
+        Steering(part.ram, part.sam, own, own, limit)
+        for part, own, limit in zip(adapter.parts, scales, limits, strict=True)
     )
 
 
@@ -188,6 +193,19 @@ def select(adapter: Adapter | CombinedAdapter, names: Sequence[str]) -> Adapter 
         metrics=adapter.metrics if set(names) == set(adapter.names) else None,
         reading=adapter.reading and Reading(*(leaf[rows] for leaf in adapter.reading)),
     )
+
+
+def unconditional(adapter: Adapter | CombinedAdapter) -> Adapter | CombinedAdapter:
+    """The adapter that steers every prompt at every timestep, as the paper's do."""
+    parts = tuple(
+        dataclasses.replace(
+            part,
+            reading=None,
+            concepts=tuple(dataclasses.replace(c, max_timestep=None) for c in part.concepts),
+        )
+        for part in adapter.parts
+    )
+    return parts[0] if len(parts) == 1 else CombinedAdapter(parts)
 
 
 def adapter_sha256(adapter: Adapter | CombinedAdapter) -> str:

@@ -15,8 +15,9 @@
       concepts.{i}.reading.weight (3, D)   concepts.{i}.reading.bias (3,)
 
 * `adapter_config.json`: format version, module, backbone, concepts with their hyper-parameters and
-  default scales, the guidance rule (the modules act on the conditional half of the guidance batch
-  only), a training summary, metrics; of a reading, D and its held-out accuracy.
+  default scales and largest timesteps, the guidance rule (the modules act on the conditional half
+  of the guidance batch only), a training summary, metrics; of a reading, D and its held-out
+  accuracy.
 
 Both files may come from strangers: nothing here unpickles, and a wrong file is a `UserError`.
 """
@@ -37,7 +38,7 @@ from respodiff_jax.method.reading import HEADS, Reading
 from respodiff_jax.storage import local_copy
 
 FORMAT = "respodiff-adapter"
-FORMAT_VERSION = 2  # version 1 has no reading
+FORMAT_VERSION = 3  # version 1 has no reading, and 2 no max_timestep
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -63,7 +64,8 @@ ROLES = ("ram", "sam")
 TO_TORCH = {1: (0,), 2: (1, 0), 3: (2, 0, 1), 4: (3, 2, 0, 1)}
 CFG_RULE = {
     "steered_half": "conditional",
-    "formula": "h_cond + sum_i scale_i * (RAM_i(h_cond) + SAM_i(h_cond)), at every sampling step",
+    "formula": "h_cond + sum_i scale_i * (RAM_i(h_cond) + SAM_i(h_cond)) at every sampling step,"
+    " of the concepts whose max_timestep is not exceeded",
 }
 
 

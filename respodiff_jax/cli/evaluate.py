@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--steer-always",
         action="store_true",
-        help="steer every prompt, as the paper does, also those that name a value or have nobody",
+        help="steer every prompt at every step, as the paper does, also one that names a value",
     )
     add(
         "--safe",

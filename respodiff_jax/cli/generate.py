@@ -85,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--steer-always",
         action="store_true",
-        help="steer every prompt, as the paper does; by default an adapter keeps what a prompt"
-        " names, and leaves pictures without people as they are",
+        help="steer every prompt at every step, as the paper does; by default an adapter keeps what"
+        " a prompt names, and leaves pictures without people as they are",
     )
 
     add = inputs.add_sampling_arguments(parser, steps=50, guidance=7.5)

@@ -114,7 +114,8 @@ def to_example(row: Mapping[str, Any]) -> dict[str, Any]:
     example: dict[str, Any] = {name: row.get(name) or "" for name in _TEXTS}
     prompts = row["neutral_prompts"]
     example["neutral_prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
-    lost = [name for name in ("words", "default_scale") if row.get(name) is not None]
+    optional = ("words", "default_scale", "max_timestep")
+    lost = [name for name in optional if row.get(name) is not None]
     if isinstance(row.get("guidance_scale"), list | tuple):
         lost.append("a guidance_scale for each neutral prompt")
     if not isinstance(example["target_prompt"], str):

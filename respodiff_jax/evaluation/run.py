@@ -18,6 +18,7 @@ from respodiff_jax.adapters import (
     as_adapters,
     check_fits,
     combine,
+    unconditional,
 )
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
@@ -114,7 +115,7 @@ def evaluate(
         are dealt and counted. None is the adapter's group, unless `safe` is True.
       safe: whether to add all safety concepts. None adds them if there are any and `groups` names
         none.
-      steer_always: steer every prompt, as the paper does; see `generate`.
+      steer_always: steer every prompt at every timestep, as the paper does; see `generate`.
       suite: prompts and classifiers: a name, a JSON file or a `Suite`. None is the model's own, or
         "winobias".
       prompts: part -> CSV file of prompts that replaces the suite's, see `read_prompts`.
@@ -161,6 +162,8 @@ def evaluate(
         for attribute, shares in (targets or {}).items()
     }
     adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
+    if adapter is not None and steer_always:
+        adapter = unconditional(adapter)
     check_choice("`preset`", preset, PRESETS)
     existing = None
     if images is not None:
@@ -246,7 +249,7 @@ def evaluate(
         for one in adapters:
             check_fits(one, model, options.resolution)
         settings = _settings(model, adapter, options)
-        reads = adapter is not None and reads_prompts(adapter) and not steer_always
+        reads = adapter is not None and reads_prompts(adapter)
         if reads:
             settings["reads_prompts"] = True
         _check_no_results_are_lost(out, parts, settings)

@@ -9,7 +9,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from respodiff_jax.adapters import Adapter, CombinedAdapter, as_adapters, check_fits, combine
+from respodiff_jax.adapters import (
+    Adapter,
+    CombinedAdapter,
+    as_adapters,
+    check_fits,
+    combine,
+    unconditional,
+)
 from respodiff_jax.adapters.model import opened
 from respodiff_jax.adapters.reading import read_prompts, reads_prompts
 from respodiff_jax.backbone import Backbone
@@ -67,8 +74,9 @@ def generate(
       fair: a concept group; each image gets one of its concepts, in exact proportions.
       ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept at its default scale; `concepts` then names none of them.
-      steer_always: steer every prompt, as the paper does. By default an adapter that reads prompts
-        keeps what a prompt names, and leaves pictures without people as they are.
+      steer_always: steer every prompt at every timestep, as the paper does. By default an adapter
+        that reads prompts keeps what a prompt names, and leaves pictures without people as they
+        are, and each concept steers up to its `max_timestep`.
       images_per_prompt: at least 1.
       seed: of the first image, and of the order of `fair`; the last image's is at most 2^32-1.
       sampler: one of `method.schedule.SAMPLERS`: "ddim", "dpm++", "euler", "ddim-diffusers".
@@ -93,12 +101,13 @@ def generate(
         seed,
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
+        steer_always,
     )
     count = len(request.prompts) * images_per_prompt
     pixels = count * request.options.resolution**2
     check_memory(f"a list of {count:,} images", 3 * pixels, host_memory())
     model = request.model.loaded()
-    _, weights = _steering(model, request, steer_always)
+    _, weights = _steering(model, request)
     images = sample_images(
         model,
         [prompt for prompt in request.prompts for _ in range(images_per_prompt)],
@@ -165,13 +174,14 @@ def generate_folder(
         seed,
         SamplerOptions(num_steps, guidance_scale, negative_prompt, resolution, batch_size, sampler),
         {"concepts": concepts, "fair": fair, "ratio": ratio, "safe": safe},
+        steer_always,
     )
     common = request.prompts, images_per_prompt, seed, request.options, request.adapter
     common += adapter_sources, base
     # Checked before the weights are read.
     check_folder(out, picture_records(request.model, *common), overwrite)
     model = request.model.loaded()
-    decisions, weights = _steering(model, request, steer_always)
+    decisions, weights = _steering(model, request)
     return write_folder(model, out, *common, weights, decisions, overwrite)
 
 
@@ -185,12 +195,10 @@ class _Request:
     options: SamplerOptions
 
 
-def _steering(
-    model: Backbone, request: _Request, steer_always: bool
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _steering(model: Backbone, request: _Request) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The decisions on the prompts, None where nothing reads them, and the images' weights."""
     decisions = None
-    if request.adapter is not None and reads_prompts(request.adapter) and not steer_always:
+    if request.adapter is not None and reads_prompts(request.adapter):
         decisions = read_prompts(request.adapter, model, request.prompts)
     weights = request.choose(decisions=decisions)
     if request.fair is not None:
@@ -227,6 +235,7 @@ def _check(
     seed: int,
     options: SamplerOptions,
     selection: dict,
+    steer_always: bool,
 ) -> _Request:
     """Checks everything that needs no weights; opens the model last."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
@@ -241,6 +250,8 @@ def _check(
         raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
     adapters = as_adapters(adapter)
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
+    if combined is not None and steer_always:
+        combined = unconditional(combined)
     choose = partial(
         concept_weights, combined, len(prompts), images_per_prompt, seed=seed, **selection
     )

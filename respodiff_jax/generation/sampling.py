@@ -189,7 +189,7 @@ def sampling_step(
         cond,
         uncond,
         guidance_scale,
-        partial(steer, modules, steerings),
+        partial(steer, modules, steerings, timesteps),
     )
     if schedule.sampler == "dpm++":
         z_0 = predict_z_0(schedule, output, z_t, ddim_index)
@@ -228,7 +228,8 @@ def make_sampler(
         return jnp.round(images * 255).astype(jnp.uint8), is_finite
 
     by_image, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
-    steerings = (Steering(replicated, replicated, by_image, by_image),) * len(modules)
+    steering = Steering(replicated, replicated, by_image, by_image, by_image)
+    steerings = (steering,) * len(modules)
     specs = (replicated, by_image, by_image, replicated, steerings, replicated)
     return jax.jit(
         jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=by_image, check_vma=False)
@@ -308,10 +309,12 @@ class Sampler:
     ) -> tuple[Any, ...]:
         """The arguments of `program`; see `__call__`."""
         chosen = steerings(self._adapter, weights) if self._adapter else ()
-        scales = jax.device_put([steering.ram_scale for steering in chosen], self._by_image)
+        by_image = [(s.ram_scale, s.sam_scale, s.max_timestep) for s in chosen]
         on_devices = tuple(
-            Steering(*modules, scale, scale)
-            for modules, scale in zip(self._modules, scales, strict=True)
+            Steering(*modules, *own)
+            for modules, own in zip(
+                self._modules, jax.device_put(by_image, self._by_image), strict=True
+            )
         )
         return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 

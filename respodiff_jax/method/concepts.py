@@ -48,9 +48,13 @@ class Concept:
       words: noun phrases that name the concept in a prompt, without an article, such as "woman" or,
         with a person, "female {person}"; () takes the concept's own prompts.
       default_scale: the concept's scale in pictures for which the user gives none.
+      max_timestep: the concept steers pictures at timesteps up to this one; None: at all timesteps.
 
     Raises:
       UserError: if a field has the wrong type or value; the message names it.
+
+    Deviation: the paper steers at all timesteps. With a `max_timestep`, the base model alone takes
+    the first steps, which decide most of a picture's composition. Training is at all timesteps.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Concept:
     lr_sam: float = 1e-3
     words: tuple[str, ...] = ()
     default_scale: float = 1.0
+    max_timestep: int | None = None
 
     def __post_init__(self):
         def check(condition: bool, field: str, expected: str):
@@ -113,6 +118,12 @@ class Concept:
             value = getattr(self, field)
             check(is_number(value) and value >= 0, field, "zero or a positive number")
         check(is_number(self.default_scale), "default_scale", "a finite number")
+        last = self.max_timestep
+        check(
+            last is None or (type(last) is int and 0 <= last < 2**24),
+            "max_timestep",
+            "a whole number of 0 or more, such as 900, or none",
+        )
         if self.is_safety:
             expected = "one counterpart for each of the neutral_prompts, or none"
             check(not isinstance(self.target_prompt, str), "target_prompt", expected)
@@ -178,7 +189,7 @@ class Concept:
         Fields that earlier versions lack are left out at their defaults.
         """
         fields = dataclasses.asdict(self)
-        for name, default in (("words", ()), ("default_scale", 1.0)):
+        for name, default in (("words", ()), ("default_scale", 1.0), ("max_timestep", None)):
             if fields[name] == default:
                 del fields[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}

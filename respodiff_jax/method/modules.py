@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Float32, Key
+from jaxtyping import Array, ArrayLike, Float, Float32, Key, Real
 
 from respodiff_jax.errors import check_choice, check_least
 
@@ -97,12 +97,14 @@ class Steering(NamedTuple):
     Attributes:
       ram, sam: their parameters, leaves `(N, ...)`.
       ram_scale, sam_scale: weight of each concept's RAM and SAM in each sample.
+      max_timestep: the largest timestep at which each concept steers a sample; None: at all.
     """
 
     ram: Params
     sam: Params
     ram_scale: Float32[ArrayLike, "B N"]
     sam_scale: Float32[ArrayLike, "B N"]
+    max_timestep: Float32[ArrayLike, "B N"] | None = None
 
 
 def add_delta(h: MidBlock, delta: Float32[ArrayLike, "#B H W C"]) -> MidBlock:
@@ -111,24 +113,32 @@ def add_delta(h: MidBlock, delta: Float32[ArrayLike, "#B H W C"]) -> MidBlock:
 
 
 def steer(
-    modules: Sequence[MidBlockModule], steerings: Sequence[Steering], h: MidBlock
+    modules: Sequence[MidBlockModule],
+    steerings: Sequence[Steering],
+    timesteps: Real[ArrayLike, "B"],
+    h: MidBlock,
 ) -> MidBlock:
     """`h + sum_n ram_scale[:, n] RAM_n(h) + sam_scale[:, n] SAM_n(h)`, over all modules.
 
     Args:
       modules: architectures, one for each steering.
-      steerings: weighted concepts.
+      steerings: weighted concepts. Those whose `max_timestep` is exceeded are left out.
+      timesteps: each sample's.
       h: mid-block output.
     """
 
-    def weighted(module, params, scale):
+    def weighted(module, params, scale, max_timestep):
         deltas = jax.vmap(module.delta, in_axes=(0, None))(params, h)  # (N, 1 or B, H, W, C)
+        if max_timestep is not None:
+            acts = jnp.asarray(timesteps)[None] <= max_timestep.T  # (N, B)
+            deltas = jnp.where(acts[..., None, None, None], deltas, 0)
         if deltas.shape[1] == 1:  # the same for all samples
             return jnp.einsum("bn,nhwc->bhwc", scale, deltas[:, 0])
         return jnp.einsum("bn,nbhwc->bhwc", scale, deltas)
 
     deltas = [
-        weighted(module, s.ram, s.ram_scale) + weighted(module, s.sam, s.sam_scale)
+        weighted(module, s.ram, s.ram_scale, s.max_timestep)
+        + weighted(module, s.sam, s.sam_scale, s.max_timestep)
         for module, s in zip(modules, steerings, strict=True)
     ]
     return add_delta(h, sum(deltas)) if deltas else h

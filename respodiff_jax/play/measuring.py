@@ -43,7 +43,8 @@ def jobs_of(painter: Painter, settings: Settings, suite: Suite, subject: str) ->
     jobs = []
     for i, (prompt, row) in enumerate(zip(prompts, weights.tolist(), strict=True)):
         base = Job(prompt, settings.seed + i)
-        jobs += [base, base._replace(weights=tuple(row))]
+        own = {"weights": tuple(row), "steer_always": settings.steer_always}
+        jobs += [base, base._replace(**own)]
     return jobs
 
 

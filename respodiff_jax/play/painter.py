@@ -44,11 +44,13 @@ class Job(NamedTuple):
       prompt: the prompt.
       seed: of its noise, 0 .. 2^32-1.
       weights: the weight of each concept of the adapter; () or zeros for the base model.
+      steer_always: whether the concepts steer at every timestep.
     """
 
     prompt: str
     seed: int
     weights: tuple[float, ...] = ()
+    steer_always: bool = False
 
 
 class Text(NamedTuple):
@@ -149,7 +151,7 @@ class Painter:
         places: dict[tuple, list[int]] = {}
         for i, job in enumerate(jobs):
             weights = job.weights if any(job.weights) else ()
-            places.setdefault((how, *job[:2], weights), []).append(i)
+            places.setdefault((how, *job._replace(weights=weights)), []).append(i)
         for key in list(places):
             if (picture := self._kept(key)) is not None:
                 yield from ((i, picture) for i in places.pop(key))
@@ -216,10 +218,17 @@ class Painter:
             return ()
         none = (0.0,) * len(self.adapter.concepts)
         chosen = steerings(self.adapter, [job.weights or none for job in jobs])
-        scales = jax.device_put([s.ram_scale for s in chosen], self._by_image)
+        always = np.array([[job.steer_always] for job in jobs])
+
+        def limit(max_timestep):
+            return np.where(always, np.float32(np.inf), max_timestep)
+
+        by_image = [(s.ram_scale, s.sam_scale, jax.tree.map(limit, s.max_timestep)) for s in chosen]
         return tuple(
-            Steering(*modules, scale, scale)
-            for modules, scale in zip(self._modules, scales, strict=True)
+            Steering(*modules, *own)
+            for modules, own in zip(
+                self._modules, jax.device_put(by_image, self._by_image), strict=True
+            )
         )
 
     def _step(self, schedule: Schedule) -> Callable:
@@ -246,7 +255,8 @@ class Painter:
             )
 
         by_image, replicated = PartitionSpec("data"), PartitionSpec()
-        steered = (Steering(replicated, replicated, by_image, by_image),) * len(modules)
+        steering = Steering(replicated, replicated, by_image, by_image, by_image)
+        steered = (steering,) * len(modules)
         specs = (replicated, by_image, replicated, by_image, replicated, steered, replicated)
         self._steps[sampler] = jax.jit(
             jax.shard_map(

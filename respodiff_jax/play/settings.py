@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from respodiff_jax import images as images_lib
-from respodiff_jax.adapters import Adapter, CombinedAdapter
+from respodiff_jax.adapters import Adapter, CombinedAdapter, unconditional
 from respodiff_jax.generation.folder import common_record, reading_of, scales_of
 from respodiff_jax.generation.sampling import SamplerOptions
 from respodiff_jax.generation.selection import concept_weights
@@ -33,7 +33,7 @@ class Settings:
       fair: a concept group; each picture gets one of its concepts.
       ratio: concept name -> share, for the group of `fair`; the sum is 1. None is uniform.
       safe: add every safety concept.
-      steer_always: steer every prompt.
+      steer_always: steer every prompt at every timestep, as the paper does.
       count: number of pictures.
       seed: seed of the first picture.
       num_steps, sampler, guidance_scale, negative_prompt: as in `SamplerOptions`.
@@ -104,7 +104,8 @@ def plan(painter: Painter, settings: Settings) -> Plan:
         adapter, 1, count, seed=settings.seed, decisions=decisions, **settings.selection()
     )
     adapted = [
-        job._replace(weights=tuple(row)) for job, row in zip(base, weights.tolist(), strict=True)
+        job._replace(weights=tuple(row), steer_always=settings.steer_always)
+        for job, row in zip(base, weights.tolist(), strict=True)
     ]
     reasons = [_reason(adapter, settings, decisions, row) for row in weights]
     return Plan(base, adapted, reasons, decisions)
@@ -186,7 +187,13 @@ def strip(painter: Painter, settings: Settings, concept: str) -> tuple[list[Job]
     weights = concept_weights(painter.adapter, 1, 1, decisions=decisions, **fixed.selection())[0]
     scales = np.linspace(-1, 1, STRIP)
     jobs = [
-        Job(settings.prompt, settings.seed, tuple((weights * scale).tolist())) for scale in scales
+        Job(
+            settings.prompt,
+            settings.seed,
+            tuple((weights * scale).tolist()),
+            settings.steer_always,
+        )
+        for scale in scales
     ]
     return jobs, _reason(painter.adapter, fixed, decisions, weights)
 
@@ -247,12 +254,15 @@ def picture_file(
     """A PNG with the same `parameters` as one of `respodiff generate`."""
     is_base = not job.weights
     options = dataclasses.replace(settings.options, resolution=painter.resolution)
+    adapter = painter.adapter
+    if adapter is not None and settings.steer_always:
+        adapter = unconditional(adapter)
     record = {
         "prompt": job.prompt,
         "seed": job.seed,
         "concepts": {} if is_base else scales_of(painter.adapter, np.asarray(job.weights)),
         "prompt_reading": {} if is_base else reading_of(painter.adapter, decisions, 0),
-    } | common_record(painter.model, options, sources, painter.adapter)
+    } | common_record(painter.model, options, sources, adapter)
     return images_lib.to_png(Image.fromarray(picture), record)
 
 

@@ -161,9 +161,9 @@ def _entry(concept: Concept) -> ConfigDict:
     fields = concept.to_dict()
     # Flags replace tuples, and only options that are there.
     fields |= {key: getattr(concept, key) for key in ("neutral_prompts", "words", "default_scale")}
-    return ConfigDict(
-        {name: placeholder(str) if value is None else value for name, value in fields.items()}
-    )
+    fields = {name: placeholder(str) if value is None else value for name, value in fields.items()}
+    last = concept.max_timestep
+    return ConfigDict(fields | {"max_timestep": placeholder(int) if last is None else last})
 
 
 def load_config(

@@ -128,14 +128,19 @@ class ValidationGrids:
         own = np.eye(self._num_modules, dtype=np.float32)[concept]
         ram_scale = own * self.RAM_SCALES[row, None]
         sam_scale = own * self.SAM_SCALES[row, None]
+        limits = jax.tree.map(
+            lambda last: np.tile(last[columns], (len(row), 1)), adapter.max_timesteps
+        )
+        weights = ram_scale, sam_scale, limits
         guidance_scale = np.float32(self._config.grid_guidance_scale)
         images = []
         for now, _ in equal_batches(len(seed), self._batch_size):
             cond = jax.tree.map(lambda x, now=now: x[concept[now], seed[now]], self._cond)
-            noise, cond, *scales = self._placement.place_by_device(
-                (self._noise[seed[now]], cond, ram_scale[now], sam_scale[now])
+            chosen = jax.tree.map(lambda x, now=now: x[now], weights)
+            noise, cond, chosen = self._placement.place_by_device(
+                (self._noise[seed[now]], cond, chosen)
             )
-            steerings = (Steering(*modules, *scales),)
+            steerings = (Steering(*modules, *chosen),)
             batch, _ = self._sample(frozen, noise, cond, self._empty, steerings, guidance_scale)
             images.append(self._placement.fetch(batch))
         return np.concatenate(images)[: len(seed)].reshape(*shape, *images[0].shape[1:])

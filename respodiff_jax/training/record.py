@@ -182,7 +182,8 @@ def _concepts(config: Mapping[str, Any], **changes: Any) -> dict[str, dict[str, 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options, "section.option", that must not change when a run is continued."""
-    concepts = _concepts(config, words=(), default_scale=1.0)  # neither changes what is trained
+    # None of these changes what is trained.
+    concepts = _concepts(config, words=(), default_scale=1.0, max_timestep=None)
     # A config that an older version saved lacks some options; they have their defaults.
     options = _flatten(default().to_dict()) | _flatten({**config, "concepts": concepts})
     free = set(_FREE_OPTIONS)

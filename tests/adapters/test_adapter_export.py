@@ -219,14 +219,19 @@ def test_hostile_names_stay_inside_the_card_and_the_folder(tmp_path):
 
 
 def test_inspect_describes_the_adapter(tmp_path, capsys):
-    adapter = dataclasses.replace(make_adapter("conv", (WOMAN, VIOLENCE)), metrics=[GENDER])
+    late = dataclasses.replace(VIOLENCE, max_timestep=900)
+    adapter = dataclasses.replace(make_adapter("conv", (WOMAN, late)), metrics=[GENDER])
     export_adapter(adapter, tmp_path)
+    assert load_adapter(tmp_path).concepts == adapter.concepts
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["format_version"] == 3
+    assert "| 1, at timesteps up to 900 |" in (tmp_path / "README.md").read_text()
     assert cli.main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out == describe(adapter) + "\n"
     for fact in ("conv, saved in float32", "some/model", "16 pixels", "8 channels, 3 x 4"):
         assert fact in out
     assert "a woman  (gender, scale 1)\n  from 'a person' towards 'a woman'" in out
+    assert "(safety, scale 1, at timesteps up to 900)" in out
     assert "away from 'violence'" in out
     assert "deviation_ratio of gender, adapted  0.14 [0.1, 0.2], 300 pictures" in out
     hostile = dataclasses.replace(WOMAN, name="a\x1b[2J\nwoman\u202e")

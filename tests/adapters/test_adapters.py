@@ -207,7 +207,7 @@ METRIC = dict.fromkeys(("metric", "attribute", "images", "n", "interval")) | {"v
         (truncate, "damaged or truncated"),
         (put_pickle, "not a whole safetensors file"),
         (edit_config(lambda c: c.update(format="lora")), "respodiff-adapter"),
-        (edit_config(lambda c: c.update(format_version=3)), "update respodiff_jax"),
+        (edit_config(lambda c: c.update(format_version=4)), "update respodiff_jax"),
         (edit_config(lambda c: c.update(format_version="1")), "format_version is '1'"),
         (edit_config(lambda c: c.pop("guidance")), r"missing: \['guidance'\]"),
         (edit_config(lambda c: c.update(note=1)), r"extra: \['note'\]"),
@@ -348,7 +348,7 @@ def test_concepts_of_several_kinds_and_widths_steer_together(kinds):
 
     def deltas(adapter, columns):
         modules = [part.module for part in adapter.parts]
-        return steer(modules, steerings(adapter, weights[:, columns]), h) - h
+        return steer(modules, steerings(adapter, weights[:, columns]), np.zeros(2), h) - h
 
     expected = deltas(parts[0], [0, 1]) + deltas(parts[1], [2]) + deltas(parts[2], [3])
     for order in ((0, 1, 2), (2, 0, 1)):

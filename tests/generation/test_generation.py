@@ -223,6 +223,23 @@ def test_concept_without_an_image_is_noted(tiny_backbone, options, message):
         generate(tiny_backbone, "a person", adapter=adapter, fair="gender", num_steps=1, **options)
 
 
+def test_concepts_steer_up_to_their_max_timestep_unless_steering_is_unconditional(tiny_backbone):
+    adapter = tiny_adapter(tiny_backbone)
+
+    def picture(max_timestep, **options):
+        concepts = [dataclasses.replace(c, max_timestep=max_timestep) for c in adapter.concepts]
+        limited = dataclasses.replace(adapter, concepts=tuple(concepts))
+        options |= {"concepts": {WOMAN.name: 1.0}, "num_steps": 4}
+        return np.asarray(generate(tiny_backbone, "a person", adapter=limited, **options)[0])
+
+    whole, part, none = map(picture, (None, 501, 0))  # the steps' timesteps are 751, 501, 251, 1
+    [base] = generate(tiny_backbone, "a person", num_steps=4)
+    assert np.abs(none.astype(int) - np.asarray(base)).max() <= 1  # is from another program
+    assert min(np.abs(part.astype(int) - other).max() for other in (whole, none)) > 1
+    for max_timestep in (None, 0):
+        np.testing.assert_array_equal(picture(max_timestep, steer_always=True), whole)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

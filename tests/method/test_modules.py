@@ -27,8 +27,8 @@ def test_zero_module_changes_nothing_bit_for_bit(kind):
     module, params = make(kind, "zeros")
     for dtype in (jnp.float32, jnp.bfloat16):
         h = jax.random.normal(jax.random.key(1), (2, *SHAPE), dtype)
-        steering = Steering(params, params, jnp.ones((2, 1)), jnp.ones((2, 1)))
-        np.testing.assert_array_equal(steer([module], [steering], h), h)
+        steering = Steering(params, params, *jnp.ones((2, 2, 1)))
+        np.testing.assert_array_equal(steer([module], [steering], np.zeros(2), h), h)
         np.testing.assert_array_equal(add_delta(h, module.delta(one(params), h)), h)
 
 
@@ -57,13 +57,16 @@ def test_steering_is_a_weighted_sum_for_each_sample(kind):
     h = jax.random.normal(jax.random.key(1), (2, *SHAPE))
     ram_scale = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.0, 0.4]])
     sam_scale = jnp.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]])
+    max_timestep = jnp.array([[900, 900, 901], [jnp.inf, 899, 900]])
     expected = np.array(h)
     for b in range(2):
+        row, timestep = h[b : b + 1], 900 + b
         for n in range(3):
-            row = h[b : b + 1]
-            expected[b] += ram_scale[b, n] * module.delta(one(ram, n), row)[0]
-            expected[b] += sam_scale[b, n] * module.delta(one(sam, n), row)[0]
-    ours = steer([module], [Steering(ram, sam, ram_scale, sam_scale)], h)
+            if timestep <= max_timestep[b, n]:
+                expected[b] += ram_scale[b, n] * module.delta(one(ram, n), row)[0]
+                expected[b] += sam_scale[b, n] * module.delta(one(sam, n), row)[0]
+    steering = Steering(ram, sam, ram_scale, sam_scale, max_timestep)
+    ours = steer([module], [steering], np.array([900, 901]), h)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 

@@ -89,6 +89,24 @@ def test_pictures_are_those_of_generate(painter, tiny_backbone, sampler):
     assert np.abs(ours[0].astype(int) - base).max() > 1
 
 
+def test_steering_every_prompt_also_steers_at_every_timestep(tiny_backbone):
+    people, safety = adapters(tiny_backbone)
+    concepts = tuple(dataclasses.replace(c, max_timestep=500) for c in people.concepts)
+    limited = combine([dataclasses.replace(people, concepts=concepts), safety])
+    chosen = Settings("a cook", {WOMAN.name: 1.0}, count=1, seed=7)
+    painter = Painter(tiny_backbone, limited, 16)
+    drawings = []
+    for steer_always in (False, True):
+        chosen = dataclasses.replace(chosen, steer_always=steer_always)
+        (ours,) = drawn(painter, plan(painter, chosen).adapted).values()
+        drawings.append(ours)
+        options = {"num_steps": SHORT.num_steps, "guidance_scale": SHORT.guidance_scale}
+        options |= {"steer_always": steer_always, "concepts": {WOMAN.name: 1.0}, "seed": 7}
+        [theirs] = generate(tiny_backbone, "a cook", adapter=limited, **options)
+        assert np.abs(np.asarray(theirs).astype(int) - ours).max() <= 1
+    assert (drawings[0] != drawings[1]).any()
+
+
 def test_no_control_compiles_and_pictures_are_kept(painter):
     drawn(painter, [Job("a cook", 0, (1.0, 0.0, 0.0))])
     before = painter.compiled

@@ -56,6 +56,7 @@ def test_overrides_reach_every_level_and_type():
         "concepts.woman.neutral_prompts=('a person','someone')",
         "concepts.woman.words=('lady','female {person}')",
         "concepts.woman.default_scale=0.5",
+        "concepts.woman.max_timestep=900",
     )
     assert (config.train.steps, config.model.resolution, config.optimizer.ema_decay) == (
         7,
@@ -65,7 +66,8 @@ def test_overrides_reach_every_level_and_type():
     man, woman = concepts_from(config)  # sorted by key
     assert woman.lr_ram == 0.03 and man.lr_ram == 0.01
     assert woman.neutral_prompts == ("a person", "someone")
-    assert woman.words == ("lady", "female {person}") and woman.default_scale == 0.5
+    assert woman.words == ("lady", "female {person}")
+    assert (woman.default_scale, woman.max_timestep, man.max_timestep) == (0.5, 900, None)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +172,9 @@ def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
     )
     assert concept.is_safety
     assert concept.has_counterparts
-    weaker = dataclasses.replace(concept, default_scale=0.7)
+    weaker = dataclasses.replace(concept, default_scale=0.7, max_timestep=900)
     assert Concept.from_dict(weaker.to_dict()) == weaker
-    assert "default_scale" not in concept.to_dict()
+    assert not {"default_scale", "max_timestep"} & concept.to_dict().keys()
     assert concept.own_prompts == ("x", "y")
     assert concept.guidance_scales == (1.5, 3)
     assert Concept.from_dict(concept.to_dict()) == concept
@@ -192,6 +194,9 @@ def test_concept_may_have_a_target_and_a_guidance_for_each_neutral_prompt():
             "target_prompt is 'x', expected one counterpart for each of the neutral_prompts",
         ),
         ({"target_prompt": "x", "default_scale": "1"}, "default_scale is '1', expected a finite"),
+        ({"target_prompt": "x", "max_timestep": -1}, "max_timestep is -1, expected a whole number"),
+        ({"target_prompt": "x", "max_timestep": 0.9}, "max_timestep is 0.9, expected a whole"),
+        ({"target_prompt": "x", "max_timestep": True}, "max_timestep is True, expected a whole"),
     ):
         with pytest.raises(UserError, match=message):
             Concept(**fields | wrong)

@@ -264,12 +264,13 @@ def test_finished_wave_whose_concepts_get_words_writes_its_adapter_again(twenty,
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     rows = [json.loads(line) for line in pathlib.Path(concepts).read_text().splitlines()]
-    rows[0]["words"] = ["zero"]
+    rows[0] |= {"words": ["zero"], "max_timestep": 900}
     (tmp_path / "concepts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = workdir / "waves/0002/adapter/adapter_config.json"
     before = other.stat().st_mtime_ns
     assert cli.main(train_command(str(tmp_path / "concepts.jsonl"), workdir)) == 0
-    assert load_adapter(workdir / "waves/0000/adapter").concepts[0].words == ("zero",)
+    changed = load_adapter(workdir / "waves/0000/adapter").concepts[0]
+    assert (changed.words, changed.max_timestep) == (("zero",), 900)
     assert other.stat().st_mtime_ns == before
     for name, modules in modules_of(workdir).items():
         np.testing.assert_array_equal(modules, modules_of(finished)[name])

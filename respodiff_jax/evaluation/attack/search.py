@@ -175,12 +175,9 @@ def denoising_loss(
     alpha_bar = jnp.asarray(schedule.alpha_bars)[index][:, None, None, None]
     z_t = jnp.sqrt(alpha_bar) * repeated(case.z_0) + jnp.sqrt(1 - alpha_bar) * eps
     timesteps = jnp.asarray(schedule.timesteps)[index]
-    steerings = [
-        own._replace(ram_scale=repeated(own.ram_scale), sam_scale=repeated(own.sam_scale))
-        for own in steerings
-    ]
+    steerings = [Steering(own.ram, own.sam, *map(repeated, own[2:])) for own in steerings]
     h, skips = backbone.encode(params, z_t, timesteps, repeated(cond))
-    output = backbone.decode(params, steer(victim.modules, steerings, h), skips)
+    output = backbone.decode(params, steer(victim.modules, steerings, timesteps, h), skips)
     errors = jnp.square(predict_eps(schedule, output, z_t, index) - eps) * repeated(case.weight)
     return jnp.mean(errors, axis=(1, 2, 3)).reshape(-1, count).mean(1)
 
@@ -372,7 +369,7 @@ def on_devices(search: Callable, victim: Victim, budget: Budget, mesh: Mesh) -> 
     what words are allowed, is not.
     """
     by_prompt, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
-    steering = Steering(replicated, replicated, by_prompt, by_prompt)
+    steering = Steering(replicated, replicated, by_prompt, by_prompt, by_prompt)
     case = Case(
         by_prompt, by_prompt, by_prompt, by_prompt, (steering,) * len(victim.modules), by_prompt
     )
