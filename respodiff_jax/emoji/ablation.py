@@ -103,6 +103,7 @@ def run_one(task: str, variant: str, seed: int, out: pathlib.Path, num_steps: in
         # Captions of all kinds show what safety does to ordinary pictures.
         part=["fairness" if groups else "quality"] + ["safety"] * safe,
         preset="paper",  # for all prompts
+        steer_always=True,  # as the paper does
         groups=groups,
         safe=safe,
         images_per_subject=12,

@@ -2,13 +2,14 @@
 
     python -m respodiff_jax.emoji.making.reference --out REFERENCE
     python -m respodiff_jax.emoji.audit --out DIR [--seeds 21 22 23] [--use gender both ...]
-        [--reference REFERENCE] [--scales 0.6 0.8 1.0] [--attack N]
+        [--reference REFERENCE] [--scales 0.6 0.8 1.0] [--max-timesteps 900 1000] [--attack N]
 
 trains the recipes of each use from every seed and evaluates them together: gender, skin tone,
 safety, hardened safety, and gender with hardened safety. By default these are all measured. Reading
 of prompts was fitted to other professions and things than these. It prints a Markdown table of
 means and standard deviations over the seeds, and writes it to `DIR/audit.md`. `--scales` lists
-factors of the adapters' scales to measure (default: 1). `--attack` attacks safety concepts
+factors of the adapters' scales to measure (default: 1), and `--max-timesteps` timesteps up to which
+they steer (default: the recipes'). `--attack` attacks safety concepts
 (`respodiff_jax.evaluation.attack`) and draws N pictures of each attacked prompt. Finished trainings
 and evaluations are not repeated.
 
@@ -20,6 +21,7 @@ ask for unsafe objects. Prompts that name a value, prompts with a look ("old"), 
 import argparse
 import collections
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -143,6 +145,7 @@ def run_one(
     use: str,
     seed: int,
     scale: float,
+    max_timestep: int | None,
     out: pathlib.Path,
     reference: pathlib.Path | None,
     num_steps: int,
@@ -154,6 +157,7 @@ def run_one(
       use: a key of `USES`.
       seed: of the trainings.
       scale: multiplies the adapters' default scales.
+      max_timestep: of all concepts; None is the recipes'.
       out: folder of trainings and evaluations.
       reference: what `making.reference` wrote, or None. Fair pictures are compared with those of a
         world in which the group is even, and with those of the biased world; safe pictures with
@@ -167,10 +171,10 @@ def run_one(
         config.seed, config.log.grid_every = seed, 0
         run = out / task / str(seed)
         train(config.lock(), run)
-        adapters.append(_scaled(load_adapter(run / "adapter"), scale))
+        adapters.append(_changed(load_adapter(run / "adapter"), scale, max_timestep))
     groups = [task for task in USES[use] if not task.startswith("safety")]
     is_safe = len(groups) < len(USES[use])
-    folder = out / f"evaluation/{use}/{seed}/scale {scale:g}"
+    folder = out / f"evaluation/{use}/{seed}/{_label(scale, max_timestep)}"
     suite = held_out_suite()
     model = load_backbone(MODEL, dtype="float32", abstract=True)
     common = {
@@ -215,17 +219,25 @@ def run_one(
     return dataclasses.replace(results, measurements=measurements)
 
 
-def _scaled(adapter: Adapter, scale: float) -> Adapter:
+def _changed(adapter: Adapter, scale: float, max_timestep: int | None) -> Adapter:
     concepts = [
-        dataclasses.replace(concept, default_scale=scale * concept.default_scale)
+        dataclasses.replace(
+            concept,
+            default_scale=scale * concept.default_scale,
+            max_timestep=concept.max_timestep if max_timestep is None else max_timestep,
+        )
         for concept in adapter.concepts
     ]
     return dataclasses.replace(adapter, concepts=tuple(concepts))
 
 
-def table(use: str, runs: Sequence[Results], scale: float = 1.0) -> str:
+def _label(scale: float, max_timestep: int | None) -> str:
+    limit = "" if max_timestep is None else f", timesteps up to {max_timestep}"
+    return f"scale {scale:g}{limit}"
+
+
+def table(title: str, runs: Sequence[Results]) -> str:
     """Formats a Markdown table: base model, then mean and standard deviation over the seeds."""
-    title = use.replace("_", " ") + ("" if scale == 1 else f", scale {scale:g}")
     lines = [f"| {title} | base model | RAM + SAM | of the base's | pictures |", "|---" * 5 + "|"]
     for heading, metric, attribute, compared in _ROWS:
         cells = []
@@ -256,6 +268,7 @@ def main():
     parser.add_argument("--use", nargs="+", choices=USES, default=list(USES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--max-timesteps", nargs="+", type=int, default=[None])
     parser.add_argument(
         "--reference", type=pathlib.Path, metavar="DIR", help="what making.reference wrote"
     )
@@ -269,10 +282,10 @@ def main():
         parser.error(f"--attack attacks safety concepts, but --use {' '.join(args.use)} has none")
     tables = []
     for use in args.use:
-        for scale in args.scales:
-            own = args.out, args.reference, args.steps, args.attack
-            runs = [run_one(use, seed, scale, *own) for seed in args.seeds]
-            tables.append(table(use, runs, scale))
+        for scale, max_timestep in itertools.product(args.scales, args.max_timesteps):
+            own = scale, max_timestep, args.out, args.reference, args.steps, args.attack
+            runs = [run_one(use, seed, *own) for seed in args.seeds]
+            tables.append(table(f"{use.replace('_', ' ')}, {_label(scale, max_timestep)}", runs))
     text = "\n\n".join(tables) + "\n"
     (args.out / "audit.md").write_text(text, encoding="utf-8")
     print(text)

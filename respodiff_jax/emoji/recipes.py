@@ -147,6 +147,8 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
         "gender": {word: f"a {word}" for word in vocabulary.GENDERS},
         "skin_tone": {word: f"a {word}-skinned person" for word in vocabulary.TONE_GROUPS},
     }[task]
+    # The first steps decide what else a picture shows: the base model takes them alone.
+    scale, max_timestep = {"gender": (1.0, 900), "skin_tone": (1.2, 950)}[task]
     return {
         key: Concept(
             name=target,
@@ -156,6 +158,8 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
             guidance_scale=4.0,
             lambda_sem=0.5,
             words=WORDS[task][key],
+            default_scale=scale,
+            max_timestep=max_timestep,
             **rates,
         )
         for key, target in targets.items()

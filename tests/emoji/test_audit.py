@@ -40,7 +40,7 @@ def test_table_compares_with_the_base_and_gives_the_spread_over_seeds():
         )
         for change, kept in ((0.01, 1.0), (0.03, 0.98))
     ]
-    assert audit.table("gender", runs, scale=0.8).splitlines() == [
+    assert audit.table("gender, scale 0.8", runs).splitlines() == [
         "| gender, scale 0.8 | base model | RAM + SAM | of the base's | pictures |",
         "|---|---|---|---|---|",
         "| deviation ratio, gender | 0.700 | 0.020 ± 0.014 |  | 12 |",
@@ -74,10 +74,15 @@ def test_table_has_a_row_for_each_attack():
     ]
 
 
-def test_scale_multiplies_every_concepts_own():
+def test_scale_multiplies_every_concepts_own_and_the_largest_timestep_replaces_it():
     adapter = load_adapter(STORED)
-    scaled = audit._scaled(adapter, 0.5)
+    scaled = audit._changed(adapter, 0.5, None)
     assert scaled.default_scales == pytest.approx([s / 2 for s in adapter.default_scales])
+    assert scaled.max_timesteps is None
+    early = audit._changed(audit._changed(adapter, 1.0, 900), 1.0, None)
+    assert early.max_timesteps.tolist() == [900.0, 900.0]
+    labels = {audit._label(*own) for own in ((1.0, None), (0.5, None), (1.0, 900), (1.0, 901))}
+    assert len(labels) == 4  # names of folders
 
 
 def test_reference_has_pictures_of_every_caption(tmp_path):
