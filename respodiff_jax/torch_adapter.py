@@ -63,7 +63,7 @@ class RespoDiffAdapter:
       names: the names of the concepts.
       groups: the names by group, for example `{"gender": ("a woman", "a man")}`.
       default_scales: each concept's scale for choices that give none, in the order of `names`.
-      max_timesteps: the timestep up to which each concept steers; None steers at all.
+      max_timesteps: the timestep up to which each concept steers; None is no limit.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]):

@@ -309,13 +309,9 @@ class Sampler:
     ) -> tuple[Any, ...]:
         """The arguments of `program`; see `__call__`."""
         chosen = steerings(self._adapter, weights) if self._adapter else ()
-        by_image = [(s.ram_scale, s.sam_scale, s.max_timestep) for s in chosen]
-        on_devices = tuple(
-            Steering(*modules, *own)
-            for modules, own in zip(
-                self._modules, jax.device_put(by_image, self._by_image), strict=True
-            )
-        )
+        own = [(s.ram_scale, s.sam_scale, s.max_timestep) for s in chosen]
+        placed = zip(self._modules, jax.device_put(own, self._by_image), strict=True)
+        on_devices = tuple(Steering(*modules, *scales) for modules, scales in placed)
         return (self._params, *batch, self._uncond, on_devices, self._guidance_scale)
 
     def __call__(

@@ -97,7 +97,7 @@ class Steering(NamedTuple):
     Attributes:
       ram, sam: their parameters, leaves `(N, ...)`.
       ram_scale, sam_scale: weight of each concept's RAM and SAM in each sample.
-      max_timestep: the largest timestep at which each concept steers a sample; None: at all.
+      max_timestep: the largest timestep at which each concept steers a sample; None: no limit.
     """
 
     ram: Params

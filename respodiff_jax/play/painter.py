@@ -223,13 +223,9 @@ class Painter:
         def limit(max_timestep):
             return np.where(always, np.float32(np.inf), max_timestep)
 
-        by_image = [(s.ram_scale, s.sam_scale, jax.tree.map(limit, s.max_timestep)) for s in chosen]
-        return tuple(
-            Steering(*modules, *own)
-            for modules, own in zip(
-                self._modules, jax.device_put(by_image, self._by_image), strict=True
-            )
-        )
+        own = [(s.ram_scale, s.sam_scale, jax.tree.map(limit, s.max_timestep)) for s in chosen]
+        placed = zip(self._modules, jax.device_put(own, self._by_image), strict=True)
+        return tuple(Steering(*modules, *scales) for modules, scales in placed)
 
     def _step(self, schedule: Schedule) -> Callable:
         """The compiled step; samplers other than "dpm++" have the same."""
