@@ -173,17 +173,19 @@ def save_adapter(adapter: Adapter, directory: PathLike) -> None:
             tensors[tensor_key(i, "reading", key)] = np.ascontiguousarray(stacked[i])
     height, width, channels = adapter.module.mid_block_shape
     slugs = _slugs(adapter.names)
-    version = 1 if adapter.reading is None else 2
+    version, guidance = 1 if adapter.reading is None else 2, dict(CFG_RULE)
+    if adapter.max_timesteps is not None:
+        version, guidance["formula"] = FORMAT_VERSION, f"{CFG_RULE['formula']} up to max_timestep_i"
     config = {
         "format": FORMAT,
-        "format_version": version if adapter.max_timesteps is None else FORMAT_VERSION,
+        "format_version": version,
         "module": {
             "kind": adapter.module.kind,
             "mid_block_shape": {"channels": channels, "height": height, "width": width},
             "hidden_channels": hidden_channels(adapter.module),
         },
         "backbone": dict(adapter.backbone),
-        "guidance": CFG_RULE,
+        "guidance": guidance,
         "concepts": [
             concept.to_dict() | {"slug": slug, "default_scale": concept.default_scale}
             for concept, slug in zip(adapter.concepts, slugs, strict=True)

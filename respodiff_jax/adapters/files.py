@@ -64,8 +64,7 @@ ROLES = ("ram", "sam")
 TO_TORCH = {1: (0,), 2: (1, 0), 3: (2, 0, 1), 4: (3, 2, 0, 1)}
 CFG_RULE = {
     "steered_half": "conditional",
-    "formula": "h_cond + sum_i scale_i * (RAM_i(h_cond) + SAM_i(h_cond)) at every sampling step,"
-    " of the concepts whose max_timestep is not exceeded",
+    "formula": "h_cond + sum_i scale_i * (RAM_i(h_cond) + SAM_i(h_cond)), at every sampling step",
 }
 
 

@@ -153,8 +153,7 @@ def evaluate(
     """
     arguments = locals()
     out = check_output(out)
-    adapters = as_adapters(adapter)
-    seed = int(seed)
+    adapters = [unconditional(a) if steer_always else a for a in as_adapters(adapter)]
     groups = [groups] if isinstance(groups, str) else groups
     detectors = [detectors] if isinstance(detectors, str) else detectors
     targets = {
@@ -162,8 +161,6 @@ def evaluate(
         for attribute, shares in (targets or {}).items()
     }
     adapter = combine([part for a in adapters for part in a.parts]) if adapters else None
-    if adapter is not None and steer_always:
-        adapter = unconditional(adapter)
     check_choice("`preset`", preset, PRESETS)
     existing = None
     if images is not None:
@@ -225,7 +222,7 @@ def evaluate(
         fair_concepts=tuple(c.name for c in concepts if c.group in groups and not c.is_safety),
         safe=safe,
         targets=targets,
-        seed=seed,
+        seed=int(seed),
         notes=tuple(f"{name} is left out: {why}" for name, why in left_out.items()),
         budget=Budget(**spent),
         **amounts,

@@ -248,10 +248,8 @@ def _check(
         raise UserError(f"`seed` is {seed}, expected 0 .. {last} for {count} image(s)")
     if model is None:
         raise UserError("no model: give `model`, or `adapter` for the model it was trained on")
-    adapters = as_adapters(adapter)
+    adapters = [unconditional(a) if steer_always else a for a in as_adapters(adapter)]
     combined = combine([part for a in adapters for part in a.parts]) if adapters else None
-    if combined is not None and steer_always:
-        combined = unconditional(combined)
     choose = partial(
         concept_weights, combined, len(prompts), images_per_prompt, seed=seed, **selection
     )

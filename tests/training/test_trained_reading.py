@@ -356,6 +356,9 @@ def test_inspect_prints_the_decision_on_each_prompt(tmp_path, gender, capsys):
 
 
 def test_reading_is_saved_as_version_2_and_without_one_as_version_1(tmp_path, gender):
+    concepts = tuple(dataclasses.replace(c, max_timestep=None) for c in gender.concepts)
+    assert concepts != gender.concepts
+    gender = dataclasses.replace(gender, concepts=concepts)
     save_adapter(gender, tmp_path / "two")
     config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
     assert config["format_version"] == 2
