@@ -70,9 +70,9 @@ def steer(
     Args:
       choices: of adapters trained on this model.
       h: mid-block output (B, C, H, W).
-      context: text states (B, L, D); None where a host does not tell them.
+      context: text states (B, L, D); None if the host gives none.
       options: `transformer_options`, with "cond_or_uncond".
-      timesteps: (B,); None where a host does not tell them.
+      timesteps: (B,); None if the host gives none.
 
     Raises:
       ValueError: if an adapter does not fit the model or the number of images, or if it reads

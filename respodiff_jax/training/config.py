@@ -159,7 +159,7 @@ def with_concepts(config: ConfigDict, concepts: Sequence[Concept]) -> ConfigDict
 
 def _entry(concept: Concept) -> ConfigDict:
     fields = concept.to_dict()
-    # Flags replace tuples, and only options that are there.
+    # Flags replace tuples, and only options that exist.
     fields |= {key: getattr(concept, key) for key in ("neutral_prompts", "words", "default_scale")}
     fields = {name: placeholder(str) if value is None else value for name, value in fields.items()}
     last = concept.max_timestep
