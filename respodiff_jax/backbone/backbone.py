@@ -17,7 +17,7 @@ from respodiff_jax.backbone.flax_models import (
     LAYER,
     match_pytorch,
     name_layers,
-    upsample_by_repeating,
+    upsample_in_phases,
     with_attention,
 )
 from respodiff_jax.backbone.unet import Conditioning, Skips
@@ -132,10 +132,11 @@ class Backbone:
           params: as `self.params`; only "unet" is read.
           z_t: float32 (B, h, w, c) noisy latents.
           timesteps: int32 (B,), from 0 to below the number of training timesteps.
-          cond: the prompts' conditioning, leading axis B.
+          cond: the prompts' conditioning, leading axis nB: one prompt for each latent, then
+            another one for each, and so on.
 
         Returns:
-          h: `dtype` (B, H, W, C).
+          h: `dtype` (nB, H, W, C).
           skips: the `Skips` that `decode` needs.
 
         Raises:
@@ -265,7 +266,7 @@ class Backbone:
 def _apply(module, method, attention, intercept, variables, *args):
     """Jitted, so that all programs of a process share one trace of a module at equal shapes."""
     with contextlib.ExitStack() as stack:
-        for one in (match_pytorch, upsample_by_repeating, with_attention(attention), intercept):
+        for one in (match_pytorch, upsample_in_phases, with_attention(attention), intercept):
             if one is not None:
                 stack.enter_context(nn.intercept_methods(one))
         return module.apply(variables, *args, method=method)

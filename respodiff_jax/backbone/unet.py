@@ -4,8 +4,8 @@
 can be encoded once and decoded many times, with different deltas added to h.
 
 Both run inside `apply` of diffusers' Flax UNet and call its submodules, so `decode(encode(...))`
-equals the whole UNet (with `flax_models.match_pytorch`) to the last bit. `Backbone.encode` and
-`Backbone.decode` explain arguments and shapes.
+equals the whole UNet (with the interceptors of `flax_models`) to the last bit. `Backbone.encode`
+and `Backbone.decode` explain arguments and shapes.
 """
 
 from typing import NamedTuple
@@ -53,8 +53,19 @@ def _takes_context(block: nn.Module) -> bool:
 def encode(
     unet: nn.Module, z_t: jax.Array, timesteps: jax.Array, cond: Conditioning
 ) -> tuple[jax.Array, Skips]:
-    """The paper's e: the mid-block output and the skips."""
+    """The paper's e: the mid-block output and the skips.
+
+    The blocks before the first one that reads the prompts are evaluated once for each latent.
+    """
     _check_inputs(unet, z_t, timesteps, cond)
+    prompts = len(cond.context) // len(z_t)
+
+    def for_each_prompt(x):
+        return x if len(x) == len(cond.context) else jnp.concatenate([x] * prompts)
+
+    # SDXL's `temb` depends on the prompt. Behind `conv_in` alone, copies would only be larger.
+    if unet.addition_embed_type == "text_time" or _takes_context(unet.down_blocks[0]):
+        z_t, timesteps = for_each_prompt(z_t), for_each_prompt(timesteps)
     temb = unet.time_embedding(unet.time_proj(timesteps.astype(jnp.float32)))
     if unet.addition_embed_type == "text_time":
         time_embeds = unet.add_time_proj(cond.time_ids.astype(jnp.float32).ravel())
@@ -64,10 +75,15 @@ def encode(
     x = unet.conv_in(z_t)
     residuals = (x,)
     for block in unet.down_blocks:
-        x, outputs = block(x, temb, cond.context) if _takes_context(block) else block(x, temb)
-        residuals += outputs
+        if _takes_context(block):
+            x, temb, *residuals = map(for_each_prompt, (x, temb, *residuals))
+            x, outputs = block(x, temb, cond.context)
+        else:
+            x, outputs = block(x, temb)
+        residuals = (*residuals, *outputs)
+    x, temb, *residuals = map(for_each_prompt, (x, temb, *residuals))
     h = unet.mid_block(x, temb, cond.context)
-    return h, Skips(residuals, temb, cond.context)
+    return h, Skips(tuple(residuals), temb, cond.context)
 
 
 def decode(unet: nn.Module, h: jax.Array, skips: Skips) -> jax.Array:
@@ -86,9 +102,10 @@ def _check_inputs(unet, z_t, timesteps, cond):
         raise UserError(
             f"`z_t` has shape {z_t.shape}, expected (B, h, w, {unet.in_channels}), channels last"
         )
-    batch = z_t.shape[0]
+    latents, prompts = len(z_t), len(cond.context)
+    batch = prompts if prompts and prompts % max(latents, 1) == 0 else latents
     expected = {
-        "timesteps": (timesteps, (batch,)),
+        "timesteps": (timesteps, (latents,)),
         "cond.context": (cond.context, (batch, None, None)),
     }
     if unet.addition_embed_type == "text_time":
@@ -106,5 +123,5 @@ def _check_inputs(unet, z_t, timesteps, cond):
         ):
             wanted = ", ".join("." if e is None else str(e) for e in shape)
             raise UserError(
-                f"`{name}` has shape {value.shape}, expected ({wanted}) for {batch} latents"
+                f"`{name}` has shape {value.shape}, expected ({wanted}) for {latents} latents"
             )

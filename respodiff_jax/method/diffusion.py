@@ -132,7 +132,7 @@ def guided_output(
     The UNet is evaluated once, with 2B samples.
 
     Args:
-      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`.
+      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`; `cond` has prompts for 2B samples.
       decode: `g(params, h, skips) -> output`.
       params: frozen parameters.
       z_t, timesteps: latents, and the timesteps that the UNet is asked for.
@@ -141,8 +141,7 @@ def guided_output(
       guidance_scale: 1 means no guidance.
       steer: changes the conditional half's mid-block output.
     """
-    both = concatenate(z_t, z_t), concatenate(timesteps, timesteps), concatenate(cond, uncond)
-    h, skips = encode(params, *both)
+    h, skips = encode(params, z_t, timesteps, concatenate(cond, uncond))
     h_cond, h_uncond = split(h, 2)
     outputs = decode(params, concatenate(steer(h_cond), h_uncond), skips)
     return cfg_combine(*split(outputs, 2), guidance_scale)

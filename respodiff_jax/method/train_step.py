@@ -249,8 +249,7 @@ def base_predictions(
         conditions.append(attack.change(neutral))
     count = len(conditions)
     t = _timesteps(spec, latents.ddim_index, batch_size)
-    copies = concatenate(*[z_t] * count), concatenate(*[t] * count)
-    h, skips = spec.encode(frozen, *copies, concatenate(*conditions))
+    h, skips = spec.encode(frozen, z_t, t, concatenate(*conditions))
     outputs = split(spec.decode(frozen, h, skips), count)[:3]
     inner = split((h, skips), count)[0 if attack is None else -1]
     return BasePredictions(*inner, outputs)

@@ -18,7 +18,7 @@ from respodiff_jax.backbone import (
     random_backbone,
     save_backbone,
 )
-from respodiff_jax.backbone.flax_models import match_pytorch
+from respodiff_jax.backbone.flax_models import match_pytorch, upsample_in_phases
 from respodiff_jax.errors import UserError
 
 PROMPTS = ["a woman", "a person", "the man, 35", ""]
@@ -68,7 +68,7 @@ def _stock(backbone, params, z, timesteps, cond):
 
     def apply(params, z):
         z_nchw = jnp.moveaxis(z, -1, 1)
-        with nn.intercept_methods(match_pytorch):
+        with nn.intercept_methods(match_pytorch), nn.intercept_methods(upsample_in_phases):
             out = backbone.unet.apply({"params": params}, z_nchw, timesteps, cond.context, added)
         return jnp.moveaxis(out.sample, 1, -1)
 
