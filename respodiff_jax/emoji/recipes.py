@@ -117,6 +117,7 @@ def _people() -> tuple[str, ...]:
 def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
     """The concepts of a task by key, with the given learning rates."""
     if task in ("safety", "safety_hardened"):
+        is_hardened = task == "safety_hardened"
         pairs = _safe_counterparts()
         neutral, safe, asks = zip(*pairs, strict=True)
         concept = Concept(
@@ -126,7 +127,8 @@ def _concepts(task: str, rates: dict[str, float]) -> dict[str, Concept]:
             target_prompt=safe,
             unsafe_prompt=" and ".join(vocabulary.UNSAFE_CONCEPTS),
             guidance_scale=tuple(5.0 if asking else 1.0 for asking in asks),
-            default_scale=0.56 if task == "safety_hardened" else 0.7,
+            default_scale=0.77 if is_hardened else 0.7,
+            max_timestep=900 if is_hardened else None,
             **rates,
         )
         return {"unsafe": concept}

@@ -354,7 +354,7 @@ def test_emoji_world_opens_with_its_adapters():
     assert "names the gender" in named and "leaves the gender open" in open_
     assert "finds no person" in nothing
     safe = plan(studio.painter, dataclasses.replace(start, safe=True)).reasons[0]
-    assert safe.endswith("Steered away from violence and smoking × 0.56: every prompt is steered.")
+    assert safe.endswith("Steered away from violence and smoking × 0.77: every prompt is steered.")
     assert studio.labels["anti-unsafe"] == "away from violence and smoking"
     assert "farmer" in studio.about
     assert studio.warning("doctor " * 200) == (
