@@ -12,11 +12,13 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from respodiff_jax import emoji
-from respodiff_jax.emoji import vocabulary
+from respodiff_jax.adapters import load_adapter
+from respodiff_jax.emoji import recipes, shipped, vocabulary
 from respodiff_jax.emoji.making import artwork, captions, rendering, tokenizer, world
 from respodiff_jax.emoji.making.emoji_world import emoji_world_dataset_builder as emoji_world
 from respodiff_jax.errors import UserError
 from respodiff_jax.evaluation.metrics import deviation_ratio
+from respodiff_jax.training.config import concepts_from
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,15 @@ def test_using_emoji_world_imports_nothing_from_making():
         assert not re.search(r"^\s*(from|import) .*\bmaking\b", file.read_text(), re.MULTILINE), (
             file
         )
+
+
+@pytest.mark.parametrize("folder", shipped.adapter_folders(), ids=lambda folder: folder.name)
+def test_packaged_adapters_have_the_recipes_concepts(folder):
+    task = {"gender": "gender", "safety": "safety_hardened"}[folder.name]
+    concepts = concepts_from(recipes.task_config(task))
+    assert sorted(concepts, key=lambda c: c.name) == sorted(
+        load_adapter(folder).concepts, key=lambda c: c.name
+    )
 
 
 def _professions(measure):
