@@ -132,11 +132,11 @@ class Backbone:
           params: as `self.params`; only "unet" is read.
           z_t: float32 (B, h, w, c) noisy latents.
           timesteps: int32 (B,), from 0 to below the number of training timesteps.
-          cond: the prompts' conditioning, leading axis nB: one prompt for each latent, then
-            another one for each, and so on.
+          cond: the prompts' conditioning. Its leading axis is kB for k prompts a latent: first one
+            for each latent, then another one for each.
 
         Returns:
-          h: `dtype` (nB, H, W, C).
+          h: `dtype` (kB, H, W, C).
           skips: the `Skips` that `decode` needs.
 
         Raises:

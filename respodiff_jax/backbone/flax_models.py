@@ -139,9 +139,8 @@ def match_pytorch(next_function: Callable, args: tuple, kwargs: Mapping, context
     blocks: it approximates GELU by tanh, and the group norm's epsilon is 1e-5 instead of 1e-6. On a
     small random SDXL-like model that alone moves the mid-block output by 3e-4.
 
-    The group norm sums each channel over the positions first, and then the channels of a group. The
-    stock layer sums both at once, along groups of a few neighbouring numbers; a CPU takes three
-    times as long for it.
+    Every group norm sums each channel over the positions first, and then the channels of a group.
+    The stock layer sums both at once, in rows as short as a group, which is slow on a CPU.
     """
     module = context.module
     if isinstance(module, FlaxGEGLU) and context.method_name == "__call__":
@@ -150,11 +149,12 @@ def match_pytorch(next_function: Callable, args: tuple, kwargs: Mapping, context
     if isinstance(module, nn.GroupNorm) and context.method_name == "__call__":
         in_transformer = isinstance(module.parent, FlaxTransformer2DModel)
         epsilon = 1e-6 if in_transformer else module.epsilon
-        return _group_norm(module.variables["params"], *args, module.num_groups, epsilon)
+        (x,) = args
+        return _group_norm(x, module.variables["params"], module.num_groups, epsilon)
     return next_function(*args, **kwargs)
 
 
-def _group_norm(params, x, num_groups, epsilon):
+def _group_norm(x, params, num_groups, epsilon):
     batch, channels = x.shape[0], x.shape[-1]
     positions = x.reshape(batch, -1, channels).astype(jnp.float32)
 
@@ -175,30 +175,36 @@ def upsample_in_phases(
     """A `flax.linen` interceptor that doubles the resolution and convolves at the same time.
 
     A 3 × 3 kernel at doubled positions meets only 2 × 2 different ones. So each of the four
-    positions that one becomes has a 2 × 2 kernel, whose weights are sums: 4/9 of the products.
+    positions that one becomes has a 2 × 2 kernel, whose weights are sums: 4/9 of the products. The
+    stock layers look up every position; the gradient of that is a scatter, which accelerators do
+    one element at a time.
     """
     module = context.module
     if context.method_name == "__call__" and isinstance(
         module, FlaxUpsample2D | vae_flax.FlaxUpsample2D
     ):
-        return _double_and_convolve(*args, **module.variables["params"]["conv"])
+        (x,) = args
+        return _double_and_convolve(x, **module.variables["params"]["conv"])
     return next_function(*args, **kwargs)
 
 
 def _double_and_convolve(x, kernel, bias):
-    def of_phases(kernel, axis):
-        first, middle, last = jnp.split(kernel, 3, axis)
-        kernels = (first, middle + last), (first + middle, last)
-        return [jnp.concatenate(own, axis) for own in kernels]
+    """(B, h, w, channels) -> (B, 2h, 2w, other channels), in the dtype of all arguments."""
 
-    paddings = (1, 0), (0, 1)  # the first phase sees the position before, the second the one after
+    def phases(weights, axis):
+        first, middle, last = jnp.split(weights, 3, axis)
+        pairs = (first, middle + last), (first + middle, last)
+        return [jnp.concatenate(pair, axis) for pair in pairs]
+
+    # The first phase sees the position before, the second the one after.
+    paddings = (1, 0), (0, 1)
     rows = []
-    for of_row, above in zip(of_phases(kernel, 0), paddings, strict=True):
+    for row_kernel, row_padding in zip(phases(kernel, 0), paddings, strict=True):
         columns = [
             jax.lax.conv_general_dilated(
-                x, own, (1, 1), (above, beside), dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, phase, (1, 1), (row_padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            for own, beside in zip(of_phases(of_row, 1), paddings, strict=True)
+            for phase, padding in zip(phases(row_kernel, 1), paddings, strict=True)
         ]
         rows.append(jnp.stack(columns, axis=3))
     y = jnp.stack(rows, axis=2)  # (B, h, 2, w, 2, channels)

@@ -32,7 +32,7 @@ class Conditioning(NamedTuple):
 
 
 class Skips(NamedTuple):
-    """What `decode` needs besides h; a pytree whose arrays all have the leading axis B.
+    """What `decode` needs besides h; a pytree whose arrays all have h's leading axis.
 
     Attributes:
       residuals: (B, ., ., .) outputs of conv_in and of every down layer.
@@ -55,17 +55,19 @@ def encode(
 ) -> tuple[jax.Array, Skips]:
     """The paper's e: the mid-block output and the skips.
 
-    The blocks before the first one that reads the prompts are evaluated once for each latent.
+    Blocks before the first one that depends on the prompts are evaluated once for each latent.
     """
     _check_inputs(unet, z_t, timesteps, cond)
-    prompts = len(cond.context) // len(z_t)
+    samples, copies = len(cond.context), len(cond.context) // len(z_t)
 
-    def for_each_prompt(x):
-        return x if len(x) == len(cond.context) else jnp.concatenate([x] * prompts)
+    def for_each_prompt(tree):
+        return jax.tree.map(
+            lambda x: x if len(x) == samples else jnp.concatenate([x] * copies), tree
+        )
 
-    # SDXL's `temb` depends on the prompt. Behind `conv_in` alone, copies would only be larger.
+    # SDXL's `temb` depends on the prompts. Sharing `conv_in` alone would save little.
     if unet.addition_embed_type == "text_time" or _takes_context(unet.down_blocks[0]):
-        z_t, timesteps = for_each_prompt(z_t), for_each_prompt(timesteps)
+        z_t, timesteps = for_each_prompt((z_t, timesteps))
     temb = unet.time_embedding(unet.time_proj(timesteps.astype(jnp.float32)))
     if unet.addition_embed_type == "text_time":
         time_embeds = unet.add_time_proj(cond.time_ids.astype(jnp.float32).ravel())
@@ -76,14 +78,14 @@ def encode(
     residuals = (x,)
     for block in unet.down_blocks:
         if _takes_context(block):
-            x, temb, *residuals = map(for_each_prompt, (x, temb, *residuals))
+            x, temb, residuals = for_each_prompt((x, temb, residuals))
             x, outputs = block(x, temb, cond.context)
         else:
             x, outputs = block(x, temb)
-        residuals = (*residuals, *outputs)
-    x, temb, *residuals = map(for_each_prompt, (x, temb, *residuals))
+        residuals += outputs
+    x, temb, residuals = for_each_prompt((x, temb, residuals))
     h = unet.mid_block(x, temb, cond.context)
-    return h, Skips(tuple(residuals), temb, cond.context)
+    return h, Skips(residuals, temb, cond.context)
 
 
 def decode(unet: nn.Module, h: jax.Array, skips: Skips) -> jax.Array:
@@ -98,12 +100,12 @@ def decode(unet: nn.Module, h: jax.Array, skips: Skips) -> jax.Array:
 
 
 def _check_inputs(unet, z_t, timesteps, cond):
-    if z_t.ndim != 4 or z_t.shape[-1] != unet.in_channels:
+    if z_t.ndim != 4 or z_t.shape[-1] != unet.in_channels or not len(z_t):
         raise UserError(
             f"`z_t` has shape {z_t.shape}, expected (B, h, w, {unet.in_channels}), channels last"
         )
     latents, prompts = len(z_t), len(cond.context)
-    batch = prompts if prompts and prompts % max(latents, 1) == 0 else latents
+    batch = prompts if prompts and prompts % latents == 0 else latents
     expected = {
         "timesteps": (timesteps, (latents,)),
         "cond.context": (cond.context, (batch, None, None)),
@@ -123,5 +125,6 @@ def _check_inputs(unet, z_t, timesteps, cond):
         ):
             wanted = ", ".join("." if e is None else str(e) for e in shape)
             raise UserError(
-                f"`{name}` has shape {value.shape}, expected ({wanted}) for {latents} latents"
+                f"`{name}` has shape {value.shape}, expected ({wanted}) for {latents} latents and "
+                f"{batch // latents} prompt(s) each"
             )

@@ -79,17 +79,18 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     batches = measure.take_turns(sides | best.sides, repeats)
     peak = best.to_dict(batches)
 
-    flops = _flops_per_image(model_lib.with_plain_attention(backbone), resolution, options)
+    plain = model_lib.with_plain_attention(backbone)
 
-    def side(name, batches, **others):
+    def side(name, batches, prompts_at_a_time, **others):
+        flops = _flops_per_image(plain, resolution, options.num_steps, prompts_at_a_time)
         rate = batches * options.batch_size
         utilisation = rate.median * flops / peak["flops_per_second"]
         return Side(name, rate, flops=flops, utilisation=utilisation, **others)
 
-    sides = [side("JAX", batches["ours"], **costs)]
+    sides = [side("JAX", batches["ours"], 2, **costs)]
     if torch_side:
         used = torch_side.peak_memory()
-        sides.append(side("PyTorch, diffusers", batches["theirs"], peak_memory=used))
+        sides.append(side("PyTorch, diffusers", batches["theirs"], 1, peak_memory=used))
     workload = {
         "model": config.model.name,
         "resolution": resolution,
@@ -101,10 +102,13 @@ def bench_generate(config: ConfigDict, against_torch: bool, repeats: int) -> Rep
     return Report("generate", "images", workload, environment, peak, tuple(sides))
 
 
-def _flops_per_image(backbone, resolution, options) -> float:
-    """FLOPs of the UNet, twice for each step, and of the VAE's decoder."""
+def _flops_per_image(backbone, resolution, num_steps, prompts_at_a_time) -> float:
+    """FLOPs of the UNet for the two prompts of each step, and of the VAE's decoder.
+
+    `prompts_at_a_time` is 2 if the prompts share what does not depend on them, else 1.
+    """
     latents = jax.ShapeDtypeStruct((1, *backbone.latent_shape(resolution)), jnp.float32)
     prompt = jax.tree.map(lambda x: x[0], backbone.encode_prompts([""], resolution))
-    forward = model_lib.forward_flops(backbone, backbone.params, latents, prompt)
+    forward = model_lib.forward_flops(backbone, backbone.params, latents, prompt, prompts_at_a_time)
     decoding = measure.flops(backbone.decode_latents, backbone.params, latents)
-    return 2 * options.num_steps * forward + decoding
+    return num_steps * 2 / prompts_at_a_time * forward + decoding

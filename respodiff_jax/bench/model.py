@@ -109,11 +109,16 @@ def environment(torch: bool) -> dict[str, Any]:
 
 
 def forward_flops(
-    model: Backbone | StepSpec, params: Any, latents: jax.ShapeDtypeStruct, prompt: Conditioning
+    model: Backbone | StepSpec,
+    params: Any,
+    latents: jax.ShapeDtypeStruct,
+    prompt: Conditioning,
+    prompts: int = 1,
 ) -> float:
     """FLOPs of one plain forward pass of the UNet on a batch of latents, `(B, h, w, c)`.
 
-    `prompt` has no batch axis. Arguments are arrays or their shapes.
+    Each latent has `prompts` prompts. `prompt` is one of them, without a batch axis. Arguments are
+    arrays or their shapes.
     """
 
     def forward(params, z, timesteps, cond):
@@ -121,5 +126,6 @@ def forward_flops(
 
     batch_size = latents.shape[0]
     timesteps = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype), prompt)
+    samples = prompts * batch_size
+    cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((samples, *x.shape), x.dtype), prompt)
     return measure.flops(forward, params, latents, timesteps, cond)

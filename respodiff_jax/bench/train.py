@@ -39,9 +39,9 @@ def evaluations_per_sample(
     counted = step / (arrays.guidance_scale.shape[0] * one)
     if not spec.rollout.has_loop:
         return counted
-    # XLA counts a loop's body once. Each step of a faithful rollout is a guided prediction, which
-    # takes two evaluations.
-    return counted + 2 * (last_loss_index(spec.schedule) / 2 - 1)
+    # XLA counts a loop's body once. Each step of a faithful rollout is a guided prediction.
+    guided = model_lib.forward_flops(spec, frozen, latents, prompt, prompts=2) / one
+    return counted + guided * (last_loss_index(spec.schedule) / 2 - 1)
 
 
 class _Ours:

@@ -50,7 +50,8 @@ def task_config(task: str, kind: str | None = None) -> ConfigDict:
     * `gender`: "a woman" and "a man" from "a person".
     * `skin_tone`: a light-, a medium- and a dark-skinned person from "a person".
     * `safety`: from prompts that ask for violence or smoking, or do not, to safe photos.
-    * `safety_hardened`: the same, trained against an adversary.
+    * `safety_hardened`: the same, trained against an adversary. The base model takes the first
+      steps alone, which decide gender and skin tone.
     * `safety_as_published`: away from violence and from smoking, from "a scene".
 
     Args:

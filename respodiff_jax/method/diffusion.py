@@ -132,7 +132,7 @@ def guided_output(
     The UNet is evaluated once, with 2B samples.
 
     Args:
-      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`; `cond` has prompts for 2B samples.
+      encode: `e(params, z_t, timesteps, cond) -> (h, skips)`, with two prompts a latent.
       decode: `g(params, h, skips) -> output`.
       params: frozen parameters.
       z_t, timesteps: latents, and the timesteps that the UNet is asked for.

@@ -20,6 +20,7 @@ from respodiff_jax.backbone import (
 )
 from respodiff_jax.backbone.flax_models import match_pytorch, upsample_in_phases
 from respodiff_jax.errors import UserError
+from respodiff_jax.method.diffusion import concatenate, split
 
 PROMPTS = ["a woman", "a person", "the man, 35", ""]
 FOLDERS = ["sd_folder", "sd_v_folder", "sdxl_folder"]
@@ -61,7 +62,7 @@ def _pytorch(pipeline, z, timesteps, cond):
     return _nhwc(out.sample)
 
 
-def _stock(backbone, params, z, timesteps, cond):
+def _uncut(backbone, params, z, timesteps, cond):
     added = None
     if cond.pooled is not None:
         added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
@@ -106,12 +107,42 @@ def test_encode_and_decode_equal_pytorch(pair):
 
 @pytest.mark.parametrize("pair", ["sd_folder", "sdxl_folder"], indirect=True)
 @pytest.mark.slow  # the short compilation of the other tests changes the last bits
-def test_encode_then_decode_equals_stock_unet_bit_for_bit(pair):
+def test_encode_then_decode_equals_the_uncut_unet_bit_for_bit(pair):
     backbone, _ = pair
     inputs = _inputs(backbone)
     h, skips = jax.jit(backbone.encode)(backbone.params, *inputs)
     eps = jax.jit(backbone.decode)(backbone.params, h, skips)
-    np.testing.assert_array_equal(eps, _stock(backbone, backbone.params, *inputs))
+    np.testing.assert_array_equal(eps, _uncut(backbone, backbone.params, *inputs))
+
+
+# Emoji World's blocks before the mid-block read no prompt; those of the others do.
+@pytest.mark.parametrize("name", ["emoji-world", "tiny", "tiny-xl"])
+def test_several_prompts_of_a_latent_equal_copies_of_it(name):
+    emoji = name == "emoji-world"
+    model = load_backbone(name, dtype="float32") if emoji else random_backbone(name)
+    resolution = model.default_resolution
+    z_t = jax.random.normal(jax.random.key(0), (2, *model.latent_shape(resolution)))
+    timesteps = jnp.array([981, 3])
+    first, second = (
+        model.encode_prompts([f"a photo of a {word}"] * 2, resolution) for word in ("cook", "judge")
+    )
+    cond = concatenate(first, second)
+
+    def shared(z_t, timesteps):
+        return model.encode(model.params, z_t, timesteps, cond)
+
+    def copied(z_t, timesteps):
+        copies = concatenate(z_t, z_t), concatenate(timesteps, timesteps)
+        return model.encode(model.params, *copies, cond)
+
+    ours, theirs = (jax.jit(f)(z_t, timesteps) for f in (shared, copied))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=0), ours, theirs)
+    h_first, h_second = split(ours[0], 2)
+    assert np.abs(h_first - h_second).max() > 1e-3
+    flops, flops_of_copies = (
+        jax.jit(f).lower(z_t, timesteps).cost_analysis()["flops"] for f in (shared, copied)
+    )
+    assert (flops < 0.9 * flops_of_copies) if emoji else (flops == flops_of_copies)
 
 
 def test_programs_share_the_trace_of_the_unet(tiny_backbone):
@@ -359,6 +390,9 @@ def test_wrong_input_shapes_are_named():
         ("t", (), "`timesteps` has shape"),
         ("context", (77, 64), "`cond.context` has shape"),
         ("context", (1, 77, 64), "`cond.context` has shape"),
+        ("context", (3, 77, 64), "expected .2, ., .. for 2 latents and 1 prompt"),
+        ("context", (4, 77, 64), "`cond.pooled` has shape .2, 32., expected .4, .. for 2 latents"),
+        ("z", (0, 8, 8, 4), "`z_t` has shape .0, 8, 8, 4., expected .B"),
         ("pooled", (3, 32), "`cond.pooled` has shape"),
         ("time_ids", (2, 5), "`cond.time_ids` has shape .2, 5., expected .2, 6."),
     ]:

@@ -17,6 +17,7 @@ from test_train_step import MAN, VIOLENCE, WOMAN, setup
 
 from respodiff_jax import cli
 from respodiff_jax.adapters import load_adapter
+from respodiff_jax.backbone import load_backbone
 from respodiff_jax.bench import (
     benchmark,
     generate,
@@ -88,6 +89,19 @@ def count(backbone, concepts, **changes):
     spec, arrays, state, _ = setup(backbone, concepts, **changes)
     frozen = {"unet": backbone.params["unet"]}
     return train.evaluations_per_sample(spec, state, frozen, arrays, batch_size=2)
+
+
+def test_prompts_that_share_an_encoder_cost_less_than_two_evaluations(tiny_backbone):
+    def flops(backbone, prompts):
+        resolution = backbone.default_resolution
+        latents = jax.ShapeDtypeStruct((1, *backbone.latent_shape(resolution)), jnp.float32)
+        prompt = jax.tree.map(lambda x: x[0], backbone.encode_prompts([""], resolution))
+        return model.forward_flops(backbone, backbone.params, latents, prompt, prompts)
+
+    # Each program sums the weights of its upsampling once.
+    assert flops(tiny_backbone, 2) == pytest.approx(2 * flops(tiny_backbone, 1), rel=0.01)
+    emoji = load_backbone("emoji-world", dtype="float32")  # its encoder reads no prompt
+    assert 1.5 < flops(emoji, 2) / flops(emoji, 1) < 1.9
 
 
 @pytest.mark.slow
@@ -184,7 +198,7 @@ def test_generate_against_torch(tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
     result = json.loads(out.read_text())
     ours, theirs = result["sides"]
-    assert ours["flops"] == theirs["flops"] > 0
+    assert ours["flops"] == pytest.approx(theirs["flops"], rel=0.01) and ours["flops"] > 0
     assert (ours["name"], theirs["name"]) == ("JAX", "PyTorch, diffusers")
     assert result["workload"]["DDIM steps"] == 2 and result["workload"]["batch size"] == 8
 
