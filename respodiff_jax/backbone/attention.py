@@ -7,9 +7,9 @@ memory traffic of a training step. A fused kernel keeps the scores on the chip:
 * `flash`, on TPU: Pallas' Splash attention, forward and backward.
 * `cudnn`, on NVIDIA: cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
-Where there is no such kernel, `chunked` computes some queries at a time, and computes their scores
-again for the gradient (Rabe and Staats 2021, arXiv 2112.05682). The scores of all queries are then
-never in memory at once.
+Where there is no such kernel, `chunked` computes some queries of one head at a time, and computes
+their scores again for the gradient (Rabe and Staats 2021, arXiv 2112.05682). The scores of all
+queries are then never in memory at once, and those of a chunk fit into a CPU's cache.
 
 Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock`, for comparison,
 leaves diffusers' module unchanged, with scores and softmax in the model's dtype.
@@ -33,7 +33,7 @@ _FUSED_FROM_SCORES = 2**18
 # From this many scores a head on, `chunked` works in chunks: 2048 × 2048 positions. Shorter
 # sequences, as in models of less than 384 pixels, keep the bits of `plain`.
 _CHUNKED_FROM_SCORES = 2**22
-_CHUNK_SCORES = 2**24  # of all heads and pictures in a chunk: 64 MiB in float32
+_CHUNK_SCORES = 2**22  # of a head, for all pictures, in a chunk: 16 MiB in float32
 _CUDNN_TILE = 64  # keys that cuDNN's kernels read together
 _LANES = 128  # the width of a TPU register; the kernel's blocks are multiples of it
 
@@ -104,17 +104,23 @@ def _plain(query, key, value, scale):
 
 
 def _chunked(query, key, value, scale):
-    """`_plain`, for a chunk of the queries after the other; each sees all keys."""
-    batch, tokens, heads, head_dim = query.shape
-    limit = max(_CHUNK_SCORES // (batch * heads * key.shape[1]), 1)
+    """`_plain`, for one head and a chunk of its queries after the other; each sees all keys."""
+    batch, tokens, _, head_dim = query.shape
+    limit = max(_CHUNK_SCORES // (batch * key.shape[1]), 1)
     size = max(n for n in range(1, min(limit, tokens) + 1) if tokens % n == 0)
 
-    @partial(jax.checkpoint, prevent_cse=False)  # within a loop, nothing is merged anyway
-    def attend(chunk):
-        return _plain(chunk, key, value, scale)
+    def of_head(arrays):
+        query, key, value = (x[:, :, None] for x in arrays)
 
-    chunks = query.reshape(batch, tokens // size, size, heads, head_dim).swapaxes(0, 1)
-    return jax.lax.map(attend, chunks).swapaxes(0, 1).reshape(query.shape)
+        @partial(jax.checkpoint, prevent_cse=False)  # within a loop, nothing is merged anyway
+        def attend(chunk):
+            return _plain(chunk, key, value, scale)
+
+        chunks = query.reshape(batch, tokens // size, size, 1, head_dim).swapaxes(0, 1)
+        return jax.lax.map(attend, chunks).swapaxes(0, 1).reshape(batch, tokens, head_dim)
+
+    heads = jax.lax.map(of_head, [jnp.moveaxis(x, 2, 0) for x in (query, key, value)])
+    return jnp.moveaxis(heads, 0, 2)
 
 
 def _cudnn(query, key, value, scale):
