@@ -9,7 +9,7 @@ memory traffic of a training step. A fused kernel keeps the scores on the chip:
 
 Where there is no such kernel, `chunked` computes some queries of one head at a time, and computes
 their scores again for the gradient (Rabe and Staats 2021, arXiv 2112.05682). The scores of all
-queries are then never in memory at once, and those of a chunk fit into a CPU's cache.
+queries are then never in memory at once, and those of a chunk are few enough for a CPU's cache.
 
 Small attentions, as in the UNet's lower levels, are `plain` everywhere. `stock`, for comparison,
 leaves diffusers' module unchanged, with scores and softmax in the model's dtype.

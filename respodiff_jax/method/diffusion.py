@@ -129,7 +129,7 @@ def guided_output(
 ) -> Latent:
     """The guided model output, steered on the conditional half only (paper, section 4.4).
 
-    The UNet is evaluated once, with 2B samples.
+    The UNet is evaluated in one pass, for both prompts of each latent.
 
     Args:
       encode: `e(params, z_t, timesteps, cond) -> (h, skips)`, with two prompts a latent.

@@ -1,4 +1,4 @@
-"""Layers that compute what the stock ones compute, with less work."""
+"""Layers that compute what the stock ones compute, but faster."""
 
 import flax.linen as nn
 import jax
